@@ -1,0 +1,87 @@
+"""What holds for every test: seeds, poisoned memory, Triton's interpreter, hypothesis' profile.
+
+- Seeds are set before each test, so that a test's outcome does not depend on its neighbours.
+- `torch.empty` and its relatives hand out NaN (integers: the largest value, bool: True), so that a
+  kernel that reads what it never wrote cannot pass by luck.
+- Without a GPU, Triton kernels run in Triton's interpreter: their launchers then take CPU tensors.
+  Tests that compile ahead of time start a subprocess with `TRITON_INTERPRET=0`.
+- Everything under tests/gpu carries the marker `gpu` and is skipped where there is no device.
+"""
+
+import functools
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+import torch.utils._device
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:  # read when a kernel is decorated, so before talos_kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Examples are derived from the test itself: a failure found once is found every time.
+hypothesis.settings.register_profile(
+    "talos", deadline=None, derandomize=True, max_examples=50, print_blob=True
+)
+hypothesis.settings.load_profile("talos")
+
+# `with torch.device(...)` caches the set of the real constructors; fill it before they are wrapped.
+torch.utils._device._device_constructors()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(GPU_TESTS):
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not HAS_GPU:
+        pytest.skip("needs a CUDA or HIP device")
+
+
+def poison_(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrites uninitialised memory with what no test expects."""
+    with torch.no_grad():
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def wrapper(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor if tensor.is_meta else poison_(tensor)
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device of this machine in turn; a test that takes it runs once on each."""
+    if request.param == "cuda" and not HAS_GPU:
+        pytest.skip("needs a CUDA or HIP device")
+    return torch.device(request.param)
