@@ -1,0 +1,48 @@
+# Every target makes .venv and installs what it needs by itself, from python3, make and a C++ compiler.
+# Without a compiler everything runs too, on the reference ops.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+NATIVE := $(wildcard setup.py csrc/* csrc/*/*)
+
+.PHONY: demo test bench lint clean
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	$(BIN)/talos demo --out demo
+
+# One thread a worker: two workers with two threads each would wait for one another.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q benches/
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet talos talos_kernels
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+clean:
+	rm -rf build demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
+	rm -f talos_kernels/*.so
+	find talos talos_kernels benches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first, because setup.py asks it for its headers.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "python must be 3.11 or newer, got $$($(PYTHON) --version 2>&1);" \
+	       "name one with: make PYTHON=python3.11"; exit 2; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) must come with venv and ensurepip, got one without;" \
+	       "on Debian and Ubuntu: apt-get install python3-venv"; exit 2; } >&2
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch numpy setuptools wheel ninja
+	$(INSTALL) --no-build-isolation -e ".[dev,demo]"
+	@touch $@
