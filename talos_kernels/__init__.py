@@ -1,0 +1,38 @@
+"""Kernels of sparse fine-tuning: tensors and indices, no models. Needs torch and nothing else.
+
+Every op works on many tensors at once, in one launch, on the entries that an `Index` selects.
+"""
+
+import importlib.util
+
+import torch
+
+from .add_delta import add_delta_, revert_delta_
+from .errors import (
+    TalosError,
+    TalosOSError,
+    TalosRuntimeError,
+    TalosTypeError,
+    TalosValueError,
+)
+from .gather_grad import gather_grad_, scatter_
+from .index import Index, TensorIndex
+from .sparse_adam import sparse_adam_
+
+__all__ = [
+    "Index",
+    "TalosError",
+    "TalosOSError",
+    "TalosRuntimeError",
+    "TalosTypeError",
+    "TalosValueError",
+    "TensorIndex",
+    "add_delta_",
+    "gather_grad_",
+    "revert_delta_",
+    "scatter_",
+    "sparse_adam_",
+]
+
+if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    importlib.import_module(".triton", __name__)  # registers the ops for CUDA and HIP devices

@@ -1,0 +1,98 @@
+"""Checks that every public function makes on entry, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import TalosTypeError, TalosValueError
+from .index import Index
+
+__all__ = [
+    "PARAM_DTYPES",
+    "check_flat",
+    "check_params",
+    "contiguous",
+    "dense_gradients",
+    "write_back",
+]
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_params(name: str, tensors: Sequence[Tensor], index: Index) -> None:
+    """Refuse tensors that do not fit the index, or whose dtypes differ or are not supported."""
+    index.check_tensors(name, tensors)
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in PARAM_DTYPES:
+            raise TalosTypeError(
+                f"{name}[{i}] must be float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+        if tensor.dtype != tensors[0].dtype:
+            raise TalosTypeError(
+                f"{name} must share one dtype, got {tensors[0].dtype} and {tensor.dtype} at {i}; "
+                "make one call a dtype"
+            )
+
+
+def check_flat(name: str, tensor: Tensor, index: Index, dtypes: Sequence[torch.dtype]) -> None:
+    """Refuse a per-entry array that is not flat, contiguous and `nnz` long."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TalosTypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+    if tensor.shape != (index.nnz,) or not tensor.is_contiguous():
+        raise TalosValueError(
+            f"{name} must be contiguous of shape ({index.nnz},), one value a selected entry, "
+            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    if tensor.device != index.device:
+        raise TalosValueError(f"{name} must be on {index.device}, got {tensor.device}")
+
+
+def dense_gradients(
+    grads: Sequence[Tensor | None], index: Index, param_dtype: torch.dtype
+) -> list[Tensor]:
+    """Row-major gradients of one dtype: the weights' where all share it, else float32.
+
+    An empty tensor stands for a gradient that is None.
+    """
+    if len(grads) != len(index.numels):
+        raise TalosValueError(
+            f"grads must hold {len(index.numels)} entries, one a tensor, got {len(grads)}"
+        )
+    shared = all(grad is None or grad.dtype == param_dtype for grad in grads)
+    dtype = param_dtype if shared else torch.float32
+    dense = []
+    for i, (grad, numel) in enumerate(zip(grads, index.numels, strict=True)):
+        if grad is None:
+            dense.append(torch.empty(0, dtype=dtype, device=index.device))
+            continue
+        if grad.layout != torch.strided:
+            raise TalosTypeError(
+                f"grads[{i}] must be dense, got layout {grad.layout}; call .to_dense() first"
+            )
+        if grad.dtype not in PARAM_DTYPES:
+            raise TalosTypeError(
+                f"grads[{i}] must be float32, bfloat16 or float16, got {grad.dtype}"
+            )
+        if grad.numel() != numel or grad.device != index.device:
+            raise TalosValueError(
+                f"grads[{i}] must have {numel} entries on {index.device}, "
+                f"got shape {tuple(grad.shape)} on {grad.device}"
+            )
+        dense.append(grad.detach().to(dtype).contiguous())
+    return dense
+
+
+def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in row-major order: themselves, or a copy where their strides differ."""
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def write_back(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    """Copy the row-major copies that `contiguous` made back into their tensors."""
+    for tensor, row in zip(tensors, rows, strict=True):
+        if tensor.data_ptr() != row.data_ptr():
+            tensor.copy_(row)

@@ -1,0 +1,109 @@
+"""Add a scaled sparse delta to many tensors, and take it off again exactly.
+
+    saved[rank(t, j)] <- params[t][j]                                    (its bits)
+    params[t][j]      <- params[t][j] + scale * values[rank(t, j)]       (float32, rounded once)
+
+In bf16 adding and then subtracting is not the identity, so `revert_delta_` writes the saved bits
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import PARAM_DTYPES, check_flat, check_params, contiguous, write_back
+from ._ops import define, increment_version
+from .gather_grad import scatter_
+from .index import Index
+
+__all__ = ["add_delta_", "add_delta_reference", "revert_delta_"]
+
+
+def add_delta_reference(
+    params: Sequence[Tensor],
+    index: Sequence[Tensor],
+    values: Tensor,
+    scale: float,
+    saved: Tensor | None,
+) -> None:
+    """The definition, one tensor after another."""
+    packed = Index.from_buffers(index)
+    for param, part, entries in zip(params, packed.unpack(), packed.slices, strict=True):
+        where = part.positions_int64().to(param.device)
+        base = param.view(-1)[where]
+        if saved is not None:
+            saved[entries] = base
+        edited = base.float() + scale * values[entries].float()
+        param.view(-1)[where] = edited.to(param.dtype)
+
+
+def _fake(
+    params: Sequence[Tensor],
+    index: Sequence[Tensor],
+    values: Tensor,
+    scale: float,
+    saved: Tensor | None,
+) -> None:
+    return None
+
+
+define(
+    "add_delta_",
+    "(Tensor(a!)[] params, Tensor[] index, Tensor values, float scale, Tensor(b!)? saved) -> ()",
+    add_delta_reference,
+    _fake,
+)
+
+
+def add_delta_(
+    params: Sequence[Tensor],
+    index: Index,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    saved: Tensor | None = None,
+) -> None:
+    """Add `scale * values` to the selected entries of many tensors, in place, in one launch.
+
+    Args:
+        params: float32, bfloat16 or float16, one dtype and device, any shapes.
+        index: the selection, on the tensors' device.
+        values: `[nnz]`, the delta in rank order; float32, bfloat16 or float16.
+        scale: the scaling coefficient.
+        saved: `[nnz]` of the tensors' dtype; receives the old bits, for `revert_delta_`.
+
+    Raises:
+        TalosValueError: a shape, number, device or layout does not fit the index.
+        TalosTypeError: a dtype is not supported or not shared.
+
+    Example:
+        >>> from talos_kernels import TensorIndex
+        >>> w = torch.ones(3)
+        >>> index = Index.pack([TensorIndex.encode(torch.tensor([True, False, True]))])
+        >>> saved = torch.empty(2)
+        >>> add_delta_([w], index, torch.tensor([1.0, 2.0]), scale=0.5, saved=saved)
+        >>> w
+        tensor([1.5000, 1.0000, 2.0000])
+        >>> revert_delta_([w], index, saved)
+        >>> w
+        tensor([1., 1., 1.])
+    """
+    check_params("params", params, index)
+    check_flat("values", values, index, PARAM_DTYPES)
+    if not params or index.nnz == 0:
+        return
+    if saved is not None:
+        check_flat("saved", saved, index, (params[0].dtype,))
+    rows = contiguous(params)
+    torch.ops.talos.add_delta_(rows, index.buffers, values, scale, saved)
+    with torch.no_grad():
+        write_back(params, rows)
+    increment_version(params)
+
+
+def revert_delta_(params: Sequence[Tensor], index: Index, saved: Tensor) -> None:
+    """Write back the bits that `add_delta_` saved; see there."""
+    scatter_(params, index, saved)

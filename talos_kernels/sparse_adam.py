@@ -1,0 +1,175 @@
+"""One AdamW step on the selected entries of many tensors.
+
+For every selected entry, in float32, with bias corrections in float64 (Loshchilov & Hutter 2019,
+algorithm 2; the order of operations is that of `torch.optim.AdamW`):
+
+    w          <- w * (1 - lr * weight_decay)
+    exp_avg    <- exp_avg + (1 - beta1) * (g - exp_avg)
+    exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g^2
+    denom      <- sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps
+    w          <- w - lr / (1 - beta1^step) * exp_avg / denom
+
+An entry that is not selected is neither read for its value nor written, whatever its gradient.
+bf16 and fp16 weights are rounded from a float32 master of the selected entries. Where a stored
+weight is not the rounding of its master, somebody else wrote it, and the master restarts from it.
+
+Bytes moved at least, N entries in the touched tensors, f the share of 32-byte sectors touched:
+2 N f b_param + N f b_grad + nnz (16 + index [+ 8 master]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import check_flat, check_params, contiguous, dense_gradients, write_back
+from ._ops import define, increment_version
+from .errors import TalosValueError
+from .index import Index
+
+__all__ = ["sparse_adam_", "sparse_adam_reference"]
+
+SCHEMA = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor[] index, Tensor(b!) exp_avg, "
+    "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor steps, Tensor lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+)
+
+
+def sparse_adam_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    index: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    steps: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The definition, in torch's own elementwise operations, one tensor after another."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    packed = Index.from_buffers(index)
+    for tensor, (part, entries) in enumerate(zip(packed.unpack(), packed.slices, strict=True)):
+        param, grad = params[tensor].view(-1), grads[tensor].view(-1)
+        if part.nnz == 0 or grad.numel() == 0:
+            continue
+        where = part.positions_int64().to(param.device)
+        g = grad[where].float()
+        if grad_scale is not None:
+            g = g / grad_scale
+        if maximize:
+            g = -g
+        stored = param[where]
+        w = stored.float()
+        if master is not None:
+            ours = master[entries].to(param.dtype) == stored
+            w = torch.where(ours, master[entries], w)
+        m, v = exp_avg[entries], exp_avg_sq[entries]
+        step, rate = steps[tensor].item(), lr.item()
+        if weight_decay != 0:
+            w.mul_(1 - rate * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        w.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
+        if master is not None:
+            master[entries] = w
+        param[where] = w.to(param.dtype)
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+define("sparse_adam_", SCHEMA, sparse_adam_reference, _fake)
+
+
+def sparse_adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    index: Index,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    master: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step, in place, on the selected entries of many tensors, in one launch.
+
+    Args:
+        params: float32, bfloat16 or float16, one dtype and device, any shapes.
+        grads: the gradients, shaped as `params`; None: that tensor and its state stay as they are.
+        index: the selection in `params`, on their device.
+        exp_avg: float32 `[nnz]`, first moment in rank order, updated.
+        exp_avg_sq: float32 `[nnz]`, second moment in rank order, updated.
+        steps: float32 `[len(params)]`, the number of this step for each tensor, from 1.
+        lr: learning rate; a float64 0-dim tensor on the device is read there without a sync.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay, of the selected entries only.
+        maximize: ascend instead of descend.
+        master: float32 `[nnz]`, the weights before rounding; for bfloat16 and float16, updated.
+        grad_scale: 0-dim or `[1]`; gradients are divided by it.
+        found_inf: 0-dim or `[1]`; nothing changes where it is not 0.
+
+    Raises:
+        TalosValueError: a shape, number, device or layout does not fit the index.
+        TalosTypeError: a dtype is not supported or not shared.
+
+    Example:
+        >>> from talos_kernels import TensorIndex
+        >>> w, g = torch.zeros(4), torch.ones(4)
+        >>> index = Index.pack([TensorIndex.encode(torch.tensor([True, False, False, True]))])
+        >>> m, v = torch.zeros(2), torch.zeros(2)
+        >>> sparse_adam_([w], [g], index, m, v, torch.ones(1), lr=0.5)
+        >>> w
+        tensor([-0.5000,  0.0000,  0.0000, -0.5000])
+    """
+    check_params("params", params, index)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=False)):
+        if grad is not None and grad.shape != param.shape:
+            raise TalosValueError(
+                f"grads[{i}] must be shaped as its parameter, {tuple(param.shape)}, "
+                f"got {tuple(grad.shape)}"
+            )
+    for name, array in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
+        if array is not None:
+            check_flat(name, array, index, (torch.float32,))
+    if steps.shape != (len(params),) or steps.dtype != torch.float32:
+        raise TalosValueError(
+            f"steps must be float32 of shape ({len(params)},), one count a tensor, "
+            f"got {steps.dtype} of shape {tuple(steps.shape)}"
+        )
+    if not params or index.nnz == 0:
+        return
+    dense = dense_gradients(grads, index, params[0].dtype)
+    rows = contiguous(params)
+    rate = torch.as_tensor(lr, dtype=torch.float64, device=index.device)
+    torch.ops.talos.sparse_adam_(
+        rows, dense, index.buffers, exp_avg, exp_avg_sq, master, steps, rate, *betas, eps,
+        weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
+    )  # fmt: skip
+    with torch.no_grad():
+        write_back(params, rows)
+    increment_version(params)
+
+
+def _scalar(tensor: Tensor | None, index: Index) -> Tensor | None:
+    return None if tensor is None else tensor.to(index.device, torch.float32)
