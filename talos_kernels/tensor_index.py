@@ -2,11 +2,11 @@
 
 Every tensor is encoded by its own density d:
 
-| encoding | layout                                            | bytes a selected entry | used      |
-|----------|---------------------------------------------------|------------------------|-----------|
-| `full`   | nothing                                           | 0                      | d = 1     |
-| `bitmap` | 1 bit an entry, an int64 rank a 2048 entries      | 1.03 / (8 d)           | d >= 1/16 |
-| `u16`    | 16-bit position in a segment of 65536, its rank   | 2                      | d < 1/16  |
+| encoding | layout                                           | bytes a selected entry | used      |
+|----------|--------------------------------------------------|------------------------|-----------|
+| `full`   | nothing                                          | 0                      | d = 1     |
+| `bitmap` | 1 bit an entry, an int64 rank a 2048 entries     | 1.03 / (8 d)           | d >= 1/16 |
+| `u16`    | 16-bit position in a segment of 65536, its rank  | 2                      | d < 1/16  |
 
 Selected entries are numbered in (tensor, flat position) order. That number is the entry's *rank*,
 and every per-entry array (values, exp_avg, master, ...) is one flat array in rank order. Flat
