@@ -1,0 +1,148 @@
+"""The habits of the house that a machine can check."""
+
+import ast
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import talos
+import talos_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = PYPROJECT["project"]["version"]
+LIBRARY = ("talos", "talos_kernels")
+MOST_LINES = 300
+MOST_BYTES = 512 * 1024
+
+FOLDERS = (*LIBRARY, "csrc", "benches", "tests", ".ci")
+SUFFIXES = {".py", ".cpp", ".cu", ".h", ".toml", ".md", ".txt", ".json", ".yaml", ".in"}
+# Written so that this file does not match itself.
+MACHINE_PATHS = re.compile(r"/(?:r[o]ot|h[o]me|w[o]rk|f[a]rm|U[s]ers)/")
+LEFTOVERS = re.compile(r"TO[D]O|FIX[M]E|X{3}|NotImplemented[E]rror|type: [i]gnore|\bno[q]a\b")
+EXCUSES = re.compile(r"(?:^|_)(?:naive|simplified|fast|v2|new|old)(?:_|$)")
+
+
+def files() -> list[Path]:
+    """The project's own text files, without the environment and what builds leave behind."""
+    top = [path for path in ROOT.iterdir() if path.is_file()]
+    below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(path for path in top + below if path.suffix in SUFFIXES or not path.suffix)
+
+
+def library_files() -> list[Path]:
+    return sorted(path for package in LIBRARY for path in (ROOT / package).rglob("*.py"))
+
+
+def found_in(paths: list[Path], pattern: re.Pattern[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    parts = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(part) == 2 for part in parts), [part for part in parts if len(part) != 2]
+    return {normal(name): version for name, version in parts}
+
+
+def test_one_version() -> None:
+    assert talos.__version__ == VERSION
+
+
+def test_changelog_knows_the_version() -> None:
+    assert f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_setup_holds_extension_modules_only() -> None:
+    lines = (ROOT / "setup.py").read_text().splitlines()
+    assert len(lines) < 80
+    assert not [line for line in lines if re.match(r"\s*(?:version|install_requires)\s*=", line)]
+
+
+def test_files_have_one_reason_each() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in library_files()
+        if (count := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert not long, f"more than {MOST_LINES} lines; split by meaning: {long}"
+
+
+def test_no_file_is_heavy() -> None:
+    heavy = {
+        str(p.relative_to(ROOT)): size for p in files() if (size := p.stat().st_size) > MOST_BYTES
+    }
+    assert not heavy
+
+
+def test_no_path_of_a_machine() -> None:
+    assert not found_in(files(), MACHINE_PATHS)
+
+
+def test_no_leftovers() -> None:
+    code = [path for path in files() if path.suffix in {".py", ".cpp", ".cu", ".h"}]
+    assert not found_in(code, LEFTOVERS)
+
+
+def test_no_name_excuses_itself() -> None:
+    names = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        for path in library_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and EXCUSES.search(node.name.lower())
+    ]
+    assert not names
+
+
+@pytest.mark.parametrize("package", [talos, talos_kernels], ids=lambda package: package.__name__)
+def test_public_names_are_documented_with_an_example(package: object) -> None:
+    missing = []
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if inspect.isclass(thing) and issubclass(thing, BaseException):
+            continue
+        if (inspect.isclass(thing) or callable(thing)) and ">>> " not in (thing.__doc__ or ""):
+            missing.append(name)
+    assert not missing
+
+
+def test_public_names_exist_once() -> None:
+    for package in (talos, talos_kernels):
+        assert len(package.__all__) == len(set(package.__all__))
+        assert all(hasattr(package, name) for name in package.__all__)
+
+
+def test_every_requirement_is_pinned() -> None:
+    project = PYPROJECT["project"]
+    wanted = [*project["dependencies"], *PYPROJECT["build-system"]["requires"]]
+    wanted += [name for extra in project["optional-dependencies"].values() for name in extra]
+    names = {normal(re.split(r"[<>=\[ ]", each)[0]) for each in wanted}
+    assert names <= set(pins()), names - set(pins())
+
+
+@pytest.mark.parametrize(
+    ("hook", "package"),
+    [("ruff-pre-commit", "ruff"), ("mirrors-clang-format", "clang-format")],
+)
+def test_hooks_run_the_pinned_versions(hook: str, package: str) -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    revision = re.search(rf"{hook}\n\s+rev: v(\S+)", text)
+    assert revision is not None
+    assert revision[1] == pins()[package]
+
+
+def test_types_are_shipped() -> None:
+    for package in LIBRARY:
+        assert (ROOT / package / "py.typed").is_file()
