@@ -1,0 +1,247 @@
+"""The results of one demo: schema, loading, saving and the sentences that sum them up.
+
+Version 1. An *estimate* is `{"value", "low", "high", "n"}`: an accuracy in [0, 1] (or a ratio of two),
+its 95 % bootstrap interval and the number of examples. Matrices are lists of rows in the order of
+`tasks`.
+
+schema, schema_version  "talos-demo", 1
+created, machine, versions, settings  when, where and how it was made
+model      source, parameters and maskable (numbers of entries), dense_bytes (an fp32 checkpoint)
+tasks      list of name, description, classes, examples {train, validation, test: how many used}
+methods    list of name, title, trainable (mean number of entries trained), settings
+zero_shot  task -> estimate of the pretrained model
+single     method -> task -> estimate of the model tuned on that task
+training   method -> task -> steps, first_loss, last_loss
+addition   method -> grid (list of scaling_coef, absolute, normalised; validation data),
+           scaling_coef, absolute and normalised (estimates on test data), tasks (task -> estimate)
+addition_difference  estimate of normalised(first method) - normalised(second), paired, or null
+negation   method -> task -> grid (list of scaling_coef, target, control; validation data),
+           scaling_coef, target, control, target_zero_shot, control_zero_shot (on test data)
+interference  method -> matrix of acc_j(base + vector_i) / acc_j(base), row i, column j
+masks      task -> nnz, numel, tensors, tensors_touched, structure (list of layer, kind, nnz, numel)
+mask_iou   matrix
+files      list of path, kind (mask, vector), method, task, bytes, entries
+timings    total (seconds), phases: list of phase, method, task, seconds
+
+Everything but `created`, `machine` and `timings` repeats exactly for the same seed on the same
+machine.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from talos.errors import TalosOSError, TalosValueError
+from talos.report.atomic import write_text
+
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Results", "headline", "load_results", "save_results"]
+
+SCHEMA = "talos-demo"
+SCHEMA_VERSION = 1
+
+Results = dict[str, Any]
+
+_KEYS = (
+    "created",
+    "machine",
+    "versions",
+    "settings",
+    "model",
+    "tasks",
+    "methods",
+    "zero_shot",
+    "single",
+    "training",
+    "addition",
+    "addition_difference",
+    "negation",
+    "interference",
+    "masks",
+    "mask_iou",
+    "files",
+    "timings",
+)
+
+
+def load_results(path: str | os.PathLike[str]) -> Results:
+    """Reads and checks a `results.json`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The results, a plain dict; the module's docstring lists its keys.
+
+    Raises:
+        TalosOSError: the file cannot be read.
+        TalosValueError: it is not JSON, of another schema or version, or lacks a key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise TalosOSError(f"{path} must be readable, got {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TalosValueError(
+            f"{path} must be a results.json of `talos demo`, got binary data"
+        ) from error
+    try:
+        results = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TalosValueError(
+            f"{path} must be a results.json of `talos demo`, got no JSON ({error})"
+        ) from error
+    check_results(results, str(path))
+    return dict(results)
+
+
+def check_results(results: Any, where: str = "results") -> None:
+    """Checks schema, version and keys.
+
+    Args:
+        results: what was read.
+        where: how an error names it.
+
+    Raises:
+        TalosValueError: another schema or version, or a missing key.
+    """
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise TalosValueError(
+            f"{where} must be a results.json of `talos demo` (schema {SCHEMA!r}), got another file"
+        )
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise TalosValueError(
+            f"{where} must have schema_version {SCHEMA_VERSION}, got "
+            f"{results.get('schema_version')!r}; make it again with this version's `talos demo`"
+        )
+    missing = [key for key in _KEYS if key not in results]
+    if missing:
+        raise TalosValueError(
+            f"{where} must hold {', '.join(missing)}, got a file without; run `talos demo` again"
+        )
+
+
+def save_results(results: Results, path: str | os.PathLike[str]) -> None:
+    """Writes results as JSON, in one atomic step.
+
+    Args:
+        results: the results.
+        path: where to; replaced when it exists.
+
+    Raises:
+        TalosValueError: the results lack a key, or hold NaN or infinity.
+        TalosOSError: the file cannot be written.
+    """
+    check_results(results)
+    try:
+        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise TalosValueError(f"results must hold finite numbers only, got {error}") from error
+    write_text(path, text + "\n")
+
+
+def percent(value: float) -> str:
+    """Formats a share as a percentage with one decimal.
+
+    Args:
+        value: the share.
+
+    Returns:
+        For example `93.1`.
+    """
+    return f"{100 * value:.1f}"
+
+
+def megabytes(count: float) -> str:
+    """Formats a number of bytes.
+
+    Args:
+        count: bytes.
+
+    Returns:
+        For example `4.6 MB` or `812 kB` (powers of ten).
+    """
+    if count >= 1e6:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.0f} kB" if count >= 1e4 else f"{count:.0f} B"
+
+
+def vector_bytes(results: Results, method: str) -> float:
+    """Mean size of a method's task-vector files.
+
+    Args:
+        results: the results.
+        method: the method's name.
+
+    Returns:
+        Bytes.
+    """
+    sizes = [
+        f["bytes"] for f in results["files"] if f["kind"] == "vector" and f["method"] == method
+    ]
+    return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+def headline(results: Results) -> list[str]:
+    """Sums the results up, whoever won.
+
+    Args:
+        results: the results.
+
+    Returns:
+        Two or three sentences: addition with its paired difference, negation, sizes.
+    """
+    methods = results["methods"]
+    first = methods[0]
+    added = results["addition"][first["name"]]
+    tasks = len(results["tasks"])
+    text = (
+        f"Adding the task vectors of {tasks} tasks gives one model that keeps "
+        f"{percent(added['normalised']['value'])} % of the single-task accuracy with "
+        f"{first['title']}"
+    )
+    sentences = []
+    if len(methods) > 1:
+        other = methods[1]
+        rival = results["addition"][other["name"]]
+        gap = results["addition_difference"]
+        spread = f"[{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
+        text += (
+            f", {percent(rival['normalised']['value'])} % with {other['title']}: a difference of "
+            f"{100 * gap['value']:+.1f} points, 95 % interval {spread}"
+        )
+        if gap["low"] > 0:
+            text += f", in favour of {first['title']}."
+        elif gap["high"] < 0:
+            text += f", in favour of {other['title']}."
+        else:
+            text += ", which these test sets cannot tell from zero."
+        sentences.append(text)
+        sentences.append(
+            "The absolute accuracies of the two merged models are "
+            f"{percent(added['absolute']['value'])} % and "
+            f"{percent(rival['absolute']['value'])} %."
+        )
+        drops = [_mean_drop(results, method["name"]) for method in (first, other)]
+        better = "further" if drops[0] > drops[1] else "less"
+        sentences.append(
+            f"Negation takes a task down by {100 * drops[0]:.1f} points on average with "
+            f"{first['title']}, {100 * drops[1]:.1f} with {other['title']} ({better} with the "
+            "sparse method)."
+        )
+    else:
+        sentences.append(text + ".")
+    size = vector_bytes(results, first["name"])
+    if size:
+        dense = results["model"]["dense_bytes"]
+        sentences.append(
+            f"A task vector of {first['title']} takes {megabytes(size)}, a dense checkpoint "
+            f"{megabytes(dense)}: {dense / size:.0f} times as much."
+        )
+    return sentences
+
+
+def _mean_drop(results: Results, method: str) -> float:
+    entries = results["negation"][method].values()
+    drops = [entry["target_zero_shot"]["value"] - entry["target"]["value"] for entry in entries]
+    return sum(drops) / len(drops)
