@@ -1,0 +1,314 @@
+"""Which weights may be selected: presets, regular expressions, row ranges, names without wrappers.
+
+Two presets and any regular expression choose the tensors:
+
+- `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear`, the projections of
+  `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a vision
+  transformer the patch embedding), LayerNorm and RMSNorm, biases included. Not the head, not
+  embeddings of any kind, nothing that is tied to an embedding.
+- `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
+  like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`.
+- anything else is a regular expression, tried with `re.search` on each name; what it matches is
+  taken as it is, heads and embeddings too.
+
+A head is what `get_output_embeddings()` (transformers) or `get_classifier()` (timm) returns, and a
+module called head, heads, classifier, lm_head, score or fc at the top of the model. The top is the
+model, or what it holds where it holds a single module.
+"""
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from talos.errors import TalosTypeError, TalosValueError
+
+__all__ = ["Selected", "Selection", "named_modules", "named_parameters", "select_parameters"]
+
+Rows = tuple[int, int]
+
+_logger = logging.getLogger(__name__)
+
+# Where a wrapper is defined, its class, the attribute that holds the wrapped module. A wrapper
+# whose home was never imported wraps nothing, so none is imported for the sake of the question.
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+    ),
+)
+_HEADS = ("head", "heads", "classifier", "lm_head", "score", "fc")
+_PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
+_SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_FUSED_LAYERS = ("qkv", "Wqkv")
+_QK_LAYERS = (
+    *("q_proj", "k_proj", "query", "key", "q", "k", "to_q", "to_k", "wq", "wk", "q_lin", "k_lin"),
+    *("query_proj", "key_proj", "linear_q", "linear_k"),
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A parameter that may be selected.
+
+    Attributes:
+        param: the parameter.
+        rows: the half-open range of its rows (dimension 0) that may be selected; None for all.
+    """
+
+    param: nn.Parameter
+    rows: Rows | None = None
+
+    @property
+    def numel(self) -> int:
+        """The number of entries that may be selected."""
+        if self.rows is None:
+            return self.param.numel()
+        return (self.rows[1] - self.rows[0]) * (self.param.numel() // max(len(self.param), 1))
+
+
+class Selection(dict[str, Selected]):
+    """The selected parameters by name, in the order of the model.
+
+    Attributes:
+        passed_over: how many parameters were matched and left out because of requires_grad=False.
+    """
+
+    passed_over: int = 0
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """The row ranges of those parameters of which not every row may be selected."""
+        return {name: each.rows for name, each in self.items() if each.rows is not None}
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute that holds the wrapped module, or None where `module` wraps nothing."""
+    for home, kind, attribute in _WRAPPERS:
+        found = getattr(sys.modules.get(home), kind, None)
+        if found is not None and isinstance(module, found):
+            return attribute
+    return None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DDP, FSDP and checkpoint wrappers, or `module` itself."""
+    while (attribute := _wrapped_attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` with names as if nothing were wrapped.
+
+    Wrappers (`torch.compile`, DataParallel, DDP, FSDP, activation checkpointing) are known by their
+    type: a module that is really called "module" keeps its name.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Name and module, each module once. A wrapper and what it wraps have the same name.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        hidden = _wrapped_attribute(module)
+        for child_name, child in module.named_children():
+            own = [] if child_name == hidden else [child_name]
+            yield from walk(child, ".".join([*filter(None, [name]), *own]))
+
+    return walk(model, "")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` by names without wrappers, tied ones once, under their first name.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name and parameter in the order of `model.named_parameters()`.
+
+    Example:
+        >>> import torch, talos.params
+        >>> model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+        >>> list(talos.params.named_parameters(model))
+        ['0.weight', '0.bias']
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for module_name, module in named_modules(model):
+        for name, param in module.named_parameters(recurse=False):
+            if id(param) not in seen:
+                seen.add(id(param))
+                found[f"{module_name}.{name}" if module_name else name] = param
+    return found
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm and RMSNorm of torch, and the RMS norms that model libraries write themselves."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return True
+    vectors = all(param.dim() == 1 for param in module.parameters(recurse=False))
+    return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
+
+
+def _maskable(_leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "maskable" takes of one module's own parameters."""
+    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module)
+    for name, param in module.named_parameters(recurse=False):
+        if whole or name in _PACKED or name in _SPLIT:
+            yield param, None
+
+
+def _qk(leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "qk" takes of one module's own parameters."""
+    linear = isinstance(module, nn.Linear)
+    for name, param in module.named_parameters(recurse=False):
+        if (linear and leaf in _QK_LAYERS) or name in _SPLIT[:2]:
+            yield param, None
+        elif name in _PACKED or (linear and leaf in _FUSED_LAYERS and len(param) % 3 == 0):
+            yield param, (0, 2 * len(param) // 3)
+
+
+_PRESETS: dict[str, Callable[[str, nn.Module], Iterator[tuple[nn.Parameter, Rows | None]]]] = {
+    "maskable": _maskable,
+    "qk": _qk,
+}
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The heads of the model; the module's docstring says what counts as one."""
+    for _, module in named_modules(model):
+        for getter in ("get_output_embeddings", "get_classifier"):
+            try:
+                head = getattr(module, getter, lambda: None)()
+            except (AttributeError, NotImplementedError):  # a backbone that has no head says so
+                continue
+            candidates = head if isinstance(head, tuple | list) else [head]
+            yield from (each for each in candidates if isinstance(each, nn.Module))
+    top = unwrapped(model)
+    while True:
+        children = dict(top.named_children())
+        yield from (child for name, child in children.items() if name in _HEADS)
+        if len(children) != 1:
+            return
+        top = unwrapped(next(iter(children.values())))
+
+
+def _preset(model: nn.Module, preset: str) -> dict[int, Rows | None]:
+    """The row ranges of the parameters that a preset takes, by the identity of the parameter."""
+    left_out = {id(param) for head in _heads(model) for param in head.parameters()}
+    taken: dict[int, Rows | None] = {}
+    for name, module in named_modules(model):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            left_out.update(map(id, module.parameters()))
+        for param, rows in _PRESETS[preset](name.rpartition(".")[2], module):
+            taken.setdefault(id(param), rows)
+    return {key: rows for key, rows in taken.items() if key not in left_out}
+
+
+def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[int, Rows | None]:
+    """The parameters whose name a regular expression finds, by identity, every row of each."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise TalosValueError(
+            f"params must be one of {', '.join(map(repr, _PRESETS))} or a regular expression, "
+            f"got {pattern!r} ({error}); escape its special characters"
+        ) from error
+    return {id(param): None for name, param in named.items() if expression.search(name)}
+
+
+def _check_tensor(name: str, param: nn.Parameter) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
+        raise TalosTypeError(
+            f"params must select tensors that hold values, got {name} without any; "
+            "materialise it (`to_empty` and load, or one forward for lazy modules) first"
+        )
+    if param.dtype not in _DTYPES:
+        raise TalosTypeError(
+            f"params must select real floating-point tensors, got {name} of dtype {param.dtype}; "
+            "name the others by a regular expression: params="
+        )
+
+
+def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
+    """Chooses the parameters that may be scored and selected.
+
+    Parameters with requires_grad=False are passed over: that is how a user says that a part of the
+    model is frozen. How many is in the result's `passed_over` and in the log (level INFO).
+
+    Args:
+        model: any module, wrapped or not.
+        params: "maskable", "qk" or a regular expression over names; see this module's docstring.
+
+    Returns:
+        The chosen parameters by name, tied ones once, in the order of the model.
+
+    Raises:
+        TalosValueError: nothing matches, or all that does has requires_grad=False.
+        TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
+
+    Example:
+        >>> import torch, talos.params
+        >>> block = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> chosen = talos.params.select_parameters(block, "qk")
+        >>> {name: each.rows for name, each in chosen.items()}
+        {'self_attn.in_proj_weight': (0, 16), 'self_attn.in_proj_bias': (0, 16)}
+    """
+    if not isinstance(params, str):
+        raise TalosTypeError(
+            f"params must be a str, got {type(params).__name__}; join names by '|' to a regular "
+            "expression"
+        )
+    named = named_parameters(model)
+    taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
+    selection = Selection()
+    for name, param in named.items():
+        if id(param) not in taken:
+            continue
+        _check_tensor(name, param)
+        if param.requires_grad:
+            selection[name] = Selected(param, taken[id(param)])
+        else:
+            selection.passed_over += 1
+    if not taken:
+        nearest = difflib.get_close_matches(params, named, n=3, cutoff=0.0)
+        raise TalosValueError(
+            f"params must match a parameter of {type(unwrapped(model)).__name__}, got {params!r}; "
+            f"the nearest names are {', '.join(nearest) or 'none, it has no parameters'}"
+        )
+    if not selection:
+        raise TalosValueError(
+            f"params must match a parameter with requires_grad=True, got {params!r}, which matches "
+            f"{selection.passed_over} frozen ones; call requires_grad_() on those to be selected"
+        )
+    if selection.passed_over:
+        _logger.info(
+            "%d of %d parameters matched by params=%r have requires_grad=False and are passed over",
+            selection.passed_over,
+            selection.passed_over + len(selection),
+            params,
+        )
+    return selection
