@@ -1,8 +1,8 @@
 """One demo's results as tables, figures and a single HTML file that loads nothing from elsewhere.
 
-`results.json` is the source (its schema: `talos.report.results`): `load_results` checks it, `render`
-turns it into a page, `write_report` puts the page on disk in one atomic step. The figures need
-matplotlib (the extra `report`); reading, checking and `headline` do not.
+`results.json` is the source (its schema: `talos.report.results`): `load_results` checks it,
+`render` turns it into a page, `write_report` puts the page on disk in one atomic step. The figures
+need matplotlib (the extra `report`); reading, checking and `headline` do not.
 """
 
 from talos.report.page import render, write_report

@@ -1,8 +1,8 @@
 """The results of one demo: schema, loading, saving and the sentences that sum them up.
 
-Version 1. An *estimate* is `{"value", "low", "high", "n"}`: an accuracy in [0, 1] (or a ratio of two),
-its 95 % bootstrap interval and the number of examples. Matrices are lists of rows in the order of
-`tasks`.
+Version 1. An *estimate* is `{"value", "low", "high", "n"}`: an accuracy in [0, 1] (or a ratio of
+two), its 95 % bootstrap interval and the number of examples. Matrices are lists of rows in the
+order of `tasks`.
 
 schema, schema_version  "talos-demo", 1
 created, machine, versions, settings  when, where and how it was made
