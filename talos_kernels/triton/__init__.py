@@ -1,0 +1,9 @@
+"""Triton kernels for NVIDIA and AMD devices. Importing registers them; needs Triton.
+
+One program takes one block of one tensor, one launch all tensors of a call. A launcher returns on
+an empty input, guards the device and starts its kernel; the checks are the public function's.
+"""
+
+from . import add_delta, gather_grad, sparse_adam
+
+__all__ = ["add_delta", "gather_grad", "sparse_adam"]

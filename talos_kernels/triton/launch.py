@@ -1,0 +1,72 @@
+"""What the launchers share: the table of addresses, the dtypes, the device guard."""
+
+import contextlib
+import threading
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["DTYPES", "address_table", "device_guard"]
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Tables kept, 16 bytes a tensor: an optimizer meets as many as its gradients alternate between.
+CACHE_SIZE = 64
+
+_tables: dict[tuple[object, ...], Tensor] = {}
+_lock = threading.Lock()
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `device` current: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def address_table(*columns: Sequence[Tensor]) -> Tensor:
+    """The addresses of tensors on their device, without waiting for it.
+
+    Args:
+        columns: equally long lists of tensors on one device.
+
+    Returns:
+        int64 `[tensors, columns]`; 0 for a tensor without entries.
+
+    On a GPU a table is uploaded from pinned memory: a copy from pageable memory would wait for all
+    work queued before it. torch keeps the pinned buffer until the copy is done. Tables are kept
+    per stream: a kernel that finds one comes after its upload, and the memory of one that is
+    dropped goes back to the stream whose kernels read it.
+
+    A captured CUDA graph would read the pinned buffer again at every replay, and has not filled its
+    table when another call could find it. So under capture the addresses travel as arguments of
+    kernels, which the graph keeps, into memory of the graph's own pool, and no other call finds the
+    table.
+    """
+    addresses = tuple(
+        tensor.data_ptr() if tensor.numel() else 0
+        for row in zip(*columns, strict=True)
+        for tensor in row
+    )
+    device, shape = columns[0][0].device, (-1, len(columns))
+    if device.type != "cuda":
+        return torch.tensor(addresses, dtype=torch.int64).view(shape)
+    if torch.cuda.is_current_stream_capturing():
+        return captured_table(addresses, device).view(shape)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, len(columns), *addresses)
+    with _lock:
+        table = _tables.pop(key, None)
+        if table is None:
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+            table = host.to(device, non_blocking=True).view(shape)
+        _tables[key] = table
+        if len(_tables) > CACHE_SIZE:
+            del _tables[next(iter(_tables))]
+    return table
+
+
+def captured_table(addresses: Sequence[int], device: torch.device) -> Tensor:
+    """int64 `[len(addresses)]`, filled by kernels that carry the addresses as arguments."""
+    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), list(addresses))
+    return table
