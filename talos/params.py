@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from talos.errors import TalosTypeError, TalosValueError
+from .errors import TalosTypeError, TalosValueError
 
 __all__ = ["Selected", "Selection", "named_modules", "named_parameters", "select_parameters"]
 
@@ -140,11 +140,14 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> dict[str, nn.Parameter]:
     """The parameters of `model` by names without wrappers, tied ones once, under their first name.
 
     Args:
         model: any module.
+        remove_duplicate: False: a tied parameter comes under every one of its names.
 
     Returns:
         Name and parameter in the order of `model.named_parameters()`.
@@ -159,7 +162,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     seen: set[int] = set()
     for module_name, module in named_modules(model):
         for name, param in module.named_parameters(recurse=False):
-            if id(param) not in seen:
+            if not remove_duplicate or id(param) not in seen:
                 seen.add(id(param))
                 found[f"{module_name}.{name}" if module_name else name] = param
     return found
