@@ -1,0 +1,33 @@
+// The kernels for x86-64 with AVX512.
+//
+// Only what stands between push and pop may use these instructions. The headers come before it: an
+// inline function of theirs, compiled with them here, could be the copy that the linker keeps for
+// the whole library, and that would crash an older processor.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(                                                               \
+    __attribute__((                                                                         \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#endif
+
+namespace talos::avx512 {
+#include "block.h"
+#include "programs.h"
+#include "select_avx512.h"
+
+const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
+}  // namespace talos::avx512
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

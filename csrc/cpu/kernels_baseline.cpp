@@ -1,0 +1,10 @@
+// The kernels for any processor: x86-64 without extensions, aarch64.
+#include "kernels.h"
+
+namespace talos::baseline {
+#include "block.h"
+#include "programs.h"
+#include "select_scalar.h"
+
+const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
+}  // namespace talos::baseline

@@ -1,0 +1,225 @@
+// The bodies of the four ops: gather a run's selected entries into scratch that fits the
+// first-level cache, do the arithmetic on contiguous floats (the compiler vectorises it), scatter
+// them back. Included once per instruction set, inside its namespace.
+
+constexpr int64_t kRunSize = kBlockSize;  // selected entries in scratch at once
+constexpr int64_t kPadding = 32;          // written and read by vector copies, never meant
+
+template <class T>
+struct Scratch {
+  alignas(64) T entries[kRunSize + kPadding];
+};
+
+// dense -> out, for the `n` selected entries of `b` from the `begin`-th on.
+template <class T>
+inline void gather(const T* dense, const Block& b, int64_t begin, int64_t n, T* out) {
+  if (b.encoding == kFull) {
+    std::memcpy(out, dense, n * sizeof(T));
+  } else if (b.encoding == kBitmap) {
+    gather_bitmap(dense, b.words, ceil_div(b.dense_count, 32), out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = dense[b.positions[begin + i]];
+  }
+}
+
+template <class T>
+inline void scatter(T* dense, const Block& b, int64_t begin, int64_t n, const T* in) {
+  if (b.encoding == kFull) {
+    std::memcpy(dense, in, n * sizeof(T));
+  } else if (b.encoding == kBitmap) {
+    scatter_bitmap(dense, b.words, ceil_div(b.dense_count, 32), in);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dense[b.positions[begin + i]] = in[i];
+  }
+}
+
+// The floats of `in`: `in` itself where it holds floats, else `out`.
+template <class T>
+inline auto widen(T* in, int64_t n, Scratch<float>& out) {
+  if constexpr (std::is_same_v<std::remove_const_t<T>, float>) {
+    return in;
+  } else {
+    for (int64_t i = 0; i < n; ++i) out.entries[i] = static_cast<float>(in[i]);
+    return static_cast<std::conditional_t<std::is_const_v<T>, const float, float>*>(out.entries);
+  }
+}
+
+template <class T>
+inline void narrow(const float* in, int64_t n, T* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (in != out) std::memcpy(out, in, n * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+  }
+}
+
+// Calls body(block, begin, n, rank) for every run of at most kRunSize entries.
+template <class Body>
+inline bool for_runs(const IndexView& index, int64_t first, int64_t last, const Body& body) {
+  bool agrees = true;
+  for (int64_t program = first; program < last; ++program) {
+    Block b;
+    if (!find_block(index, program, b)) {
+      agrees = false;
+      continue;
+    }
+    for (int64_t begin = 0; begin < b.count; begin += kRunSize)
+      body(b, begin, b.count - begin < kRunSize ? b.count - begin : kRunSize, b.rank + begin);
+  }
+  return agrees;
+}
+
+// A weight somebody else wrote since the last step wins over its master.
+template <class P>
+inline void restore_masters(const float* masters, const P* params, int64_t n, float* weights) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float stored = static_cast<float>(params[i]);
+    const float cast = static_cast<float>(static_cast<P>(masters[i]));
+    weights[i] = cast == stored ? masters[i] : stored;
+  }
+}
+
+template <class P, class G>
+bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
+  Scratch<P> params;
+  Scratch<G> grads;
+  Scratch<float> wide_params, wide_grads;
+  return for_runs(call.index, first, last,
+                  [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+                    if (call.grads[b.tensor] == nullptr) return;
+                    P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
+                    gather(static_cast<const G*>(call.grads[b.tensor]) + b.dense_begin, b, begin, n,
+                           grads.entries);
+                    gather(static_cast<const P*>(dense), b, begin, n, params.entries);
+
+                    float* g = widen(grads.entries, n, wide_grads);
+                    if (call.grad_scale != nullptr) {
+                      const float scale = *call.grad_scale;
+                      for (int64_t i = 0; i < n; ++i) g[i] = g[i] / scale;
+                    }
+                    if (call.maximize)
+                      for (int64_t i = 0; i < n; ++i) g[i] = -g[i];
+
+                    float* w = wide_params.entries;
+                    if (call.master != nullptr)
+                      restore_masters(call.master + r, params.entries, n, w);
+                    else
+                      w = widen(params.entries, n, wide_params);
+
+                    const AdamScalars scalars = call.scalars[b.tensor];
+                    float* __restrict exp_avg = call.exp_avg + r;
+                    float* __restrict exp_avg_sq = call.exp_avg_sq + r;
+                    float* __restrict weights = w;
+                    const float* __restrict gradients = g;
+                    for (int64_t i = 0; i < n; ++i)
+                      adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], scalars);
+
+                    if (call.master != nullptr) std::memcpy(call.master + r, w, n * sizeof(float));
+                    narrow(w, n, params.entries);
+                    scatter(dense, b, begin, n, params.entries);
+                  });
+}
+
+// Sixteen running sums in a fixed order: the same bits at every vector width.
+inline double sum_of_squares(const float* x, int64_t n) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t k = 0; k < 16; ++k) sums[k] += static_cast<double>(x[i + k]) * x[i + k];
+  for (int64_t k = 0; i + k < n; ++k) sums[k] += static_cast<double>(x[i + k]) * x[i + k];
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+template <class G>
+bool gather_programs(const GatherCall& call, int64_t first, int64_t last) {
+  Scratch<G> grads;
+  Scratch<float> wide;
+  return for_runs(call.index, first, last,
+                  [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+                    float* __restrict out = call.out + r;
+                    const G* dense = static_cast<const G*>(call.grads[b.tensor]);
+                    if (dense != nullptr) {
+                      gather(dense + b.dense_begin, b, begin, n, grads.entries);
+                      const float* g = widen(grads.entries, n, wide);
+                      if (call.accumulate)
+                        for (int64_t i = 0; i < n; ++i) out[i] += g[i];
+                      else
+                        std::memcpy(out, g, n * sizeof(float));
+                    } else if (!call.accumulate) {
+                      std::memset(out, 0, n * sizeof(float));
+                    }
+                    call.sums[b.program] += sum_of_squares(out, n);
+                  });
+}
+
+template <class P, class V>
+bool scatter_programs(const DeltaCall& call, int64_t first, int64_t last) {
+  Scratch<P> params;
+  Scratch<float> wide;
+  return for_runs(call.index, first, last,
+                  [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+                    P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
+                    const V* values = static_cast<const V*>(call.values) + r;
+                    if constexpr (std::is_same_v<P, V>)  // bit for bit, NaN payloads too: this is
+                                                         // how a swap reverts
+                      std::memcpy(params.entries, values, n * sizeof(P));
+                    else
+                      narrow(widen(values, n, wide), n, params.entries);
+                    scatter(dense, b, begin, n, static_cast<const P*>(params.entries));
+                  });
+}
+
+template <class P, class V>
+bool delta_programs(const DeltaCall& call, int64_t first, int64_t last) {
+  Scratch<P> params;
+  Scratch<float> wide_params, wide_values;
+  return for_runs(
+      call.index, first, last, [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+        P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
+        gather(static_cast<const P*>(dense), b, begin, n, params.entries);
+        if (call.saved != nullptr)
+          std::memcpy(static_cast<P*>(call.saved) + r, params.entries, n * sizeof(P));
+        float* w = widen(params.entries, n, wide_params);
+        const float* values = widen(static_cast<const V*>(call.values) + r, n, wide_values);
+        for (int64_t i = 0; i < n; ++i) w[i] = w[i] + call.scale * values[i];
+        narrow(w, n, params.entries);
+        scatter(dense, b, begin, n, static_cast<const P*>(params.entries));
+      });
+}
+
+template <class F>
+bool with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32) return f(float{});
+  return dtype == DType::bf16 ? f(BFloat16{}) : f(Half{});
+}
+
+bool sparse_adam(const AdamCall& call, int64_t first, int64_t last) {
+  return with_dtype(call.param_dtype, [&](auto p) {
+    using P = decltype(p);
+    return call.grad_dtype == DType::f32 ? adam_programs<P, float>(call, first, last)
+                                         : adam_programs<P, P>(call, first, last);
+  });
+}
+
+bool gather_grad(const GatherCall& call, int64_t first, int64_t last) {
+  return with_dtype(call.grad_dtype,
+                    [&](auto g) { return gather_programs<decltype(g)>(call, first, last); });
+}
+
+bool scatter(const DeltaCall& call, int64_t first, int64_t last) {
+  return with_dtype(call.param_dtype, [&](auto p) {
+    return with_dtype(call.value_dtype, [&](auto v) {
+      return scatter_programs<decltype(p), decltype(v)>(call, first, last);
+    });
+  });
+}
+
+bool add_delta(const DeltaCall& call, int64_t first, int64_t last) {
+  return with_dtype(call.param_dtype, [&](auto p) {
+    return with_dtype(call.value_dtype, [&](auto v) {
+      return delta_programs<decltype(p), decltype(v)>(call, first, last);
+    });
+  });
+}
