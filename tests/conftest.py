@@ -8,7 +8,9 @@
 - Everything under tests/gpu carries the marker `gpu` and is skipped where there is no device.
 """
 
+import ast
 import functools
+import importlib.util
 import os
 import random
 from collections.abc import Callable
@@ -19,11 +21,35 @@ import pytest
 import torch
 import torch.utils._device
 
-GPU_TESTS = Path(__file__).parent / "gpu"
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:  # read when a kernel is decorated, so before talos_kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+TESTS = Path(__file__).parent
+GPU_TESTS = TESTS / "gpu"
+
+
+def _absent_packages(path: Path) -> list[str]:
+    """What a test file imports at its top and this environment, a borrowed GPU, say, lacks."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return sorted(name for name in names if importlib.util.find_spec(name) is None)
+
+
+LEFT_OUT = {
+    path: absent for path in sorted(TESTS.rglob("test_*.py")) if (absent := _absent_packages(path))
+}
+collect_ignore = [str(path.relative_to(TESTS)) for path in LEFT_OUT]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out: {path.name} needs {', '.join(names)}" for path, names in LEFT_OUT.items()]
+
 
 # Examples are derived from the test itself: a failure found once is found every time.
 hypothesis.settings.register_profile(

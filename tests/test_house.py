@@ -10,6 +10,7 @@ import pytest
 
 import talos
 import talos_kernels
+from tests.conftest import LEFT_OUT
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -146,3 +147,7 @@ def test_hooks_run_the_pinned_versions(hook: str, package: str) -> None:
 def test_types_are_shipped() -> None:
     for package in LIBRARY:
         assert (ROOT / package / "py.typed").is_file()
+
+
+def test_the_pinned_environment_leaves_no_test_out() -> None:
+    assert not LEFT_OUT

@@ -1,0 +1,77 @@
+"""One optimizer step on the entries of Q and K, ours beside three strong baselines.
+
+Every form is checked before it is timed: its selected weights after three steps against torch's
+AdamW in float64, its unselected ones bit for bit against what they were.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benches import forms, measure
+from benches.shapes import ModelShape
+from benches.table import OURS, Record
+from tests.cases import assert_bit_equal, assert_close
+
+CHECKED_STEPS = 3
+BF16 = f"{OURS}, bf16 weights"
+
+FORMS: dict[str, Callable[[ModelShape, torch.device], forms.Form]] = {
+    OURS: forms.ours,
+    "(a) whole model, fused": forms.whole,
+    "(b) frozen, masked, fused": forms.frozen,
+    "(c) elementwise": forms.elementwise,
+    BF16: partial(forms.ours, dtype=torch.bfloat16),
+}
+
+
+def check(name: str, form: forms.Form, shape: ModelShape, device: torch.device) -> None:
+    before = {key: weight.clone() for key, weight in form.weights.items()}
+    for _ in range(CHECKED_STEPS):
+        form.step()
+    wanted = forms.expected(shape, device, CHECKED_STEPS)
+    for key, mask in shape.masks().items():
+        selected = mask.to(device)
+        if name == BF16:  # it starts from other weights, rounded; only what stays is compared
+            assert not torch.equal(form.weights[key][selected], before[key][selected])
+        else:
+            assert_close(form.weights[key][selected], wanted[key])
+        if not name.startswith("(a)"):
+            assert_bit_equal(form.weights[key][~selected], before[key][~selected])
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_step(
+    benchmark: Any,
+    shape: ModelShape,
+    name: str,
+    bandwidth: float,
+    report: Callable[[Record], None],
+) -> None:
+    device = measure.target_device()
+    form = FORMS[name](shape, device)
+    check(name, form, shape, device)
+    peak = measure.peak_bytes(form.step)
+    on_gpu = device.type == "cuda"
+    benchmark.pedantic(
+        form.step, rounds=20 if on_gpu else 10, iterations=10 if on_gpu else 1, warmup_rounds=2
+    )
+    stats = benchmark.stats.stats
+    report(
+        Record(
+            op="sparse_adam_",
+            shape=shape.name,
+            form=name,
+            seconds=stats.median,
+            spread=stats.iqr,
+            bytes_moved=form.bytes_moved,
+            bandwidth=bandwidth,
+            state_bytes=form.state_bytes(),
+            peak_bytes=peak,
+            comparable=name != BF16,
+        )
+    )

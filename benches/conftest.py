@@ -1,0 +1,84 @@
+"""Options of the benches, what each result says about the machine, and the table at the end."""
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benches import measure
+from benches.results_file import add_result
+from benches.shapes import SHAPES
+from benches.table import Record, table_lines
+
+RECORDS = pytest.StashKey[list[Record]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "vit-b-32" if torch.cuda.is_available() else "minilm"
+    parser.addoption(
+        "--shape",
+        action="append",
+        choices=sorted(SHAPES),
+        help=f"model whose tensors are used; may be given more than once (default: {default})",
+    )
+    parser.addoption(
+        "--out", type=Path, help="folder for a JSON an op, rewritten as each bench ends"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        default = "vit-b-32" if torch.cuda.is_available() else "minilm"
+        names = metafunc.config.getoption("--shape") or [default]
+        metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names, scope="module")
+
+
+@pytest.fixture(scope="session")
+def bandwidth() -> float:
+    """Bytes a second of a copy on the bench's device."""
+    return measure.copy_bandwidth(measure.target_device())
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Record], None]:
+    """Keeps a bench's result: a line of the table, `extra_info`, and with --out its file."""
+
+    def keep(record: Record) -> None:
+        config = request.config
+        config.stash[RECORDS].append(record)
+        result = record.as_dict() | measure.machine()
+        benchmark.extra_info.update(result)
+        if config.getoption("--out"):
+            add_result(config.getoption("--out"), result)
+
+    return keep
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """Each bench starts with the memory of the one before it given back."""
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """The machine's own facts in place of its host name."""
+    machine_info.clear()
+    machine_info.update(measure.machine())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    records = config.stash[RECORDS]
+    if records:
+        terminalreporter.section("ratios")
+        for line in table_lines(records):
+            terminalreporter.write_line(line)
