@@ -19,8 +19,10 @@
 
 namespace talos::avx512 {
 #include "block.h"
-#include "programs.h"
+
 #include "select_avx512.h"
+
+#include "programs.h"
 
 const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
 }  // namespace talos::avx512

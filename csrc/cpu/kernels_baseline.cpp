@@ -3,8 +3,10 @@
 
 namespace talos::baseline {
 #include "block.h"
-#include "programs.h"
+
 #include "select_scalar.h"
+
+#include "programs.h"
 
 const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
 }  // namespace talos::baseline
