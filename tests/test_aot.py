@@ -1,0 +1,108 @@
+"""The Triton kernels compiled for devices that this machine does not have; see `tests.aot`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .aot import TARGETS, launches
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = tuple(launches())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    target: str
+    folder: Path
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.target.startswith("cuda")
+
+    @property
+    def facts(self) -> dict[str, dict[str, int]]:
+        return json.loads((self.folder / "facts.json").read_text())
+
+    def text(self, name: str, language: str) -> str:
+        return (self.folder / f"{name}.{language}").read_text()
+
+    def assembly(self, name: str) -> str:
+        return self.text(name, "ptx" if self.is_cuda else "amdgcn")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    folder = tmp_path_factory.mktemp("compiled")
+    cache = tmp_path_factory.mktemp("triton-cache")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "tests.aot", request.param, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(request.param, folder)
+
+
+def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
+    assert tuple(compiled.facts) == KERNELS
+    for name, facts in compiled.facts.items():
+        assert facts["spilled"] == facts["local"] == 0, (name, facts)
+        # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency.
+        assert facts["registers"] <= 80, (name, facts)
+        assert facts["shared"] <= 1024, (name, facts)
+
+
+def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
+    for name in KERNELS:
+        products = re.findall(r"arith\.muli %\w+, %(\w+) : (i\d+) ", compiled.text(name, "ttir"))
+        assert {kind for _, kind in products} == {"i64"}, (name, products)
+        # a bitmap's block, a 16-bit segment, a block's words
+        assert {"c2048_i64", "c65536_i64", "c64_i64"} <= {by for by, _ in products}, name
+
+
+def test_a_warp_reads_neighbours(compiled: Compiled) -> None:
+    lanes = 32 if compiled.is_cuda else 64
+    side_by_side = f"sizePerThread = [1], threadsPerWarp = [{lanes}], warpsPerCTA = [4]"
+    for name in KERNELS:
+        text = compiled.text(name, "ttgir")
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>", text, re.MULTILINE))
+        accesses = re.findall(r"(?:tt\.load|tt\.store|amdg?\w*\.buffer_\w+) .*: (.*) loc", text)
+        wide = [
+            layout
+            for access in accesses
+            for layout in re.findall(r"tensor<512x.*?, (#\w+)>", access)
+        ]
+        assert len(wide) >= 4, (name, accesses)
+        assert all(side_by_side in layouts[layout] for layout in wide), (name, layouts)
+        # between layouts goes what a word needs, never what an entry needs
+        assert not re.findall(r"convert_layout .*tensor<512x", text), name
+
+
+def test_ranks_are_counted_by_one_instruction(compiled: Compiled) -> None:
+    count = "popc.b32" if compiled.is_cuda else "v_bcnt_u32"
+    for name in KERNELS:
+        assert count in compiled.assembly(name), name
+
+
+def test_arithmetic_is_rounded_as_torch_rounds_it(compiled: Compiled) -> None:
+    for name in KERNELS:
+        ttir = compiled.text(name, "ttir")
+        if name.startswith("sparse_adam"):
+            assert "tt.precise_sqrt" in ttir
+            assert "tt.precise_divf" in ttir
+            assert re.search(r"math\.exp2 .* : f64", ttir), "bias corrections are float64"
+            assert "arith.constant 9.9" not in ttir, "betas are arguments"
+        if not compiled.is_cuda:
+            continue
+        ptx = compiled.assembly(name)
+        assert not re.findall(r"div\.full|sqrt\.approx|ex2\.approx", ptx), name
+        if name.startswith(("sparse_adam", "add_delta")):
+            # one fused multiply-add an entry, torch's lerp; every other product is rounded first
+            fused = len(re.findall(r"fma\.rn\.f32", ptx))
+            assert fused == (8 if name.startswith("sparse_adam") else 0), name
+        if "bf16" in name and "gather" not in name:
+            assert "cvt.rn.bf16" in ptx, name
