@@ -6,14 +6,13 @@ AdamW in float64, its unselected ones bit for bit against what they were.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from benches import forms, measure
 from benches.shapes import ModelShape
-from benches.table import OURS, Record
+from benches.table import OURS
 from tests.cases import assert_bit_equal, assert_close
 
 CHECKED_STEPS = 3
@@ -45,33 +44,16 @@ def check(name: str, form: forms.Form, shape: ModelShape, device: torch.device) 
 
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", FORMS)
-def bench_step(
-    benchmark: Any,
-    shape: ModelShape,
-    name: str,
-    bandwidth: float,
-    report: Callable[[Record], None],
-) -> None:
+def bench_sparse_adam(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
     device = measure.target_device()
     form = FORMS[name](shape, device)
     check(name, form, shape, device)
-    peak = measure.peak_bytes(form.step)
-    on_gpu = device.type == "cuda"
-    benchmark.pedantic(
-        form.step, rounds=20 if on_gpu else 10, iterations=10 if on_gpu else 1, warmup_rounds=2
-    )
-    stats = benchmark.stats.stats
-    report(
-        Record(
-            op="sparse_adam_",
-            shape=shape.name,
-            form=name,
-            seconds=stats.median,
-            spread=stats.iqr,
-            bytes_moved=form.bytes_moved,
-            bandwidth=bandwidth,
-            state_bytes=form.state_bytes(),
-            peak_bytes=peak,
-            comparable=name != BF16,
-        )
+    measured(
+        form.step,
+        op="sparse_adam_",
+        shape=shape.name,
+        form=name,
+        bytes_moved=form.bytes_moved,
+        state_bytes=form.state_bytes(),
+        comparable=name != BF16,
     )

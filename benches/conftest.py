@@ -47,18 +47,32 @@ def bandwidth() -> float:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Record], None]:
-    """Keeps a bench's result: a line of the table, `extra_info`, and with --out its file."""
+def measured(
+    request: pytest.FixtureRequest, benchmark: Any, bandwidth: float
+) -> Callable[..., None]:
+    """Times a form that was checked, and keeps the result: table, `extra_info`, file.
 
-    def keep(record: Record) -> None:
-        config = request.config
+    Called with what `Record` needs besides the times, and `step`, the closure to time.
+    """
+    config = request.config
+    on_gpu = torch.cuda.is_available()
+
+    def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
+        peak = measure.peak_bytes(step)
+        benchmark.pedantic(
+            step, rounds=20 if on_gpu else 10, iterations=10 if on_gpu else 1, warmup_rounds=2
+        )
+        stats = benchmark.stats.stats
+        record = Record(
+            seconds=stats.median, spread=stats.iqr, bandwidth=bandwidth, peak_bytes=peak, **about
+        )
         config.stash[RECORDS].append(record)
         result = record.as_dict() | measure.machine()
         benchmark.extra_info.update(result)
         if config.getoption("--out"):
             add_result(config.getoption("--out"), result)
 
-    return keep
+    return measure_and_keep
 
 
 @pytest.fixture(autouse=True)

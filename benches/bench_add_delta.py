@@ -1,0 +1,68 @@
+"""A task vector's scaled delta added to a model, ours beside torch's own ways.
+
+- dense: a delta as long as the model, `_foreach_add_`: what editing with dense task vectors costs.
+- positions: `index_add_` at int64 positions, tensor by tensor.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benches import measure
+from benches.forms import parameters, sector_share
+from benches.shapes import ModelShape
+from benches.table import OURS
+from talos_kernels import Index, TensorIndex, add_delta_
+from tests.cases import assert_bit_equal, assert_close
+
+SCALE = 0.5
+FORMS = (OURS, "(a) dense delta of the whole model", "(b) index_add_ at positions")
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_add_delta(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    device = measure.target_device()
+    masks = {key: mask.to(device) for key, mask in shape.masks().items()}
+    whole = name.startswith("(a)")
+    named = parameters(shape.tensors if whole else shape.touched, device)
+    weights = {key: parameter.data for key, parameter in named.items()}
+    deltas = {key: named[key].grad[mask] for key, mask in masks.items()}
+    nnz = sum(delta.numel() for delta in deltas.values())
+    if name == OURS:
+        parts = [TensorIndex.encode(mask.flatten().cpu()) for mask in masks.values()]
+        index = Index.pack(parts, device)
+        values = torch.cat(list(deltas.values()))
+        density = nnz / shape.touched_numel
+        touched = 8 * sector_share(density, 4) * shape.touched_numel
+        moved, held = int(touched) + 4 * nnz + index.nbytes, 4 * nnz + index.nbytes
+
+        def step() -> None:
+            add_delta_(list(weights.values()), index, values, scale=SCALE)
+    elif whole:
+        dense = [torch.zeros_like(weight) for weight in weights.values()]
+        for key, delta in zip(weights, dense, strict=True):
+            if key in masks:
+                delta[masks[key]] = deltas[key]
+        moved, held = 12 * shape.numel, 4 * shape.numel
+
+        def step() -> None:
+            torch._foreach_add_(list(weights.values()), dense, alpha=SCALE)
+    else:
+        positions = {key: mask.flatten().nonzero().squeeze(1) for key, mask in masks.items()}
+        moved, held = nnz * (8 + 4 + 8), nnz * (8 + 4)
+
+        def step() -> None:
+            for key, weight in weights.items():
+                weight.view(-1).index_add_(0, positions[key], deltas[key], alpha=SCALE)
+
+    before = {key: weights[key].clone() for key in masks}
+    step()
+    for key, mask in masks.items():
+        wanted = before[key][mask].double() + SCALE * deltas[key].double()
+        assert_close(weights[key][mask], wanted)
+        assert_bit_equal(weights[key][~mask], before[key][~mask])
+    measured(
+        step, op="add_delta_", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held
+    )

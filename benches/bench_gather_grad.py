@@ -1,0 +1,60 @@
+"""Dense gradients gathered into the compact one, with its norm, ours beside torch's own ways.
+
+- masked_select: `grad[mask]` tensor by tensor, concatenated, and the sum of squares.
+- positions: `torch.take` at int64 positions, concatenated, and the sum of squares.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benches import measure
+from benches.forms import parameters, sector_share
+from benches.shapes import ModelShape
+from benches.table import OURS
+from talos_kernels import Index, TensorIndex, gather_grad_
+from tests.cases import assert_bit_equal, assert_close
+
+FORMS = (OURS, "(a) masked_select", "(b) take at positions")
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_gather_grad(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    device = measure.target_device()
+    masks = [mask.to(device) for mask in shape.masks().values()]
+    grads = [parameter.grad for parameter in parameters(shape.touched, device).values()]
+    wanted = torch.cat([grad[mask] for grad, mask in zip(grads, masks, strict=True)])
+    nnz = wanted.numel()
+    dense_bytes = 4 * sum(tensor.numel for tensor in shape.touched)
+    if name == OURS:
+        index = Index.pack([TensorIndex.encode(mask.flatten().cpu()) for mask in masks], device)
+        out = torch.empty_like(wanted)
+        touched = 4 * sector_share(nnz / shape.touched_numel, 4) * shape.touched_numel
+        moved, held = int(touched) + 4 * nnz + index.nbytes, index.nbytes
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            return out, gather_grad_(out, grads, index)
+    elif name.startswith("(a)"):
+        moved, held = int(dense_bytes * 1.25) + 16 * nnz, dense_bytes // 4
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            pieces = [grad[mask] for grad, mask in zip(grads, masks, strict=True)]
+            compact = torch.cat(pieces)
+            return compact, compact.square().sum()
+    else:
+        positions = [mask.flatten().nonzero().squeeze(1) for mask in masks]
+        moved, held = (8 + 4 + 4 + 8 + 4) * nnz, 8 * nnz
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            pieces = [grad.take(where) for grad, where in zip(grads, positions, strict=True)]
+            compact = torch.cat(pieces)
+            return compact, compact.square().sum()
+
+    compact, norm = step()
+    assert_bit_equal(compact, wanted)
+    assert_close(norm, wanted.double().square().sum(), reduction=True)
+    measured(
+        step, op="gather_grad_", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held
+    )
