@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=0 python -m tests.aot cuda:90 OUT
 
-The launchers themselves run, on CPU tensors, with a driver that names the wanted target and compiles
-instead of launching: signatures, alignment and options are those of a real launch. OUT receives the
+The launchers themselves run, on CPU tensors, under a driver that names the wanted target, and they
+compile instead of launching: signatures, alignment and options are a real launch's. OUT receives the
 intermediate languages of each kernel, and facts.json with registers, spills and shared memory.
 """
 
