@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from talos.errors import TalosTypeError, TalosValueError
+from talos.batches import default_logits, labels_of
+from talos.errors import TalosValueError
 from talos.models.text import evaluation_mode
 
 
@@ -41,7 +42,7 @@ class Accuracy:
 
 def accuracy(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Any],
     *,
     logits_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     level: float = 0.95,
@@ -53,8 +54,9 @@ def accuracy(
     The model is in evaluation mode meanwhile; afterwards each module is in its own again.
 
     Args:
-        model: The model, called with a batch; it returns logits [B, C] or an object with `.logits`.
-        batches: Mappings of tensors with `labels` int64 [B]; they are moved to the model's device.
+        model: The model; it returns logits [B, C] or an object with `.logits`.
+        batches: Mappings of tensors with `labels` int64 [B], or pairs (inputs, labels); they are
+            moved to the model's device.
         logits_fn: Returns the logits [B, C] of a model and a batch, where calling does not.
         level: Coverage of the interval.
         draws: Bootstrap resamples of the answers.
@@ -64,9 +66,9 @@ def accuracy(
         The accuracy with the percentile bootstrap interval.
 
     Raises:
-        TalosTypeError: The model returns something else than logits.
-        TalosValueError: There are no examples, a logit is NaN, logits and labels do not fit
-            together, or `level` or `draws` is out of range.
+        TalosTypeError: The model returns something else than logits; give `logits_fn`.
+        TalosValueError: There are no examples or no labels, a logit is NaN, logits and labels do
+            not fit together, or `level` or `draws` is out of range.
 
     Example:
         >>> class Sign(nn.Module):
@@ -85,13 +87,9 @@ def accuracy(
     correct = n = 0
     with torch.no_grad(), evaluation_mode(model):
         for given in batches:
-            batch = {
-                key: value.to(device) if device is not None and isinstance(value, Tensor) else value
-                for key, value in given.items()
-            }
-            logits = model(batch) if logits_fn is None else logits_fn(model, batch)
-            logits = getattr(logits, "logits", logits)
-            labels = batch["labels"]
+            batch = given if device is None else _moved(given, device)
+            logits = default_logits(model, batch) if logits_fn is None else logits_fn(model, batch)
+            labels = labels_of(batch)
             _check(logits, labels)
             correct += int((logits.argmax(1) == labels).sum())
             n += len(labels)
@@ -103,16 +101,21 @@ def accuracy(
     return Accuracy(value=correct / n, n=n, low=float(low), high=float(high))
 
 
-def _check(logits: object, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TalosTypeError(
-            f"model must return logits or an object with .logits, got {type(logits).__name__}; give "
-            "logits_fn"
-        )
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_moved(value, device) for value in batch]
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise TalosValueError(
             f"model must return logits [B, C] for labels [B], got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}; give logits_fn"
         )
     if logits.isnan().any():
-        raise TalosValueError("model must return logits that are numbers, got NaN")
+        raise TalosValueError(
+            "model must return logits that are numbers, got NaN; look for weights that are not finite"
+        )
