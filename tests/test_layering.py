@@ -14,17 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of talos imports only parts of the rows above its own, and itself where it is a package.
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
-    {"errors"},
-    {"params", "fingerprints", "files"},
-    {"masks"},
-    {"calibration", "task_vectors"},
-    {"optim"},
+    {"errors", "selection", "structure"},
+    {"describe", "files", "fingerprints", "layouts", "matching", "params"},
+    {"batches", "masks", "models", "routing", "tasks"},
+    {"buckets", "capture", "metrics", "task_vectors"},
+    {"calibration", "optim"},
     {"training"},
     {"__init__"},
-    {"models", "tasks", "report"},
+    {"report"},
     {"demo"},
     {"cli"},
-    {"__main__"},
 )
 NOT_LOADED_BY_IMPORT_TALOS = ("open_clip", "transformers", "matplotlib", "typer", "rich")
 
