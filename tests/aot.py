@@ -3,8 +3,8 @@
     TRITON_INTERPRET=0 python -m tests.aot cuda:90 OUT
 
 The launchers themselves run, on CPU tensors, under a driver that names the wanted target, and they
-compile instead of launching: signatures, alignment and options are a real launch's. OUT receives the
-intermediate languages of each kernel, and facts.json with registers, spills and shared memory.
+compile instead of launching: signatures, alignment and options are a real launch's. OUT receives
+the intermediate languages of each kernel, and facts.json with registers, spills and shared memory.
 """
 
 import json
