@@ -28,7 +28,14 @@ from torch import nn
 
 from .errors import TalosTypeError, TalosValueError
 
-__all__ = ["Selected", "Selection", "named_modules", "named_parameters", "select_parameters"]
+__all__ = [
+    "Selected",
+    "Selection",
+    "named_modules",
+    "named_parameters",
+    "select_parameters",
+    "unwrapped",
+]
 
 Rows = tuple[int, int]
 
@@ -140,9 +147,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
-def named_parameters(
-    model: nn.Module, *, remove_duplicate: bool = True
-) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """The parameters of `model` by names without wrappers, tied ones once, under their first name.
 
     Args:
