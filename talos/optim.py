@@ -243,6 +243,17 @@ class SparseAdam(torch.optim.Optimizer):
         """The selection that is trained."""
         return self._mask
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state by parameter, the groups, and what `task_vector` measures from.
+
+        Returns:
+            torch's dictionary and two keys more: `base`, the initial weights at the selected
+            entries (one flat CPU tensor for each group, device and dtype), and `fingerprints`.
+        """
+        state = super().state_dict()
+        bases = [bucket.base for bucket in self._buckets]
+        return {**state, "base": bases, "fingerprints": dict(self._fingerprints)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that another optimizer with the same mask saved.
 
@@ -263,6 +274,7 @@ class SparseAdam(torch.optim.Optimizer):
         handle = self.register_load_state_dict_pre_hook(check_and_take)
         try:
             super().load_state_dict(state_dict)
+            self._fingerprints = {**state_dict.get("fingerprints", self._fingerprints)}
         finally:
             handle.remove()
             self._incoming = []
@@ -297,7 +309,15 @@ class SparseAdam(torch.optim.Optimizer):
                             f"{self._names[param]}, got {found}"
                         )
                     pairs.append((own, saved[name]))
-        return pairs
+        return pairs + self._match_bases(state_dict)
+
+    def _match_bases(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of own and saved initial weights; none where the saver dropped them."""
+        saved = state_dict.get("base", [])
+        own = [bucket.base for bucket in self._buckets]
+        if saved and [base.shape for base in saved] != [base.shape for base in own]:
+            raise TalosValueError("state_dict must hold base weights of the optimizer's shapes")
+        return list(zip(own, saved, strict=False))
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; the views in `state` are made again from the buckets."""

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +181,11 @@ class Index:
             )
         return parts
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the positions as int16: torch pickles no uint16 storage."""
+        words, positions, *others = self.buffers
+        return _restore, (self.numels, self.nnzs, words, positions.view(torch.int16), *others)
+
     def check_tensors(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Refuse tensors that this index does not belong to.
 
@@ -200,3 +206,9 @@ class Index:
                     f"{name}[{i}] must be on the index's device {self.device}, "
                     f"got {tensor.device}; move one with .to()"
                 )
+
+
+def _restore(
+    numels: tuple[int, ...], nnzs: tuple[int, ...], words: Tensor, positions: Tensor, *rest: Tensor
+) -> Index:
+    return Index(numels, nnzs, words, positions.view(torch.uint16), *rest)

@@ -18,7 +18,7 @@ positions and ranks are int64: a tensor may have more than 2**31 entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -324,6 +324,13 @@ class TensorIndex:
             and torch.equal(self.positions.view(torch.int16), other.positions.view(torch.int16))
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the positions as int16: torch pickles no uint16 storage."""
+        positions = self.positions.view(torch.int16)
+        return _restore, (
+            self.numel, self.nnz, self.encoding, self.words, positions, self.starts,
+        )  # fmt: skip
+
     def _recoded(self) -> TensorIndex:
         """The same selection in the encoding that its density asks for."""
         if self.nnz == self.numel or self.nnz < U16_DENSITY * self.numel or self.nnz == 0:
@@ -336,6 +343,12 @@ class TensorIndex:
                 "indices must cover tensors of one size, "
                 f"got {self.numel} and {other.numel} entries"
             )
+
+
+def _restore(
+    numel: int, nnz: int, encoding: Encoding, words: Tensor, positions: Tensor, starts: Tensor
+) -> TensorIndex:
+    return TensorIndex(numel, nnz, encoding, words, positions.view(torch.uint16), starts)
 
 
 def blocks_of(numel: int, size: int) -> int:

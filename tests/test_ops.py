@@ -1,0 +1,284 @@
+"""The ops on every device, against oracles from outside: torch's AdamW, indexing, float64.
+
+Where the compiled library was built it serves the CPU, so each op is also run as its reference.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from talos_kernels import (
+    Index,
+    TalosTypeError,
+    TalosValueError,
+    TensorIndex,
+    add_delta_,
+    gather_grad_,
+    revert_delta_,
+    scatter_,
+    sparse_adam_,
+)
+from talos_kernels import _ops as ops
+from talos_kernels.add_delta import add_delta_reference
+from talos_kernels.gather_grad import gather_grad_reference, scatter_reference
+from talos_kernels.sparse_adam import sparse_adam_reference
+from tests.cases import CASES, DTYPES, MANY, Case, assert_bit_equal, assert_close
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "sparse_adam_": sparse_adam_reference,
+    "gather_grad_": gather_grad_reference,
+    "scatter_": scatter_reference,
+    "add_delta_": add_delta_reference,
+}
+
+
+@pytest.fixture(params=["op", "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs behind the public functions: the device's own implementation, or the reference."""
+    if request.param == "reference":
+
+        class References:
+            def __getattr__(self, name: str) -> Callable[..., Any]:
+                return REFERENCES[name]
+
+        monkeypatch.setattr(torch.ops, "talos", References())
+    return str(request.param)
+
+
+def packed(case: Case, device: torch.device) -> tuple[Index, list[Tensor]]:
+    masks = [mask.to(device) for mask in case.masks()]
+    return Index.pack([TensorIndex.encode(mask) for mask in masks], device), masks
+
+
+def selected(tensors: list[Tensor], masks: list[Tensor]) -> Tensor:
+    parts = [tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gather_and_scatter_are_indexing(
+    case: Case, dtype: torch.dtype, device: torch.device, implementation: str
+) -> None:
+    index, masks = packed(case, device)
+    grads = [tensor.to(device) for tensor in case.tensors(dtype)]
+    for grad, mask in zip(grads, masks, strict=True):
+        grad[~mask] = torch.nan
+    out = torch.empty(index.nnz, device=device)
+    norm = gather_grad_(out, grads, index)
+    expected = selected(grads, masks).float()
+    assert_bit_equal(out, expected)
+    assert_close(norm, expected.double().square().sum().float(), reduction=True)
+    twice = gather_grad_(out, grads, index, accumulate=True)
+    assert_bit_equal(out, expected + expected)
+    assert_close(twice, 4 * norm, reduction=True)
+
+    params = [tensor.to(device) for tensor in case.tensors(dtype, seed=2)]
+    wanted = [param.clone() for param in params]
+    values = expected.to(dtype)
+    scatter_(params, index, values)
+    for param, mask, entries in zip(wanted, masks, index.slices, strict=True):
+        param[mask] = values[entries]
+    for param, expected_param in zip(params, wanted, strict=True):
+        assert_bit_equal(param, expected_param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_add_delta_and_revert(
+    case: Case, dtype: torch.dtype, device: torch.device, implementation: str
+) -> None:
+    index, masks = packed(case, device)
+    params = [tensor.to(device) for tensor in case.tensors(dtype)]
+    before = [param.clone() for param in params]
+    values = torch.randn(index.nnz, device=device)
+    saved = torch.empty(index.nnz, device=device, dtype=dtype)
+    add_delta_(params, index, values, scale=0.3, saved=saved)
+    for param, old, mask, entries in zip(params, before, masks, index.slices, strict=True):
+        exact = old.double()[mask] + 0.3 * values[entries].double()
+        # half a unit of the result, and float32's own rounding of the product and the sum
+        spread = exact.abs() * torch.finfo(dtype).eps + (0.3 * values[entries]).abs() * 2**-22
+        assert bool(((param[mask].double() - exact).abs() <= spread + 1e-7).all())
+        assert_bit_equal(param[~mask], old[~mask])
+    revert_delta_(params, index, saved)
+    for param, old in zip(params, before, strict=True):
+        assert_bit_equal(param, old)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_adam_step_against_float64(
+    case: Case, dtype: torch.dtype, weight_decay: float, device: torch.device, implementation: str
+) -> None:
+    index, masks = packed(case, device)
+    params = [tensor.to(device) for tensor in case.tensors(dtype)]
+    grads = [tensor.to(device) for tensor in case.tensors(dtype, seed=3)]
+    before = [param.clone() for param in params]
+    m, v = torch.randn(index.nnz, device=device) * 0.1, torch.rand(index.nnz, device=device)
+    old_m, old_v = m.clone(), v.clone()
+    master = None if dtype == torch.float32 else selected(params, masks).float()
+    steps = torch.full((len(params),), 7.0, device=device)
+    for grad, mask in zip(grads, masks, strict=True):
+        grad[~mask] = torch.nan
+    sparse_adam_(
+        params, grads, index, m, v, steps, lr=1e-2, weight_decay=weight_decay, master=master
+    )
+    for param, old, grad, mask, entries in zip(
+        params, before, grads, masks, index.slices, strict=True
+    ):
+        g, w = grad[mask].double(), old[mask].double() * (1 - 1e-2 * weight_decay)
+        new_m = 0.9 * old_m[entries].double() + 0.1 * g
+        new_v = 0.999 * old_v[entries].double() + 0.001 * g * g
+        w = w - 1e-2 * (new_m / (1 - 0.9**7)) / ((new_v / (1 - 0.999**7)).sqrt() + 1e-8)
+        assert_close(param[mask].double(), w, dtype=dtype)
+        if master is not None:
+            assert_close(master[entries].double(), w, dtype=torch.float32)
+        assert_bit_equal(param[~mask], old[~mask])
+
+
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_skipping_scaling_and_found_inf(
+    case: Case, device: torch.device, implementation: str
+) -> None:
+    index, _ = packed(case, device)
+    params = [tensor.to(device) for tensor in case.tensors()]
+    grads: list[Tensor | None] = [tensor.to(device) for tensor in case.tensors(seed=3)]
+    state = [torch.zeros(index.nnz, device=device) for _ in range(2)]
+    steps = torch.ones(len(params), device=device)
+
+    def step(grads: list[Tensor | None], **kwargs: Any) -> list[Tensor]:
+        weights = [param.clone() for param in params]
+        m, v = (tensor.clone() for tensor in state)
+        sparse_adam_(weights, grads, index, m, v, steps, lr=0.1, **kwargs)
+        return [*weights, m, v]
+
+    start = [*params, *state]
+    plain = step(grads)
+    for found in (torch.ones((), device=device), torch.ones(1, device=device)):
+        for after, before in zip(step(grads, found_inf=found), start, strict=True):
+            assert_bit_equal(after, before)
+    scaled = step(
+        [None if grad is None else grad * 1024 for grad in grads],
+        grad_scale=torch.tensor(1024.0, device=device),
+        found_inf=torch.zeros((), device=device),
+    )
+    for after, expected in zip(scaled, plain, strict=True):
+        assert_bit_equal(after, expected)
+    negated = step([None if grad is None else -grad for grad in grads], maximize=True)
+    for after, expected in zip(negated, plain, strict=True):
+        assert_bit_equal(after, expected)
+    for after, before in zip(step([None] * len(grads)), start, strict=True):
+        assert_bit_equal(after, before)
+
+
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_two_runs_are_bit_equal_on_any_number_of_threads(case: Case, device: torch.device) -> None:
+    index, _ = packed(case, device)
+    ends = []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        params = [tensor.to(device) for tensor in case.tensors()]
+        grads: list[Tensor | None] = [tensor.to(device) for tensor in case.tensors(seed=3)]
+        m, v = torch.zeros(index.nnz, device=device), torch.zeros(index.nnz, device=device)
+        sparse_adam_(params, grads, index, m, v, torch.ones(len(params), device=device), lr=0.1)
+        out = torch.empty(index.nnz, device=device)
+        norm = gather_grad_(out, grads, index)
+        ends.append([*params, m, v, out, norm])
+    torch.set_num_threads(threads)
+    for first, second in zip(*ends, strict=True):
+        assert_bit_equal(first, second)
+
+
+def test_opcheck(device: torch.device) -> None:
+    case = Case("opcheck", (97, 2049), (0.6, 0.01))
+    index, _ = packed(case, device)
+    params = [tensor.to(device) for tensor in case.tensors()]
+    grads = [tensor.to(device) for tensor in case.tensors(seed=3)]
+    flat = [torch.zeros(index.nnz, device=device) for _ in range(3)]
+    steps, lr = torch.ones(2, device=device), torch.tensor(0.1, dtype=torch.float64, device=device)
+    adam = (*flat[:2], None, steps, lr, 0.9, 0.999, 1e-8, 0.0, False, None, None)
+    buffers = index.buffers
+    calls = {
+        "sparse_adam_": (params, grads, buffers, *adam),
+        "gather_grad_": (flat[0], grads, buffers, False),
+        "scatter_": (params, buffers, flat[0]),
+        "add_delta_": (params, buffers, flat[0], 0.5, flat[2]),
+    }
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(torch.ops.talos, name).default, args)
+
+
+def test_ops_serve_a_compiled_caller(device: torch.device) -> None:
+    index, masks = packed(MANY[0], device)
+    grads = [tensor.to(device) for tensor in MANY[0].tensors()]
+
+    def gathered(grads: list[Tensor]) -> Tensor:
+        out = grads[0].new_zeros(index.nnz)
+        torch.ops.talos.gather_grad_(out, grads, index.buffers, False)
+        return out * 2
+
+    compiled = torch.compile(gathered, backend="eager", fullgraph=True)
+    assert_bit_equal(compiled(grads), selected(grads, masks) * 2)
+
+
+def test_in_place_writes_are_seen_by_autograd() -> None:
+    index = Index.pack([TensorIndex.encode(torch.ones(3) > 0)])
+    weight = torch.ones(3, requires_grad=True)
+    loss = weight.square().sum()
+    add_delta_([weight], index, torch.ones(3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_compiled_library_is_the_one_beside_the_package() -> None:
+    built = ops.compiled_library
+    assert built is None or built.parent.name == "talos_kernels"
+
+
+def step_with(**changes: Any) -> None:
+    index = Index.pack([TensorIndex.encode(torch.ones(2, 3) > 0)])
+    values: dict[str, Any] = {
+        "params": [torch.zeros(2, 3)],
+        "grads": [torch.zeros(2, 3)],
+        "index": index,
+        "exp_avg": torch.zeros(6),
+        "exp_avg_sq": torch.zeros(6),
+        "steps": torch.ones(1),
+        "lr": 0.1,
+    }
+    sparse_adam_(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"params": []}, TalosValueError, "params must hold 1 tensors"),
+        ({"params": [torch.zeros(7)]}, TalosValueError, r"params\[0\] must have 6 entries"),
+        ({"params": [torch.zeros(2, 3).double()]}, TalosTypeError, "float32, bfloat16 or float16"),
+        ({"grads": []}, TalosValueError, "grads must hold 1 entries"),
+        ({"grads": [torch.zeros(3, 2)]}, TalosValueError, "shaped as its parameter"),
+        ({"grads": [torch.zeros(2, 3).to_sparse()]}, TalosTypeError, r"call .to_dense\(\) first"),
+        ({"grads": [torch.zeros(2, 3).int()]}, TalosTypeError, r"grads\[0\] must be float32"),
+        ({"exp_avg": torch.zeros(5)}, TalosValueError, r"contiguous of shape \(6,\)"),
+        ({"exp_avg": torch.zeros(12)[::2]}, TalosValueError, r"strides \(2,\)"),
+        ({"exp_avg": torch.zeros(6).bfloat16()}, TalosTypeError, "exp_avg must be"),
+        ({"master": torch.zeros(7)}, TalosValueError, "master must be contiguous"),
+        ({"steps": torch.ones(2)}, TalosValueError, "steps must be float32"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    changes: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        step_with(**changes)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    index = Index.pack([TensorIndex.encode(torch.ones(2) > 0)] * 2)
+    with pytest.raises(TalosTypeError, match="make one call a dtype"):
+        add_delta_([torch.zeros(2), torch.zeros(2).half()], index, torch.zeros(4))
