@@ -122,17 +122,15 @@ class Edit:
     Create it before the write, call `done` right after, and `ready_to_undo` and `undone` around
     taking it off.
 
+    Args:
+        params: the tensors by name.
+        verify: hash what the ledger does not know; otherwise that stays unknown.
+
     Attributes:
         bases: fingerprint of each tensor without our edits, by name.
     """
 
     def __init__(self, params: Mapping[str, Tensor], *, verify: bool = True) -> None:
-        """Find out the bases.
-
-        Args:
-            params: the tensors by name.
-            verify: hash what the ledger does not know; otherwise that stays unknown.
-        """
         self._params = dict(params)
         self._before = _known(params)
         self.bases = {name: entry.base for name, entry in self._before.items()}

@@ -1,0 +1,5 @@
+"""Task vectors: what fine-tuning changed, as a small value to add, scale and apply."""
+
+from .vector import TaskVector
+
+__all__ = ["TaskVector"]

@@ -1,0 +1,185 @@
+"""Put a sparse delta on a model's weights, and take it off bit for bit."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.fingerprints import Edit
+from talos.masks import Mask
+from talos.matching import match_tensors
+from talos.params import named_parameters
+from talos_kernels import Index, add_delta_, revert_delta_
+
+from .sums import slices_of
+
+__all__ = ["ModelEdit", "check_scale"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A search applies a few vectors over and over; a packed index is small beside its model.
+_MOST_PACKED = 8
+
+_PackedKey = tuple[int, tuple[str, ...], torch.device]
+_packed: OrderedDict[_PackedKey, tuple[weakref.ref[Mask], Index]] = OrderedDict()
+
+
+@dataclass
+class _Launch:
+    """The tensors of one device and dtype.
+
+    Attributes:
+        params: the weights.
+        index: their selected entries, on their device.
+        values: `[nnz]` of the delta, on their device.
+        dtype: of the weights.
+        saved: `[nnz]`, the old bits once the delta is on.
+    """
+
+    params: list[Tensor]
+    index: Index
+    values: Tensor
+    dtype: torch.dtype
+    saved: Tensor | None = None
+
+
+class ModelEdit:
+    """One delta on one model. Making it checks everything; `put_on` writes, `take_off` restores."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask,
+        values: Tensor,
+        fingerprints: Mapping[str, str],
+        *,
+        force: bool,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        every_name = named_parameters(model, remove_duplicate=False)
+        matched = match_tensors(mask.shapes, every_name, what="task vector")
+        touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
+        for name, param in touched.items():
+            if param.dtype not in _DTYPES or param.is_meta:
+                raise TalosTypeError(
+                    "model must have float32, bfloat16 or float16 weights where it is edited, got "
+                    f"{name} of {param.dtype} on {param.device}; convert or load it first"
+                )
+        self._edit = Edit(touched, verify=bool(fingerprints) and not force)
+        if not force:
+            _check_base(self._edit.bases, fingerprints)
+        self._launches = _launches(mask, values, touched)
+
+    def put_on(self, scale: float, *, keep: bool) -> None:
+        """Add the scaled delta; `keep=False` saves the old bits for `take_off`."""
+        done: list[_Launch] = []
+        try:
+            for launch in self._launches:
+                if not keep:
+                    launch.saved = torch.empty(
+                        launch.index.nnz, dtype=launch.dtype, device=launch.index.device
+                    )
+            for launch in self._launches:
+                add_delta_(
+                    launch.params, launch.index, launch.values, scale=scale, saved=launch.saved
+                )
+                done.append(launch)
+        except BaseException:
+            for launch in done:
+                _restore(launch)
+            raise
+        self._edit.done(keep=keep)
+
+    def take_off(self) -> None:
+        """Write the old bits back to the selected entries.
+
+        Raises:
+            TalosRuntimeError: a weight was cast or resized while the delta was on.
+        """
+        for launch in self._launches:
+            for param, numel in zip(launch.params, launch.index.numels, strict=True):
+                if param.dtype != launch.dtype or param.numel() != numel:
+                    raise TalosRuntimeError(
+                        f"model must keep its weights' dtype {launch.dtype} and shapes while a "
+                        f"task vector is applied, got {param.dtype} of {tuple(param.shape)}; the "
+                        "edit is still on, load the weights again"
+                    )
+        ready = self._edit.ready_to_undo()
+        for launch in self._launches:
+            _restore(launch)
+        self._edit.undone(ready)
+
+
+def check_scale(scale: object) -> float:
+    """A finite real number as a float.
+
+    Raises:
+        TalosTypeError: it is no real number.
+        TalosValueError: it is NaN or infinite.
+    """
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TalosTypeError(f"scale must be a real number, got {type(scale).__name__}")
+    if not isfinite(scale):
+        raise TalosValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    differing = [n for n, base in found.items() if n in wanted and wanted[n] != base]
+    if differing:
+        name = differing[0]
+        more = f" and {len(differing) - 1} tensors more differ" if len(differing) > 1 else ""
+        raise TalosValueError(
+            f"model must be the base that the task vector was made from, got {name} with "
+            f"fingerprint {found[name]}, wanted {wanted[name]}{more}; load that base in the same "
+            "dtype, or pass force=True to edit this one"
+        )
+
+
+def _launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list[_Launch]:
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, param in touched.items():
+        groups.setdefault((param.device, param.dtype), []).append(name)
+    slices = slices_of(mask)
+    launches = []
+    for (device, dtype), names in groups.items():
+        whole = len(names) == len(touched)
+        part = values if whole else torch.cat([values[slices[name]] for name in names])
+        params = [touched[name] for name in names]
+        index = _pack(mask, tuple(names), device)
+        launches.append(_Launch(params, index, part.to(device), dtype))
+    return launches
+
+
+def _pack(mask: Mask, names: tuple[str, ...], device: torch.device) -> Index:
+    """The packed index of some of the mask's tensors; the last few are remembered."""
+    key = (id(mask), names, device)
+    if key in _packed and _packed[key][0]() is mask:
+        _packed.move_to_end(key)
+        return _packed[key][1]
+    with torch.inference_mode(False):  # the index outlives the caller's mode
+        index = mask.pack(names, device)
+
+    def forget(_: Any) -> None:
+        _packed.pop(key, None)
+
+    _packed[key] = (weakref.ref(mask, forget), index)
+    while len(_packed) > _MOST_PACKED:
+        _packed.popitem(last=False)
+    return index
+
+
+def _restore(launch: _Launch) -> None:
+    if launch.saved is not None:
+        device = launch.params[0].device  # the model may have been moved meanwhile
+        index = launch.index if launch.index.device == device else launch.index.to(device)
+        revert_delta_(launch.params, index, launch.saved.to(device))

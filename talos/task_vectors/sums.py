@@ -1,0 +1,110 @@
+"""Weighted sums of sparse deltas over different selections, one tensor at a time.
+
+    values[rank(j)] = sum over terms of scale * values_term[rank_term(j)]     (float32)
+
+over the union of the selections. Nothing is made dense: a term's ranks in the union are looked up
+on the compressed form, so that the peak is the result and one tensor's positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos.masks import Mask
+
+__all__ = ["same_order", "slices_of", "sources", "spread", "weighted_sum"]
+
+Term = tuple[float, Mask, Tensor]
+
+
+def slices_of(mask: Mask) -> dict[str, slice]:
+    """Each tensor's range in an array of the mask's rank order."""
+    slices, end = {}, 0
+    for name, index in mask.indices.items():
+        slices[name] = slice(end, end + index.nnz)
+        end += index.nnz
+    return slices
+
+
+def same_order(mask: Mask, other: Mask) -> bool:
+    """Whether an array in rank order means the same under both masks."""
+    return mask is other or (mask.names == other.names and mask == other)
+
+
+def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
+    """Sum scaled values over the union of their masks.
+
+    Args:
+        terms: scale, mask and values (`[nnz]`, any floating dtype) of each, at least one.
+
+    Returns:
+        The union of the masks, the first one itself where all are equal; float32 `[nnz]`, where
+        an entry that a term does not select counts as zero of it.
+
+    Raises:
+        TalosValueError: the masks differ in the shape of a tensor.
+    """
+    masks = [mask for _, mask, _ in terms]
+    equal = all(same_order(masks[0], mask) for mask in masks[1:])
+    union = masks[0] if equal else reduce(or_, masks)
+    total = torch.zeros(union.nnz)
+    for scale, mask, values in terms:
+        _add_(total, union, scale, mask, values)
+    return union, total
+
+
+def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
+    """Values of `mask` in the rank order of a mask that contains it: float32, zero elsewhere."""
+    total = torch.zeros(union.nnz)
+    _add_(total, union, 1.0, mask, values)
+    return total
+
+
+def _add_(total: Tensor, union: Mask, scale: float, mask: Mask, values: Tensor) -> None:
+    ranges, own_ranges = slices_of(union), slices_of(mask)
+    for name, own in mask.indices.items():
+        index = union.indices[name]
+        target, part = total[ranges[name]], values[own_ranges[name]].float() * scale
+        if own is index or own == index:
+            target += part
+        else:
+            target[index.rank(own.positions_int64())] += part
+
+
+def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What a sum is made of, each source once, with its scale; sums of sums are opened.
+
+    Args:
+        terms: scale and metadata of each vector.
+
+    Returns:
+        One dictionary a source: `scale` and its metadata as `of`.
+
+    Example:
+        >>> sources([(2.0, {"sum": [{"scale": 0.5, "of": {"task": "a"}}]}), (1.0, {"task": "a"})])
+        [{'scale': 2.0, 'of': {'task': 'a'}}]
+    """
+    found: list[dict[str, Any]] = []
+    for scale, metadata in terms:
+        parts = metadata["sum"] if _is_sum(metadata) else [{"scale": 1.0, "of": metadata}]
+        for part in parts:
+            known = next((source for source in found if source["of"] == part["of"]), None)
+            if known is None:
+                found.append({"scale": scale * part["scale"], "of": part["of"]})
+            else:
+                known["scale"] += scale * part["scale"]
+    return found
+
+
+def _is_sum(metadata: Mapping[str, Any]) -> bool:
+    parts = metadata.get("sum")
+    return isinstance(parts, list) and all(
+        isinstance(part, dict) and set(part) == {"scale", "of"} and isinstance(part["scale"], float)
+        for part in parts
+    )
