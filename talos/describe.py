@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .structure import KINDS
@@ -53,13 +53,13 @@ class MaskTable:
     def by_kind(self) -> list[MaskTableRow]:
         """One row a type, in the order of `structure.KINDS`."""
         order = [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
-        return [self._sum(kind, lambda row, kind=kind: row.kind == kind) for kind in order]
+        return [_sum([row for row in self.rows if row.kind == kind], kind) for kind in order]
 
     def by_layer(self) -> list[MaskTableRow]:
         """One row a layer; what lies outside of the layers comes first, as layer None."""
         layers = sorted({row.layer for row in self.rows}, key=lambda n: -1 if n is None else n)
         return [
-            self._sum("total", lambda row, layer=layer: row.layer == layer, layer)
+            _sum([row for row in self.rows if row.layer == layer], "total", layer)
             for layer in layers
         ]
 
@@ -70,29 +70,13 @@ class MaskTable:
             key=lambda pair: (-1 if pair[0] is None else pair[0], KINDS.index(pair[1])),
         )
         return [
-            self._sum(kind, lambda row, pair=(layer, kind): (row.layer, row.kind) == pair, layer)
+            _sum([row for row in self.rows if (row.layer, row.kind) == (layer, kind)], kind, layer)
             for layer, kind in pairs
         ]
 
     def total(self) -> MaskTableRow:
         """The sum of all rows."""
-        return self._sum("total", lambda row: True)
-
-    def _sum(
-        self, kind: str, chosen: Callable[[MaskTableRow], bool], layer: int | None = None
-    ) -> MaskTableRow:
-        rows = [row for row in self.rows if chosen(row)]
-        encodings = dict.fromkeys(row.encoding for row in rows if row.nnz)
-        return MaskTableRow(
-            kind if layer is None else f"{layer} {kind}",
-            layer,
-            kind,
-            sum(row.numel for row in rows),
-            sum(row.nnz for row in rows),
-            "+".join(encodings) or "none",
-            sum(row.nbytes for row in rows),
-            len(rows),
-        )
+        return _sum(self.rows, "total")
 
     def __str__(self) -> str:
         header = ("type", "tensors", "entries", "selected", "density", "encoding", "bytes")
@@ -109,6 +93,20 @@ class MaskTable:
             for row in [*self.by_kind(), self.total()]
         ]
         return text_table([header, *lines], left=(0, 5))
+
+
+def _sum(rows: Sequence[MaskTableRow], kind: str, layer: int | None = None) -> MaskTableRow:
+    encodings = dict.fromkeys(row.encoding for row in rows if row.nnz)
+    return MaskTableRow(
+        kind if layer is None else f"{layer} {kind}",
+        layer,
+        kind,
+        sum(row.numel for row in rows),
+        sum(row.nnz for row in rows),
+        "+".join(encodings) or "none",
+        sum(row.nbytes for row in rows),
+        len(rows),
+    )
 
 
 def text_table(rows: Iterable[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:

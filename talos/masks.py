@@ -1,7 +1,7 @@
 """Which weights of a model are trained: a selection over named tensors, held compressed.
 
-`Mask.from_scores` takes the round(density * N) entries with the lowest scores of all N; equal scores
-are taken in (tensor, position) order, so that a mask depends neither on a device nor on a sort.
+`Mask.from_scores` takes the round(density * N) entries with the lowest scores of all N; equal
+scores are taken in (tensor, position) order, so a mask depends neither on a device nor on a sort.
 
 A mask lives on the CPU in the encoding of `talos_kernels.tensor_index`; set algebra and the
 intersection over union work on that form, one tensor at a time.

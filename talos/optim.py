@@ -87,7 +87,9 @@ class SparseAdam(torch.optim.Optimizer):
         params = {name: param for group in groups for name, param in group["params"]}
         if mask.nnz == 0:
             raise TalosValueError("mask must select at least one entry: no weight selected")
-        aliases = named_parameters(model, remove_duplicate=False) if _is_module(model) else params
+        aliases: Mapping[str, Tensor] = params
+        if isinstance(model, nn.Module):
+            aliases = named_parameters(model, remove_duplicate=False)
         matched = match_tensors(mask.shapes, aliases)
         if strict and (unknown := [n for n, p in params.items() if not _holds(matched, p)]):
             raise TalosValueError(
@@ -337,10 +339,6 @@ class SparseAdam(torch.optim.Optimizer):
                 own.copy_(saved)
 
 
-def _is_module(model: object) -> bool:
-    return isinstance(model, nn.Module)
-
-
 def _holds(matched: Mapping[str, Tensor], param: Tensor) -> bool:
     return any(param is other for other in matched.values())
 
@@ -351,23 +349,24 @@ def _named_groups(
     """Param groups of `(name, parameter)` pairs."""
     if isinstance(model, nn.Module):
         return [{"params": list(named_parameters(model).items())}]
-    items = list(model)
+    items: list[Any] = list(model)
     if not items:
         raise TalosValueError("model must have parameters, got none")
     groups = items if isinstance(items[0], dict) else [{"params": items}]
-    named = []
-    for group in groups:
-        members = group["params"].items() if isinstance(group["params"], dict) else group["params"]
-        members = list(members)
-        if "param_names" in group:
-            members = list(zip(group["param_names"], members, strict=True))
-        if not all(isinstance(member, tuple) for member in members):
-            raise TalosTypeError(
-                "params must be (name, parameter) pairs, got bare tensors; "
-                "pass the model or model.named_parameters()"
-            )
-        named.append({**group, "params": members})
-    return named
+    return [{**group, "params": _pairs(group)} for group in groups]
+
+
+def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    params = group["params"]
+    pairs = list(params.items() if isinstance(params, Mapping) else params)
+    if "param_names" in group:
+        pairs = list(zip(group["param_names"], pairs, strict=True))
+    if not all(isinstance(pair, tuple) for pair in pairs):
+        raise TalosTypeError(
+            "params must be (name, parameter) pairs, got bare tensors; "
+            "pass the model or model.named_parameters()"
+        )
+    return pairs
 
 
 def _check_trainable(name: str, param: Tensor) -> None:

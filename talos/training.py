@@ -195,7 +195,7 @@ def _loop(
             for _ in range(accumulate):
                 with _autocast(device, autocast):
                     loss = compute_loss(model, next(stream))
-                (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / accumulate).backward()
                 total += float(loss.detach()) / accumulate
             if not math.isfinite(total):
                 raise TalosValueError(

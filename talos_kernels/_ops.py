@@ -8,11 +8,12 @@ Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["compiled_library", "define", "increment_version"]
 
@@ -45,7 +46,6 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
         torch.library.register_kernel(op, "cpu", getattr(torch.ops.talos_C, name).default)
 
 
-def increment_version(*groups: object) -> None:
-    """Tell autograd that these tensors were written in place by a kernel."""
-    for tensors in groups:
-        torch.autograd.graph.increment_version(tensors)  # type: ignore[arg-type]
+def increment_version(tensors: Tensor | Sequence[Tensor]) -> None:
+    """Tell autograd that a kernel wrote these tensors in place."""
+    torch.autograd.graph.increment_version(tensors)

@@ -105,5 +105,25 @@ def add_delta_(
 
 
 def revert_delta_(params: Sequence[Tensor], index: Index, saved: Tensor) -> None:
-    """Write back the bits that `add_delta_` saved; see there."""
+    """Write back the bits that `add_delta_` saved, in place, in one launch.
+
+    Args:
+        params: the tensors that were edited.
+        index: the selection, on the tensors' device.
+        saved: `[nnz]` of the tensors' dtype, as `add_delta_` filled it.
+
+    Raises:
+        TalosValueError: a shape, number, device or layout does not fit the index.
+        TalosTypeError: a dtype is not supported or not shared.
+
+    Example:
+        >>> from talos_kernels import TensorIndex
+        >>> w = torch.tensor([0.1, 0.2]).bfloat16()
+        >>> index = Index.pack([TensorIndex.encode(torch.tensor([True, True]))])
+        >>> saved, before = torch.empty_like(w), w.clone()
+        >>> add_delta_([w], index, torch.tensor([1.0, 3.0]), saved=saved)
+        >>> revert_delta_([w], index, saved)
+        >>> torch.equal(w, before)
+        True
+    """
     scatter_(params, index, saved)
