@@ -26,12 +26,15 @@ def skip(reason):
     return {}
 
 
-def has_cuda(cpp_extension, torch):
-    """The CUDA part needs nvcc, its headers, and a torch that was built for CUDA."""
-    home = cpp_extension.CUDA_HOME
-    if os.environ.get("TALOS_CUDA", "1") == "0" or torch.version.cuda is None or home is None:
-        return False
-    return Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists()
+def find_cuda(cpp_extension, torch):
+    """The toolkit's folder: nvcc and its headers, for a torch that was built for CUDA, or None."""
+    if os.environ.get("TALOS_CUDA", "1") == "0" or torch.version.cuda is None:
+        return None
+    # torch takes the folder above `which nvcc`, which is wrong where that is a wrapper.
+    for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda"):
+        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda.h").exists():
+            return home
+    return None
 
 
 def extension_arguments():
@@ -41,7 +44,7 @@ def extension_arguments():
     except ImportError as error:
         return skip(f"torch cannot be imported: {error}")
     compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
+    if shutil.which(compiler) is None:
         return skip(f"no C++ compiler {compiler!r}")
 
     class OptionalBuild(cpp_extension.BuildExtension):
@@ -55,23 +58,26 @@ def extension_arguments():
     sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(
         map(str, Path("csrc", "cpu").glob("*.cpp"))
     )
-    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++17", "-O3"]
     host = [
-        *stable,
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11: the oldest this loads into
+        "-O3",
+        "-g0",
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
         "-fvisibility=hidden",
     ]
     arguments = {"py_limited_api": True, "extra_compile_args": {"cxx": host}}
-    if has_cuda(cpp_extension, torch):
+    if home := find_cuda(cpp_extension, torch):
+        cpp_extension.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         sources += sorted(map(str, Path("csrc", "cuda").glob("*.c*")))
-        arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "-fmad=false"]
-        # The static runtime and no libtorch_cuda: this library loads beside a CPU-only torch too.
+        arguments["extra_compile_args"]["nvcc"] = ["-O3", "-fmad=false"]
+        arguments["include_dirs"] = [f"{home}/include"]
+        arguments["library_dirs"] = [f"{home}/lib64"]
         arguments["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
-        arguments["library_dirs"] = [str(Path(cpp_extension.CUDA_HOME, "lib64"))]
-        arguments["include_dirs"] = [str(Path(cpp_extension.CUDA_HOME, "include"))]
+        # libtorch.so stands for both kinds of torch: this library loads into a CPU-only one too.
+        arguments["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch"]
     extension = cpp_extension.CppExtension("talos_kernels._C", sources, **arguments)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
