@@ -40,7 +40,7 @@ class Run:
     def command(self, step: str) -> list[str]:
         """The subprocess of a step; the table needs none."""
         if step == "build":
-            return [sys.executable, "setup.py", "build_ext", "--inplace"]
+            return [sys.executable, "setup.py", "egg_info", "build_ext", "--inplace"]
         pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
         if step == "tests":
             # Warnings are errors with the pinned versions only; a borrowed machine has its own.

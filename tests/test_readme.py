@@ -191,7 +191,7 @@ def test_a_fence_that_would_be_passed_over_is_refused(text: str) -> None:
         ("", "plain"),
         ("text", "plain"),
         ("python", "assert False"),
-        ("python", "not python"),
+        ("python", "x = "),
         ("bash", "# nothing but a comment"),
         ("bash", "rm -rf x"),
         ("bash", "make coffee"),
