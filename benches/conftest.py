@@ -62,6 +62,8 @@ def measured(
         benchmark.pedantic(
             step, rounds=20 if on_gpu else 10, iterations=10 if on_gpu else 1, warmup_rounds=2
         )
+        if benchmark.disabled:
+            return
         stats = benchmark.stats.stats
         record = Record(
             seconds=stats.median, spread=stats.iqr, bandwidth=bandwidth, peak_bytes=peak, **about

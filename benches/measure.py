@@ -93,6 +93,11 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def load() -> float | None:
+    """Processes that wanted a core in the last minute: a CPU's times mean little if others did."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def machine() -> dict[str, object]:
     """What a result must say about where it was measured."""
     return {
@@ -104,6 +109,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
+        "load": load(),
         "commit": commit(),
     }
 
