@@ -7,6 +7,7 @@ import importlib.util
 
 import torch
 
+from ._ops import use_compiled_cuda
 from .add_delta import add_delta_, revert_delta_
 from .errors import (
     TalosError,
@@ -34,5 +35,8 @@ __all__ = [
     "sparse_adam_",
 ]
 
-if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    importlib.import_module(".triton", __name__)  # registers the ops for CUDA and HIP devices
+if torch.cuda.is_available():
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module(".triton", __name__)  # registers the ops for CUDA and HIP devices
+    else:
+        use_compiled_cuda()

@@ -3,7 +3,8 @@
 `define` registers an op's schema, its reference (every device that has nothing better) and its
 fake (shapes for `torch.compile`). The compiled library, where it was built, serves the CPU: it is a
 library of its own, namespace `talos_C`, with the same schemas, so that C++ programs use it without
-Python.
+Python. On CUDA devices Triton's kernels run where Triton is and the library's where it is not; both
+there, the choice waits for a measurement on a device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compiled_library", "define", "increment_version"]
+__all__ = ["compiled_library", "define", "increment_version", "use_compiled_cuda"]
 
 
 def _load_library() -> Path | None:
@@ -27,6 +28,9 @@ def _load_library() -> Path | None:
 
 compiled_library = _load_library()
 """The compiled library in use, or None: the references serve the CPU then."""
+
+
+_defined: list[str] = []
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -42,8 +46,22 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     torch.library.define(op, schema)
     torch.library.register_kernel(op, None, reference)
     torch.library.register_fake(op, fake)
-    if compiled_library is not None and hasattr(torch.ops.talos_C, name):
-        torch.library.register_kernel(op, "cpu", getattr(torch.ops.talos_C, name).default)
+    _defined.append(name)
+    _register_compiled(name, "CPU")
+
+
+def use_compiled_cuda() -> None:
+    """Let the compiled library serve CUDA devices, where there is no Triton."""
+    for name in _defined:
+        _register_compiled(name, "CUDA")
+
+
+def _register_compiled(name: str, key: str) -> None:
+    if compiled_library is None or not hasattr(torch.ops.talos_C, name):
+        return
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"talos_C::{name}", key):
+        compiled = getattr(torch.ops.talos_C, name).default
+        torch.library.register_kernel(f"talos::{name}", key.lower(), compiled)
 
 
 def increment_version(tensors: Tensor | Sequence[Tensor]) -> None:
