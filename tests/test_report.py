@@ -11,8 +11,8 @@ import pytest
 
 from talos import report
 from talos.errors import TalosOSError, TalosValueError
-from talos.report import heatmaps
 
+KINDS = ("query", "key", "value", "attention out", "mlp in", "mlp out", "norm", "bias")
 TASKS = ("modules", "exceptions <b>", "http & mail")
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -30,7 +30,7 @@ def synthetic() -> dict[str, Any]:
     structure = [
         {"layer": str(layer), "kind": kind, "nnz": 10 + layer * 7 + place, "numel": 100 + place}
         for layer in range(3)
-        for place, kind in enumerate(heatmaps.KINDS)
+        for place, kind in enumerate(KINDS)
     ]
     files = [
         {

@@ -20,10 +20,10 @@ def masks(results: Results) -> str:
     rows = []
     for task in results["tasks"]:
         mask = results["masks"][task["name"]]
-        share = {"attention q, k": 0, "mlp": 0}
+        share = {"query, key": 0, "mlp": 0}
         for entry in mask["structure"]:
-            if entry["kind"] in ("q", "k"):
-                share["attention q, k"] += entry["nnz"]
+            if entry["kind"] in ("query", "key"):
+                share["query, key"] += entry["nnz"]
             elif entry["kind"].startswith("mlp"):
                 share["mlp"] += entry["nnz"]
         rows.append(
@@ -32,7 +32,7 @@ def masks(results: Results) -> str:
                 f"{mask['nnz']:,}",
                 percent(mask["nnz"] / mask["numel"]),
                 f"{mask['tensors_touched']} of {mask['tensors']}",
-                percent(share["attention q, k"] / mask["nnz"]),
+                percent(share["query, key"] / mask["nnz"]),
                 percent(share["mlp"] / mask["nnz"]),
             )
         )
@@ -48,8 +48,8 @@ def masks(results: Results) -> str:
                 "entries",
                 "density, %",
                 "tensors touched",
-                "% of them in q, k",
-                "% of them in the MLP",
+                "% of them in queries, keys",
+                "% of them in MLPs",
             ),
             rows,
         ),

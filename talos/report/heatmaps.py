@@ -5,10 +5,11 @@ from typing import Any
 
 from talos.report.results import Results
 from talos.report.svg import GREY, INK, draw
+from talos.structure import KINDS
 
-__all__ = ["KINDS", "mask_structure", "matrix"]
+__all__ = ["mask_structure", "matrix"]
 
-KINDS = ("q", "k", "v", "o", "mlp-in", "mlp-out", "norm", "bias")
+_SHORT = {"query": "q", "key": "k", "value": "v", "attention out": "attn\nout"}
 
 
 def mask_structure(results: Results, task: str | None = None) -> str:
@@ -19,7 +20,7 @@ def mask_structure(results: Results, task: str | None = None) -> str:
         task: one task's mask; by default the mean over all tasks.
 
     Returns:
-        An SVG element: layers down, `KINDS` across, shade and number the density in per cent.
+        An SVG element: layers down, types across, shade and number the density in per cent.
     """
     names = [task] if task is not None else list(results["masks"])
     nnz: dict[tuple[str, str], int] = {}
@@ -41,7 +42,8 @@ def mask_structure(results: Results, task: str | None = None) -> str:
     ]
 
     def paint(axes: Any) -> None:
-        _heat(axes, values, layers, kinds, low=0, high=100, colours="YlGnBu", form="{:.1f}")
+        labels = [_SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
+        _heat(axes, values, layers, labels, low=0, high=100, colours="YlGnBu", form="{:.1f}")
         axes.set_ylabel("layer")
 
     return draw(f"structure-{task or 'mean'}", 0.9 + 0.33 * len(layers), paint)

@@ -2,8 +2,8 @@
 
 import os
 
+from talos.files import atomic_write
 from talos.report import accuracies, artefacts
-from talos.report.atomic import write_text
 from talos.report.html import escape
 from talos.report.results import Results, check_results, headline, megabytes, percent, vector_bytes
 from talos.report.style import CSS
@@ -23,7 +23,8 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
         TalosRuntimeError: matplotlib is missing.
         TalosOSError: the file cannot be written.
     """
-    write_text(path, render(results))
+    page = render(results).encode()
+    atomic_write(path, lambda file: file.write(page))
 
 
 def render(results: Results) -> str:

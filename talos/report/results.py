@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from talos.errors import TalosOSError, TalosValueError
-from talos.report.atomic import write_text
+from talos.files import atomic_write
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Results", "headline", "load_results", "save_results"]
 
@@ -137,7 +137,7 @@ def save_results(results: Results, path: str | os.PathLike[str]) -> None:
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise TalosValueError(f"results must hold finite numbers only, got {error}") from error
-    write_text(path, text + "\n")
+    atomic_write(path, lambda file: file.write((text + "\n").encode()))
 
 
 def percent(value: float) -> str:

@@ -1,0 +1,139 @@
+"""`talos eval`: accuracy before and after an edit."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from talos.cli.console import Bars, keeping, next_step, stdout
+from talos.cli.options import (
+    Batch,
+    Length,
+    Model,
+    Seed,
+    check_at_least,
+    check_input,
+)
+from talos.cli.tables import interval
+from talos.errors import TalosValueError
+
+__all__ = ["EXAMPLES", "evaluate"]
+
+EXAMPLES = (
+    "talos eval --data docstring_topic --data code_package",
+    "talos eval --data docstring_topic --vector edit.safetensors --scale 0.5",
+    "talos eval --data reviews.csv --data code_package --vector edit.safetensors --scale grid",
+)
+
+
+def evaluate(
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="A built-in task or a file; may be given several times."),
+    ],
+    model: Model = "minilm",
+    vector: Annotated[
+        Path | None, typer.Option("--vector", help="Apply this edit; the weights stay on disk.")
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option("--scale", help="The scaling coefficient, or grid: the best on validation."),
+    ] = "1",
+    batch_size: Batch = 128,
+    max_length: Length = 48,
+    seed: Seed = 0,
+) -> None:
+    """Measure test accuracy, with and without an edit, with 95 % bootstrap intervals.
+
+    --scale grid tries linspace(0, 1, 21) on the validation examples, takes the coefficient with the
+    highest mean accuracy, and evaluates once on the test examples.
+    """
+    coef = _parse_scale(scale)
+    check_at_least("--batch-size", batch_size, 1)
+    check_at_least("--max-length", max_length, 3)
+    if len(set(data)) < len(data):
+        raise TalosValueError(f"--data must differ, got {' '.join(data)}")
+    if vector is not None:
+        check_input("--vector", vector)
+    from talos.cli.loading import load_data, load_encoder
+    from talos.demo.estimates import Estimator
+    from talos.demo.judge import Judge
+    from talos.demo.protocol import scaling_coefs, share
+    from talos.task_vectors import TaskVector
+
+    console = stdout()
+    with keeping("there was nothing to write"), Bars() as bars:
+        edit = TaskVector.load(vector) if vector is not None else None
+        tasks = [load_data(each, seed) for each in data]
+        judge = Judge(load_encoder(model), tasks, max_length=max_length, batch_size=batch_size)
+        names = [task.name for task in tasks]
+        before = {}
+        for done, name in enumerate(names, 1):
+            before[name] = judge.correct(name, "test")
+            bars.show("pretrained", done, len(names))
+        if edit is not None and coef is None:
+            grid = scaling_coefs(21)
+            points = []
+            for done, each in enumerate(grid, 1):
+                with edit.applied(judge.model, scale=each):
+                    shares = [share(judge.correct(name, "validation")) for name in names]
+                points.append(sum(shares) / len(shares))
+                bars.show("grid", done, len(grid))
+            coef = grid[points.index(max(points))]
+            _show_grid(grid, points, coef)
+        after = {}
+        if edit is not None and coef is not None:
+            with edit.applied(judge.model, scale=coef):
+                for done, name in enumerate(names, 1):
+                    after[name] = judge.correct(name, "test")
+                    bars.show("edited", done, len(names))
+    estimator = Estimator(judge.examples("test"), resamples=2000, seed=seed)
+    table = Table(box=None, header_style="bold")
+    table.add_column("task")
+    for column in ("examples", "pretrained", *(("edited", "difference") if after else ())):
+        table.add_column(column, justify="right")
+    for name in names:
+        row = [name, f"{len(before[name]):,}", interval(estimator.accuracy(name, before[name]))]
+        if after:
+            row.append(interval(estimator.accuracy(name, after[name])))
+            gap = estimator(
+                {name: [after[name], before[name]]}, lambda a, t=name: a[t][..., 0] - a[t][..., 1]
+            )
+            row.append(interval(gap, signed=True))
+        table.add_row(*row)
+    console.print(table)
+    if after:
+        console.print(f"accuracy in % with 95 % intervals; {vector} at {coef:.2f}", markup=False)
+    else:
+        console.print("accuracy in % with 95 % intervals", markup=False)
+    next_step(
+        console,
+        f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
+        if vector is None
+        else f"talos merge {vector}:{coef:g} other.safetensors:0.5 --out edit.safetensors",
+    )
+
+
+def _parse_scale(scale: str) -> float | None:
+    """Reads --scale: a finite number, or None for the grid."""
+    if scale == "grid":
+        return None
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise TalosValueError(f"--scale must be a finite number or grid, got {scale}")
+    return value
+
+
+def _show_grid(grid: list[float], points: list[float], chosen: float) -> None:
+    table = Table(title="mean validation accuracy, %", title_justify="left", box=None)
+    table.add_column("scale", justify="right")
+    table.add_column("accuracy", justify="right")
+    for coef, point in zip(grid, points, strict=True):
+        mark = " ◂" if coef == chosen else ""
+        table.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
+    stdout().print(table)

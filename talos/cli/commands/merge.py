@@ -1,0 +1,89 @@
+"""`talos merge`: a weighted sum of task vectors."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from talos.cli.console import keeping, next_step, stdout
+from talos.cli.options import Out, Overwrite, check_input, check_output
+from talos.errors import TalosValueError
+
+__all__ = ["EXAMPLES", "merge", "parse_term"]
+
+EXAMPLES = (
+    "talos merge a.safetensors:0.4 b.safetensors:0.4 --out both.safetensors",
+    "talos merge a.safetensors:0.4 c.safetensors:-0.6 --out edit.safetensors",
+)
+
+
+def parse_term(text: str) -> tuple[Path, float]:
+    """Reads `file:coefficient`.
+
+    Args:
+        text: a path, a colon and a number; without both the coefficient is 1. A colon inside the
+            path is no hindrance.
+
+    Returns:
+        Path and coefficient.
+
+    Raises:
+        TalosValueError: the coefficient is not a finite number.
+
+    Example:
+        >>> path, coefficient = parse_term("a.safetensors:-0.6")
+        >>> path.name, coefficient
+        ('a.safetensors', -0.6)
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or number.endswith(".safetensors"):
+        return Path(text), 1.0
+    try:
+        coefficient = float(number)
+    except ValueError:
+        coefficient = math.nan
+    if not math.isfinite(coefficient) or not path:
+        raise TalosValueError(
+            f"a term must be FILE.safetensors:NUMBER, got {text}; for example "
+            "vectors/a.safetensors:0.4"
+        )
+    return Path(path), coefficient
+
+
+def merge(
+    terms: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE:COEFFICIENT...",
+            help="Task vectors, each with its scaling coefficient (1 when left out).",
+        ),
+    ],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add, subtract and scale task vectors: one file that holds the edit.
+
+    A negative coefficient makes the model forget. All vectors must belong to the same base model;
+    the result holds the union of their entries, summed in fp32.
+    """
+    parsed = [parse_term(term) for term in terms]
+    for path, _ in parsed:
+        check_input("a term", path)
+    check_output(out, overwrite)
+    from talos.report.results import megabytes
+    from talos.task_vectors import TaskVector
+
+    with keeping("nothing was written"):
+        edit = TaskVector.combine((scale, TaskVector.load(path)) for path, scale in parsed)
+        edit.save(out, overwrite=overwrite)
+    console = stdout()
+    count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
+    console.print(
+        f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}", markup=False
+    )
+    next_step(
+        console,
+        f"talos inspect {out}",
+        f"talos eval --data TASK --vector {out} --scale grid",
+    )

@@ -1,0 +1,121 @@
+"""Where the command line writes: results to stdout, progress to stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["Bars", "Interrupted", "keeping", "next_step", "stdout"]
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with a word on what is kept."""
+
+
+@contextmanager
+def keeping(what: str | Callable[[], str]) -> Iterator[None]:
+    """Turns Ctrl-C inside the block into `Interrupted`.
+
+    Args:
+        what: a word on what is kept, or what makes it at that moment.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(what if isinstance(what, str) else what()) from None
+
+
+def stdout() -> Console:
+    """Makes a console for results.
+
+    Returns:
+        A console on the present stdout; without a terminal it is 100 columns wide.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    return console
+
+
+def next_step(console: Console, *commands: str) -> None:
+    """Ends a command with what one would do next.
+
+    Args:
+        console: where to.
+        *commands: command lines.
+    """
+    console.print("\n[bold]next[/bold]")
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+class Bars:
+    """A progress bar a phase, on stderr, with loss and time left.
+
+    On a terminal the bars move; elsewhere each finished phase leaves one line.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._label = ""
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Starts drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stops drawing; what was drawn stays."""
+        self._progress.stop()
+
+    def show(self, label: str, done: int, total: int, loss: float | None = None) -> None:
+        """Moves the bar of a phase; a new label begins a new bar.
+
+        Args:
+            label: names the phase.
+            done: steps done.
+            total: all steps.
+            loss: the step's loss.
+        """
+        text = "" if loss is None else f"loss {loss:.3f}"
+        if self._bar is None or label != self._label:
+            self._bar = self._progress.add_task(label, total=total, loss=text)
+            self._label = label
+        self._progress.update(self._bar, completed=done, total=total, loss=text)
+        if done >= total:
+            self._bar = None
+            if self._progress.disable:
+                self._console.print(f"{label}: {done}/{total} {text}".rstrip(), markup=False)

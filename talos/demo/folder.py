@@ -1,0 +1,79 @@
+"""The output folder: refused before anything is loaded, cleared of an earlier demo's files only."""
+
+import os
+from pathlib import Path
+
+from talos.errors import TalosOSError
+
+__all__ = ["clear", "kept", "prepare"]
+
+_PATTERNS = ("results.json", "report.html", "vectors/*.safetensors", "masks/*.safetensors")
+
+
+def prepare(out: Path, overwrite: bool) -> Path:
+    """Checks the folder and makes what is missing.
+
+    Args:
+        out: the folder.
+        overwrite: whether it may hold something.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TalosOSError: it is a file, not empty without `overwrite`, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise TalosOSError(f"out must be a folder, got the file {out}")
+    try:
+        filled = out.is_dir() and any(out.iterdir())
+        if filled and not overwrite:
+            raise TalosOSError(
+                f"out must be an empty or new folder, got {out} with files in it; pass --overwrite "
+                "to replace an earlier demo's files"
+            )
+        for folder in (out, out / "vectors", out / "masks"):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if isinstance(error, TalosOSError):
+            raise
+        raise TalosOSError(f"out must be writable, got {out} ({error.strerror})") from error
+    if not os.access(out, os.W_OK):
+        raise TalosOSError(f"out must be writable, got {out}")
+    return out
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier demo wrote; every other file stays.
+
+    Args:
+        out: the folder.
+
+    Raises:
+        TalosOSError: a file cannot be removed.
+    """
+    for path in _files(out):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise TalosOSError(f"out must be writable, got {path} ({error.strerror})") from error
+
+
+def kept(out: Path) -> str:
+    """Says what an interrupted run leaves.
+
+    Args:
+        out: the folder.
+
+    Returns:
+        Half a sentence.
+    """
+    files = _files(out)
+    if not files:
+        return "nothing was written"
+    count = "1 finished file is" if len(files) == 1 else f"{len(files)} finished files are"
+    return f"{count} kept in {out}; run again with --overwrite"
+
+
+def _files(out: Path) -> list[Path]:
+    return [path for pattern in _PATTERNS for path in sorted(out.glob(pattern))]

@@ -1,0 +1,177 @@
+"""Right or wrong on every example: one encoder, a zero-shot head and batches for each task."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from talos.demo.settings import DemoSettings
+from talos.errors import TalosValueError
+from talos.models import TextEncoder, ZeroShotClassifier
+from talos.tasks import Batches, Task, available_tasks, load_task
+
+__all__ = ["Judge", "load_tasks", "training_batches"]
+
+Batch = dict[str, Tensor]
+
+
+class Judge:
+    """Evaluates the encoder as it is at the moment of the call.
+
+    The heads are made when the judge is, from the pretrained weights. Examples are sorted by length
+    once, so that little is spent on padding; every answer comes in that same order.
+
+    Args:
+        encoder: the encoder that all tasks share; it is only read.
+        tasks: the tasks.
+        max_length: tokens a text.
+        batch_size: examples a forward pass.
+
+    Attributes:
+        classifiers: a classifier for each task around the shared encoder.
+        control_stride: the number of other tasks.
+        model: one of them, to apply edits to: the encoder's weights have the same names in all.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        tasks: Sequence[Task],
+        *,
+        max_length: int = 48,
+        batch_size: int = 128,
+    ) -> None:
+        self.encoder = encoder
+        self.device = next(encoder.parameters()).device
+        self.classifiers = {
+            task.name: ZeroShotClassifier(encoder, task.class_texts) for task in tasks
+        }
+        self.model = next(iter(self.classifiers.values()))
+        self.control_stride = max(1, len(tasks) - 1)
+        self._batches = {
+            (task.name, name): self._sorted(task, split, max_length, batch_size, stride)
+            for task in tasks
+            for name, split, stride in (
+                ("validation", "validation", 1),
+                ("control", "validation", self.control_stride),
+                ("test", "test", 1),
+            )
+        }
+
+    def _sorted(
+        self, task: Task, split: str, max_length: int, batch_size: int, stride: int
+    ) -> list[Batch]:
+        given = task.batches(
+            split, self.encoder.tokenizer, batch_size=batch_size, max_length=max_length
+        )
+        order = sorted(range(len(given.labels)), key=lambda i: len(given.token_ids[i]))
+        order = order[::stride]
+        batches = Batches(
+            [given.token_ids[i] for i in order],
+            [given.labels[i] for i in order],
+            batch_size=batch_size,
+            pad_token_id=given.pad_token_id,
+        )
+        return [_moved(batch, self.device) for batch in batches]
+
+    def correct(self, task: str, split: str) -> Tensor:
+        """Evaluates the encoder on one split.
+
+        Args:
+            task: the task's name.
+            split: "validation", "test", or "control": every `control_stride`-th validation
+                example, so that the control's tasks cost together what the target costs alone.
+
+        Returns:
+            bool [n] on the CPU, shortest example first.
+        """
+        classifier = self.classifiers[task]
+        classifier.eval()
+        with torch.no_grad():
+            answers = [
+                classifier(batch).argmax(1) == batch["labels"]
+                for batch in self._batches[task, split]
+            ]
+        return torch.cat(answers).cpu()
+
+    def examples(self, split: str) -> dict[str, int]:
+        """Counts a split's examples.
+
+        Args:
+            split: "validation" or "test".
+
+        Returns:
+            Their number for each task.
+        """
+        return {
+            task: sum(len(batch["labels"]) for batch in self._batches[task, split])
+            for task in self.classifiers
+        }
+
+
+def load_tasks(settings: DemoSettings) -> list[Task]:
+    """Loads the tasks that the settings name, or the first of those available.
+
+    Args:
+        settings: names, count, seed and sizes.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        TalosValueError: a task is unknown, or fewer are available than asked for.
+    """
+    names = list(settings.tasks)
+    if not names:
+        available = available_tasks()
+        if len(available) < settings.task_count:
+            raise TalosValueError(
+                f"task_count must be at most {len(available)}, the tasks that this Python holds "
+                f"enough text for ({', '.join(available)}), got {settings.task_count}"
+            )
+        names = available[: settings.task_count]
+    return [load_task(name, seed=settings.seed, sizes=settings.sizes) for name in names]
+
+
+def training_batches(
+    task: Task,
+    encoder: TextEncoder,
+    *,
+    count: int,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+) -> list[Batch]:
+    """Draws shuffled batches of the training split, epoch after epoch in another order.
+
+    Args:
+        task: the task.
+        encoder: its tokenizer and device are used.
+        count: number of examples; the last batch is cut to meet it.
+        batch_size: examples a batch.
+        max_length: tokens a text.
+        seed: the seed.
+
+    Returns:
+        Batches on the encoder's device.
+    """
+    device = next(encoder.parameters()).device
+    given = task.batches(
+        "train", encoder.tokenizer, batch_size=batch_size, max_length=max_length, seed=seed
+    )
+    batches: list[Batch] = []
+    epoch, left = 0, count
+    while left > 0:
+        given.set_epoch(epoch)
+        for batch in given:
+            part = {key: value[:left] for key, value in batch.items()}
+            batches.append(_moved(part, device))
+            left -= len(part["labels"])
+            if left <= 0:
+                break
+        epoch += 1
+    return batches
+
+
+def _moved(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,66 @@
+"""What a run was made with, as far as it tells a reader something."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import talos
+
+__all__ = ["default_device", "machine", "versions"]
+
+_PACKAGES = ("numpy", "safetensors", "transformers", "tokenizers", "matplotlib")
+
+
+def default_device() -> torch.device:
+    """Chooses where to compute.
+
+    Returns:
+        The GPU where there is one, else the CPU.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, str | int]:
+    """Describes the machine.
+
+    Returns:
+        The processor's name, the cores this process may use, torch's threads, the system.
+    """
+    available = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _processor(),
+        "cores": len(available(0)) if available else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Lists the versions of what computes.
+
+    Returns:
+        Package and version, Python's too; what is not installed is left out.
+    """
+    found = {"talos": talos.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()

@@ -1,0 +1,302 @@
+"""The demo from end to end: calibrate, fine-tune, add, negate, measure, report."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import talos
+from talos.demo.estimates import Estimator
+from talos.demo.folder import clear, prepare
+from talos.demo.judge import Judge, load_tasks, training_batches
+from talos.demo.machine import default_device
+from talos.demo.protocol import add, negate, scaling_coefs, share
+from talos.demo.settings import TITLES, DemoSettings, OnProgress, Progress
+from talos.demo.summary import Measured, summarise
+from talos.errors import TalosRuntimeError
+from talos.masks import Mask
+from talos.models import TextEncoder, load_text_encoder
+from talos.params import named_parameters
+from talos.report import save_results, write_report
+from talos.task_vectors import TaskVector
+from talos.tasks import Task
+from talos.training import FineTuneFinished, FineTuneStep
+
+__all__ = ["run_demo"]
+
+
+def run_demo(
+    settings: DemoSettings,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda progress: None,
+    encoder: TextEncoder | None = None,
+) -> dict[str, Any]:
+    """Runs the demo and writes `results.json`, `report.html`, `vectors/` and `masks/`.
+
+    Every file appears whole or not at all; `results.json` and `report.html` come last.
+
+    Args:
+        settings: what to run.
+        out: the folder; made when it is missing.
+        overwrite: whether a folder that holds something may be used; files of an earlier demo in
+            it are removed, others are left alone.
+        on_progress: called with a `Progress` at every step.
+        encoder: use this encoder instead of `settings.model`; it is left as it was.
+
+    Returns:
+        The results, see `talos.report.results`.
+
+    Raises:
+        TalosValueError: a task is unknown, or fewer tasks are available than asked for.
+        TalosOSError: the folder is not empty, or cannot be written.
+        TalosRuntimeError: a package of the `demo` extra is missing.
+    """
+    folder = prepare(Path(out), overwrite)
+    return _Demo(settings, folder, on_progress).run(encoder)
+
+
+class _Demo:
+    """State that the phases share."""
+
+    def __init__(self, settings: DemoSettings, out: Path, on_progress: OnProgress) -> None:
+        self.settings = settings
+        self.out = out
+        self.on_progress = on_progress
+        self.phases: list[dict[str, Any]] = []
+        self.files: list[dict[str, Any]] = []
+        self.training: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def phase(
+        self, name: str, method: str | None = None, task: str | None = None, total: int = 1
+    ) -> Iterator[Callable[..., None]]:
+        """Times a phase; yields what is called after each of its steps."""
+        start = time.perf_counter()
+        title = TITLES[method] if method else None
+        done = 0
+
+        def tick(loss: float | None = None) -> None:
+            nonlocal done
+            done += 1
+            self.on_progress(Progress(name, title, task, done, total, loss))
+
+        self.on_progress(Progress(name, title, task, 0, total))
+        yield tick
+        if done < total:
+            self.on_progress(Progress(name, title, task, total, total))
+        seconds = round(time.perf_counter() - start, 3)
+        self.phases.append({"phase": name, "method": method, "task": task, "seconds": seconds})
+
+    def run(self, encoder: TextEncoder | None) -> dict[str, Any]:
+        """Runs all phases in order."""
+        settings = self.settings
+        with self.phase("load") as tick:
+            tasks = load_tasks(settings)
+            encoder = encoder or load_text_encoder(settings.model).to(default_device())
+            tick()
+        clear(self.out)
+        with self.phase("zero-shot", total=2 * len(tasks)) as tick:
+            judge = Judge(
+                encoder,
+                tasks,
+                max_length=settings.max_length,
+                batch_size=settings.evaluation_batch_size,
+            )
+            zero_shot = {s: _all_tasks(judge, s, tick) for s in ("validation", "test")}
+        base = {name: p.detach().clone() for name, p in named_parameters(judge.model).items()}
+        masks = {task.name: self.calibrate(judge, task) for task in tasks}
+        vectors: dict[str, dict[str, TaskVector]] = {method: {} for method in TITLES}
+        for task in tasks:
+            for method in TITLES:
+                mask = masks[task.name] if method == "talos" else None
+                vectors[method][task.name] = self.train(judge, task, method, mask)
+                _restore(judge, base)
+        estimator = Estimator(
+            judge.examples("test"), resamples=settings.bootstrap, seed=settings.seed
+        )
+        measured = {
+            method: self.measure(judge, method, vectors[method], zero_shot, estimator)
+            for method in TITLES
+        }
+        results = summarise(
+            settings,
+            judge,
+            tasks,
+            masks=masks,
+            measured=measured,
+            zero_shot=zero_shot["test"],
+            estimator=estimator,
+            training=self.training,
+            files=self.files,
+        )
+        results["timings"] = {"total": self.seconds(), "phases": self.phases}
+        with self.phase("report"):
+            write_report(results, self.out / "report.html")
+        results["timings"]["total"] = self.seconds()
+        save_results(results, self.out / "results.json")
+        return results
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return round(time.perf_counter() - self.start, 3)
+
+    def calibrate(self, judge: Judge, task: Task) -> Mask:
+        """Finds the least sensitive entries for one task."""
+        settings = self.settings
+        batches = training_batches(
+            task,
+            judge.encoder,
+            count=settings.samples,
+            batch_size=settings.calibration_batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+        )
+        with self.phase("calibrate", "talos", task.name, settings.rounds * len(batches)) as tick:
+            mask = talos.calibrate(
+                judge.classifiers[task.name],
+                batches,
+                settings.density,
+                settings.rounds,
+                seed=settings.seed,
+                on_progress=lambda progress: tick(),
+            )
+        path = self.out / "masks" / f"{task.name}.safetensors"
+        mask.save(path)
+        self.note_file(path, "mask", None, task.name, mask.nnz)
+        return mask
+
+    def train(self, judge: Judge, task: Task, method: str, mask: Mask | None) -> TaskVector:
+        """Fine-tunes on one task and saves its vector; the weights stay tuned."""
+        settings = self.settings
+        batches = training_batches(
+            task,
+            judge.encoder,
+            count=settings.steps * settings.batch_size,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+        )
+        losses: list[float] = []
+        vector: TaskVector | None = None
+        torch.manual_seed(settings.seed)  # dropout
+        with self.phase("train", method, task.name, settings.steps) as tick:
+            for event in talos.fine_tune(
+                judge.classifiers[task.name],
+                batches,
+                mask,
+                steps=settings.steps,
+                lr=settings.lr if mask is not None else settings.nonlinear_lr,
+            ):
+                if isinstance(event, FineTuneStep):
+                    losses.append(event.loss)
+                    tick(event.loss)
+                elif isinstance(event, FineTuneFinished):
+                    vector = event.task_vector
+        if vector is None:
+            raise TalosRuntimeError("fine_tune must end with a task vector, got none")
+        last = losses[-min(10, len(losses)) :]
+        self.training[method][task.name] = {
+            "steps": settings.steps,
+            "first_loss": losses[0],
+            "last_loss": sum(last) / len(last),
+        }
+        with self.phase("save", method, task.name):
+            path = self.out / "vectors" / f"{method}-{task.name}.safetensors"
+            vector.save(path)
+        self.note_file(path, "vector", method, task.name, vector.mask.nnz)
+        return vector
+
+    def measure(
+        self,
+        judge: Judge,
+        method: str,
+        vectors: dict[str, TaskVector],
+        zero_shot: dict[str, dict[str, Tensor]],
+        estimator: Estimator,
+    ) -> Measured:
+        """Evaluates single models, their sum and their negations."""
+        settings = self.settings
+        tasks = list(vectors)
+        coefs = scaling_coefs(settings.grid)
+        test: dict[str, dict[str, Tensor]] = {}
+        validation: dict[str, Tensor] = {}
+        with self.phase("single tasks", method, total=len(tasks)) as tick:
+            for task in tasks:
+                with vectors[task].applied(judge.model):
+                    test[task] = {other: judge.correct(other, "test") for other in tasks}
+                    validation[task] = judge.correct(task, "validation")
+                tick()
+        single = {task: test[task][task] for task in tasks}
+        total = TaskVector.combine((1.0, vectors[task]) for task in tasks)
+        with self.phase("addition", method, total=len(coefs) + 1) as tick:
+            addition, merged = add(
+                judge,
+                total,
+                coefs=coefs,
+                single_validation=validation,
+                zero_shot_validation=zero_shot["validation"],
+                single_test=single,
+                estimator=estimator,
+                tick=tick,
+            )
+        negation = {}
+        for task in tasks:
+            with self.phase("negation", method, task, len(coefs) + 1) as tick:
+                negation[task] = negate(
+                    judge,
+                    vectors[task],
+                    task,
+                    coefs=coefs,
+                    control_share=settings.control_share,
+                    zero_shot_validation=zero_shot["validation"],
+                    zero_shot_test=zero_shot["test"],
+                    estimator=estimator,
+                    tick=tick,
+                )
+        interference = [
+            [share(test[i][j]) / max(share(zero_shot["test"][j]), 1e-3) for j in tasks]
+            for i in tasks
+        ]
+        return Measured(
+            single={task: estimator.accuracy(task, single[task]) for task in tasks},
+            addition=addition,
+            negation=negation,
+            interference=interference,
+            merged_correct=merged,
+            single_correct=single,
+        )
+
+    def note_file(self, path: Path, kind: str, method: str | None, task: str, entries: int) -> None:
+        """Remembers a written file for the results."""
+        self.files.append(
+            {
+                "path": path.relative_to(self.out).as_posix(),
+                "kind": kind,
+                "method": method,
+                "task": task,
+                "bytes": path.stat().st_size,
+                "entries": entries,
+            }
+        )
+
+
+def _all_tasks(judge: Judge, split: str, tick: Callable[[], None]) -> dict[str, Tensor]:
+    correct = {}
+    for task in judge.classifiers:
+        correct[task] = judge.correct(task, split)
+        tick()
+    return correct
+
+
+def _restore(judge: Judge, base: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, param in named_parameters(judge.model).items():
+            param.copy_(base[name])
