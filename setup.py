@@ -62,8 +62,7 @@ def extension_arguments():
                 self.run()
 
     home = find_cuda(cpp_extension, torch)
-    paths = Path("csrc").rglob("*.c[pu]*")  # .cpp and .cu
-    names = sorted(str(path) for path in paths if home or "cuda" not in path.parts)
+    names = sorted(str(p) for p in Path("csrc").rglob("*.c[pu]*") if home or "cuda" not in p.parts)
     options = {"py_limited_api": True, "extra_compile_args": {"cxx": CXX_FLAGS}}
     if home:
         cpp_extension.CUDA_HOME = home
