@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Bars", "Interrupted", "keeping", "next_step", "stdout"]
+__all__ = ["Bars", "Interrupted", "keeping", "next_step", "say", "stdout"]
 
 
 class Interrupted(Exception):
@@ -54,6 +54,16 @@ def stdout() -> Console:
     return console
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: no markup, no line breaks of ours.
+
+    Args:
+        console: where to.
+        text: the line; it may hold names that a user chose.
+    """
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def next_step(console: Console, *commands: str) -> None:
     """Ends a command with what one would do next.
 
@@ -63,7 +73,7 @@ def next_step(console: Console, *commands: str) -> None:
     """
     console.print("\n[bold]next[/bold]")
     for command in commands:
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        say(console, f"  {command}")
 
 
 class Bars:

@@ -32,12 +32,7 @@ def accuracies(results: dict[str, Any]) -> Table:
         A row a task, then the means and the normalised accuracy.
     """
     methods = [method["name"] for method in results["methods"]]
-    table = Table(
-        title="test accuracy in % with 95 % intervals",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-    )
+    table = Table(box=None, header_style="bold")
     table.add_column("task")
     table.add_column("zero-shot", justify="right")
     for method in results["methods"]:
@@ -73,12 +68,7 @@ def negation(results: dict[str, Any]) -> Table:
     Returns:
         A row a task.
     """
-    table = Table(
-        title="\nnegation: target down, control kept",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-    )
+    table = Table(box=None, header_style="bold")
     table.add_column("forgotten")
     for method in results["methods"]:
         short = method["title"].split(" (")[0]

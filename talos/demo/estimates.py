@@ -86,6 +86,19 @@ class Estimator:
         """
         return self({task: [correct]}, lambda accuracies: accuracies[task][..., 0])
 
+    def gain(self, task: str, after: Tensor, before: Tensor) -> Estimate:
+        """Estimates by how much one model is better than another on the same examples.
+
+        Args:
+            task: the task.
+            after: bool [n] of the one.
+            before: bool [n] of the other.
+
+        Returns:
+            The estimate of after minus before.
+        """
+        return self({task: [after, before]}, lambda each: each[task][..., 0] - each[task][..., 1])
+
     def mean(self, correct: Mapping[str, Tensor]) -> Estimate:
         """Estimates one model's mean accuracy over tasks.
 

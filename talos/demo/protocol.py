@@ -67,7 +67,7 @@ def add(
         An entry of the results' `addition`, and the merged model's right answers on test examples.
     """
     tasks = list(judge.classifiers)
-    grid = []
+    grid: list[dict[str, Any]] = []
     for coef in coefs:
         correct = (
             zero_shot_validation if coef == 0 else _edited(judge, edit, coef, "validation", tasks)

@@ -244,4 +244,4 @@ def headline(results: Results) -> list[str]:
 def _mean_drop(results: Results, method: str) -> float:
     entries = results["negation"][method].values()
     drops = [entry["target_zero_shot"]["value"] - entry["target"]["value"] for entry in entries]
-    return sum(drops) / len(drops)
+    return float(sum(drops) / len(drops))

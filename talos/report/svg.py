@@ -55,7 +55,7 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # the same ids in every run
         "font.family": "DejaVu Sans",

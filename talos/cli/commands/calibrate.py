@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.cli.console import Bars, keeping, next_step, stdout
+from talos.cli.console import Bars, keeping, next_step, say, stdout
 from talos.cli.options import (
     Batch,
     Data,
@@ -111,10 +111,10 @@ def calibrate(
         mask = replace(mask, metadata=made)
         mask.save(out)
     console = stdout()
-    console.print(
+    say(
+        console,
         f"{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
         f"{megabytes(out.stat().st_size)}",
-        markup=False,
     )
     next_step(
         console,

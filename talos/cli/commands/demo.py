@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.cli.console import Bars, keeping, next_step, stdout
+from talos.cli.console import Bars, keeping, next_step, say, stdout
 from talos.cli.options import Model, Overwrite, Seed
 from talos.cli.tables import accuracies, negation
 from talos.errors import TalosRuntimeError
@@ -57,12 +57,14 @@ def demo(
 
         results = run_demo(settings, out, overwrite=True, on_progress=show)
     console = stdout()
+    console.print("\n[bold]test accuracy in % with 95 % intervals[/bold]")
     console.print(accuracies(results))
+    console.print("\n[bold]negation: target down, control kept[/bold]")
     console.print(negation(results))
     console.print()
     for sentence in headline(results):
-        console.print(sentence, markup=False)
-    console.print(f"\n[bold]report[/bold] {out / 'report.html'}")
+        say(console, sentence)
+    say(console, f"\nreport: {out / 'report.html'}")
     names = [task["name"] for task in results["tasks"]]
     first, second = (out / "vectors" / f"talos-{name}.safetensors" for name in names[:2])
     next_step(

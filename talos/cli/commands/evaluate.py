@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from talos.cli.console import Bars, keeping, next_step, stdout
+from talos.cli.console import Bars, keeping, next_step, say, stdout
 from talos.cli.options import (
     Batch,
     Length,
@@ -95,19 +96,21 @@ def evaluate(
     for column in ("examples", "pretrained", *(("edited", "difference") if after else ())):
         table.add_column(column, justify="right")
     for name in names:
-        row = [name, f"{len(before[name]):,}", interval(estimator.accuracy(name, before[name]))]
+        row = [
+            escape(name),
+            f"{len(before[name]):,}",
+            interval(estimator.accuracy(name, before[name])),
+        ]
         if after:
             row.append(interval(estimator.accuracy(name, after[name])))
-            gap = estimator(
-                {name: [after[name], before[name]]}, lambda a, t=name: a[t][..., 0] - a[t][..., 1]
-            )
+            gap = estimator.gain(name, after[name], before[name])
             row.append(interval(gap, signed=True))
         table.add_row(*row)
     console.print(table)
     if after:
-        console.print(f"accuracy in % with 95 % intervals; {vector} at {coef:.2f}", markup=False)
+        say(console, f"accuracy in % with 95 % intervals; {vector} at {coef:.2f}")
     else:
-        console.print("accuracy in % with 95 % intervals", markup=False)
+        say(console, "accuracy in % with 95 % intervals")
     next_step(
         console,
         f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
@@ -130,10 +133,12 @@ def _parse_scale(scale: str) -> float | None:
 
 
 def _show_grid(grid: list[float], points: list[float], chosen: float) -> None:
-    table = Table(title="mean validation accuracy, %", title_justify="left", box=None)
+    console = stdout()
+    console.print("[bold]mean validation accuracy, %[/bold]")
+    table = Table(box=None, header_style="bold")
     table.add_column("scale", justify="right")
     table.add_column("accuracy", justify="right")
     for coef, point in zip(grid, points, strict=True):
         mark = " ◂" if coef == chosen else ""
         table.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
-    stdout().print(table)
+    console.print(table)

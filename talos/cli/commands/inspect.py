@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from talos.cli.console import next_step, stdout
+from talos.cli.console import next_step, say, stdout
 from talos.cli.options import check_input
 
 __all__ = ["EXAMPLES", "inspect"]
@@ -36,26 +37,27 @@ def inspect(
     if _kind(file) == "task_vector":
         vector = TaskVector.load(file)
         mask, metadata = vector.mask, vector.metadata
-        console.print(
+        say(
+            console,
             f"{file}: a task vector of {mask.nnz:,} entries in {str(vector.values.dtype)[6:]}, "
             f"norm {float(vector.values.float().norm()):.4g}",
-            markup=False,
         )
     else:
         mask = Mask.load(file)
         metadata = mask.metadata
-        console.print(f"{file}: a mask of {mask.nnz:,} entries", markup=False)
+        say(console, f"{file}: a mask of {mask.nnz:,} entries")
     per_entry = f", {size / mask.nnz:.2f} a selected entry" if mask.nnz else ""
-    console.print(
+    say(
+        console,
         f"density {mask.density:.4f} (sparsity {1 - mask.density:.4f}) of {mask.numel:,} entries; "
         f"{megabytes(size)}: {size:,} bytes{per_entry}",
-        markup=False,
     )
     console.print(_structure(mask, layers))
     if metadata:
-        table = Table(title="made by", title_justify="left", box=None, show_header=False)
+        console.print("\n[bold]made by[/bold]")
+        table = Table(box=None, show_header=False, pad_edge=False)
         for key, value in metadata.items():
-            table.add_row(str(key), _plain(value))
+            table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
         console.print(table)
     next_step(
         console,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from talos.cli.console import keeping, next_step, stdout
+from talos.cli.console import keeping, next_step, say, stdout
 from talos.cli.options import Out, Overwrite, check_input, check_output
 from talos.errors import TalosValueError
 
@@ -79,9 +79,7 @@ def merge(
         edit.save(out, overwrite=overwrite)
     console = stdout()
     count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
-    console.print(
-        f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}", markup=False
-    )
+    say(console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}")
     next_step(
         console,
         f"talos inspect {out}",

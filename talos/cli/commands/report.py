@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.cli.console import keeping, next_step, stdout
+from talos.cli.console import keeping, next_step, say, stdout
 from talos.cli.options import Overwrite, check_input, check_output
 
 __all__ = ["EXAMPLES", "report"]
@@ -28,5 +28,5 @@ def report(
         write_report(loaded, out)
     console = stdout()
     for sentence in headline(loaded):
-        console.print(sentence, markup=False)
+        say(console, sentence)
     next_step(console, f"open {out} in a browser")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from talos.cli.console import Bars, keeping, next_step, stdout
+from talos.cli.console import Bars, keeping, next_step, say, stdout
 from talos.cli.options import (
     Batch,
     Data,
@@ -93,10 +93,10 @@ def train(
         vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
         vector.save(out)
     console = stdout()
-    console.print(
+    say(
+        console,
         f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
         f"loss {first:.3f} at the first step, {last:.3f} at the last",
-        markup=False,
     )
     next_step(
         console,

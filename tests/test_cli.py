@@ -1,0 +1,324 @@
+"""The command line: help, errors in one line with nothing written, files that go round."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import talos
+from talos.cli import main
+from talos.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.cli.commands.merge import parse_term
+from talos.errors import TalosValueError
+from talos.masks import Mask
+from talos.report import save_results
+from talos.task_vectors import TaskVector
+from tests.test_report import synthetic
+from tests.tiny import save_tiny_encoder
+
+COMMANDS = {
+    "demo": demo,
+    "calibrate": calibrate,
+    "train": train,
+    "merge": merge,
+    "eval": evaluate,
+    "inspect": inspect,
+    "report": report,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_encoder(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "pets.csv"
+    with path.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["text", "label"])
+        for i in range(60):
+            rows.writerow([f"meow {i}, purr", "cat"])
+            rows.writerow([f"woof {i}, bark", "dog"])
+    return str(path)
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> tuple[Path, Path]:
+    """Two task vectors of a small model with masks that overlap."""
+    paths = []
+    for place, picked in enumerate(([True, True, False, False], [False, True, True, False])):
+        mask = Mask.from_dense({"layer.0.query.weight": torch.tensor(picked).reshape(2, 2)})
+        path = tmp_path / f"v{place}.safetensors"
+        TaskVector(mask, torch.tensor([1.0, 2.0]), metadata={"task": f"t{place}"}).save(path)
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], message: str, folder: Path
+) -> None:
+    """Exit code 2, one line that matches, nothing on stdout, nothing written."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_option_and_ends_with_examples(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Examples" in text
+    assert f"talos {command} " in text.rsplit("Examples", 1)[1]
+    assert "[bold]" not in text
+
+
+@pytest.mark.parametrize(
+    "example", [example for module in COMMANDS.values() for example in module.EXAMPLES]
+)
+def test_examples_parse(
+    example: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each gets past the parser: what stops it is a missing file, here a folder that is one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mask", "vector", "dense", "edit", "both"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "again.html").write_bytes(b"")
+    (tmp_path / "demo").write_bytes(b"")
+    words = shlex.split(example)
+    assert words[0] == "talos"
+    if words[1] == "eval" and "--vector" not in words:
+        words += ["--vector", "none.safetensors"]
+    assert main(words[1:]) == 2
+    err = capsys.readouterr().err
+    assert re.search("must|safetensors", err), err
+    assert "No such option" not in err
+
+
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"talos {talos.__version__}\n"
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bogus", "bogus"),
+        ("merge", "Missing"),
+        ("calibrate --nonsense", "nonsense"),
+        ("calibrate --data a --out m.safetensors --density 0", r"--density must be in \(0, 1\]"),
+        ("calibrate --data a --out m.safetensors --density nan", "--density must be"),
+        ("calibrate --data a --out m.safetensors --density x", "--density"),
+        ("calibrate --data a --out m.safetensors --rounds 0", "--rounds must be at least 1, got 0"),
+        ("calibrate --data a --out m.safetensors --samples -1", "--samples must be at least 1"),
+        ("calibrate --data a --out m.safetensors --target prob", "--target must be log_prob or"),
+        ("calibrate --data a --out m.safetensors --draws 0", "--draws must be exact or at least 1"),
+        ("calibrate --data a --out m.pt", "--out must end in .safetensors"),
+        ("calibrate --data a --out none/m.safetensors", "existing folder"),
+        ("calibrate --data nothing --out m.safetensors", "nothing"),
+        ("calibrate --data none.csv --out m.safetensors", "none.csv"),
+        ("train --data a --out v.safetensors --steps 0", "--steps must be at least 1, got 0"),
+        ("train --data a --out v.safetensors --lr -1", "--lr must be positive and finite, got -1"),
+        (
+            "train --data a --out v.safetensors --mask none.safetensors",
+            "--mask must be an existing",
+        ),
+        ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
+        ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
+        ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
+        ("eval --data a --scale big", "--scale must be a finite number or grid, got big"),
+        ("eval --data a --data a", "--data must differ"),
+        ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
+        ("inspect none.safetensors", "FILE must be an existing file"),
+        ("report none.json --out r.html", "RESULTS must be an existing file"),
+        ("demo --out file", "must be a folder, got the file"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a file")
+    refused(arguments.split(), capsys, message, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x80\x04K\x01.", b"{" * 99])
+def test_broken_files_are_refused(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    out = str(tmp_path / "out.safetensors")
+    refused(["inspect", str(path)], capsys, "broken.safetensors", tmp_path)
+    refused(["merge", f"{path}:1", "--out", out], capsys, "broken.safetensors", tmp_path)
+
+
+def test_a_damaged_vector_is_refused(
+    vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(vectors[0].read_bytes())
+    content[-1] ^= 1
+    vectors[0].write_bytes(content)
+    refused(["inspect", str(vectors[0])], capsys, "v0.safetensors", tmp_path)
+
+
+def test_merge_sums_over_the_union(
+    vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "edit.safetensors"
+    assert main(["merge", f"{vectors[0]}:0.5", f"{vectors[1]}:-2", "--out", str(out)]) == 0
+    assert TaskVector.load(out).values.tolist() == [0.5, -1.0, -4.0]
+    text = capsys.readouterr().out
+    assert "3 entries" in text
+    assert f"talos inspect {out}" in text
+    before = out.read_bytes()
+    refused(["merge", str(vectors[0]), "--out", str(out)], capsys, "--overwrite", tmp_path)
+    assert main(["merge", str(vectors[0]), "--out", str(out), "--overwrite"]) == 0
+    assert out.read_bytes() != before
+    assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
+
+
+def test_inspect_shows_a_vector(
+    vectors: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(vectors[0]), "--layers"]) == 0
+    text = capsys.readouterr().out
+    for word in ("task vector", "2 entries", "float32", "query", "0.5000", "task", "t0", "bytes"):
+        assert word in text, word
+    assert f"{vectors[0].stat().st_size:,} bytes" in text
+
+
+def test_inspect_shows_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.safetensors"
+    Mask.from_dense({"layer.0.key.weight": torch.eye(4) > 0}, metadata={"made": "by [hand]"}).save(
+        path
+    )
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for word in ("a mask of 4 entries", "density 0.2500", "key", "bitmap", "by [hand]"):
+        assert word in text, word
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "coefficient"),
+    [
+        ("a.safetensors:0.4", "a.safetensors", 0.4),
+        ("a.safetensors:-1e-1", "a.safetensors", -0.1),
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("C:a.safetensors", "C:a.safetensors", 1.0),
+        ("C:a.safetensors:2", "C:a.safetensors", 2.0),
+    ],
+)
+def test_terms(text: str, path: str, coefficient: float) -> None:
+    assert parse_term(text) == (Path(path), coefficient)
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:", "a.safetensors:b", "x:nan", ":1"])
+def test_bad_terms(text: str) -> None:
+    with pytest.raises(TalosValueError, match=r"FILE\.safetensors:NUMBER"):
+        parse_term(text)
+
+
+def test_from_calibration_to_evaluation(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, vector = tmp_path / "mask.safetensors", tmp_path / "vector.safetensors"
+    common = ["--model", model, "--data", data, "--max-length", "16"]
+    scored = ["--samples", "24", "--rounds", "2", "--batch-size", "8"]
+    assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
+    assert "talos train" in capsys.readouterr().out
+    assert Mask.load(mask).density == pytest.approx(0.1, abs=1e-4)
+    assert Mask.load(mask).metadata["task"] == "pets"
+    trained = ["--mask", str(mask), "--steps", "8", "--batch-size", "8", "--lr", "0.05"]
+    assert main(["train", *common, *trained, "--out", str(vector)]) == 0
+    assert "talos eval" in capsys.readouterr().out
+    assert TaskVector.load(vector).mask == Mask.load(mask)
+    assert TaskVector.load(vector).values.abs().max() > 0
+    assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
+    text = capsys.readouterr().out
+    for word in ("pets", "pretrained", "edited", "mean validation accuracy", "0.05", "talos merge"):
+        assert word in text, word
+    first = mask.read_bytes()
+    assert main(["calibrate", *common, *scored, "--out", str(mask), "--overwrite"]) == 0
+    assert mask.read_bytes() == first
+
+
+def test_too_many_samples_are_refused(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "m.safetensors")
+    arguments = ["calibrate", "--model", model, "--data", data, "--samples", "5000", "--out", out]
+    refused(arguments, capsys, "--samples must be at most 96", tmp_path)
+
+
+def test_a_vector_of_another_model_is_refused(
+    model: str, data: str, vectors: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", "--model", model, "--data", data, "--vector", str(vectors[0])]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "layer.0.query.weight" in err
+    assert "error: " in err
+    assert "Traceback" not in out + err
+
+
+def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "page.html"
+    save_results(synthetic(), results)
+    assert main(["report", str(results), "--out", str(page)]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert "95.4 %" in capsys.readouterr().out
+    refused(["report", str(results), "--out", str(page)], capsys, "--overwrite", tmp_path)
+
+
+def test_the_demo_refuses_a_filled_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    refused(["demo", "--out", str(tmp_path)], capsys, "--overwrite", tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_says_what_is_kept(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "talos", "demo", "--model", model, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "masks").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "interrupted: " in stderr
+    assert "Traceback" not in stdout + stderr
