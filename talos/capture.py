@@ -167,8 +167,7 @@ class Capture:
                 )
 
     def _record(self, use: Use) -> None:
-        if self._batch.phase == "forward":  # else a checkpoint recomputes what is recorded already
-            self._batch.uses.append(use)
+        self._batch.uses.append(use)
 
     def _receive(self, sink: Sink, dy: Tensor, x: Tensor | None) -> None:
         if dy.numel() == 0:

@@ -119,11 +119,16 @@ def swap(x: Tensor, *_: Tensor) -> Tensor:
 
 
 def rejoin(x: Tensor, like: Tensor) -> Tensor:
-    return x.view(*like.shape[:2], -1)
+    return x.reshape(*like.shape[:2], -1)
 
 
 def rejoin_swapped(x: Tensor, like: Tensor) -> Tensor:
     return x.view(like.shape[1], like.shape[0], -1).transpose(0, 1)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Two windows of each sample, the sample first: [B, T, E] to [2 B, T, E]."""
+    return x.reshape(len(x) * 2, x.shape[1], -1).repeat(1, 1, 2)
 
 
 def images_of(x: Tensor) -> Tensor:
@@ -155,7 +160,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "windows": lambda: pooled(
         Around(
             mlp(),
-            lambda x: x.reshape(len(x) * 2, 5, -1).repeat(1, 1, 2),
+            halves,
             lambda y, x: rejoin(y, x).unflatten(2, (2, E)).sum(2),
         )
     ),
@@ -168,6 +173,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "attention, three inputs": lambda: pooled(Attend("other", True)),
     "attention, other widths": lambda: pooled(Attend("wide", True)),
     "attention, other widths, sequence first": lambda: pooled(Attend("wide", False)),
+    "attention in windows": lambda: pooled(
+        Around(Attend("same", True), halves, lambda y, x: rejoin(y, x).unflatten(2, (2, E)).sum(2))
+    ),
+    "attention in windows, sample last": lambda: pooled(
+        Around(
+            Attend("same", False),
+            lambda x: halves(x).unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1),
+            lambda y, x: y.unflatten(0, (2, -1)).sum(0),
+        )
+    ),
     "encoder layer": lambda: pooled(encoder(True)),
     "encoder layer, sequence first": lambda: pooled(encoder(False, norm_first=True)),
     "encoder": lambda: pooled(nn.TransformerEncoder(encoder(True), 2)),
@@ -260,12 +275,59 @@ def test_scores_under_bfloat16_autocast_and_of_a_bfloat16_model() -> None:
             assert error < 0.1, (name, error)
 
 
+def test_autocast_of_the_caller_does_not_reach_the_sums_of_squares() -> None:
+    model, x = nn.Sequential(mlp(), nn.Linear(E, C)), inputs().float().mean(1)
+
+    def logits_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cast(Tensor, model(batch))
+
+    inside = fisher_diag(model, [x], logits_fn=logits_fn, params=".")
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = fisher_diag(model, [x], params=".")
+    assert all(torch.equal(score, outside[name]) for name, score in inside.items())
+
+
+def test_padded_sequences_after_a_frozen_layer() -> None:
+    """Where nothing needs a gradient yet, torch's encoder would switch to nested tensors."""
+    lengths = torch.tensor([5, 3, 4, 1, 5, 2])
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(encoder(True), 2)
+            self.head = nn.Linear(E, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x[:, 0, 0].long()
+            padding = torch.arange(5) >= length[:, None]
+            hidden = self.encoder(x, src_key_padding_mask=padding)
+            return self.head(hidden.masked_fill(padding[..., None], 0.0).sum(1))
+
+    model, x = Padded().double(), inputs()
+    x[:, 0, 0] = lengths
+    expected = oracle(model, x)
+    model.encoder.layers[0].requires_grad_(False)
+    scores = fisher_diag(model, batched(x, 4), draws="exact", params=".")
+    assert_scores(scores, {name: expected[name] for name in scores})
+    assert len(scores) == 14
+
+
 def test_the_order_of_samples_does_not_matter() -> None:
     model, x = MODELS["encoder layer, sequence first"]().double(), inputs()
     scores = fisher_diag(model, batched(x, 5), draws="exact", params=".")
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     mixed = fisher_diag(model, batched(x[order], 5), draws="exact", params=".")
     assert_scores(mixed, {name: score.double() for name, score in scores.items()})
+
+
+def test_draws_in_float32_have_equal_shares() -> None:
+    model, x = MODELS["encoder layer"](), inputs().float()
+    narrow = fisher_diag(model, [x], draws=3, params=".")
+    wide = fisher_diag(model.double(), [x.double()], draws=3, params=".")
+    rtol = REDUCTION_TOLERANCES[torch.float32].rtol
+    for name, score in narrow.items():
+        assert (score - wide[name]).norm() <= rtol * wide[name].norm(), name
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -418,6 +480,13 @@ def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> No
     }
 
 
+def test_every_round_draws_labels_of_its_own() -> None:
+    model, x = MODELS["tokens"]().double(), inputs(10)
+    once = calibrate(model, [x], 0.3, rounds=1, soft=1.0)
+    assert calibrate(model, [x], 0.3, rounds=1, soft=0.5) == once  # one round damps nothing
+    assert calibrate(model, [x], 0.3, rounds=2, soft=1.0) != once
+
+
 def test_full_density_selects_all() -> None:
     model = MODELS["tokens"]()
     assert calibrate(model, [inputs(8).float()], 1.0).density == 1.0
@@ -493,6 +562,16 @@ def test_wrapped_models_are_scored_as_what_they_wrap() -> None:
     for wrapped in (nn.DataParallel(model), torch.compile(model)):
         scores = fisher_diag(wrapped, [x])
         assert all(torch.equal(score, expected[name]) for name, score in scores.items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_that_were_compiled_are_scored_eagerly() -> None:
+    model, x = MODELS["encoder layer"]().double(), inputs()
+    expected = fisher_diag(model, [x])
+    model[2].compile(backend="eager")
+    model(x)
+    scores = fisher_diag(model, [x])
+    assert all(torch.equal(score, expected[name]) for name, score in scores.items())
 
 
 # -- refusals
@@ -609,6 +688,25 @@ def test_what_cannot_be_scored_exactly_is_refused_by_name(name: str) -> None:
     model, error, message = REFUSALS[name]
     with pytest.raises(error, match=message):
         fisher_diag(model.double(), [inputs()], params=".")
+
+
+def test_packed_sequences_are_refused_in_a_later_batch_too() -> None:
+    def lengths(x: Tensor) -> list[int]:
+        return x[:, 0, 0].long().tolist()
+
+    def pack(x: Tensor) -> Tensor:
+        return torch.cat([row[:n] for row, n in zip(x, lengths(x), strict=True)])
+
+    def unpack(y: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([part.mean(0) for part in y.split(lengths(x))])
+
+    model, equal = Around(nn.Linear(E, E), pack, unpack).double(), inputs()
+    equal[:, 0, 0] = 4
+    unequal = equal.clone()
+    unequal[1, 0, 0], unequal[2, 0, 0] = 5, 3
+    assert_scores(fisher_diag(model, [equal], draws="exact"), oracle(model, equal))
+    with pytest.raises(TalosRuntimeError, match="packed sequences"):
+        fisher_diag(model, [equal, unequal])
 
 
 def test_batch_norm_with_statistics_is_scored_in_eval_mode() -> None:
