@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Self
@@ -21,7 +20,7 @@ __all__ = ["SparseDelta"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseDelta:
     """Values at the entries of a mask, of weights with these fingerprints.
 
@@ -39,8 +38,8 @@ class SparseDelta:
 
     mask: Mask
     values: Tensor
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that do not belong to the mask."""

@@ -137,6 +137,8 @@ def _values(name: str, values: Tensor, nnz: int) -> Tensor:
             f"{name}.values must hold {nnz} numbers, one a selected entry, "
             f"got shape {tuple(values.shape)}"
         )
+    if not values.is_floating_point():
+        raise TalosValueError(f"{name}.values must be floating point, got {values.dtype}")
     return values
 
 

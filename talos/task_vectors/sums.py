@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from talos.masks import Mask
+from talos_kernels import TensorIndex
 
 __all__ = ["same_order", "slices_of", "sources", "spread", "weighted_sum"]
 
@@ -74,7 +75,14 @@ def _add_(total: Tensor, union: Mask, scale: float, mask: Mask, values: Tensor) 
         if own is index or own == index:
             target += part
         else:
-            target[index.rank(own.positions_int64())] += part
+            target[_ranks(index, own)] += part
+
+
+def _ranks(union: TensorIndex, own: TensorIndex) -> Tensor:
+    """Ranks in `union` of the entries of `own`, which it contains: int64 `[own.nnz]`."""
+    if union.encoding == "bitmap":  # bools of one tensor beat looking up each position
+        return own.decode()[union.decode()].nonzero()[:, 0]
+    return union.rank(own.positions_int64())
 
 
 def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -92,6 +100,7 @@ def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, 
     """
     found: list[dict[str, Any]] = []
     for scale, metadata in terms:
+        parts: list[dict[str, Any]]
         parts = metadata["sum"] if _is_sum(metadata) else [{"scale": 1.0, "of": metadata}]
         for part in parts:
             known = next((source for source in found if source["of"] == part["of"]), None)

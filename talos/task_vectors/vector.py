@@ -31,7 +31,7 @@ from .sums import sources, weighted_sum
 __all__ = ["TaskVector"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskVector(SparseDelta, VectorSpace):
     """A sparse difference of weights: what to add to a base model, and at which entries.
 
@@ -100,7 +100,7 @@ class TaskVector(SparseDelta, VectorSpace):
             True
         """
         kept, values, found = difference(base, tuned, mask, strict=strict)
-        return cls(kept, values, found, metadata or {})
+        return cls(kept, values, found, dict(metadata or {}))
 
     @classmethod
     def combine(cls, terms: Iterable[tuple[float, TaskVector]]) -> TaskVector:
