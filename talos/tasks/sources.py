@@ -46,7 +46,7 @@ class SourceFile:
 
     Attributes:
         path: Path below the library's folder, with `/` on every system.
-        docstrings: First paragraphs of function and class docstrings.
+        docstrings: The beginnings of function and class docstrings.
         comments: Blocks of full-line comments, joined.
         functions: Functions and methods that are not inside another function.
         messages: Texts of raised exceptions.
@@ -172,9 +172,10 @@ class _Reader:
     def _docstring(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         text = ast.get_docstring(node)
         if text:
-            first = prose(re.split(r"\n\s*\n|\n\s*>>>", text, maxsplit=1)[0])
-            if first:
-                self.docstrings.append(first)
+            # Examples in it are code.
+            folded = prose(re.split(r"\n\s*>>>", text, maxsplit=1)[0])
+            if folded:
+                self.docstrings.append(folded)
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         body = node.body

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = (1600, 400, 600)
 
-# A class with fewer files than this cannot fill three splits by whole files: one large file would
-# decide which split gets what, so its files are cut into regions.
-MIN_FILES = 10
+# Texts that follow each other in a file and stay together when the file is cut into regions.
 REGION = 16
 
 
@@ -56,15 +54,16 @@ def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
     return [c for key, c in first.items() if key and key not in ambiguous]
 
 
-def cut_regions(candidates: Sequence[Candidate], n_classes: int) -> list[Candidate]:
+def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int) -> list[Candidate]:
     """Groups by file; the files of a class that has few are cut into disjoint regions.
 
+    With fewer than `min_files` files a split holds so few that one of them decides what is in it.
     A file must hold candidates of one class only.
     """
     files: dict[int, set[str]] = {label: set() for label in range(n_classes)}
     for candidate in candidates:
         files[candidate.label].add(candidate.origin)
-    cut = {label for label, paths in files.items() if len(paths) < MIN_FILES}
+    cut = {label for label, paths in files.items() if len(paths) < min_files}
     seen: Counter[str] = Counter()
     result = []
     for c in candidates:
@@ -81,7 +80,8 @@ def split_groups(
 ) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
     """Draws three splits of at most `sizes` candidates, each with every class equally often.
 
-    Groups go, the largest first, to the split that is furthest from its share of their classes.
+    Groups go, the largest first, to the split that lacks most of its share of their classes, so
+    that the largest end in the largest split and the others hold many small ones.
     Where a class has too few candidates for its share, all three splits and all classes shrink:
     balance is kept, size is not.
     """
@@ -100,10 +100,8 @@ def split_groups(
         counts = Counter(candidate.label for candidate in groups[name])
 
         def room(split: int, counts: Counter[int] = counts) -> float:
-            if not shares[split]:
-                return float("-inf")
             return sum(
-                count / totals[label] * (1 - filled[split][label] / (shares[split] * totals[label]))
+                count / totals[label] * (shares[split] - filled[split][label] / totals[label])
                 for label, count in counts.items()
             )
 

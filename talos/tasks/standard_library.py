@@ -29,6 +29,11 @@ MAX_FILE_BYTES = 100_000
 # Code points that share a row are often variants of one character.
 CHARACTERS_IN_A_ROW = 64
 MAX_LINES = 8
+# Shorter docstrings ("Return the value.") hardly have a topic.
+MIN_TOPIC_WORDS = 6
+# Below these numbers of files the files of a class are cut into regions.
+MIN_TOPIC_FILES = 40
+MIN_PACKAGE_FILES = 10
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,9 @@ def _docstring_topic(folder: Path) -> list[Candidate]:
         Candidate(text, label, file.path, file.path)
         for label, file, own_name in _files(folder, TOPICS)
         for text in file.docstrings
-        if not own_name.search(text)
+        if len(text.split()) >= MIN_TOPIC_WORDS and not own_name.search(text)
     ]
-    return cut_regions(deduplicate(found), len(TOPICS))
+    return cut_regions(deduplicate(found), len(TOPICS), MIN_TOPIC_FILES)
 
 
 def _code_package(folder: Path) -> list[Candidate]:
@@ -172,7 +177,7 @@ def _code_package(folder: Path) -> list[Candidate]:
             names.sub("module", function.header), names.sub("module", function.body)
         )
     ]
-    return cut_regions(deduplicate(found), len(PACKAGES))
+    return cut_regions(deduplicate(found), len(PACKAGES), MIN_PACKAGE_FILES)
 
 
 def _pieces(header: str, body: str, limit: int = 2) -> Iterator[str]:
@@ -270,12 +275,12 @@ def _character_kind(folder: Path) -> list[Candidate]:
 
 
 BY_FILE = "No file is in two splits"
-BY_REGION = BY_FILE + "; the files of a class that has fewer than ten are split by disjoint regions"
+BY_REGION = BY_FILE + "; the files of a class that has fewer than {} are split by disjoint regions"
 SOURCES = (
     TaskSource(
         "docstring_topic",
         "What a docstring is about; docstrings with the name of their module are left out. "
-        f"{BY_REGION}.",
+        f"{BY_REGION.format(MIN_TOPIC_FILES)}.",
         {
             "networking": "http requests, urls and sockets",
             "mail": "email messages and mailboxes",
@@ -290,7 +295,7 @@ SOURCES = (
     TaskSource(
         "code_package",
         "The package a piece of code comes from; names of packages are replaced by `module`. "
-        f"{BY_REGION}.",
+        f"{BY_REGION.format(MIN_PACKAGE_FILES)}.",
         {
             "asyncio": "asynchronous event loop, transports and coroutines",
             "email": "charset payload header message",
