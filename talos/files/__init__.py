@@ -19,6 +19,7 @@ one that writes them anew, metadata included, leaves them valid.
 
 from .atomic import atomic_write
 from .checked import load_file, save_file
+from .entries import check_entries
 from .header import write_tensors
 
-__all__ = ["atomic_write", "load_file", "save_file", "write_tensors"]
+__all__ = ["atomic_write", "check_entries", "load_file", "save_file", "write_tensors"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
-from talos.files import load_file, save_file, write_tensors
+from talos.files import check_entries, load_file, save_file, write_tensors
 from talos.masks import Mask
 
 from .sums import slices_of
@@ -21,7 +20,6 @@ __all__ = ["export_dense", "load_parts", "save_parts"]
 
 _Path = str | os.PathLike[str]
 _ENTRIES = {"tensors", "mask", "fingerprints", "made"}
-_MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
 
 def save_parts(
@@ -95,20 +93,8 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     """Refuse metadata of the wrong structure before a size in it is used."""
     if set(entries) != _ENTRIES:
         raise TalosValueError(f"its metadata must hold {sorted(_ENTRIES)}, got {sorted(entries)}")
-    tensors, fingerprints = entries["tensors"], entries["fingerprints"]
-    if not isinstance(tensors, list) or not all(
-        isinstance(entry, dict)
-        and set(entry) == {"name", "shape", "encoding", "nnz"}
-        and isinstance(entry["name"], str)
-        and isinstance(entry["shape"], list)
-        and all(type(size) is int and size >= 0 for size in [*entry["shape"], entry["nnz"]])
-        for entry in tensors
-    ):
-        raise TalosValueError("tensors must list name, shape, encoding and nnz of each")
-    # Of these the file holds no buffer that would bound their size.
-    empty = sum(prod(entry["shape"]) for entry in tensors if entry["nnz"] == 0)
-    if empty > _MOST_EMPTY:
-        raise TalosValueError(f"tensors without a selected entry must be smaller, got {empty}")
+    check_entries(entries["tensors"])
+    fingerprints = entries["fingerprints"]
     if not isinstance(entries["mask"], dict) or not isinstance(entries["made"], dict):
         raise TalosValueError("mask and made must be objects")
     if not isinstance(fingerprints, dict) or not all(
