@@ -302,10 +302,12 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
         else:
             selection.passed_over += 1
     if not taken:
-        nearest = difflib.get_close_matches(params, named, n=3, cutoff=0.0)
+        preset = params in _PRESETS
+        nearest = list(named)[:3] if preset else difflib.get_close_matches(params, named, 3, 0.0)
         raise TalosValueError(
             f"params must match a parameter of {type(unwrapped(model)).__name__}, got {params!r}; "
-            f"the nearest names are {', '.join(nearest) or 'none, it has no parameters'}"
+            + ("give a regular expression, its first" if preset else "its nearest")
+            + f" names are {', '.join(nearest) or 'none, it has no parameters'}"
         )
     if not selection:
         raise TalosValueError(

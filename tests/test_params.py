@@ -187,8 +187,12 @@ def test_names_are_free_of_wrappers() -> None:
 
 
 def test_no_match_names_the_nearest() -> None:
-    with pytest.raises(TalosValueError, match=r"'head\.wieght'.*nearest names are head\.weight"):
+    with pytest.raises(
+        TalosValueError, match=r"'head\.wieght'.*its nearest names are head\.weight"
+    ):
         select_parameters(Transformer(), "head.wieght")
+    with pytest.raises(TalosValueError, match=r"Linear, got 'qk'.* its first names are weight, b"):
+        select_parameters(nn.Linear(2, 2), "qk")
     with pytest.raises(TalosValueError, match=r"ReLU, got 'maskable'.*no parameters"):
         select_parameters(nn.ReLU())
 
