@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": inspect,
     "report": report,
 }
+START = "import sys; from talos.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +310,7 @@ def test_the_demo_refuses_a_filled_folder(
 def test_ctrl_c_says_what_is_kept(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-m", "talos", "demo", "--model", model, "--out", str(out)],
+        [sys.executable, "-c", START, "demo", "--model", model, "--out", str(out)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

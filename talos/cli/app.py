@@ -3,8 +3,9 @@
 import inspect as inspection
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -92,11 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     try:
-        status = app(
-            args=None if arguments is None else list(arguments),
-            prog_name="talos",
-            standalone_mode=False,
-        )
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = app(
+                args=None if arguments is None else list(arguments),
+                prog_name="talos",
+                standalone_mode=False,
+            )
         sys.stdout.flush()
         return int(status or 0)
     except (TalosError, typer.TyperException) as error:
@@ -110,6 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 130
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Tells a warning in one line, without the place in our code that raised it."""
+    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
 
 
 def _fail(error: TalosError | typer.TyperException) -> int:

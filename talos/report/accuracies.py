@@ -22,7 +22,7 @@ def tasks(results: Results) -> str:
         rows.append(
             (
                 f"<b>{escape(task['name'])}</b>",
-                escape(task["description"]),
+                f"<div class=long>{escape(task['description'])}</div>",
                 str(task["classes"]),
                 f"{used['train']:,}",
                 f"{used['validation']:,}",
@@ -176,7 +176,7 @@ def interference(results: Results) -> str:
                 names,
                 low=0.7,
                 high=1.3,
-                colours="RdYlBu",
+                colours="RdBu",
                 row_label="vector of",
                 column_label="accuracy on",
             ),

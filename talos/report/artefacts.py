@@ -61,7 +61,7 @@ def masks(results: Results) -> str:
         ),
         figure(
             heatmaps.matrix("iou", results["mask_iou"], names, low=0.0, high=1.0),
-            "Overlap of the tasks' masks (intersection over union); random masks of 10 % have .05.",
+            "Overlap of the tasks' masks, intersection over union; random masks have about .05.",
             "mask overlap between tasks",
         ),
         "</div>",
@@ -90,7 +90,7 @@ def files(results: Results) -> str:
         entries = sum(f["entries"] for f in files) / len(files)
         rows.append(
             (
-                f"task vector, {method_label(results, method)}",
+                f"{method_label(results, method)}: vector",
                 f"{entries:,.0f}",
                 megabytes(size),
                 f"{size / entries:.2f}",
@@ -146,12 +146,13 @@ def timings(results: Results) -> str:
     return section(
         "Where the time went",
         f"{total / 60:.1f} minutes in all on {machine['cpu']}, {machine['cores']} cores.",
-        "<div class=narrow>",
+        "<div class=pair>",
         figure(
             charts.phase_bars(results),
             "Seconds of each phase, summed over the tasks.",
             "seconds of each phase",
         ),
+        _seconds(results),
         "</div>",
     )
 
@@ -241,6 +242,21 @@ def made(results: Results) -> str:
         table(("task", "method", "steps", "first loss", "last loss"), losses, text_columns=2),
         "</div>",
     )
+
+
+def _seconds(results: Results) -> str:
+    """The same as a table: a row a phase, a column for what both share and for each method."""
+    columns = [None, *(method["name"] for method in results["methods"])]
+    phases: dict[str, dict[str | None, float]] = {}
+    for entry in results["timings"]["phases"]:
+        row = phases.setdefault(entry["phase"], dict.fromkeys(columns, 0.0))
+        row[entry["method"]] += entry["seconds"]
+    rows = [
+        (escape(name), *(f"{row[column]:.1f}" if row[column] else "" for column in columns))
+        for name, row in phases.items()
+    ]
+    labels = (method_label(results, method) for method in results["methods"])
+    return table(("seconds", "both", *labels), rows)
 
 
 def _plain(value: object) -> str:

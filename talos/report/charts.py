@@ -31,9 +31,9 @@ def accuracy_curve(results: Results) -> str:
         axes.set_xlabel("scaling coefficient")
         axes.set_ylabel("mean accuracy, %")
         axes.grid(True)
-        axes.legend(loc="lower center", fontsize=8.5)
+        _legend(axes, 2)
 
-    return draw("addition", 3.0, paint)
+    return draw("addition", 3.1, paint)
 
 
 def negation_curve(results: Results, task: str) -> str:
@@ -64,9 +64,9 @@ def negation_curve(results: Results, task: str) -> str:
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(bottom=0, top=100)
         axes.grid(True)
-        axes.legend(loc="lower left", fontsize=7.5)
+        _legend(axes, 2)
 
-    return draw(f"negation-{task}", 2.9, paint)
+    return draw(f"negation-{task}", 3.1, paint)
 
 
 def size_bars(rows: Sequence[tuple[str, float, str]]) -> str:
@@ -132,3 +132,8 @@ def phase_bars(results: Results) -> str:
         axes.legend(fontsize=8.5, loc="lower right")
 
     return draw("phases", 0.9 + 0.34 * len(phases), paint)
+
+
+def _legend(axes: Any, columns: int) -> None:
+    """Puts the legend above the plot, where no line can run through it."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=8.5)

@@ -79,14 +79,13 @@ def matrix(
     """
 
     def paint(axes: Any) -> None:
-        short = [label if len(label) <= 14 else label[:13] + "…" for label in labels]
+        short = [_folded(label) for label in labels]
         _heat(axes, values, short, short, low=low, high=high, colours=colours, form=form)
-        if len(labels) > 4 or max(map(len, short)) > 9:
-            axes.tick_params(axis="x", labelrotation=25)
+        axes.tick_params(axis="x", labelsize=8 if len(labels) < 5 else 7)
         axes.set_ylabel(row_label)
         axes.set_xlabel(column_label)
 
-    return draw(name, 1.3 + 0.42 * len(labels), paint)
+    return draw(name, 1.1 + 0.46 * len(labels), paint)
 
 
 def _heat(
@@ -106,7 +105,7 @@ def _heat(
     scale = Normalize(low, high)
     palette = colormaps[colours]
     filled = [[float("nan") if v is None else v for v in row] for row in values]
-    axes.pcolormesh(filled, cmap=palette, norm=scale, edgecolors="white", linewidth=1.5)
+    axes.pcolormesh(filled, cmap=palette, norm=scale, edgecolors="#e2e8f0", linewidth=1.0)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value is None:
@@ -132,3 +131,13 @@ def _heat(
 
 def _layer_order(layer: str) -> tuple[int, str]:
     return (int(layer), "") if layer.isdigit() else (-1, layer)
+
+
+def _folded(label: str) -> str:
+    """Breaks a name into lines at its underscores, and cuts lines that are too long even so."""
+    lines = [""]
+    for part in label.replace("_", "_\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(part) > 11:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line if len(line) <= 12 else line[:11] + "…" for line in lines)

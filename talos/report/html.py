@@ -105,4 +105,7 @@ def method_label(results: Results, method: dict[str, str]) -> str:
         HTML.
     """
     colour = method_colour(results, method["name"])
-    return f'<span class=dot style="background:{colour}"></span>{escape(method["title"])}'
+    return (
+        f'<span class=method><span class=dot style="background:{colour}"></span>'
+        f"{escape(method['title'])}</span>"
+    )

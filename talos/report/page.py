@@ -42,11 +42,13 @@ def render(results: Results) -> str:
     """
     check_results(results)
     count = len(results["tasks"])
+    first, *others = headline(results)
     body = [
         "<header>",
         "<p class=eyebrow>talos · sparse fine-tuning and task arithmetic</p>",
         f"<h1>{count} tasks, one encoder: edit it with sparse task vectors</h1>",
-        f"<p class=lead>{escape(' '.join(headline(results)))}</p>",
+        f"<p class=lead>{escape(first)}</p>",
+        f"<p class=more>{escape(' '.join(others))}</p>",
         _tiles(results),
         "</header>",
         accuracies.tasks(results),

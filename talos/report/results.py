@@ -217,17 +217,18 @@ def headline(results: Results) -> list[str]:
         else:
             text += ", which these test sets cannot tell from zero."
         sentences.append(text)
+        zero = [entry["value"] for entry in results["zero_shot"].values()]
         sentences.append(
             "The absolute accuracies of the two merged models are "
             f"{percent(added['absolute']['value'])} % and "
-            f"{percent(rival['absolute']['value'])} %."
+            f"{percent(rival['absolute']['value'])} %, the pretrained one has "
+            f"{percent(sum(zero) / len(zero))} %."
         )
         drops = [_mean_drop(results, method["name"]) for method in (first, other)]
-        better = "further" if drops[0] > drops[1] else "less"
         sentences.append(
-            f"Negation takes a task down by {100 * drops[0]:.1f} points on average with "
-            f"{first['title']}, {100 * drops[1]:.1f} with {other['title']} ({better} with the "
-            "sparse method)."
+            f"Negation takes the accuracy on the task to forget down by {100 * drops[0]:.1f} "
+            f"points on average with {first['title']}, by {100 * drops[1]:.1f} with "
+            f"{other['title']}."
         )
     else:
         sentences.append(text + ".")
