@@ -45,6 +45,11 @@ class FineTuneStep:
         lr: learning rate of the step.
         grad_norm: norm of the gradient before clipping, over what is trained.
         seconds: since the first step began.
+
+    Example:
+        >>> event = FineTuneStep(step=1, steps=80, loss=0.7, lr=1e-4, grad_norm=2.0, seconds=0.3)
+        >>> f"{event.step}/{event.steps} loss {event.loss:.2f}"
+        '1/80 loss 0.70'
     """
 
     step: int
@@ -63,6 +68,12 @@ class FineTuneFinished:
         task_vector: tuned minus initial weights, of what was trained.
         steps: optimizer steps taken.
         seconds: the whole training took.
+
+    Example:
+        >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> *_, finished = fine_tune(torch.nn.Linear(4, 3), data, steps=2)
+        >>> finished.steps
+        2
     """
 
     task_vector: TaskVector

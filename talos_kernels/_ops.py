@@ -30,6 +30,7 @@ compiled_library = _load_library()
 """The compiled library in use, or None: the references serve the CPU then."""
 
 
+_library = torch.library.Library("talos", "FRAGMENT")
 _defined: list[str] = []
 
 
@@ -61,7 +62,8 @@ def _register_compiled(name: str, key: str) -> None:
         return
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"talos_C::{name}", key):
         compiled = getattr(torch.ops.talos_C, name).default
-        torch.library.register_kernel(f"talos::{name}", key.lower(), compiled)
+        # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
+        _library.impl(name, compiled, key)
 
 
 def increment_version(tensors: Tensor | Sequence[Tensor]) -> None:
