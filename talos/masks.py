@@ -24,7 +24,7 @@ from talos_kernels import Index, TensorIndex
 
 from .describe import MaskTable, MaskTableRow
 from .errors import TalosTypeError, TalosValueError
-from .files import load_file, save_file
+from .files import check_entries, load_file, save_file
 from .selection import lowest_entries
 from .structure import kind_of, layer_of
 
@@ -322,12 +322,11 @@ class Mask:
             TalosValueError: a buffer is missing or does not fit; a name comes twice; the number of
                 selected entries is not the one recorded.
         """
+        check_entries(entries)
         shapes: dict[str, Shape] = {}
         indices: dict[str, TensorIndex] = {}
         for entry in entries:
-            name, shape, nnz = str(entry["name"]), tuple(entry["shape"]), int(entry["nnz"])
-            if name in shapes:
-                raise TalosValueError(f"{name}: named twice")
+            name, shape, nnz = entry["name"], tuple(entry["shape"]), entry["nnz"]
             numel = prod(shape)
             try:
                 if entry["encoding"] == "u16" and nnz == 0:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -141,6 +142,20 @@ def test_a_file_gives_back_the_mask(numel: int, tmp_path: Path) -> None:
     loaded = Mask.load(tmp_path / "mask.safetensors")
     assert loaded == mask
     assert loaded.metadata == mask.metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"encoding": "u16", "nnz": 0, "shape": [2**48]}, "must be smaller"),
+        ({"encoding": "full", "nnz": -2, "shape": [-2]}, "must list name, shape, encoding and nnz"),
+        ({"encoding": "full", "nnz": 5, "shape": [4]}, "w: must select 5 entries, got 4"),
+        ({"encoding": "full", "shape": [4]}, "must list name, shape, encoding and nnz"),
+    ],
+)
+def test_sizes_that_a_file_claims_are_checked_first(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(TalosValueError, match=match):
+        Mask.from_buffers({}, [{"name": "w", **change}])
 
 
 def test_describe_sums_by_layer_and_type() -> None:
