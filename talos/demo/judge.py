@@ -1,6 +1,6 @@
 """Right or wrong on every example: one encoder, a zero-shot head and batches for each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from talos.demo.settings import DemoSettings
 from talos.errors import TalosValueError
 from talos.models import TextEncoder, ZeroShotClassifier
+from talos.params import named_parameters
 from talos.tasks import Batches, Task, available_tasks, load_task
 
 __all__ = ["Judge", "load_tasks", "training_batches"]
@@ -47,6 +48,7 @@ class Judge:
             task.name: ZeroShotClassifier(encoder, task.class_texts) for task in tasks
         }
         self.model = next(iter(self.classifiers.values()))
+        self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
         self.control_stride = max(1, len(tasks) - 1)
         self._batches = {
             (task.name, name): self._sorted(task, split, max_length, batch_size, stride)
@@ -93,6 +95,28 @@ class Judge:
                 for batch in self._batches[task, split]
             ]
         return torch.cat(answers).cpu()
+
+    def all(self, split: str, tick: Callable[[], None]) -> dict[str, Tensor]:
+        """Evaluates the encoder on every task.
+
+        Args:
+            split: as `correct` takes it.
+            tick: called after each task.
+
+        Returns:
+            What `correct` returns, for each task.
+        """
+        answers = {}
+        for task in self.classifiers:
+            answers[task] = self.correct(task, split)
+            tick()
+        return answers
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Gives the encoder the weights that it had when the judge was made."""
+        for name, param in named_parameters(self.model).items():
+            param.copy_(self._base[name])
 
     def examples(self, split: str) -> dict[str, int]:
         """Counts a split's examples.

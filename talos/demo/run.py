@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from talos.demo.summary import Measured, summarise
 from talos.errors import TalosRuntimeError
 from talos.masks import Mask
 from talos.models import TextEncoder, load_text_encoder
-from talos.params import named_parameters
 from talos.report import save_results, write_report
 from talos.task_vectors import TaskVector
 from talos.tasks import Task
@@ -110,15 +110,14 @@ class _Demo:
                 max_length=settings.max_length,
                 batch_size=settings.evaluation_batch_size,
             )
-            zero_shot = {s: _all_tasks(judge, s, tick) for s in ("validation", "test")}
-        base = {name: p.detach().clone() for name, p in named_parameters(judge.model).items()}
+            zero_shot = {split: judge.all(split, tick) for split in ("validation", "test")}
         masks = {task.name: self.calibrate(judge, task) for task in tasks}
         vectors: dict[str, dict[str, TaskVector]] = {method: {} for method in TITLES}
         for task in tasks:
             for method in TITLES:
                 mask = masks[task.name] if method == "talos" else None
                 vectors[method][task.name] = self.train(judge, task, method, mask)
-                _restore(judge, base)
+                judge.restore_()
         estimator = Estimator(
             judge.examples("test"), resamples=settings.bootstrap, seed=settings.seed
         )
@@ -169,6 +168,9 @@ class _Demo:
                 on_progress=lambda progress: tick(),
             )
         path = self.out / "masks" / f"{task.name}.safetensors"
+        mask = replace(
+            mask, metadata=mask.metadata | {"model": judge.encoder.name, "task": task.name}
+        )
         mask.save(path)
         self.note_file(path, "mask", None, task.name, mask.nnz)
         return mask
@@ -202,7 +204,11 @@ class _Demo:
                     vector = event.task_vector
         if vector is None:
             raise TalosRuntimeError("fine_tune must end with a task vector, got none")
-        last = losses[-min(10, len(losses)) :]
+        rate = settings.lr if mask is not None else settings.nonlinear_lr
+        origin = {"model": judge.encoder.name, "task": task.name, "method": method}
+        setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
+        vector = replace(vector, metadata=origin | setup)
+        last = losses[-10:]
         self.training[method][task.name] = {
             "steps": settings.steps,
             "first_loss": losses[0],
@@ -286,17 +292,3 @@ class _Demo:
                 "entries": entries,
             }
         )
-
-
-def _all_tasks(judge: Judge, split: str, tick: Callable[[], None]) -> dict[str, Tensor]:
-    correct = {}
-    for task in judge.classifiers:
-        correct[task] = judge.correct(task, split)
-        tick()
-    return correct
-
-
-def _restore(judge: Judge, base: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, param in named_parameters(judge.model).items():
-            param.copy_(base[name])

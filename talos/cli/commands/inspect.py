@@ -80,8 +80,9 @@ def _kind(file: Path) -> str:
 
 def _structure(mask: Any, layers: bool) -> Table:
     table = Table(box=None, header_style="bold")
-    for column in ("layer", "type"):
-        table.add_column(column)
+    if layers:
+        table.add_column("layer")
+    table.add_column("type")
     for column in ("tensors", "entries", "selected", "density"):
         table.add_column(column, justify="right")
     table.add_column("encoding")
@@ -90,7 +91,7 @@ def _structure(mask: Any, layers: bool) -> Table:
     rows = [*(described.by_layer_and_kind() if layers else described.by_kind()), described.total()]
     for row in rows:
         table.add_row(
-            "" if row.layer is None else str(row.layer),
+            *(["" if row.layer is None else str(row.layer)] if layers else []),
             row.kind,
             f"{row.tensors:,}",
             f"{row.numel:,}",
