@@ -59,9 +59,7 @@ def measured(
 
     def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
         peak = measure.peak_bytes(step)
-        benchmark.pedantic(
-            step, rounds=20 if on_gpu else 10, iterations=10 if on_gpu else 1, warmup_rounds=2
-        )
+        benchmark.pedantic(step, rounds=20, iterations=10 if on_gpu else 1, warmup_rounds=2)
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats
