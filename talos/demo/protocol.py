@@ -20,6 +20,9 @@ from talos.task_vectors import TaskVector
 
 __all__ = ["add", "negate", "scaling_coefs"]
 
+# Points in a row without the control's share: a larger coefficient does not bring it back.
+_GIVE_UP = 4
+
 Correct = Mapping[str, Tensor]
 Tick = Callable[[], None]
 
@@ -123,14 +126,19 @@ def negate(
 
     Returns:
         An entry of the results' `negation`. A grid point's target is None where the control was
-        not kept: the target is not evaluated there.
+        not kept: the target is not evaluated there. After four such points in a row the larger
+        coefficients are left out, too.
     """
     others = [task for task in judge.classifiers if task != target]
+    broken = 0
     pretrained = _mean(
         {task: zero_shot_validation[task][:: judge.control_stride] for task in others}, others
     )
     grid: list[dict[str, Any]] = []
     for coef in coefs:
+        if broken == _GIVE_UP:
+            tick()
+            continue
         reached: float | None = None
         if coef == 0:
             control = pretrained
@@ -140,6 +148,7 @@ def negate(
                 control = _mean({t: judge.correct(t, "control") for t in others}, others)
                 if control >= control_share * pretrained:
                     reached = share(judge.correct(target, "validation"))
+        broken = broken + 1 if reached is None else 0
         grid.append({"scaling_coef": coef, "target": reached, "control": control})
         tick()
     kept = [point for point in grid if point["target"] is not None]

@@ -50,7 +50,7 @@ class DemoSettings:
     max_length: int = 48
     lr: float = 1e-3
     nonlinear_lr: float = 5e-5
-    sizes: tuple[int, int, int] = (1600, 256, 600)
+    sizes: tuple[int, int, int] = (1600, 128, 500)
     grid: int = 21
     control_share: float = 0.95
     bootstrap: int = 2000
@@ -99,8 +99,9 @@ class DemoSettings:
             seed=seed,
             task_count=2,
             samples=128,
-            steps=40,
-            sizes=(1280, 96, 240),
+            steps=30,
+            sizes=(960, 96, 240),
+            grid=11,
         )
 
 
