@@ -207,7 +207,7 @@ def made(results: Results) -> str:
     Returns:
         A section of HTML.
     """
-    settings = [(key, value) for key, value in results["settings"].items()]
+    settings = [(key, value) for key, value in results["settings"].items() if key != "model"]
     facts = [
         ("model", f"{results['model']['source']}, {results['model']['parameters']:,} entries"),
         ("scope", f"{results['model']['maskable']:,} entries may be selected"),

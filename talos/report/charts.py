@@ -129,9 +129,9 @@ def phase_bars(results: Results) -> str:
         axes.set_xlim(0, 1.18 * longest)
         axes.set_xlabel("seconds")
         axes.spines["left"].set_visible(False)
-        axes.legend(fontsize=8.5, loc="lower right")
+        _legend(axes, 3)
 
-    return draw("phases", 0.9 + 0.34 * len(phases), paint)
+    return draw("phases", 1.1 + 0.34 * len(phases), paint)
 
 
 def _legend(axes: Any, columns: int) -> None:

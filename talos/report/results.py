@@ -217,12 +217,12 @@ def headline(results: Results) -> list[str]:
         else:
             text += ", which these test sets cannot tell from zero."
         sentences.append(text)
-        zero = [entry["value"] for entry in results["zero_shot"].values()]
+        alone = [_mean(results["single"][method["name"]]) for method in (first, other)]
         sentences.append(
-            "The absolute accuracies of the two merged models are "
-            f"{percent(added['absolute']['value'])} % and "
-            f"{percent(rival['absolute']['value'])} %, the pretrained one has "
-            f"{percent(sum(zero) / len(zero))} %."
+            f"The single-task models reach {percent(alone[0])} % and {percent(alone[1])} % on "
+            f"average, the merged ones {percent(added['absolute']['value'])} % and "
+            f"{percent(rival['absolute']['value'])} %, the pretrained one "
+            f"{percent(_mean(results['zero_shot']))} %."
         )
         drops = [_mean_drop(results, method["name"]) for method in (first, other)]
         sentences.append(
@@ -246,3 +246,7 @@ def _mean_drop(results: Results, method: str) -> float:
     entries = results["negation"][method].values()
     drops = [entry["target_zero_shot"]["value"] - entry["target"]["value"] for entry in entries]
     return float(sum(drops) / len(drops))
+
+
+def _mean(estimates: dict[str, dict[str, float]]) -> float:
+    return sum(estimate["value"] for estimate in estimates.values()) / len(estimates)
