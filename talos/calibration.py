@@ -40,6 +40,10 @@ LogitsFn = Callable[[nn.Module, Any], Tensor]
 
 _FEW_SAMPLES = 8
 
+# Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
+# 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
+_SCALE = 2.0**32
+
 
 @dataclass(frozen=True)
 class CalibrationProgress:
@@ -225,7 +229,7 @@ def calibrate(
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
         damp_ = stack.enter_context(_damping(selection, soft))
-        capture = stack.enter_context(Capture(bare, selection))
+        capture = stack.enter_context(Capture(bare, selection, _SCALE))
         for index in range(rounds):
             capture.reset()
             samples = _score(capture, bare, batches, scoring, progress)
@@ -416,7 +420,7 @@ def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
     if low == high and sum(int(each.sum()) for each in kept.values()) > 1:
         warnings.warn(
-            f"all scores are {low}: the first weights are selected, which says nothing about the "
+            "all scores are equal: the first weights are selected, which says nothing about the "
             "model; check that the logits depend on the input",
             stacklevel=3,
         )

@@ -49,10 +49,12 @@ class Capture:
     Args:
         model: the model, in eval mode.
         selection: what is scored.
+        scale: what losses are multiplied by, a power of two: lifts small squares, which fp32 would
+            round to 0, without changing their order. Left out where gradients are fp16.
 
     Attributes:
-        scores: the sums of squares by name, fp32 in the parameters' shapes, on their devices; rows
-            that the selection leaves out stay 0.
+        scores: the sums of squares by name, fp32 in the parameters' shapes, on their devices, times
+            scale^2; rows that the selection leaves out stay 0.
 
     Example:
         >>> import torch
@@ -64,9 +66,10 @@ class Capture:
         [2.0, 2.0, 2.0]
     """
 
-    def __init__(self, model: nn.Module, selection: Selection) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, scale: float = 1.0) -> None:
         self._model = unwrapped(model)
         self._selection = selection
+        self._scale = scale
         self._layouts = Layouts()
         self._reached: set[str] = set()
         self._batch = _Batch()
@@ -125,6 +128,8 @@ class Capture:
                 "logits_fn must return logits that depend on the selected parameters, got logits "
                 "without a gradient; take away no_grad and detach, or choose others with params="
             )
+        if not any(use.dtype == torch.float16 for use in batch.uses):
+            losses = losses * self._scale
         if batch.phase == "forward" and self._layouts.needs_probe(batch.uses, batch.samples):
             batch.phase = "probe"
             scales = self._layouts.probe_scales(batch.uses, losses.detach())

@@ -458,6 +458,18 @@ def test_masks_equal_the_method_of_the_paper(
         assert mask != calibrate(model, batched(x, 4), density, rounds, **(options | {"soft": 1.0}))
 
 
+def test_scores_too_small_for_float32_keep_their_order() -> None:
+    model, x = MODELS["tokens"]().double(), inputs(10)
+    with torch.no_grad():
+        model[2].weight *= 1e-22
+    scores = fisher_diag(model, [x], draws="exact", params=".")
+    assert not scores["0.0.weight"].any()
+    expected = rounds_of_the_method(model, x, 0.3, 2, 0.01, "lowest")[-1]
+    mask = calibrate(model, [x], 0.3, 2, draws="exact")
+    for name in mask.names:
+        assert np.array_equal(mask.to_dense(name).flatten().numpy(), expected[name]), name
+
+
 def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> None:
     model, x = MODELS["encoder layer"]().double(), inputs(10)
     model[2].requires_grad_(False)
@@ -776,7 +788,7 @@ def test_few_samples_and_equal_scores_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate(model, [inputs(8)])
-    with pytest.warns(UserWarning, match=r"all scores are 0\.0: the first weights are selected"):
+    with pytest.warns(UserWarning, match="all scores are equal: the first weights are selected"):
         mask = calibrate(nn.Linear(E, 1).double(), [inputs(8).mean(1)], density=0.5)
     assert mask.to_dense("weight").tolist() == [[True] * 4 + [False] * 4]
 
