@@ -80,7 +80,8 @@ class Mask:
             density: fraction to select, in (0, 1].
             select: `lowest` (TaLoS) or `highest`.
             rows: `[first, last)` rows of the first dimension that may be selected, for the tensors
-                of which only a part may (a fused QKV); N counts those rows only.
+                of which only a part may (a fused QKV); N counts those rows only. None: the `rows`
+                of what `fisher_diag` returned, every row of other scores.
             metadata: what made the scores; kept in the mask.
 
         Raises:
@@ -98,6 +99,7 @@ class Mask:
             raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
         for name, score in scores.items():
             _check_score(name, score)
+        rows = getattr(scores, "rows", None) if rows is None else rows
         eligible = {name: _eligible(name, score, rows) for name, score in scores.items()}
         entries = sum(int(e.count_nonzero()) for e in eligible.values())
         nnz = round(density * entries)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from talos.calibration import fisher_diag
 from talos.describe import MaskTable
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
@@ -62,6 +63,23 @@ def test_rows_bound_the_selection_and_the_count() -> None:
     mask = Mask.from_scores(scores, 0.5, rows={"in_proj": (0, 6)})
     assert mask.nnz == round(0.5 * (24 + 12))
     assert not mask.to_dense("in_proj")[6:].any()
+
+
+def test_scores_of_a_fused_projection_bring_their_rows() -> None:
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+    scores = fisher_diag(Classifier(), [torch.randn(8, 3, 8)], params="qk")
+    mask = Mask.from_scores(scores, 0.5)
+    assert mask.nnz == round(0.5 * (2 * 8 * 8 + 2 * 8))
+    assert not mask.to_dense("attention.in_proj_weight")[16:].any()
 
 
 def test_all_scores_equal_warns_and_still_selects_exactly_k() -> None:
