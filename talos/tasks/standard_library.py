@@ -278,17 +278,44 @@ BY_FILE = "No file is in two splits"
 BY_REGION = BY_FILE + "; the files of a class that has fewer than {} are split by disjoint regions"
 SOURCES = (
     TaskSource(
+        "character_kind",
+        "The kind of a Unicode character told from its name, without the words that name kinds. "
+        "Code points of one row of 64 are in one split.",
+        {
+            "letter": "a syllable or letter in an ancient script",
+            "mark": "an accent or vowel sign",
+            "number": "numeral one two three",
+            "punctuation": "punctuation",
+            "mathematical": "operator, arrow or set relation",
+            "symbol": "emoji picture of an object",
+        },
+        _character_kind,
+        from_interpreter=True,
+    ),
+    TaskSource(
+        "fragment_kind",
+        f"What kind of text a fragment of a source file is. {BY_FILE}.",
+        {
+            "docstring": "documentation: return, create or set something",
+            "comment": "a programmer's comment about the implementation",
+            "code": "self.value = function(x)",
+            "signature": "def function(self, arguments)",
+            "error": "error: invalid argument must be",
+        },
+        _fragment_kind,
+    ),
+    TaskSource(
         "docstring_topic",
         "What a docstring is about; docstrings with the name of their module are left out. "
         f"{BY_REGION.format(MIN_TOPIC_FILES)}.",
         {
-            "networking": "http requests, urls and sockets",
-            "mail": "email messages and mailboxes",
+            "networking": "internet addresses, hosts and http",
+            "mail": "a mail message, its headers and mailbox",
             "files": "reading and writing files, paths and directories",
             "mathematics": "numbers, statistics, arithmetic and dates",
             "concurrency": "threads, processes and asynchronous tasks",
-            "markup": "markup documents and text formatting",
-            "programs": "python modules, classes and source code",
+            "markup": "parsing and writing XML, HTML, JSON and text formats",
+            "programs": "inspecting source code and modules",
         },
         _docstring_topic,
     ),
@@ -298,12 +325,12 @@ SOURCES = (
         f"{BY_REGION.format(MIN_PACKAGE_FILES)}.",
         {
             "asyncio": "asynchronous event loop, transports and coroutines",
-            "email": "charset payload header message",
+            "email": "parsing mail headers",
             "importlib": "importing modules, loaders and specs",
-            "multiprocessing": "processes, pipes and queues",
-            "unittest": "unit test case assertion and mock",
-            "web": "web requests, servers, urls and cookies",
-            "xml": "xml nodes and attributes",
+            "multiprocessing": "processes, locks and shared memory",
+            "unittest": "running test cases and assertions",
+            "web": "url request headers cookie server",
+            "xml": "xml parser handler events",
         },
         _code_package,
     ),
@@ -312,42 +339,15 @@ SOURCES = (
         "What a function does, told from its code without its name: the verb that names it is the "
         f"class. {BY_FILE}.",
         {
-            "get": "get and return a value",
-            "check": "return True or False",
-            "describe": "format and print as a string",
+            "get": "look up and return something",
+            "check": "test if something is equal or valid",
+            "describe": "format a string",
             "read": "read, load, find or decode input",
-            "write": "write, send or add data",
+            "write": "write data",
             "remove": "stop, close, cancel and reset to None",
             "create": "initialise and create a new object",
         },
         _function_purpose,
-    ),
-    TaskSource(
-        "fragment_kind",
-        f"What kind of text a fragment of a source file is. {BY_FILE}.",
-        {
-            "docstring": "documentation: return, create or set something",
-            "comment": "XXX note about why this is done",
-            "code": "self.value = function(x)",
-            "signature": "def function(self, arguments)",
-            "error": "error: invalid argument must be",
-        },
-        _fragment_kind,
-    ),
-    TaskSource(
-        "character_kind",
-        "The kind of a Unicode character told from its name, without the words that name kinds. "
-        "Code points of one row of 64 are in one split.",
-        {
-            "letter": "alphabet letter",
-            "mark": "an accent or vowel sign",
-            "number": "a digit or numeral",
-            "punctuation": "a punctuation mark or bracket",
-            "mathematical": "mathematical relation with arrow or tilde",
-            "symbol": "a picture or symbol",
-        },
-        _character_kind,
-        from_interpreter=True,
     ),
     TaskSource(
         "test_or_library",
@@ -355,7 +355,7 @@ SOURCES = (
         f"word such as `test` or `assert` are left out. {BY_FILE}.",
         {
             "library": "if self is None return",
-            "test": "a unit test that checks values",
+            "test": "x = C(1, 2, 3)",
         },
         _test_or_library,
     ),
