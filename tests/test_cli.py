@@ -266,6 +266,9 @@ def test_from_calibration_to_evaluation(
     text = capsys.readouterr().out
     for word in ("pets", "pretrained", "edited", "mean validation accuracy", "0.05", "talos merge"):
         assert word in text, word
+    dense = tmp_path / "dense.safetensors"
+    assert main(["train", *common, "--steps", "2", "--out", str(dense)]) == 0
+    assert TaskVector.load(dense).mask.density == 1.0
     first = mask.read_bytes()
     assert main(["calibrate", *common, *scored, "--out", str(mask), "--overwrite"]) == 0
     assert mask.read_bytes() == first

@@ -1,5 +1,6 @@
 """Where the command line writes: results to stdout, progress to stderr."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -79,14 +80,14 @@ def next_step(console: Console, *commands: str) -> None:
 class Bars:
     """A progress bar a phase, on stderr, with loss and time left.
 
-    On a terminal the bars move; elsewhere each finished phase leaves one line.
+    Each finished phase leaves one line with its seconds; bars move on a terminal only.
     """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}", markup=False),
             TimeElapsedColumn(),
@@ -94,8 +95,8 @@ class Bars:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._label = ""
         self._bar: TaskID | None = None
+        self._since = 0.0
 
     def __enter__(self) -> Self:
         """Starts drawing."""
@@ -114,6 +115,8 @@ class Bars:
     def show(self, label: str, done: int, total: int, loss: float | None = None) -> None:
         """Moves the bar of a phase; a new label begins a new bar.
 
+        A finished bar gives way to a line: so many phases stacked would not fit on a screen.
+
         Args:
             label: names the phase.
             done: steps done.
@@ -121,11 +124,12 @@ class Bars:
             loss: the step's loss.
         """
         text = "" if loss is None else f"loss {loss:.3f}"
-        if self._bar is None or label != self._label:
+        if self._bar is None:
             self._bar = self._progress.add_task(label, total=total, loss=text)
-            self._label = label
-        self._progress.update(self._bar, completed=done, total=total, loss=text)
+            self._since = time.monotonic()
+        self._progress.update(self._bar, description=label, completed=done, total=total, loss=text)
         if done >= total:
+            self._progress.remove_task(self._bar)
             self._bar = None
-            if self._progress.disable:
-                self._console.print(f"{label}: {done}/{total} {text}".rstrip(), markup=False)
+            seconds = f"{time.monotonic() - self._since:6.1f} s"
+            self._console.print(f"{seconds}  {label}  {text}".rstrip(), markup=False)

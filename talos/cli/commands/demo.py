@@ -51,8 +51,8 @@ def demo(
     with keeping(lambda: kept(out)), Bars() as bars:
 
         def show(progress: Progress) -> None:
-            parts = (progress.phase, progress.method, progress.task)
-            label = ", ".join(part for part in parts if part)
+            method = progress.method and progress.method.split(" (")[0].split(" fine")[0]
+            label = " · ".join(part for part in (progress.phase, method, progress.task) if part)
             bars.show(label, progress.done, progress.total, progress.loss)
 
         results = run_demo(settings, out, overwrite=True, on_progress=show)
