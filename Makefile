@@ -13,7 +13,7 @@ NATIVE := $(wildcard setup.py csrc/* csrc/*/*)
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
-	$(BIN)/talos demo --out demo
+	$(BIN)/talos demo --out demo --overwrite
 
 # One thread a worker: two workers with two threads each would wait for one another.
 test: $(STAMP)
