@@ -15,11 +15,14 @@ buffers one after another. The header's `__metadata__` holds strings; each entry
 The checksum is taken over the JSON of `[metadata without checksum, [[name, dtype, shape], ...]]`,
 keys and names sorted, without spaces, as UTF-8. Any tool that reads safetensors reads these files;
 one that writes them anew, metadata included, leaves them valid.
+
+The safetensors library reads and checks what it defines; here is what it does not do: checksums,
+identity, keys that come twice, and writing atomically, in equal bytes, one tensor at a time.
 """
 
 from .atomic import atomic_write
 from .checked import load_file, save_file
 from .entries import check_entries
-from .header import write_tensors
+from .writer import write_tensors
 
 __all__ = ["atomic_write", "check_entries", "load_file", "save_file", "write_tensors"]

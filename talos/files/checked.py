@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterable, Mapping
-from io import BufferedReader
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 
-from .header import DTYPES, Buffer, bytes_of, layout, parse_json, read_header, write_tensors
+from .reader import opened, parse_json
+from .writer import DTYPES, bytes_of, code_of, write_tensors
 
 __all__ = ["VERSION", "load_file", "save_file"]
 
@@ -70,8 +69,9 @@ def save_file(
         **metadata,
     }
     strings = {name: _as_json(name, entry) for name, entry in entries.items()}
+    listed = [[name, code_of(name, t.dtype), list(t.shape)] for name, t in tensors.items()]
+    strings["checksum"] = json.dumps(_checksum(strings, listed))
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    strings["checksum"] = json.dumps(_checksum(strings, layout(shapes).items()))
     write_tensors(path, shapes, strings, lambda name: tensors[name])
 
 
@@ -90,50 +90,42 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
         TalosOSError: it cannot be read.
     """
     path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise TalosOSError(
-                f"path must be a regular file, got {path}, a folder or device; name the file"
-            )
-        with path.open("rb") as file:
-            return _read(file, path, kind)
-    except TalosOSError:
-        raise
-    except OSError as error:
-        raise TalosOSError(
-            f"path must be a readable file, got {path} ({error.strerror or error}); "
-            "check its name and permissions"
-        ) from error
-
-
-def _read(file: BufferedReader, path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    buffers, strings = read_header(file, path, os.fstat(file.fileno()).st_size)
-    entries = {name: _from_json(path, name, text) for name, text in strings.items()}
-    _check_identity(path, kind, entries)
-    digests = entries.get("digests")
-    if not isinstance(digests, dict) or set(digests) != set(buffers):
-        raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
-    if entries.get("checksum") != _checksum(strings, buffers.items()):
-        raise TalosValueError(
-            f"{path}: the checksum of its metadata does not fit: it is damaged or was edited; "
-            "fetch or save it again"
-        )
-    # One allocation for all: what stood side by side in the file does so in memory, too.
-    data = torch.empty(max((b.end for b in buffers.values()), default=0), dtype=torch.uint8)
-    got = file.readinto(data.numpy().data)
-    tensors = {}
-    for name, buffer in buffers.items():
-        raw = data[buffer.begin : buffer.end]
-        if got < buffer.end or _digest(bytes_of(raw)) != digests[name]:
+    with opened(path) as file:
+        strings = file.metadata() or {}
+        entries = {name: _from_json(path, name, text) for name, text in strings.items()}
+        _check_identity(path, kind, entries)
+        listed = [_describe(path, file, name) for name in file.offset_keys()]
+        digests = entries.get("digests")
+        if not isinstance(digests, dict) or set(digests) != {name for name, _, _ in listed}:
+            raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
+        if entries.get("checksum") != _checksum(strings, listed):
             raise TalosValueError(
-                f"{path}: {name}: the checksum of its data, bytes {buffer.begin} to {buffer.end}, "
-                "does not fit: the file is damaged; fetch it again"
+                f"{path}: the checksum of its metadata does not fit: it is damaged or was edited; "
+                "fetch or save it again"
             )
-        dtype = DTYPES[buffer.dtype]
-        aligned = raw if buffer.begin % dtype.itemsize == 0 else raw.clone()
-        tensors[name] = aligned.view(dtype).view(buffer.shape)
-        _check_finite(f"{path}: {name}", tensors[name])
+        tensors = {name: _tensor(path, file, name, digests[name]) for name, _, _ in listed}
     return tensors, {name: entry for name, entry in entries.items() if name not in _OWN}
+
+
+def _describe(path: Path, file: Any, name: str) -> list[Any]:
+    stored = file.get_slice(name)
+    code = stored.get_dtype()
+    if code not in DTYPES.values():
+        raise TalosValueError(
+            f"{path}: {name}: dtype must be one of {', '.join(DTYPES.values())}, got {code}"
+        )
+    return [name, code, stored.get_shape()]
+
+
+def _tensor(path: Path, file: Any, name: str, digest: object) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if _digest(bytes_of(tensor)) != digest:
+        raise TalosValueError(
+            f"{path}: {name}: the checksum of its data does not fit: the file is damaged; "
+            "fetch it again"
+        )
+    _check_finite(f"{path}: {name}", tensor)
+    return tensor
 
 
 def _check_identity(path: Path, kind: str, entries: Mapping[str, Any]) -> None:
@@ -160,13 +152,10 @@ def _digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _checksum(strings: Mapping[str, str], buffers: Iterable[tuple[str, Buffer]]) -> str:
+def _checksum(strings: Mapping[str, str], listed: list[list[Any]]) -> str:
     """Of everything but the buffers, which have their digests among the strings."""
-    content = [
-        {name: text for name, text in strings.items() if name != "checksum"},
-        sorted([name, buffer.dtype, buffer.shape] for name, buffer in buffers),
-    ]
-    return _digest(_dumps(content).encode(errors="surrogatepass"))
+    others = {name: text for name, text in strings.items() if name != "checksum"}
+    return _digest(_dumps([others, sorted(listed)]).encode(errors="surrogatepass"))
 
 
 def _dumps(entry: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from typing import Any
 
@@ -19,8 +20,9 @@ def check_entries(entries: Any) -> None:
         entries: the parsed `tensors` of a file, which is not trusted.
 
     Raises:
-        TalosValueError: its structure differs, a size is negative or no integer, or tensors without
-            a selected entry, for which the file holds no buffer, are larger than any model.
+        TalosValueError: its structure differs, a size is negative or no integer, a name comes
+            twice, or tensors without a selected entry, for which the file holds no buffer, are
+            larger than any model.
 
     Example:
         >>> check_entries([{"name": "w", "shape": [2], "encoding": "full", "nnz": 2}])
@@ -34,6 +36,9 @@ def check_entries(entries: Any) -> None:
         for entry in entries
     ):
         raise TalosValueError("tensors must list name, shape, encoding and nnz of each")
+    names = Counter(entry["name"] for entry in entries)
+    if len(names) < len(entries):
+        raise TalosValueError(f"tensors must name {names.most_common(1)[0][0]!r} once, not twice")
     empty = sum(prod(entry["shape"]) for entry in entries if entry["nnz"] == 0)
     if empty > _MOST_EMPTY:
         raise TalosValueError(f"tensors without a selected entry must be smaller, got {empty}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ def save_parts(
     if not overwrite and os.path.lexists(path):
         raise TalosOSError(f"path must not exist, got {path}; pass overwrite=True to replace it")
     buffers, entries = mask.to_buffers()
-    # Behind the mask and in rank order, so that they lie side by side in the file.
     buffers |= {f"{name}.values": values[part] for name, part in slices_of(mask).items()}
     save_file(
         path,
@@ -60,7 +59,7 @@ def load_parts(path: _Path) -> tuple[Mask, Tensor, dict[str, str], dict[str, Any
         mask = Mask(selection.shapes, selection.indices, entries["mask"])
         _check_names(mask, tensors, entries["fingerprints"])
         parts = [
-            _values(name, tensors[f"{name}.values"], index.nnz)
+            _values(name, tensors.pop(f"{name}.values"), index.nnz)
             for name, index in mask.indices.items()
         ]
         values = _joined(parts)
@@ -128,17 +127,15 @@ def _values(name: str, values: Tensor, nnz: int) -> Tensor:
     return values
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """One flat tensor: without a copy where the parts lie side by side, as `save_parts` wrote."""
-    parts = [part for part in parts if part.numel()]
-    if not parts:
-        return torch.zeros(0)
-    if len({part.dtype for part in parts}) > 1:
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One flat tensor; empties the list on the way, so that only one part is there twice."""
+    dtypes = {part.dtype for part in parts if part.numel()}
+    if len(dtypes) > 1:
         raise TalosValueError("values must share one dtype")
-    end, storage = parts[0].data_ptr(), parts[0].untyped_storage().data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
-            return torch.cat(parts)
-        end += part.nbytes
-    numel = sum(part.numel() for part in parts)
-    return parts[0].as_strided((numel,), (1,))
+    end = sum(part.numel() for part in parts)
+    values = torch.empty(end, dtype=dtypes.pop() if dtypes else torch.float32)
+    while parts:
+        part = parts.pop()
+        values[end - part.numel() : end] = part
+        end -= part.numel()
+    return values
