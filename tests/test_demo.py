@@ -1,6 +1,8 @@
 """The demo from end to end on a tiny random encoder, its protocol, its intervals, its folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from talos.demo import DemoSettings, Progress, kept, run_demo
 from talos.demo.estimates import Estimator
-from talos.demo.protocol import scaling_coefs
+from talos.demo.protocol import negate, scaling_coefs
 from talos.errors import TalosOSError, TalosValueError
 from talos.masks import Mask
 from talos.models import load_text_encoder
@@ -177,6 +179,73 @@ def test_settings_are_checked(name: str, value: Any, message: str) -> None:
 
 def test_scaling_coefs_are_linspace() -> None:
     assert scaling_coefs(21) == pytest.approx(torch.linspace(0, 1, 21).tolist())
+
+
+class Dial:
+    """Stands for a judge and a vector: accuracies are functions of the scale that is applied."""
+
+    model = None
+    control_stride = 1
+    classifiers = dict.fromkeys(("target", "other"))
+
+    def __init__(self, **curves: Any) -> None:
+        self.curves = curves
+        self.scale = 0.0
+        self.asked: list[tuple[float, str, str]] = []
+
+    @contextmanager
+    def applied(self, model: None, scale: float) -> Iterator[None]:
+        self.scale = scale
+        yield
+        self.scale = 0.0
+
+    def correct(self, task: str, split: str) -> torch.Tensor:
+        self.asked.append((self.scale, task, split))
+        return torch.arange(100) < 100 * self.curves[task](self.scale)
+
+
+def forget(dial: Dial) -> dict[str, Any]:
+    pretrained = {task: dial.correct(task, "test") for task in dial.classifiers}
+    dial.asked.clear()
+    return negate(
+        dial,
+        dial,
+        "target",
+        coefs=scaling_coefs(21),
+        control_share=0.95,
+        zero_shot_validation=pretrained,
+        zero_shot_test=pretrained,
+        estimator=Estimator(dict.fromkeys(dial.classifiers, 100), resamples=10, seed=0),
+        tick=lambda: None,
+    )
+
+
+def test_negation_takes_the_lowest_target_that_keeps_the_control() -> None:
+    dial = Dial(target=lambda scale: 0.8 + 0.5 * scale, other=lambda scale: 0.8 + 0.101 * scale)
+    entry = forget(dial)
+    assert entry["scaling_coef"] == 0.45
+    assert entry["target"]["value"] == pytest.approx(0.58)
+    assert entry["control"]["value"] >= 0.95 * 0.8
+    tested = [asked for asked in dial.asked if asked[2] == "test"]
+    assert tested == [(-0.45, "target", "test"), (-0.45, "other", "test")]
+
+
+def test_negation_gives_up_past_a_broken_control() -> None:
+    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8 if scale > -0.2 else 0.1)
+    entry = forget(dial)
+    assert entry["scaling_coef"] == 0.15
+    assert [p["scaling_coef"] for p in entry["grid"] if p["target"] is None] == [
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+    ]
+    assert min(scale for scale, _, _ in dial.asked) == -0.35
+
+
+def test_negation_may_leave_the_model_alone() -> None:
+    dial = Dial(target=lambda scale: 0.8 - scale / 10, other=lambda scale: 0.8)
+    assert forget(dial)["scaling_coef"] == 0
 
 
 def test_intervals_agree_with_the_binomial() -> None:

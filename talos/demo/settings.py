@@ -50,7 +50,7 @@ class DemoSettings:
     max_length: int = 48
     lr: float = 1e-3
     nonlinear_lr: float = 5e-5
-    sizes: tuple[int, int, int] = (1600, 128, 500)
+    sizes: tuple[int, int, int] = (1600, 96, 400)
     grid: int = 21
     control_share: float = 0.95
     bootstrap: int = 2000
