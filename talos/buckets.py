@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from talos_kernels import Index, gather_grad_, sparse_adam_
 
-from .errors import TalosRuntimeError, TalosTypeError
+from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .masks import Mask
 
 __all__ = ["Bucket"]
@@ -32,6 +32,7 @@ class Bucket:
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
         base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
+        patterns: which tensors step, by which have a gradient, on the device.
     """
 
     group: int
@@ -45,8 +46,10 @@ class Bucket:
     lr: Tensor
     lr_value: float | None
     base: Tensor
+    patterns: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
+    @torch.inference_mode(False)  # the state outlives the caller's mode
     def create(cls, group: int, params: dict[str, Tensor], mask: Mask) -> Bucket:
         """State of zeros for these tensors, whose names are the mask's."""
         first = next(iter(params.values()))
@@ -96,21 +99,15 @@ class Bucket:
                     f"{name} had shape {tuple(self.shapes[name])} when the optimizer was made, "
                     f"has {tuple(param.shape)}; make a new optimizer"
                 )
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise TalosTypeError(
-                    f"{name}.grad must be dense, got {param.grad.layout}; "
-                    "this optimizer takes dense gradients and trains a sparse selection"
-                )
+            if param.grad is not None:
+                _check_gradient(name, param, param.grad)
 
     def step(
         self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One step of the tensors that have a gradient."""
         grads = [param.grad for param in self.params.values()]
-        taken: Tensor | float = 1.0
-        if any(grad is None for grad in grads):
-            has_grad = [float(grad is not None) for grad in grads]
-            taken = torch.tensor(has_grad, device=self.index.device)
+        taken = self._taken(tuple(grad is not None for grad in grads))
         if found_inf is not None:
             taken = taken * (found_inf.to(self.index.device) == 0)
         self.steps.add_(taken)
@@ -132,6 +129,12 @@ class Bucket:
             found_inf=found_inf,
         )
 
+    def _taken(self, has_grad: tuple[bool, ...]) -> Tensor:
+        """1 for each tensor that steps, else 0; uploaded once for each pattern of gradients."""
+        if has_grad not in self.patterns:
+            self.patterns[has_grad] = torch.tensor(has_grad, device=self.index.device).float()
+        return self.patterns[has_grad]
+
     def _upload_lr(self, lr: float | Tensor) -> None:
         if isinstance(lr, Tensor):
             self.lr.copy_(lr.view(()))
@@ -145,15 +148,46 @@ class Bucket:
         out = torch.empty(self.index.nnz, device=self.index.device)
         return out, gather_grad_(out, [param.grad for param in self.params.values()], self.index)
 
+    def scale_gradients(self, coefficient: Tensor) -> None:
+        """Multiply the dense gradients by a 0-dim tensor, in place where they own their memory."""
+        for param in self.params.values():
+            if param.grad is not None and 0 in param.grad.stride():
+                param.grad = param.grad.contiguous()  # expanded: its entries share memory
+        grads = [param.grad for param in self.params.values() if param.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, coefficient.to(self.index.device))
+
+    def renew(self) -> None:
+        """Give the state memory of its own, apart from what `views` handed out so far."""
+        self.steps = self.steps.clone()
+        self.exp_avg, self.exp_avg_sq = self.exp_avg.clone(), self.exp_avg_sq.clone()
+        self.master = None if self.master is None else self.master.clone()
+
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         """Current minus initial weights of each tensor: float32 `[nnz]`, on the CPU."""
-        weights = self.master
-        if weights is None:
-            weights = torch.empty(self.index.nnz, device=self.index.device)
-            gather_grad_(weights, list(self.params.values()), self.index)
+        weights = torch.empty(self.index.nnz, device=self.index.device)
+        gather_grad_(weights, list(self.params.values()), self.index)
+        if self.master is not None:  # a weight that somebody else wrote wins, as in the step
+            ours = self.master.to(self.base.dtype).float() == weights
+            weights = torch.where(ours, self.master, weights)
         delta = weights.cpu() - self.base.float()
         return {
             name: delta[entries]
             for name, entries in zip(self.params, self.index.slices, strict=True)
         }
+
+
+def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise TalosTypeError(
+            f"{name}.grad must be dense, got {grad.layout}; "
+            "this optimizer takes dense gradients and trains a sparse selection"
+        )
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TalosTypeError(f"{name}.grad must be float32, bfloat16 or float16, got {grad.dtype}")
+    if grad.shape != param.shape or grad.device != param.device:
+        raise TalosValueError(
+            f"{name}.grad must be {tuple(param.shape)} on {param.device}, "
+            f"got {tuple(grad.shape)} on {grad.device}"
+        )

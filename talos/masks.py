@@ -93,8 +93,13 @@ class Mask:
             >>> Mask.from_scores(scores, density=0.5).to_dense("b")
             tensor([False,  True])
         """
-        if not 0.0 < density <= 1.0:
+        if not isinstance(scores, Mapping):
+            raise TalosTypeError(
+                f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
+            )
+        if isinstance(density, bool | str) or not 0.0 < float(density) <= 1.0:
             raise TalosValueError(f"density must lie in (0, 1], got {density}")
+        density = float(density)
         if select not in ("lowest", "highest"):
             raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
         for name, score in scores.items():
@@ -197,7 +202,7 @@ class Mask:
     def fingerprint(self) -> str:
         """16 hex digits that name this selection: the same for equal masks only."""
         digest = hashlib.sha256()
-        for name, index in self.indices.items():
+        for name, index in sorted(self.indices.items()):  # masks that differ in order are equal
             digest.update(f"{name}|{self.shapes[name]}|{index.encoding}|".encode())
             for buffer in (index.words, index.positions):
                 digest.update(buffer.view(torch.uint8).numpy().tobytes())

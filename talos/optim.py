@@ -11,6 +11,7 @@ is one launch; `optimizer.state[param]` holds views into those arrays.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -26,7 +27,7 @@ from .matching import match_tensors
 from .params import named_parameters
 from .task_vectors import TaskVector
 
-__all__ = ["SparseAdam"]
+__all__ = ["SparseAdam", "check_hyperparameters"]
 
 NamedParams = Iterable[tuple[str, Tensor]]
 
@@ -47,12 +48,16 @@ class SparseAdam(torch.optim.Optimizer):
             them.
 
     Parameters without a selected entry are frozen (`requires_grad=False`); `release()` gives them
-    back. With a full mask the weights are those of `torch.optim.AdamW`.
+    back. With a full mask the weights are those of `torch.optim.AdamW`. What `task_vector` measures
+    from, the initial weights at the selected entries, is kept on the CPU in the weights' dtype.
 
     Raises:
         TalosValueError: the mask selects nothing, names what the model lacks, or has other shapes;
             a selected parameter has requires_grad=False; a hyper-parameter is out of range.
-        TalosTypeError: a selected parameter is not float32, bfloat16 or float16, or is on meta.
+        TalosTypeError: a selected parameter is not float32, bfloat16 or float16, is on meta, or is
+            sharded.
+        TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
+            frozen.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -69,7 +74,15 @@ class SparseAdam(torch.optim.Optimizer):
     # GradScaler hands over its scale and inf flag as tensors instead of reading them on the host.
     _step_supports_amp_scaling = True
     # What deepcopy and pickle keep beside torch's own; the hooks are dropped, as torch does.
-    _KEPT = ("_mask", "_names", "_buckets", "_frozen", "_fingerprints", "_incoming")
+    _KEPT = (
+        "_mask",
+        "_names",
+        "_buckets",
+        "_untrained",
+        "_fingerprints",
+        "_base_known",
+        "_complete",
+    )
 
     def __init__(
         self,
@@ -83,15 +96,21 @@ class SparseAdam(torch.optim.Optimizer):
         maximize: bool = False,
         strict: bool = False,
     ) -> None:
+        if not isinstance(mask, Mask):
+            raise TalosTypeError(
+                f"mask must be a talos.Mask, got {type(mask).__name__}; "
+                "make one with talos.calibrate or Mask.from_dense"
+            )
         groups = _named_groups(model)
-        params = {name: param for group in groups for name, param in group["params"]}
+        params = _by_name(groups)
         if mask.nnz == 0:
             raise TalosValueError("mask must select at least one entry: no weight selected")
         aliases: Mapping[str, Tensor] = params
         if isinstance(model, nn.Module):
             aliases = named_parameters(model, remove_duplicate=False)
         matched = match_tensors(mask.shapes, aliases)
-        if strict and (unknown := [n for n, p in params.items() if not _holds(matched, p)]):
+        covered = {id(param) for param in matched.values()}
+        if strict and (unknown := [n for n, p in params.items() if id(p) not in covered]):
             raise TalosValueError(
                 f"mask must cover every parameter when strict, lacks {len(unknown)}: "
                 f"{', '.join(unknown[:5])}"
@@ -109,39 +128,52 @@ class SparseAdam(torch.optim.Optimizer):
             "mask": mask.fingerprint,
         }
         for group in groups:
-            _check_hyperparameters({**defaults, **group})
+            check_hyperparameters({**defaults, **group}, read_tensors=True)
+        others = (p for p in params.values() if p not in self._names and p.requires_grad)
+        self._untrained = list(others)
+        if self._untrained and isinstance(model, nn.Module):
+            _check_not_wrapped(model)
         self._buckets: list[Bucket] = []
-        self._frozen: list[Tensor] = []
-        self._incoming: list[tuple[Tensor, Tensor]] = []
+        self._incoming: list[Mapping[str, Any]] = []
+        self._base_known = True
+        self._complete = False
         self._fingerprints = fingerprints({n: p for p, n in self._names.items()})
         super().__init__(groups, defaults)
+        self._complete = True
+        self.freeze()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add named parameters that the mask covers, with hyper-parameters of their own.
+        """Add a group of named parameters; the constructor calls this for each of its groups.
+
+        Every tensor that the mask selects has a place from then on, so a later call finds none.
 
         Args:
-            param_group: `{"params": named parameters, ...}`; those without a selected entry are
-                frozen.
+            param_group: `{"params": named parameters, ...}`.
 
         Raises:
-            TalosValueError: a hyper-parameter is out of range.
+            TalosValueError: a later call, or a hyper-parameter is out of range.
             TalosTypeError: the parameters have no names.
         """
         (group,) = _named_groups([param_group])
-        _check_hyperparameters({**self.defaults, **group})
+        check_hyperparameters({**self.defaults, **group}, read_tensors=True)
         chosen = [(name, p) for name, p in group["params"] if p in self._names]
-        super().add_param_group({**group, "params": chosen})
-        for _, param in group["params"]:
-            if param not in self._names and param.requires_grad:
-                self._frozen.append(param.requires_grad_(False))
+        if self._complete:
+            raise TalosValueError(
+                "param_group must hold parameters that the mask selects, got none that is not "
+                "trained already; make a new optimizer with a mask that selects them"
+            )
+        names = [name for name, _ in chosen]
+        super().add_param_group({**group, "params": chosen, "param_names": names})
         tensors: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for _, param in chosen:
             key = (param.device, param.dtype)
             tensors.setdefault(key, {})[self._names[param]] = param
-        for members in tensors.values():
-            bucket = Bucket.create(len(self.param_groups) - 1, members, self._mask)
-            self._buckets.append(bucket)
+        number = len(self.param_groups) - 1
+        buckets = [Bucket.create(number, members, self._mask) for members in tensors.values()]
+        for bucket in buckets:
             self.state.update(bucket.views())
+        self._buckets += buckets
+        self.param_groups[-1]["base"] = _digest(bucket.base for bucket in buckets)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -161,12 +193,16 @@ class SparseAdam(torch.optim.Optimizer):
 
         Raises:
             TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made.
-            TalosTypeError: a gradient is sparse. Nothing is written in either case.
+            TalosTypeError: a gradient is sparse or of another kind of number.
+            TalosValueError: a gradient has another shape or device, or a hyper-parameter was set
+                out of range. Nothing is written in any of these cases.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_hyperparameters(group)
         for bucket in self._buckets:
             bucket.check()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -179,7 +215,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
         Args:
-            max_norm: the largest norm let through.
+            max_norm: the largest norm let through; infinity only computes the norm.
             error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
 
         Returns:
@@ -202,11 +238,10 @@ class SparseAdam(torch.optim.Optimizer):
                 f"the gradient norm over the selected entries is {float(norm)}; "
                 "lower the learning rate, or pass error_if_nonfinite=False to go on"
             )
-        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for bucket in self._buckets:
-            grads = [p.grad for p in bucket.params.values() if p.grad is not None]
-            if grads:
-                torch._foreach_mul_(grads, coefficient.to(grads[0].device))
+        if max_norm < math.inf:
+            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for bucket in self._buckets:
+                bucket.scale_gradients(coefficient)
         return norm
 
     def task_vector(self) -> TaskVector:
@@ -215,6 +250,10 @@ class SparseAdam(torch.optim.Optimizer):
         Returns:
             float32 values on the CPU, over the optimizer's mask; of bf16 and fp16 weights, the
             masters' change.
+
+        Raises:
+            TalosRuntimeError: a parameter was moved, cast or reshaped; or the state was loaded from
+                a checkpoint that belongs to other initial weights and does not hold them.
 
         Example:
             >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -225,8 +264,14 @@ class SparseAdam(torch.optim.Optimizer):
             >>> optimizer.task_vector().values
             tensor([-0.5000, -0.5000])
         """
+        if not self._base_known:
+            raise TalosRuntimeError(
+                "the initial weights are not known: the loaded state belongs to others and does "
+                "not hold them; use TaskVector.from_models(base, model, mask)"
+            )
         deltas: dict[str, Tensor] = {}
         for bucket in self._buckets:
+            bucket.check()
             deltas.update(bucket.deltas())
         empty = torch.zeros(0)
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
@@ -234,11 +279,15 @@ class SparseAdam(torch.optim.Optimizer):
             self._mask, values, fingerprints=self._fingerprints, metadata={"method": "talos"}
         )
 
+    def freeze(self) -> None:
+        """Freeze the tensors without a selected entry; the constructor has done so once."""
+        for param in self._untrained:
+            param.requires_grad_(False)
+
     def release(self) -> None:
         """Give the tensors that were frozen for lack of a selected entry back to training."""
-        for param in self._frozen:
+        for param in self._untrained:
             param.requires_grad_(True)
-        self._frozen.clear()
 
     @property
     def mask(self) -> Mask:
@@ -260,7 +309,8 @@ class SparseAdam(torch.optim.Optimizer):
         """Take over the state that another optimizer with the same mask saved.
 
         Args:
-            state_dict: what `state_dict()` returned; it is copied.
+            state_dict: what `state_dict()` returned; it is copied. A checkpointer may drop `base`:
+                the initial weights are then this optimizer's own, if the state belongs to them.
 
         Raises:
             TalosValueError: it belongs to another mask, or its groups or sizes differ. The state is
@@ -270,25 +320,33 @@ class SparseAdam(torch.optim.Optimizer):
         def check_and_take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # Runs after the caller's own hooks. torch would cast the state to each weight's dtype,
             # so it is handed an empty one, and __setstate__ copies what was taken.
-            self._incoming = self._match_state(state_dict)
+            self._check_state(state_dict)
+            keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+            self._incoming = [state_dict["state"][key] for key in keys]
             return {**state_dict, "state": {}}
 
+        own = [group["base"] for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(check_and_take)
         try:
             super().load_state_dict(state_dict)
-            self._fingerprints = {**state_dict.get("fingerprints", self._fingerprints)}
         finally:
             handle.remove()
             self._incoming = []
+        if "base" in state_dict:
+            for bucket, base in zip(self._buckets, state_dict["base"], strict=True):
+                bucket.base = base.clone()
+            self._fingerprints = dict(state_dict["fingerprints"])
+            self._base_known = True
+        else:
+            self._base_known &= own == [group["base"] for group in self.param_groups]
 
-    def _match_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of own and saved state tensors, in a list that is complete or not returned."""
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a state that does not fit, before anything of it is taken."""
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             raise TalosValueError(
                 f"state_dict must have {len(self.param_groups)} param groups, got {len(groups)}"
             )
-        pairs = []
         for own_group, group in zip(self.param_groups, groups, strict=True):
             if group.get("mask") != self._mask.fingerprint:
                 raise TalosValueError(
@@ -304,22 +362,16 @@ class SparseAdam(torch.optim.Optimizer):
             for param, key in zip(own_group["params"], group["params"], strict=True):
                 saved = state_dict["state"].get(key, {})
                 for name, own in self.state[param].items():
-                    if name not in saved or saved[name].shape != own.shape:
-                        found = tuple(saved[name].shape) if name in saved else "nothing"
+                    value = saved.get(name)
+                    if not isinstance(value, Tensor) or value.shape != own.shape:
+                        found = tuple(value.shape) if isinstance(value, Tensor) else value
                         raise TalosValueError(
                             f"state_dict must hold {name} of shape {tuple(own.shape)} for "
                             f"{self._names[param]}, got {found}"
                         )
-                    pairs.append((own, saved[name]))
-        return pairs + self._match_bases(state_dict)
-
-    def _match_bases(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of own and saved initial weights; none where the saver dropped them."""
-        saved = state_dict.get("base", [])
-        own = [bucket.base for bucket in self._buckets]
-        if saved and [base.shape for base in saved] != [base.shape for base in own]:
+        bases = state_dict.get("base", [bucket.base for bucket in self._buckets])
+        if [base.shape for base in bases] != [bucket.base.shape for bucket in self._buckets]:
             raise TalosValueError("state_dict must hold base weights of the optimizer's shapes")
-        return list(zip(own, saved, strict=False))
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; the views in `state` are made again from the buckets."""
@@ -332,15 +384,16 @@ class SparseAdam(torch.optim.Optimizer):
         if "_names" in state:
             state = {**state, "_names": dict(state["_names"])}
         super().__setstate__(state)
+        self._incoming = self.__dict__.get("_incoming", [])
         for bucket in self._buckets:
+            if self._incoming:
+                bucket.renew()  # what an earlier state_dict() handed out stays as it was
             self.state.update(bucket.views())
+        params = [param for group in self.param_groups for param in group["params"]]
         with torch.no_grad():
-            for own, saved in self._incoming:
-                own.copy_(saved)
-
-
-def _holds(matched: Mapping[str, Tensor], param: Tensor) -> bool:
-    return any(param is other for other in matched.values())
+            for param, saved in zip(params, self._incoming, strict=False):
+                for name, own in self.state[param].items():
+                    own.copy_(saved[name])
 
 
 def _named_groups(
@@ -369,7 +422,33 @@ def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return pairs
 
 
+def _by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All parameters by name, which must name one tensor each."""
+    params: dict[str, Tensor] = {}
+    for group in groups:
+        for name, param in group["params"]:
+            if params.setdefault(name, param) is not param:
+                raise TalosValueError(
+                    f"params must have names of their own, got {name} for two tensors; "
+                    "prefix the names of each module"
+                )
+    return params
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise TalosRuntimeError(
+            "the optimizer must be made before DistributedDataParallel, which would wait for the "
+            "gradients of tensors that are frozen now; make SparseAdam first, then wrap the model"
+        )
+
+
 def _check_trainable(name: str, param: Tensor) -> None:
+    if hasattr(param, "device_mesh"):
+        raise TalosTypeError(
+            f"{name} must be a whole tensor, got a sharded one (DTensor), which is not supported; "
+            "train before sharding, or replicate with DistributedDataParallel"
+        )
     if param.is_meta:
         raise TalosTypeError(f"{name} must hold data, got the meta device; materialise it first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -381,19 +460,31 @@ def _check_trainable(name: str, param: Tensor) -> None:
         )
 
 
-def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Ranges and wording of `torch.optim.AdamW`."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise TalosValueError(f"Tensor lr must be 1-element, got {lr.numel()}")
-    elif not (math.isfinite(lr) and lr >= 0.0):
-        raise TalosValueError(f"Invalid learning rate: {lr}; it must be finite and >= 0")
-    if not (math.isfinite(group["eps"]) and group["eps"] >= 0.0):
-        raise TalosValueError(f"Invalid epsilon value: {group['eps']}; it must be finite and >= 0")
-    for i, beta in enumerate(group["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise TalosValueError(f"Invalid beta parameter at index {i}: {beta}; want [0, 1)")
-    decay = group["weight_decay"]
-    if not (math.isfinite(decay) and decay >= 0.0):
-        raise TalosValueError(f"Invalid weight_decay value: {decay}; it must be finite and >= 0")
+def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = False) -> None:
+    """Ranges and wording of `torch.optim.AdamW`; reads a tensor's value (a sync) if told to."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise TalosValueError(f"Tensor lr must be 1-element, got {lr.numel()}")
+    if not isinstance(lr, Tensor) or read_tensors:
+        _check_number("learning rate", lr.item() if isinstance(lr, Tensor) else lr)
+    _check_number("epsilon value", group["eps"])
+    _check_number("weight_decay value", group["weight_decay"])
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TalosTypeError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        _check_number(f"beta parameter at index {i}", beta, below=1.0)
+
+
+def _check_number(what: str, value: Any, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
+    if not 0.0 <= value < below:
+        raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """16 hex digits of the SHA-256 over the tensors' bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

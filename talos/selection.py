@@ -16,7 +16,7 @@ def lowest_entries(
     """Select the k entries with the lowest scores.
 
     Args:
-        scores: finite, any shapes, one device.
+        scores: finite, any shapes and floating-point dtypes, one device.
         k: how many, at most the number of True in `among`.
         among: bool, shaped as the scores: the entries to choose from.
 
@@ -32,6 +32,7 @@ def lowest_entries(
     if k == 0:
         return {name: torch.zeros_like(choice) for name, choice in among.items()}
     candidates = torch.cat([score[among[name]] for name, score in scores.items()])
+    scores = {name: score.to(candidates.dtype) for name, score in scores.items()}
     threshold = candidates.kthvalue(k).values
     ties = k - int((candidates < threshold).count_nonzero())
     chosen = {}

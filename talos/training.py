@@ -1,7 +1,7 @@
 """Fine-tuning as a plain loop: cosine schedule with warm-up, autocast, clipping, accumulation.
 
     lr(s) = lr * s / warmup                                      for s <= warmup
-    lr(s) = lr * (1 + cos(pi (s - warmup) / (steps - warmup))) / 2    after that
+    lr(s) = lr * (1 + cos(pi (s - warmup) / (steps - warmup + 1))) / 2    after that
 
 `fine_tune` yields an event a step and prints nothing. With a mask it trains the selected entries
 with `SparseAdam` (TaLoS, arXiv 2504.02620, equation 8); without one it trains every weight with
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import default_logits, labels_of
-from .errors import TalosValueError
+from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
-from .optim import SparseAdam
+from .optim import SparseAdam, check_hyperparameters
 from .params import named_parameters
 from .task_vectors import TaskVector
 
@@ -117,7 +118,7 @@ def fine_tune(
         accumulate: batches a step; their mean loss is minimised.
         autocast: run the forward pass in this dtype where that is safe (torch.bfloat16).
         loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits.
-        logits_fn: `logits_fn(model, batch)`, `[B, C]` or `[B, T, V]`, for the default loss.
+        logits_fn: `logits_fn(model, batch)`, `[B, C]`, for the default loss.
 
     Yields:
         `FineTuneStep` after each step, then one `FineTuneFinished` with the task vector.
@@ -135,10 +136,13 @@ def fine_tune(
     """
     warmup = max(1, steps // 10) if warmup is None else warmup
     _check(steps, warmup, accumulate, label_smoothing, max_grad_norm)
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    check_hyperparameters(hyper)
     trainer = _Sparse(model, mask, hyper) if mask is not None else _Dense(trained, hyper)
     compute_loss = loss_fn or _cross_entropy(logits_fn or default_logits, label_smoothing)
     return _loop(
@@ -152,6 +156,10 @@ class _Sparse:
 
     def __init__(self, model: nn.Module, mask: Mask, hyper: dict[str, Any]) -> None:
         self.optimizer = SparseAdam(model, mask, **hyper)
+        self.optimizer.release()  # until the loop begins: a caller may never begin it
+
+    def freeze(self) -> None:
+        self.optimizer.freeze()
 
     def clip(self, max_norm: float) -> Tensor:
         return self.optimizer.clip_grad_norm_(max_norm)
@@ -173,7 +181,13 @@ class _Dense:
         self.base = {name: param.detach().clone() for name, param in params.items()}
         self.optimizer = torch.optim.AdamW(list(params.values()), **hyper)
 
+    def freeze(self) -> None:
+        pass
+
     def clip(self, max_norm: float) -> Tensor:
+        if max_norm == math.inf:
+            grads = [p.grad for p in self.params.values() if p.grad is not None]
+            return nn.utils.get_total_norm(grads)
         return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
 
     def task_vector(self) -> TaskVector:
@@ -199,6 +213,7 @@ def _loop(
     stream = _endless(batches)
     start = time.perf_counter()
     try:
+        trainer.freeze()
         model.train()
         for step in range(1, steps + 1):
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -208,6 +223,8 @@ def _loop(
                     loss = compute_loss(model, next(stream))
                 (loss / accumulate).backward()
                 total += float(loss.detach()) / accumulate
+            if step == 1:
+                _warn_without_gradient(trainer)
             if not math.isfinite(total):
                 raise TalosValueError(
                     f"the loss of step {step} is {total}; the weights are those of step "
@@ -226,6 +243,18 @@ def _loop(
         trainer.release()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _warn_without_gradient(trainer: _Sparse | _Dense) -> None:
+    groups = trainer.optimizer.param_groups
+    params = [param for group in groups for param in group["params"]]
+    missing = sum(param.grad is None for param in params)
+    if missing and isinstance(trainer, _Sparse):
+        warnings.warn(
+            f"{missing} of {len(params)} selected tensors got no gradient in the first step and "
+            "are not trained; where activations are checkpointed, use_reentrant=False is needed",
+            stacklevel=3,
+        )
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
@@ -257,9 +286,12 @@ def _cross_entropy(
 ) -> LossFunction:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         logits = logits_fn(model, batch).float()
-        return F.cross_entropy(
-            logits.flatten(0, -2), labels_of(batch).flatten(), label_smoothing=label_smoothing
-        )
+        if logits.dim() > 2:
+            raise TalosValueError(
+                f"the default loss is for logits [B, C], got {list(logits.shape)}, whose labels "
+                "may be shifted; pass loss_fn, e.g. lambda model, batch: model(**batch).loss"
+            )
+        return F.cross_entropy(logits, labels_of(batch), label_smoothing=label_smoothing)
 
     return loss
 
@@ -273,8 +305,8 @@ def _check(
 ) -> None:
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0),
                                ("accumulate", accumulate, 1)):  # fmt: skip
-        if value < least:
-            raise TalosValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(value, int) or value < least:
+            raise TalosValueError(f"{name} must be an integer of at least {least}, got {value}")
     if warmup > steps:
         raise TalosValueError(f"warmup must be at most steps ({steps}), got {warmup}")
     if not 0.0 <= label_smoothing < 1.0:

@@ -152,7 +152,10 @@ def sparse_adam_(
     for name, array in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
         if array is not None:
             check_flat(name, array, index, (torch.float32,))
-    if steps.shape != (len(params),) or steps.dtype != torch.float32:
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if isinstance(scalar, Tensor) and scalar.numel() != 1:
+            raise TalosValueError(f"{name} must have one element, got {tuple(scalar.shape)}")
+    if steps.shape != (len(params),) or steps.dtype != torch.float32 or steps.stride() != (1,):
         raise TalosValueError(
             f"steps must be float32 of shape ({len(params)},), one count a tensor, "
             f"got {steps.dtype} of shape {tuple(steps.shape)}"

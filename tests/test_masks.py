@@ -82,6 +82,19 @@ def test_scores_of_a_fused_projection_bring_their_rows() -> None:
     assert not mask.to_dense("attention.in_proj_weight")[16:].any()
 
 
+def test_scores_of_several_dtypes_select_exactly_k() -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            "half": torch.rand(1000, generator=generator).bfloat16(),
+            "norm": torch.rand(1000, generator=generator),
+        }
+        mask = Mask.from_scores(scores, 0.3)
+        assert mask.nnz == 600
+        flat_scores = {name: score.float() for name, score in scores.items()}
+        np.testing.assert_array_equal(flat(mask), lowest(flat_scores, 600))
+
+
 def test_all_scores_equal_warns_and_still_selects_exactly_k() -> None:
     with pytest.warns(UserWarning, match="scores equal"):
         mask = Mask.from_scores({"a": torch.zeros(10)}, 0.3)
@@ -111,6 +124,8 @@ def test_from_dense_accepts_exact_zeros_and_ones_only() -> None:
     assert Mask.from_dense({"a": torch.tensor([0, 1, 1])}).nnz == 2
     with pytest.raises(TalosValueError, match="bool or exactly 0 and 1"):
         Mask.from_dense({"a": torch.tensor([0.0, 0.5])})
+    with pytest.raises(TalosTypeError, match="scores must be a mapping"):
+        Mask.from_scores([torch.ones(2)], 0.5)
     with pytest.raises(TalosTypeError, match="floating point"):
         Mask.from_scores({"a": torch.tensor([1, 2])}, 0.5)
 
@@ -147,6 +162,10 @@ def test_equality_hash_and_fingerprint_follow_the_selection() -> None:
     dense = {"w": random_mask(0.3, 97, 0)}
     assert Mask.from_dense(dense) == Mask.from_dense(dense, metadata={"seed": 1})
     assert hash(Mask.from_dense(dense)) == hash(Mask.from_dense(dense))
+    both = {"v": torch.ones(3) > 0, **dense}
+    swapped = Mask.from_dense(dict(reversed(both.items())))
+    assert swapped == Mask.from_dense(both)
+    assert hash(swapped) == hash(Mask.from_dense(both))
     other = {"w": ~dense["w"]}
     assert Mask.from_dense(dense) != Mask.from_dense(other)
     assert Mask.from_dense(dense).fingerprint != Mask.from_dense(other).fingerprint

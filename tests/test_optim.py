@@ -11,6 +11,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,6 +324,21 @@ def test_a_master_restarts_from_weights_that_somebody_else_wrote() -> None:
     torch.testing.assert_close(model.bias.float(), torch.full((31,), 100.0), rtol=0, atol=0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_task_vector_is_of_the_weights_that_are_there(dtype: torch.dtype) -> None:
+    model, mask = Weights(dtype), random_mask()
+    base, optimizer = copy.deepcopy(model), SparseAdam(model, mask, lr=1e-2)
+    for step in range(3):
+        set_grads(model, step)
+        optimizer.step()
+    model.load_state_dict(base.state_dict())
+    vector = optimizer.task_vector()
+    for name in mask.names:  # a master keeps what its weight's rounding hides
+        hidden = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+        spread = hidden * dict(base.named_parameters())[name].detach().float().abs()
+        assert bool((vector.to_dense(name).abs() <= spread).all())
+
+
 def test_a_gradient_of_none_keeps_the_tensor_and_its_counter() -> None:
     model, optimizer, reference, oracle = pair(weight_decay=0.1)
     for step in range(10):
@@ -386,6 +402,78 @@ def test_groups_have_their_own_hyperparameters() -> None:
     assert_follows(model, reference)
 
 
+def test_a_group_without_a_selected_entry_is_frozen() -> None:
+    model = Weights()
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [("weight", named["weight"])], "weight_decay": 0.1},
+        {"params": [("bias", named["bias"]), ("embed", named["embed"])]},
+    ]
+    optimizer = SparseAdam(groups, Mask.from_dense({"weight": torch.ones(97, 31) > 0}))
+    set_grads(model, 0)
+    optimizer.step()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
+    assert not model.bias.requires_grad
+    with pytest.raises(TalosValueError, match="make a new optimizer"):
+        optimizer.add_param_group({"params": [("scale", named["scale"])]})
+
+
+def test_names_and_groups_that_collide_are_refused_before_anything_is_frozen() -> None:
+    model = Weights()
+    mask = Mask.from_dense({"weight": torch.ones(97, 31) > 0})
+    twice = [{"params": [("weight", model.weight)]}, {"params": [("weight", model.embed)]}]
+    with pytest.raises(TalosValueError, match="got weight for two tensors"):
+        SparseAdam(twice, mask)
+    group = {"params": [("weight", model.weight), ("bias", model.bias)]}
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        SparseAdam([group, group], full_mask_of(model, "weight", "bias"))
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def full_mask_of(model: nn.Module, *names: str) -> Mask:
+    return Mask.from_dense(
+        {n: torch.ones(dict(model.named_parameters())[n].shape) > 0 for n in names}
+    )
+
+
+def test_data_parallel_wrapping_must_come_after(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        mask = Mask.from_dense({"0.weight": torch.eye(3) > 0})
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(TalosRuntimeError, match="make SparseAdam first, then wrap"):
+            SparseAdam(wrapped, mask)
+        optimizer = SparseAdam(model, mask)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            wrapped(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_optimizer_made_in_inference_mode_steps_outside_of_it() -> None:
+    model = Weights()
+    with torch.inference_mode():
+        optimizer = SparseAdam(model, random_mask())
+    set_grads(model, 0)
+    optimizer.step()
+    assert torch.isfinite(optimizer.task_vector().values).all()
+
+
+def test_expanded_gradients_are_clipped() -> None:
+    model = Weights()
+    optimizer = SparseAdam(model, full_mask_of(model, "bias"))
+    model.bias.grad = torch.tensor(2.0).expand(31)
+    norm = optimizer.clip_grad_norm_(1.0)
+    assert norm.item() == pytest.approx(2 * 31**0.5)
+    torch.testing.assert_close(model.bias.grad, torch.full((31,), 31**-0.5))
+
+
 def test_named_parameters_and_modules_are_the_same_to_it() -> None:
     ends = []
     for build in (lambda m: m, lambda m: m.named_parameters()):
@@ -417,6 +505,36 @@ def test_closures_hooks_and_zero_grad() -> None:
     assert calls == ["before", "after"] * 30
     optimizer.zero_grad()
     assert model.weight.grad is None
+
+
+def test_loading_leaves_what_an_earlier_state_dict_handed_out() -> None:
+    model, mask = Weights(), random_mask()
+    optimizer = SparseAdam(model, mask)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    set_grads(model, 0)
+    optimizer.step()
+    handed_out = optimizer.state_dict()
+    kept = copy.deepcopy(handed_out)
+    optimizer.load_state_dict(fresh)
+    for key, entry in kept["state"].items():
+        for name, value in entry.items():
+            assert_bit_equal(handed_out["state"][key][name], value)
+
+
+def test_a_checkpointer_that_drops_the_base_is_noticed() -> None:
+    pretrained, mask = Weights(), random_mask()
+    trained = copy.deepcopy(pretrained)
+    optimizer = SparseAdam(trained, mask, lr=1e-2)
+    set_grads(trained, 0)
+    optimizer.step()
+    state = {k: v for k, v in optimizer.state_dict().items() if k in ("state", "param_groups")}
+    from_base = SparseAdam(copy.deepcopy(pretrained), mask)
+    from_base.load_state_dict(copy.deepcopy(state))
+    assert from_base.task_vector().norm() == 0.0  # its weights are the initial ones
+    from_trained = SparseAdam(trained, mask)
+    from_trained.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(TalosRuntimeError, match="the initial weights are not known"):
+        from_trained.task_vector()
 
 
 def test_load_state_dict_hooks_see_what_they_expect() -> None:
@@ -520,6 +638,10 @@ def dense(mask: Mask) -> dict[str, Tensor]:
         ({"lr": -1.0}, TalosValueError, "Invalid learning rate: -1.0"),
         ({"lr": float("nan")}, TalosValueError, "Invalid learning rate: nan"),
         ({"lr": torch.ones(2)}, TalosValueError, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor(-1.0)}, TalosValueError, "Invalid learning rate: -1.0"),
+        ({"lr": "fast"}, TalosTypeError, "Invalid learning rate: 'fast'"),
+        ({"betas": 0.9}, TalosTypeError, "betas must be a pair"),
+        ({"betas": (0.9,)}, TalosTypeError, "betas must be a pair"),
         ({"eps": -1e-8}, TalosValueError, "Invalid epsilon value"),
         ({"betas": (1.0, 0.9)}, TalosValueError, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, -0.1)}, TalosValueError, "Invalid beta parameter at index 1"),
@@ -556,12 +678,16 @@ def test_masks_that_do_not_fit_the_model() -> None:
         SparseAdam(Weights().to("meta"), Mask.from_dense({"weight": ones}))
     with pytest.raises(TalosTypeError, match="bare tensors"):
         SparseAdam(Weights().parameters(), Mask.from_dense({"weight": ones}))
+    with pytest.raises(TalosTypeError, match=r"mask must be a talos\.Mask, got dict"):
+        SparseAdam(Weights(), {"weight": ones})
 
 
-@pytest.mark.parametrize("fault", ["cast", "reshape", "sparse"])
+@pytest.mark.parametrize("fault", ["cast", "reshape", "sparse", "double", "betas", "eps"])
 def test_changes_behind_its_back_are_refused_before_any_write(fault: str) -> None:
     model = Weights()
-    optimizer = SparseAdam(model, full_mask(), lr=1.0)
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1]}, {"params": named[1:]}]
+    optimizer = SparseAdam(groups, full_mask(), lr=1.0)
     set_grads(model, 0)
     if fault == "cast":
         model.weight.grad = None
@@ -569,11 +695,20 @@ def test_changes_behind_its_back_are_refused_before_any_write(fault: str) -> Non
     elif fault == "reshape":
         model.weight.grad = None
         model.weight.data = model.weight.data.t()
-    else:
+    elif fault == "sparse":
         model.weight.grad = model.weight.grad.to_sparse()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TalosError, match="weight"):
+    elif fault == "double":
+        model.weight.grad = None
+        model.weight.data = model.weight.data.double()
+    else:
+        optimizer.param_groups[-1][fault] = (0.9,) if fault == "betas" else -1.0
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with pytest.raises(TalosError, match=r"weight|betas|Invalid"):
         optimizer.step()
+    for key, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            assert_bit_equal(value, before[1][key][name])
+    before = before[0]
     for name, value in model.state_dict().items():
         assert_bit_equal(value, before[name])
 

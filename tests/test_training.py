@@ -113,6 +113,44 @@ def test_a_caller_that_stops_early_gets_its_model_back() -> None:
     assert not model.training
 
 
+def test_a_run_that_never_begins_leaves_the_model_as_it_was() -> None:
+    model, data = model_and_data()
+    mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0})
+    fine_tune(model, data, mask, steps=2).close()
+    assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_without_clipping_an_infinite_gradient_stays_in_its_entry(sparse: bool) -> None:
+    model, data = model_and_data()
+    mask = half_mask(model) if sparse else None
+    chosen = mask.to_dense("3.weight").nonzero()[0] if mask else torch.tensor([0, 0])
+    spoil = torch.zeros(CLASSES, 16)
+    spoil[tuple(chosen)] = torch.inf
+    model[3].weight.register_hook(lambda grad: grad + spoil)
+    event = next(fine_tune(model, data, mask, steps=1, max_grad_norm=None))
+    assert event.grad_norm == math.inf
+    assert torch.isnan(model[3].weight).nonzero().tolist() == [chosen.tolist()]
+    assert all(
+        bool(torch.isfinite(p).all()) for n, p in model.named_parameters() if n != "3.weight"
+    )
+
+
+def test_logits_of_positions_want_a_loss_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, CLASSES))
+    data = [(torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))]
+    with pytest.raises(TalosValueError, match="pass loss_fn"):
+        next(fine_tune(model, data, steps=1))
+
+
+def test_a_selected_tensor_without_a_gradient_is_told() -> None:
+    model, data = model_and_data()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0, "unused": torch.ones(3) > 0})
+    with pytest.warns(UserWarning, match="1 of 2 selected tensors got no gradient"):
+        run(model, data, mask, steps=2)
+
+
 def test_autocast_and_a_loss_function() -> None:
     model, data = model_and_data()
     seen: list[torch.dtype] = []
@@ -141,19 +179,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1"),
-        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be an integer of at least 1"),
+        ({"warmup": -1}, "warmup must be an integer of at least 0"),
         ({"warmup": 9}, r"warmup must be at most steps \(4\)"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"lr": -1.0}, "Invalid learning rate"),
+        ({"steps": 2.5}, "steps must be an integer"),
     ],
 )
-def test_bad_settings_raise_at_the_call(settings: dict[str, Any], match: str) -> None:
+@pytest.mark.parametrize("sparse", [True, False])
+def test_bad_settings_raise_at_the_call(settings: dict[str, Any], match: str, sparse: bool) -> None:
     model, data = model_and_data()
     with pytest.raises(TalosValueError, match=match):
-        fine_tune(model, data, half_mask(model), **{"steps": 4, **settings})
+        fine_tune(model, data, half_mask(model) if sparse else None, **{"steps": 4, **settings})
 
 
 def test_batches_that_are_missing_or_run_out() -> None:
