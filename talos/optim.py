@@ -24,12 +24,18 @@ from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprints
 from .masks import Mask
 from .matching import match_tensors
+from .param_groups import (
+    NamedParams,
+    by_name,
+    check_hyperparameters,
+    check_not_wrapped,
+    check_trainable,
+    named_groups,
+)
 from .params import named_parameters
 from .task_vectors import TaskVector
 
-__all__ = ["SparseAdam", "check_hyperparameters"]
-
-NamedParams = Iterable[tuple[str, Tensor]]
+__all__ = ["SparseAdam"]
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -101,8 +107,8 @@ class SparseAdam(torch.optim.Optimizer):
                 f"mask must be a talos.Mask, got {type(mask).__name__}; "
                 "make one with talos.calibrate or Mask.from_dense"
             )
-        groups = _named_groups(model)
-        params = _by_name(groups)
+        groups = named_groups(model)
+        params = by_name(groups)
         if mask.nnz == 0:
             raise TalosValueError("mask must select at least one entry: no weight selected")
         aliases: Mapping[str, Tensor] = params
@@ -118,7 +124,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._mask = mask
         self._names = {p: n for n, p in matched.items() if mask.indices[n].nnz}
         for param, name in self._names.items():
-            _check_trainable(name, param)
+            check_trainable(name, param)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -132,7 +138,7 @@ class SparseAdam(torch.optim.Optimizer):
         others = (p for p in params.values() if p not in self._names and p.requires_grad)
         self._untrained = list(others)
         if self._untrained and isinstance(model, nn.Module):
-            _check_not_wrapped(model)
+            check_not_wrapped(model)
         self._buckets: list[Bucket] = []
         self._incoming: list[Mapping[str, Any]] = []
         self._base_known = True
@@ -154,7 +160,7 @@ class SparseAdam(torch.optim.Optimizer):
             TalosValueError: a later call, or a hyper-parameter is out of range.
             TalosTypeError: the parameters have no names.
         """
-        (group,) = _named_groups([param_group])
+        (group,) = named_groups([param_group])
         check_hyperparameters({**self.defaults, **group}, read_tensors=True)
         chosen = [(name, p) for name, p in group["params"] if p in self._names]
         if self._complete:
@@ -394,92 +400,6 @@ class SparseAdam(torch.optim.Optimizer):
             for param, saved in zip(params, self._incoming, strict=False):
                 for name, own in self.state[param].items():
                     own.copy_(saved[name])
-
-
-def _named_groups(
-    model: nn.Module | NamedParams | Iterable[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Param groups of `(name, parameter)` pairs."""
-    if isinstance(model, nn.Module):
-        return [{"params": list(named_parameters(model).items())}]
-    items: list[Any] = list(model)
-    if not items:
-        raise TalosValueError("model must have parameters, got none")
-    groups = items if isinstance(items[0], dict) else [{"params": items}]
-    return [{**group, "params": _pairs(group)} for group in groups]
-
-
-def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    params = group["params"]
-    pairs = list(params.items() if isinstance(params, Mapping) else params)
-    if "param_names" in group:
-        pairs = list(zip(group["param_names"], pairs, strict=True))
-    if not all(isinstance(pair, tuple) for pair in pairs):
-        raise TalosTypeError(
-            "params must be (name, parameter) pairs, got bare tensors; "
-            "pass the model or model.named_parameters()"
-        )
-    return pairs
-
-
-def _by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """All parameters by name, which must name one tensor each."""
-    params: dict[str, Tensor] = {}
-    for group in groups:
-        for name, param in group["params"]:
-            if params.setdefault(name, param) is not param:
-                raise TalosValueError(
-                    f"params must have names of their own, got {name} for two tensors; "
-                    "prefix the names of each module"
-                )
-    return params
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise TalosRuntimeError(
-            "the optimizer must be made before DistributedDataParallel, which would wait for the "
-            "gradients of tensors that are frozen now; make SparseAdam first, then wrap the model"
-        )
-
-
-def _check_trainable(name: str, param: Tensor) -> None:
-    if hasattr(param, "device_mesh"):
-        raise TalosTypeError(
-            f"{name} must be a whole tensor, got a sharded one (DTensor), which is not supported; "
-            "train before sharding, or replicate with DistributedDataParallel"
-        )
-    if param.is_meta:
-        raise TalosTypeError(f"{name} must hold data, got the meta device; materialise it first")
-    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TalosTypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
-    if not param.requires_grad:
-        raise TalosValueError(
-            f"{name} is selected by the mask but has requires_grad=False; "
-            "call .requires_grad_() on it or leave it out of the mask"
-        )
-
-
-def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = False) -> None:
-    """Ranges and wording of `torch.optim.AdamW`; reads a tensor's value (a sync) if told to."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise TalosValueError(f"Tensor lr must be 1-element, got {lr.numel()}")
-    if not isinstance(lr, Tensor) or read_tensors:
-        _check_number("learning rate", lr.item() if isinstance(lr, Tensor) else lr)
-    _check_number("epsilon value", group["eps"])
-    _check_number("weight_decay value", group["weight_decay"])
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TalosTypeError(f"betas must be a pair of numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        _check_number(f"beta parameter at index {i}", beta, below=1.0)
-
-
-def _check_number(what: str, value: Any, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
-    if not 0.0 <= value < below:
-        raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

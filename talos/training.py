@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from .batches import default_logits, labels_of
 from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
-from .optim import SparseAdam, check_hyperparameters
+from .optim import SparseAdam
+from .param_groups import check_hyperparameters
 from .params import named_parameters
 from .task_vectors import TaskVector
 

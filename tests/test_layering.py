@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"errors", "selection", "structure"},
     {"describe", "files", "fingerprints", "layouts", "matching", "params"},
-    {"batches", "masks", "models", "routing", "tasks"},
+    {"batches", "masks", "models", "param_groups", "routing", "tasks"},
     {"buckets", "capture", "metrics", "task_vectors"},
     {"calibration", "optim"},
     {"training"},
