@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,55 @@ def test_a_write_by_somebody_else_is_noticed(write: Callable[[nn.Parameter], Non
     write(param)
     assert fingerprints({"w": param}) == {"w": fingerprint(param)}
     assert base_fingerprints({"w": param}) != before
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "upside down": lambda w: w.flip(0),
+    "backwards": lambda w: w.flip(0, 1),
+    "two rows": lambda w: w[[0, 2, 1, *range(3, len(w))]],
+    "neighbours": lambda w: w.view(-1, 2).flip(1).view_as(w),
+    "rotated by a row of the checksum": lambda w: w.flatten().roll(talos.fingerprints._ROW * 2),
+    "permuted": lambda w: w.flatten()[torch.randperm(w.numel())],
+    "transposed": lambda w: w.t(),
+    "negated": lambda w: -w,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 7, 192])
+def test_weights_that_only_changed_places_are_noticed(
+    move: str, dtype: torch.dtype, size: int
+) -> None:
+    if move == "neighbours" and size % 2:
+        size += 1
+    for base in (torch.randn(size, size), torch.eye(size).roll(1, 1)):
+        param = nn.Parameter(base.to(dtype))
+        before = fingerprints({"w": param})
+        version = param._version
+        param.data.copy_(MOVES[move](param.data.clone()).reshape(size, size))
+        assert param._version == version
+        if fingerprint(param) != before["w"]:
+            assert fingerprints({"w": param}) != before
+
+
+def test_every_single_bit_counts() -> None:
+    row = talos.fingerprints._ROW
+    words = torch.randint(-(2**62), 2**62, (3 * row + 5,))
+    before = fingerprints({"w": words})
+    for position in (0, 1, row, len(words) - 1):
+        for bit in (0, 31, 32, 63):
+            words.numpy()[position] ^= np.int64(1) << np.int64(bit)
+            after = fingerprints({"w": words})
+            assert after != before, (position, bit)
+            before = after
+
+
+def test_two_highest_bits_count_too() -> None:
+    param = nn.Parameter(torch.randn(2 * talos.fingerprints._ROW, dtype=torch.float64))
+    before = fingerprints({"w": param})
+    param.data[:2].neg_()
+    assert fingerprints({"w": param}) != before
 
 
 @pytest.mark.parametrize("write", [in_place, through_data, through_numpy, swapped, loaded])
