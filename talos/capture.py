@@ -188,7 +188,8 @@ class Capture:
         if sink.matrix is not None and x is not None:
             low, high, score = self._claim(sink.matrix)
             inputs = x.reshape(*split, x.shape[-1])
-            add_matrix_squares_(score, by_sample[..., low:high], inputs, batch.share)
+            sides = (inputs, by_sample) if sink.transposed else (by_sample, inputs)
+            add_matrix_squares_(score, sides[0][..., low:high], sides[1], batch.share)
         if sink.vector is not None:
             low, high, score = self._claim(sink.vector)
             width = score.shape[1]

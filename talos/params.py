@@ -2,12 +2,13 @@
 
 Two presets and any regular expression choose the tensors:
 
-- `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear`, the projections of
-  `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a vision
-  transformer the patch embedding), LayerNorm and RMSNorm, biases included. Not the head, not
+- `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear` and Conv1D of transformers, the
+  projections of `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a
+  vision transformer the patch embedding), LayerNorm and RMSNorm, biases included. Not the head, not
   embeddings of any kind, nothing that is tied to an embedding.
 - `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
-  like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`.
+  like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`. The `c_attn` of
+  GPT-2 has its queries and keys in columns and is refused.
 - anything else is a regular expression, tried with `re.search` on each name; what it matches is
   taken as it is, heads and embeddings too.
 
@@ -62,6 +63,7 @@ _HEADS = ("head", "heads", "classifier", "lm_head", "score", "fc")
 _PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
 _SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FUSED_LAYERS = ("qkv", "Wqkv")
+_CONV1D_ATTENTION = ("c_attn", "q_attn")
 _QK_LAYERS = (
     *("q_proj", "k_proj", "query", "key", "q", "k", "to_q", "to_k", "wq", "wk", "q_lin", "k_lin"),
     *("query_proj", "key_proj", "linear_q", "linear_k"),
@@ -181,9 +183,15 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2, whose weight is [in, out]."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def _maskable(_leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "maskable" takes of one module's own parameters."""
-    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module)
+    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module) or _is_conv1d(module)
     for name, param in module.named_parameters(recurse=False):
         if whole or name in _PACKED or name in _SPLIT:
             yield param, None
@@ -192,6 +200,12 @@ def _maskable(_leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Row
 def _qk(leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "qk" takes of one module's own parameters."""
     linear = isinstance(module, nn.Linear)
+    if leaf in _CONV1D_ATTENTION and _is_conv1d(module):
+        raise TalosValueError(
+            f"params='qk' must find queries and keys in rows of a weight, got {leaf}, a "
+            "transformers.Conv1D, whose columns they are; use params='maskable', or take all of "
+            f"it with params={leaf!r}"
+        )
     for name, param in module.named_parameters(recurse=False):
         if (linear and leaf in _QK_LAYERS) or name in _SPLIT[:2]:
             yield param, None
@@ -275,7 +289,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
         The chosen parameters by name, tied ones once, in the order of the model.
 
     Raises:
-        TalosValueError: nothing matches, or all that does has requires_grad=False.
+        TalosValueError: nothing matches, or all that does has requires_grad=False; "qk" meets a
+            fused projection whose queries and keys are columns.
         TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
 
     Example:

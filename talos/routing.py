@@ -6,6 +6,9 @@ to a listener instead of computing the parameter's. That catches `nn.Linear`, `n
 and their subclasses, `nn.MultiheadAttention` with its fused or split projections, and all code that
 calls `torch.nn.functional` with such a parameter or with a view of some of its rows.
 
+`addmm` is routed for those who write a linear layer with it, their weight [in, out], as Conv1D of
+transformers does.
+
 A convolution becomes the linear layer of its unfolded image. The gain and bias of a norm become
 vectors of which every row gets a copy, y = xhat * w + b, so that autograd itself computes the
 gradients of the copies; norms that model libraries write themselves get such copies by a hook.
@@ -47,12 +50,14 @@ class Sink:
         matrix: the weight of a linear layer, if it is listened to.
         vector: its bias, or the vector of which copies were made, if it is listened to.
         receive: called with the sink, dY and, where there is a matrix, the layer's input.
+        transposed: whether the matrix is [in, out].
     """
 
     use: Use
     matrix: Part | None
     vector: Part | None
     receive: Callable[["Sink", Tensor, Tensor | None], None]
+    transposed: bool = False
 
 
 class _Linear(torch.autograd.Function):
@@ -124,6 +129,7 @@ class Router:
             (functional, "linear", self._linear),
             (functional, "conv2d", self._conv2d),
             (functional, "multi_head_attention_forward", self._multi_head),
+            (torch, "addmm", self._addmm),
             (torch, "layer_norm", self._layer_norm),  # functional's call these
             (torch, "rms_norm", self._rms_norm),
         ):
@@ -168,6 +174,7 @@ class Router:
         parts: Parts,
         lead: Sequence[int],
         origin: Origin,
+        transposed: bool = False,
     ) -> Tensor:
         """A linear layer with a listener, in autocast's dtype where that is on."""
         device = x.device.type
@@ -178,7 +185,7 @@ class Router:
         part = cast(Part, parts[0] or parts[1])
         use = Use(part.name, tuple(lead), origin, x.dtype)
         self._record(use)
-        sink = Sink(use, *parts, self._receive)
+        sink = Sink(use, *parts, self._receive, transposed)
         return _linear(x, weight, bias, part.param, sink)
 
     def _linear(
@@ -192,6 +199,16 @@ class Router:
             lead = self._attention[-1]
         origin: Origin = "attention" if self._attention else "layer"
         return self._listen(x, weight.detach(), _detached(bias), parts, lead, origin)
+
+    def _addmm(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        parts: Parts = None, None
+        if len(args) == 3 and not kwargs and args[0].shape == args[2].shape[1:]:
+            parts = self._parts(args[2], args[0])
+        if not any(parts):
+            return original(*args, **kwargs)
+        bias, x, weight = args
+        transposed, lead = weight.detach().t(), x.shape[:-1]
+        return self._listen(x, transposed, bias.detach(), parts, lead, "layer", transposed=True)
 
     def _conv2d(
         self,
@@ -228,8 +245,10 @@ class Router:
             own_bias = None if bias is None else bias.detach()[own]
             lead = inputs.shape[:2]
             outputs.append(self._listen(inputs, flat[own], own_bias, own_parts, lead, "image"))
-        output = torch.cat(outputs, 2).transpose(1, 2)  # [B, O, L]
-        output = output.reshape(len(images), len(weight), height, width)
+        # [B, O, L]; contiguous, for the strides of a view look like channels_last where B is 1, and
+        # the backward of a batch norm then reads its gradient wrongly.
+        output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
+        output = output.view(len(images), len(weight), height, width)
         return output if x.dim() == 4 else output[0]
 
     def _multi_head(

@@ -94,6 +94,28 @@ class T5LayerNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
+class Conv1D(nn.Module):
+    """As transformers writes it: the weight is [in, out], tokens are flattened."""
+
+    def __init__(self, outputs: int, inputs: int = E) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+
+class Frozen(nn.BatchNorm2d):
+    """A batch norm whose statistics are those of some training."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, affine=False)
+        nn.init.normal_(self.running_mean)
+        nn.init.uniform_(self.running_var, 0.5, 2.0)
+
+
 class ReadLast(nn.Module):
     """Logits of the last token, so that all other rows of the last layer have no gradient."""
 
@@ -140,6 +162,12 @@ def convolution(**options: Any) -> nn.Module:
     kernel = options.pop("kernel", 2)
     layers = [Apply(images_of), nn.Conv2d(2, 6, kernel, **options), nn.Tanh()]
     return nn.Sequential(*layers, nn.Flatten(2), Apply(lambda x: x.mean(2)), nn.Linear(6, C))
+
+
+def convolution_and_norm(*head: nn.Module) -> nn.Module:
+    """A strided convolution of [B, 2, 4, 5] images to 6 features of [2, 4], batch norm, a head."""
+    convolution = nn.Conv2d(2, 6, 2, stride=(2, 1))
+    return nn.Sequential(Apply(images_of), convolution, Frozen(6), *head)
 
 
 def encoder(batch_first: bool, **options: Any) -> nn.Module:
@@ -195,6 +223,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "patches without bias": lambda: convolution(stride=(2, 1), kernel=(2, 3), bias=False),
     "convolution": lambda: convolution(padding=(1, 2), dilation=2, groups=2),
     "convolution, same size": lambda: convolution(padding="same"),
+    "convolution, batch norm, pool": lambda: convolution_and_norm(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, C)
+    ),
+    "convolution, batch norm, flatten": lambda: convolution_and_norm(
+        nn.Flatten(), nn.Linear(6 * 2 * 4, C)
+    ),
+    "weights [in, out]": lambda: pooled(Conv1D(10), nn.Tanh(), Conv1D(E, 10)),
+    "weights [in, out] of vectors": lambda: nn.Sequential(
+        Apply(lambda x: x.mean(1)), Conv1D(10), nn.Tanh(), Conv1D(C, 10)
+    ),
+    "weights [in, out], sequence first": lambda: pooled(Around(Conv1D(E), swap, swap)),
     "checkpoint": lambda: pooled(Checkpointed(mlp()), Checkpointed(encoder(True))),
 }
 
@@ -531,7 +570,7 @@ def test_nothing_is_left_behind(how: str) -> None:
     needs = [param.requires_grad for param in model.parameters()]
     flags = [module.training for module in model.modules()]
     functions = (functional.linear, functional.conv2d, torch.layer_norm, torch.rms_norm)
-    attend = functional.multi_head_attention_forward
+    attend, multiply = functional.multi_head_attention_forward, torch.addmm
     calls = 0
 
     def logits_fn(model: nn.Module, batch: Tensor) -> Tensor:
@@ -556,6 +595,7 @@ def test_nothing_is_left_behind(how: str) -> None:
     assert [module.training for module in model.modules()] == flags
     assert functions == (*(functional.linear, functional.conv2d, torch.layer_norm, torch.rms_norm),)
     assert functional.multi_head_attention_forward is attend
+    assert torch.addmm is multiply
     assert torch.backends.mha.get_fastpath_enabled()
 
 

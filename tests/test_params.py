@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from talos.calibration import fisher_diag
 from talos.errors import TalosTypeError, TalosValueError
 from talos.params import named_parameters, select_parameters
 
@@ -222,3 +223,19 @@ def test_parameters_without_values_are_refused() -> None:
         select_parameters(nn.Linear(2, 2, device="meta"))
     with pytest.raises(TalosTypeError, match="hold values, got weight"):
         select_parameters(nn.LazyLinear(2))
+
+
+def test_gpt2_is_taken_by_its_own_linear_layer_and_has_no_rows_of_queries() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=7, n_embd=E, n_layer=1, n_head=2, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    left = set(named_parameters(model)) - set(select_parameters(model))
+    assert left == {"transformer.wte.weight", "transformer.wpe.weight"}
+    with pytest.raises(TalosValueError, match=r"rows of a weight, got c_attn, a .*Conv1D"):
+        select_parameters(model, "qk")
+    scores = fisher_diag(model.double(), [{"input_ids": torch.arange(8).view(2, 4)}])
+    attention = scores["transformer.h.0.attn.c_attn.weight"]
+    assert attention.shape == (E, 3 * E)
+    assert bool((attention > 0).all())
