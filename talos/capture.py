@@ -34,6 +34,7 @@ class _Batch:
     """What the forward of the current batch has recorded, and what its backwards claim."""
 
     uses: list[Use] = field(default_factory=list)
+    half: bool | None = None  # whether its gradients are fp16 anywhere on their way
     samples: int = 0
     share: float = 1.0
     phase: str = "forward"  # then "probe" where there is one, then "score"
@@ -50,7 +51,8 @@ class Capture:
         model: the model, in eval mode.
         selection: what is scored.
         scale: what losses are multiplied by, a power of two: lifts small squares, which fp32 would
-            round to 0, without changing their order. Left out where gradients are fp16.
+            round to 0, without changing their order. Left out where any gradient is fp16, also in
+            a layer that is not scored.
 
     Attributes:
         scores: the sums of squares by name, fp32 in the parameters' shapes, on their devices, times
@@ -128,11 +130,13 @@ class Capture:
                 "logits_fn must return logits that depend on the selected parameters, got logits "
                 "without a gradient; take away no_grad and detach, or choose others with params="
             )
-        if not any(use.dtype == torch.float16 for use in batch.uses):
+        if batch.half is None:
+            batch.half = _meets_half(losses)
+        if not batch.half:
             losses = losses * self._scale
         if batch.phase == "forward" and self._layouts.needs_probe(batch.uses, batch.samples):
             batch.phase = "probe"
-            scales = self._layouts.probe_scales(batch.uses, losses.detach())
+            scales = self._layouts.probe_scales(losses.detach(), half=batch.half)
             self._run(losses * scales, retain_graph=True)
         batch.phase, batch.claimed = "score", {}
         self._run(losses, retain_graph=not last)
@@ -209,6 +213,20 @@ class Capture:
         high = max(min(part.stop, last), low)
         score = self.scores[part.name].view(len(part.param), -1)[low:high]
         return low - part.start, high - part.start, score
+
+
+def _meets_half(losses: Tensor) -> bool:
+    """Whether the backward of `losses` has fp16 gradients, be it by autocast or by the model."""
+    nodes, seen = [losses.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(output.dtype == torch.float16 for output in node._input_metadata):
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def add_matrix_squares_(score: Tensor, dy: Tensor, x: Tensor, share: float) -> None:

@@ -42,7 +42,6 @@ class Use:
         lead: the leading dimensions of the layer's input.
         origin: "attention" inside `multi_head_attention_forward`, whose inputs are [T, B, D] or
             [T * B, D]; "image" for patches, [B, L, D]; "layer" for all else.
-        dtype: of the gradients.
         outer: the layout, once it is known.
         signature: the largest magnitude in each row of dY in the probe, fp32 or fp64 [rows].
     """
@@ -50,7 +49,6 @@ class Use:
     name: str
     lead: tuple[int, ...]
     origin: Origin
-    dtype: torch.dtype
     outer: int | None = None
     signature: Tensor | None = None
 
@@ -83,6 +81,7 @@ class Layouts:
     def __init__(self) -> None:
         self._kinds: dict[str, str] = {}
         self._probed = False
+        self._half = False
         self._codes = torch.zeros(0, dtype=torch.int64)
 
     def needs_probe(self, uses: Sequence[Use], samples: int) -> bool:
@@ -115,10 +114,15 @@ class Layouts:
                 unknown = True
         return unknown
 
-    def probe_scales(self, uses: Sequence[Use], losses: Tensor) -> Tensor:
-        """The factors of the losses in the probe: powers of two, shaped as `losses` [B]."""
-        fp16 = any(use.dtype == torch.float16 for use in uses)
-        period = _FP16_PERIOD if fp16 else _PERIOD
+    def probe_scales(self, losses: Tensor, *, half: bool) -> Tensor:
+        """The factors of the losses in the probe: powers of two, shaped as `losses` [B].
+
+        Args:
+            losses: of the samples.
+            half: whether their gradients are fp16 anywhere on their way.
+        """
+        self._half = half
+        period = _FP16_PERIOD if half else _PERIOD
         self._codes = torch.arange(len(losses), device=losses.device) % period - period // 2
         return torch.ldexp(torch.ones_like(losses), self._codes)
 
@@ -155,7 +159,8 @@ class Layouts:
                 "for overflow in the model, or calibrate in float32"
             )
         allowed, fitting = use.layouts(samples), {}
-        floor = torch.finfo(rows.dtype).tiny * 16  # below, numbers are too coarse for a ratio
+        coarsest = torch.float16 if self._half else rows.dtype
+        floor = torch.finfo(coarsest).tiny * 16  # below, numbers are too coarse for a ratio
         heard = (size > floor) & (use.signature > floor)
         codes, shift = self._codes.to(rows.device), torch.log2(use.signature / size)
         for kind, outer in allowed.items():

@@ -183,7 +183,7 @@ class Router:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         part = cast(Part, parts[0] or parts[1])
-        use = Use(part.name, tuple(lead), origin, x.dtype)
+        use = Use(part.name, tuple(lead), origin)
         self._record(use)
         sink = Sink(use, *parts, self._receive, transposed)
         return _linear(x, weight, bias, part.param, sink)
@@ -262,7 +262,7 @@ class Router:
 
     def _copies(self, part: Part, vector: Tensor, x: Tensor) -> Tensor:
         """A vector's copies for the rows of `x`, whose last dimensions are the vector's."""
-        use = Use(part.name, tuple(x.shape[: x.dim() - vector.dim()]), "layer", vector.dtype)
+        use = Use(part.name, tuple(x.shape[: x.dim() - vector.dim()]), "layer")
         self._record(use)
         sink = Sink(use, None, part, self._receive)
         return _copies(vector.detach(), part.param, x.shape, sink)
