@@ -20,7 +20,8 @@ def default_logits(model: nn.Module, batch: Any) -> Tensor:
     """Call a model on a batch.
 
     A tensor is the input; of a pair the first is. A mapping goes to `forward` by keyword, without
-    its labels, or whole where `forward` takes one argument only.
+    its labels, or whole where `forward` takes one argument only. An encoder-decoder of transformers
+    gets its label sequences too, for it makes the decoder's inputs of them.
 
     Args:
         model: returns logits, or an object with `.logits` (transformers).
@@ -78,4 +79,16 @@ def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     whole = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
     if whole and parameters[0].name not in batch:
         return model(batch)
-    return model(**{key: value for key, value in batch.items() if key not in LABELS})
+    left_out = set(LABELS) - ({"labels"} if _decodes_labels(model, batch) else set())
+    return model(**{key: value for key, value in batch.items() if key not in left_out})
+
+
+def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    config = getattr(unwrapped(model), "config", None)
+    labels = batch.get("labels")
+    return (
+        getattr(config, "is_encoder_decoder", False) is True
+        and isinstance(labels, Tensor)
+        and labels.dim() > 1
+        and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
+    )

@@ -14,6 +14,7 @@ rounds over a set of N weights (TaLoS, arXiv 2504.02620):
 Labels depend on (seed, round, sample, draw) alone, so a mask does not depend on the batch size.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from .batches import default_logits
 from .capture import Capture
-from .errors import TalosTypeError, TalosValueError
+from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .masks import Mask
 from .params import Rows, Selected, Selection, named_modules, select_parameters, unwrapped
 from .selection import lowest_entries
@@ -87,12 +88,10 @@ class _Scoring:
     def __post_init__(self) -> None:
         if self.target not in ("log_prob", "logit"):
             raise TalosValueError(f"target must be 'log_prob' or 'logit', got {self.target!r}")
-        if self.draws != "exact" and not _is_integer(self.draws, at_least=1):
-            raise TalosValueError(
-                f"draws must be a number of labels a sample or 'exact', got {self.draws!r}"
-            )
-        if not _is_integer(self.seed, at_least=0):
-            raise TalosValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        if self.draws != "exact":
+            draws = _integer("draws", self.draws, 1, "a number of labels a sample or 'exact'")
+            object.__setattr__(self, "draws", draws)
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0))
 
 
 def fisher_diag(
@@ -134,7 +133,7 @@ def fisher_diag(
             logits or scores are not finite, or samples cannot be told apart.
         TalosTypeError: the logits are none.
         TalosRuntimeError: a parameter is used in a way that cannot be scored, or not at all, or
-            samples influence one another.
+            samples influence one another, or a batch was made under `torch.inference_mode`.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -206,8 +205,7 @@ def calibrate(
     scoring = _Scoring(logits_fn or default_logits, target, draws, seed)
     if not 0.0 < density <= 1.0:
         raise TalosValueError(f"density must lie in (0, 1], got {density}")
-    if not _is_integer(rounds, at_least=1):
-        raise TalosValueError(f"rounds must be an integer of at least 1, got {rounds!r}")
+    rounds = _integer("rounds", rounds, 1)
     if not 0.0 < soft <= 1.0:
         raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
     if select not in ("lowest", "highest"):
@@ -246,8 +244,9 @@ def calibrate(
             f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
             stacklevel=2,
         )
-    options = {"soft": soft, "select": select, "target": target, "draws": draws, "seed": seed}
-    sizes = {"density": density, "rounds": rounds, "samples": samples}
+    options: dict[str, Any] = {"soft": float(soft), "select": select, "target": target}
+    options |= {"draws": scoring.draws, "seed": scoring.seed}
+    sizes = {"density": float(density), "rounds": rounds, "samples": samples}
     made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
     made |= sizes | options | {"torch": str(torch.__version__)}
     return Mask.from_dense({name: mask.cpu() for name, mask in kept.items()}, metadata=made)
@@ -274,7 +273,8 @@ def _score(
     samples = 0
     for batch in batches:
         capture.forget()
-        logits = _checked(scoring.logits_fn(model, batch))
+        with _refusing_inference_tensors():
+            logits = _checked(scoring.logits_fn(model, batch))
         labels_of = (scoring.seed, rounds.done, samples)
         for losses, share, last in _losses(logits, scoring, labels_of):
             capture.backward(losses, share, last=last)
@@ -290,6 +290,19 @@ def _score(
     capture.check()
     rounds.done, rounds.total = rounds.done + 1, samples
     return samples
+
+
+@contextmanager
+def _refusing_inference_tensors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "inference tensor" not in str(error).lower():
+            raise
+        raise TalosRuntimeError(
+            "batches and model must hold tensors that autograd can use, got some made under "
+            "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
+        ) from error
 
 
 def _losses(
@@ -426,5 +439,13 @@ def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
         )
 
 
-def _is_integer(value: object, *, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+def _integer(name: str, value: Any, least: int, kind: str | None = None) -> int:
+    """An option as an int, from integers of any type."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        kind = kind or f"an integer of at least {least}"
+        raise TalosValueError(f"{name} must be {kind}, got {value!r}")
+    return number

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from talos.calibration import CalibrationProgress, calibrate, fisher_diag
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.masks import Mask
 from talos.params import named_parameters
 from tests.cases import REDUCTION_TOLERANCES, assert_bit_equal
 
@@ -325,6 +327,26 @@ def test_autocast_of_the_caller_does_not_reach_the_sums_of_squares() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outside = fisher_diag(model, [x], params=".")
     assert all(torch.equal(score, outside[name]) for name, score in inside.items())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("count", [N, 40])
+def test_autocast_to_float16_in_layers_that_are_not_scored(inside: bool, count: int) -> None:
+    model = nn.Sequential(nn.LayerNorm(E), nn.Linear(E, E), nn.GELU(), nn.Linear(E, C))
+    x = inputs(count).float().mean(1)
+
+    def logits_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=inside):
+            return cast(Tensor, model(batch)).float()
+
+    expected = oracle(model, x)
+    with torch.autocast("cpu", torch.float16, enabled=not inside):
+        options: dict[str, Any] = {"logits_fn": logits_fn, "draws": "exact", "params": r"^0\."}
+        scores = fisher_diag(model, [x], **options)
+        mask = calibrate(model, [x] * 2, 0.5, rounds=1, **options)
+    for name, score in scores.items():
+        assert (score - expected[name]).norm() < 0.01 * expected[name].norm(), name
+    assert mask.iou(Mask.from_scores(scores, 0.5)) > 0.7
 
 
 def test_padded_sequences_after_a_frozen_layer() -> None:
@@ -797,6 +819,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "density of nothing": ({"density": 1e-6}, "no weight selected"),
     "rounds": ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
     "soft": ({"soft": 0.0}, r"soft must lie in \(0, 1\], got 0.0"),
+    "rounds float": ({"rounds": 2.0}, "rounds must be an integer of at least 1, got 2.0"),
+    "rounds bool": ({"rounds": True}, "rounds must be an integer of at least 1, got True"),
     "seed": ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     "draws": ({"draws": 0}, "draws must be a number of labels a sample or 'exact', got 0"),
     "draws word": ({"draws": "all"}, "got 'all'"),
@@ -814,6 +838,24 @@ def test_bad_arguments_are_refused(name: str) -> None:
     options, message = BAD_ARGUMENTS[name]
     with pytest.raises(TalosValueError, match=message):
         calibrate(MODELS["vectors"]().double(), **({"batches": [inputs()]} | options))
+
+
+def test_batches_made_in_inference_mode_are_refused() -> None:
+    model = MODELS["tokens"]()
+    with torch.inference_mode():
+        x = inputs(8).float()
+    for run in (fisher_diag, calibrate):
+        with pytest.raises(TalosRuntimeError, match=r"under torch\.inference_mode; clone\(\)"):
+            run(model, [x])
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_integers_of_any_type(integer: Callable[[int], Any], tmp_path: Path) -> None:
+    model, x = MODELS["vectors"](), inputs(8).float()
+    mask = calibrate(model, [x], np.float64(0.5), integer(2), draws=integer(3), seed=integer(4))
+    assert mask == calibrate(model, [x], 0.5, 2, draws=3, seed=4)
+    mask.save(tmp_path / "mask.safetensors")
+    assert Mask.load(tmp_path / "mask.safetensors").metadata["draws"] == 3
 
 
 def test_exact_expectations_over_label_sequences_are_refused() -> None:
