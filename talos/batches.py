@@ -79,8 +79,10 @@ def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     whole = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
     if whole and parameters[0].name not in batch:
         return model(batch)
-    left_out = set(LABELS) - ({"labels"} if _decodes_labels(model, batch) else set())
-    return model(**{key: value for key, value in batch.items() if key not in left_out})
+    inputs = {key: value for key, value in batch.items() if key not in LABELS}
+    if _decodes_labels(model, batch):
+        inputs["labels"] = batch["labels"].contiguous()  # their loss takes a view of them
+    return model(**inputs)
 
 
 def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def test_what_is_no_logits_or_has_no_labels_is_refused() -> None:
 
 
 def test_an_encoder_decoder_gets_the_labels_that_its_decoder_reads() -> None:
-    model, labels = t5(), IDS[:, :4].clone()
+    model, labels = t5(), IDS.clone()[:, :4]
     labels[1, 3:] = -100
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels}
     logits = default_logits(model, batch)
