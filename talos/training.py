@@ -180,7 +180,8 @@ class _Dense:
             raise TalosValueError("model must have a parameter with requires_grad=True, got none")
         self.params = params
         self.base = {name: param.detach().clone() for name, param in params.items()}
-        self.optimizer = torch.optim.AdamW(list(params.values()), **hyper)
+        fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
+        self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **hyper)
 
     def freeze(self) -> None:
         pass

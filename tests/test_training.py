@@ -60,7 +60,7 @@ def test_the_loop_equals_a_hand_written_one() -> None:
     *events, _ = run(model, data, steps=steps, warmup=warmup, lr=lr, weight_decay=0.1,
                      label_smoothing=0.1, max_grad_norm=0.5)  # fmt: skip
     other, _ = model_and_data()
-    optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.1, fused=True)
     for step in range(1, steps + 1):
         inputs, labels = data[(step - 1) % len(data)]
         optimizer.zero_grad()

@@ -207,7 +207,8 @@ class _Demo:
         rate = settings.lr if mask is not None else settings.nonlinear_lr
         origin = {"model": judge.encoder.name, "task": task.name, "method": method}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
-        vector = replace(vector, metadata=origin | setup)
+        # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.
+        vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
         last = losses[-10:]
         self.training[method][task.name] = {
             "steps": settings.steps,
