@@ -41,6 +41,11 @@ def default_logits(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         output = _call_with_mapping(model, batch)
     elif isinstance(batch, tuple | list):
+        if len(batch) > 2:
+            raise TalosTypeError(
+                "batch must be a tensor, a pair (inputs, labels) or a mapping, got "
+                f"{len(batch)} parts; pass logits_fn=lambda model, batch: model(*batch[:-1])"
+            )
         output = model(batch[0])
     else:
         output = model(batch)

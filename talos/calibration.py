@@ -40,6 +40,7 @@ Draws = int | Literal["exact"]
 LogitsFn = Callable[[nn.Module, Any], Tensor]
 
 _FEW_SAMPLES = 8
+_MANY_DEAD = 0.75  # of the selected weights
 
 # Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
 # 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
@@ -224,6 +225,7 @@ def calibrate(
         )
     kept = _selectable(selection)
     progress = _Rounds(rounds, on_progress)
+    equal = False
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
         damp_ = stack.enter_context(_damping(selection, soft))
@@ -232,13 +234,22 @@ def calibrate(
             capture.reset()
             samples = _score(capture, bare, batches, scoring, progress)
             scores = capture.scores
-            _warn_if_equal(scores, kept)
+            if index == 0:  # later rounds choose among the lowest, which may all be 0
+                equal = _warn_if_equal(scores, kept)
             if select == "highest":
                 scores = {name: -score for name, score in scores.items()}
             nnz = round(density ** ((index + 1) / rounds) * entries)
             kept = lowest_entries(scores, nnz, kept)
             if index + 1 < rounds:
                 damp_(kept)
+    dead = sum(int((scores[name][mask] == 0).sum()) for name, mask in kept.items())
+    if dead > _MANY_DEAD * nnz and not equal:
+        warnings.warn(
+            f"{dead} of the {nnz} selected weights have a score of 0: no gradient reaches them on "
+            "these samples (dead units, inputs that are always zero), so training will not move "
+            "them; use more varied samples, or leave their layers out with params=",
+            stacklevel=2,
+        )
     if samples < _FEW_SAMPLES:
         warnings.warn(
             f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
@@ -428,15 +439,17 @@ def _rows(each: Selected) -> slice | EllipsisType:
     return ... if each.rows is None else slice(*each.rows)
 
 
-def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> bool:
     ends = [torch.aminmax(score[kept[name]]) for name, score in scores.items() if kept[name].any()]
     low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
-    if low == high and sum(int(each.sum()) for each in kept.values()) > 1:
+    equal = low == high and sum(int(each.sum()) for each in kept.values()) > 1
+    if equal:
         warnings.warn(
             "all scores are equal: the first weights are selected, which says nothing about the "
             "model; check that the logits depend on the input",
             stacklevel=3,
         )
+    return equal
 
 
 def _integer(name: str, value: Any, least: int, kind: str | None = None) -> int:

@@ -86,3 +86,9 @@ def test_a_classifier_that_is_an_encoder_decoder_needs_no_labels() -> None:
     ids[:, -1] = 2
     batch = {"input_ids": ids, "labels": torch.full((4,), 7)}  # another task's labels
     assert default_logits(model, batch).shape == (4, 3)
+
+
+def test_more_parts_than_a_pair_are_refused() -> None:
+    parts = (torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2))
+    with pytest.raises(TalosTypeError, match="got 3 parts; pass logits_fn"):
+        default_logits(nn.Linear(3, 2), parts)

@@ -875,6 +875,14 @@ def test_few_samples_and_equal_scores_warn() -> None:
     assert mask.to_dense("weight").tolist() == [[True] * 4 + [False] * 4]
 
 
+def test_weights_that_no_gradient_reaches_are_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # every unit is dead
+    with pytest.warns(UserWarning, match=r"\d+ of the \d+ selected weights have a score of 0"):
+        calibrate(model, [torch.randn(16, 4).double()], density=0.5)
+
+
 def test_batches_in_the_forms_that_loops_use() -> None:
     model, x = MODELS["vectors"]().double(), inputs()
     expected = fisher_diag(model, [x])

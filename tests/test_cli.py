@@ -282,6 +282,17 @@ def test_too_many_samples_are_refused(
     refused(arguments, capsys, "--samples must be at most 96", tmp_path)
 
 
+def test_data_of_one_name_is_refused(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    second = other / Path(data).name
+    second.write_bytes(Path(data).read_bytes())
+    assert main(["eval", "--model", model, "--data", data, "--data", str(second)]) == 2
+    assert "--data must have different names" in capsys.readouterr().err
+
+
 def test_a_vector_of_another_model_is_refused(
     model: str, data: str, vectors: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

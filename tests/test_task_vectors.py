@@ -182,11 +182,20 @@ def test_the_sum_tells_its_sources() -> None:
     a = TaskVector(mask, torch.ones(1), metadata={"task": "a"})
     b = TaskVector(mask, torch.ones(1), metadata={"task": "b"})
     edit = 0.5 * (a - 2 * b) + a
-    assert edit.metadata == {
-        "sum": [{"scale": 1.5, "of": {"task": "a"}}, {"scale": -1.0, "of": {"task": "b"}}]
-    }
+    assert [(part["scale"], part["of"]["task"]) for part in edit.metadata["sum"]] == [
+        (1.5, "a"),
+        (-1.0, "b"),
+    ]
     odd = TaskVector(mask, torch.ones(1), metadata={"sum": 3})
-    assert (2 * odd).metadata == {"sum": [{"scale": 2.0, "of": {"sum": 3}}]}
+    (part,) = (2 * odd).metadata["sum"]
+    assert (part["scale"], part["of"]["sum"]) == (2.0, 3)
+
+
+def test_sources_with_equal_metadata_stay_apart_by_their_values() -> None:
+    mask = Mask.from_dense({"w": torch.ones(1) > 0})
+    a, b = (TaskVector(mask, torch.full((1,), v), metadata={"method": "talos"}) for v in (1.0, 2.0))
+    assert [part["scale"] for part in (0.5 * a - b).metadata["sum"]] == [0.5, -1.0]
+    assert [part["scale"] for part in (0.5 * a + a).metadata["sum"]] == [1.5]
 
 
 def test_vectors_of_two_bases_are_not_summed() -> None:

@@ -9,12 +9,14 @@ from talos.tasks import Task, load_file, load_task
 __all__ = ["load_classifier", "load_data", "load_encoder"]
 
 
-def load_data(data: str, seed: int) -> Task:
-    """Loads a built-in task or a file.
+def load_data(data: str) -> Task:
+    """Loads a built-in task or a file, in the splits of seed 0.
+
+    The commands' --seed is for training and labels only: were the splits to follow it, a model
+    could be evaluated on what it was trained on.
 
     Args:
         data: a task's name, or a path that ends in .csv or .jsonl or exists.
-        seed: of the splits.
 
     Returns:
         The task.
@@ -25,8 +27,8 @@ def load_data(data: str, seed: int) -> Task:
     """
     path = Path(data)
     if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
-        return load_file(path, seed=seed)
-    return load_task(data, seed=seed)
+        return load_file(path)
+    return load_task(data)
 
 
 def load_encoder(model: str) -> TextEncoder:

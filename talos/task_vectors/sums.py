@@ -19,7 +19,7 @@ from torch import Tensor
 from talos.masks import Mask
 from talos_kernels import TensorIndex
 
-__all__ = ["same_order", "slices_of", "sources", "spread", "weighted_sum"]
+__all__ = ["is_sum", "same_order", "slices_of", "sources", "spread", "weighted_sum"]
 
 Term = tuple[float, Mask, Tensor]
 
@@ -101,7 +101,7 @@ def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, 
     found: list[dict[str, Any]] = []
     for scale, metadata in terms:
         parts: list[dict[str, Any]]
-        parts = metadata["sum"] if _is_sum(metadata) else [{"scale": 1.0, "of": metadata}]
+        parts = metadata["sum"] if is_sum(metadata) else [{"scale": 1.0, "of": metadata}]
         for part in parts:
             known = next((source for source in found if source["of"] == part["of"]), None)
             if known is None:
@@ -111,7 +111,8 @@ def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, 
     return found
 
 
-def _is_sum(metadata: Mapping[str, Any]) -> bool:
+def is_sum(metadata: Mapping[str, Any]) -> bool:
+    """Whether metadata is that of a sum of vectors."""
     parts = metadata.get("sum")
     return isinstance(parts, list) and all(
         isinstance(part, dict) and set(part) == {"scale", "of"} and isinstance(part["scale"], float)

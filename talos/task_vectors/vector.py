@@ -9,6 +9,7 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .delta import SparseDelta
 from .differences import Weights, difference
 from .editing import ModelEdit, check_scale
 from .storage import export_dense, load_parts, save_parts
-from .sums import sources, weighted_sum
+from .sums import is_sum, sources, weighted_sum
 
 __all__ = ["TaskVector"]
 
@@ -135,8 +136,25 @@ class TaskVector(SparseDelta, VectorSpace):
                     )
         union, total = weighted_sum([(scale, v.mask, v.values) for scale, v in terms])
         return cls(
-            union, total, bases, {"sum": sources([(scale, v.metadata) for scale, v in terms])}
+            union, total, bases, {"sum": sources([(scale, v.origin()) for scale, v in terms])}
         )
+
+    def origin(self) -> dict[str, Any]:
+        """What names this vector in a sum: its metadata, and the digest of its values.
+
+        Returns:
+            The metadata of a sum as it is; else with `values`, 16 hex digits of the SHA-256 over
+            the values' bits.
+
+        Example:
+            >>> mask = Mask.from_dense({"w": torch.ones(2) > 0})
+            >>> sorted(TaskVector(mask, torch.ones(2), metadata={"task": "a"}).origin())
+            ['task', 'values']
+        """
+        if is_sum(self.metadata):
+            return dict(self.metadata)
+        bits = self.values.contiguous().view(torch.uint8).numpy().tobytes()
+        return {**self.metadata, "values": hashlib.sha256(bits).hexdigest()[:16]}
 
     def apply_(self, model: nn.Module, scale: float = 1.0, force: bool = False) -> None:
         """Add `scale` times the vector to a model's weights, in place, each tied weight once.

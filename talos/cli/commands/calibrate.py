@@ -28,6 +28,8 @@ EXAMPLES = (
     "talos calibrate --data reviews.jsonl --params qk --draws exact --out mask.safetensors",
 )
 
+SAMPLES = 256  # the default, where the task has as many
+
 
 def calibrate(
     data: Data,
@@ -39,7 +41,12 @@ def calibrate(
     rounds: Annotated[
         int, typer.Option("--rounds", help="Rounds of scoring; each drops a part.")
     ] = 4,
-    samples: Annotated[int, typer.Option("--samples", help="Training examples to score on.")] = 256,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", help="Training examples to score on; by default 256, or all there are."
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option("--target", help="What is differentiated: log_prob or logit.")
     ] = "log_prob",
@@ -61,7 +68,8 @@ def calibrate(
     """
     check_density(density)
     check_at_least("--rounds", rounds, 1)
-    check_at_least("--samples", samples, 1)
+    if samples is not None:
+        check_at_least("--samples", samples, 1)
     check_at_least("--batch-size", batch_size, 1)
     check_at_least("--max-length", max_length, 3)
     if target not in ("log_prob", "logit"):
@@ -76,11 +84,12 @@ def calibrate(
     from talos.report.results import megabytes
 
     with keeping("nothing was written"), Bars() as bars:
-        task = load_data(data, seed)
+        task = load_data(data)
+        samples = min(SAMPLES, len(task.train)) if samples is None else samples
         if samples > len(task.train):
             raise TalosValueError(
                 f"--samples must be at most {len(task.train)}, the training examples of "
-                f"{task.name}, got {samples}"
+                f"{task.name}, got {samples}; leave it out to use 256 or all there are"
             )
         classifier = load_classifier(model, task)
         batches = training_batches(
@@ -96,6 +105,7 @@ def calibrate(
             done = (progress.round - 1) * samples + progress.samples
             bars.show(f"calibrate {task.name}", done, rounds * samples)
 
+        bars.show(f"calibrate {task.name}", 0, rounds * samples)
         mask = find(
             classifier,
             batches,

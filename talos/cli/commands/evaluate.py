@@ -67,9 +67,16 @@ def evaluate(
     console = stdout()
     with keeping("there was nothing to write"), Bars() as bars:
         edit = TaskVector.load(vector) if vector is not None else None
-        tasks = [load_data(each, seed) for each in data]
+        tasks = [load_data(each) for each in data]
+        stems = [task.name for task in tasks]
+        if twice := {stem for stem in stems if stems.count(stem) > 1}:
+            raise TalosValueError(
+                f"--data must have different names, got {', '.join(sorted(twice))} twice; "
+                "rename a file"
+            )
         judge = Judge(load_encoder(model), tasks, max_length=max_length, batch_size=batch_size)
         names = [task.name for task in tasks]
+        bars.show("pretrained", 0, len(names))
         before = {}
         for done, name in enumerate(names, 1):
             before[name] = judge.correct(name, "test")
@@ -77,6 +84,7 @@ def evaluate(
         if edit is not None and coef is None:
             grid = scaling_coefs(21)
             points = []
+            bars.show("grid", 0, len(grid))
             for done, each in enumerate(grid, 1):
                 with edit.applied(judge.model, scale=each):
                     shares = [share(judge.correct(name, "validation")) for name in names]
@@ -86,6 +94,7 @@ def evaluate(
             _show_grid(grid, points, coef)
         after = {}
         if edit is not None and coef is not None:
+            bars.show("edited", 0, len(names))
             with edit.applied(judge.model, scale=coef):
                 for done, name in enumerate(names, 1):
                     after[name] = judge.correct(name, "test")
@@ -115,7 +124,7 @@ def evaluate(
         console,
         f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
         if vector is None
-        else f"talos merge {vector}:{coef:g} other.safetensors:0.5 --out edit.safetensors",
+        else f"talos merge {vector}:{coef:g} SECOND.safetensors:0.5 --out edit.safetensors",
     )
 
 

@@ -70,7 +70,7 @@ def train(
 
     with keeping("nothing was written"), Bars() as bars:
         chosen = Mask.load(mask) if mask is not None else None
-        task = load_data(data, seed)
+        task = load_data(data)
         classifier = load_classifier(model, task)
         batches = training_batches(
             task,
@@ -82,6 +82,7 @@ def train(
         )
         torch.manual_seed(seed)  # dropout
         first = last = float("nan")
+        bars.show(f"train {task.name}", 0, steps)
         for event in fine_tune(classifier, batches, chosen, steps=steps, lr=rate):
             if isinstance(event, FineTuneStep):
                 first = event.loss if event.step == 1 else first
@@ -101,5 +102,5 @@ def train(
     next_step(
         console,
         f"talos eval --model {model} --data {data} --vector {out} --scale grid",
-        f"talos merge {out}:0.5 other.safetensors:0.5 --out edit.safetensors",
+        f"talos merge {out}:0.5 SECOND.safetensors:0.5 --out edit.safetensors",
     )
