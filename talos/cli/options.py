@@ -40,7 +40,9 @@ Data = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Of labels, order and dropout; the splits are fixed.")
+]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples a batch.")]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a text; the rest is cut off.")]
 

@@ -19,7 +19,7 @@ class DemoSettings:
         model: the encoder, as `talos.models.load_text_encoder` takes it.
         tasks: names of built-in tasks; empty for the first `task_count` of those available.
         task_count: how many tasks where none are named.
-        seed: of the splits, the calibration's labels, the batches and the bootstrap.
+        seed: of the calibration's labels, the batches and the bootstrap.
         density: fraction of the weights that the sparse method trains.
         rounds: calibration rounds.
         samples: calibration samples.

@@ -224,11 +224,13 @@ def headline(results: Results) -> list[str]:
             f"{percent(rival['absolute']['value'])} %, the pretrained one "
             f"{percent(_mean(results['zero_shot']))} %."
         )
-        drops = [_mean_drop(results, method["name"]) for method in (first, other)]
+        drops = [_mean_drop(results, method["name"], "target") for method in (first, other)]
+        costs = [_mean_drop(results, method["name"], "control") for method in (first, other)]
         sentences.append(
             f"Negation takes the accuracy on the task to forget down by {100 * drops[0]:.1f} "
             f"points on average with {first['title']}, by {100 * drops[1]:.1f} with "
-            f"{other['title']}."
+            f"{other['title']}; the tasks to keep lose {100 * costs[0]:.1f} and "
+            f"{100 * costs[1]:.1f} points."
         )
     else:
         sentences.append(text + ".")
@@ -242,9 +244,9 @@ def headline(results: Results) -> list[str]:
     return sentences
 
 
-def _mean_drop(results: Results, method: str) -> float:
+def _mean_drop(results: Results, method: str, which: str) -> float:
     entries = results["negation"][method].values()
-    drops = [entry["target_zero_shot"]["value"] - entry["target"]["value"] for entry in entries]
+    drops = [entry[f"{which}_zero_shot"]["value"] - entry[which]["value"] for entry in entries]
     return float(sum(drops) / len(drops))
 
 

@@ -92,6 +92,8 @@ def evaluate(
                 bars.show("grid", done, len(grid))
             coef = grid[points.index(max(points))]
             _show_grid(grid, points, coef)
+            if coef == 0:
+                say(console, "no coefficient beats the pretrained model on the validation examples")
         after = {}
         if edit is not None and coef is not None:
             bars.show("edited", 0, len(names))

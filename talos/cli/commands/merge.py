@@ -64,8 +64,8 @@ def merge(
 ) -> None:
     """Add, subtract and scale task vectors: one file that holds the edit.
 
-    A negative coefficient makes the model forget. All vectors must belong to the same base model;
-    the result holds the union of their entries, summed in fp32.
+    A negative coefficient makes the model forget. The result holds the union of the entries,
+    summed in fp32; vectors that were made from different weights of one tensor are refused.
     """
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
