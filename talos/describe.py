@@ -42,13 +42,15 @@ class MaskTableRow:
 
 @dataclass(frozen=True)
 class MaskTable:
-    """The structure of a mask; `str()` of it is a table by type.
+    """The structure of a mask; `str()` of it is a table by type, or by layer and type.
 
     Attributes:
         rows: one a tensor, in the mask's order.
+        layers: whether the table has a row for each layer and type.
     """
 
     rows: tuple[MaskTableRow, ...]
+    layers: bool = False
 
     def by_kind(self) -> list[MaskTableRow]:
         """One row a type, in the order of `structure.KINDS`."""
@@ -80,9 +82,10 @@ class MaskTable:
 
     def __str__(self) -> str:
         header = ("type", "tensors", "entries", "selected", "density", "encoding", "bytes")
+        rows = self.by_layer_and_kind() if self.layers else self.by_kind()
         lines = [
             (
-                row.kind,
+                row.name,
                 f"{row.tensors:,}",
                 f"{row.numel:,}",
                 f"{row.nnz:,}",
@@ -90,7 +93,7 @@ class MaskTable:
                 row.encoding,
                 f"{row.nbytes:,}",
             )
-            for row in [*self.by_kind(), self.total()]
+            for row in [*rows, self.total()]
         ]
         return text_table([header, *lines], left=(0, 5))
 

@@ -223,8 +223,14 @@ class Mask:
         """The compressed index of these tensors for one kernel launch."""
         return Index.pack([self.indices[name] for name in names], device)
 
-    def describe(self) -> MaskTable:
+    def describe(self, *, layers: bool = False) -> MaskTable:
         """A table of the mask's structure: one row a tensor, summed by layer and type.
+
+        Args:
+            layers: print a row for each layer and type, not for each type only.
+
+        Returns:
+            The rows and their sums; `print` it.
 
         Example:
             >>> print(Mask.from_dense({"h.0.q.weight": torch.eye(2) > 0}).describe())
@@ -244,7 +250,8 @@ class Mask:
                     index.nbytes,
                 )
                 for name, index in self.indices.items()
-            )
+            ),
+            layers,
         )
 
     def iou(self, other: Mask) -> float:

@@ -213,6 +213,12 @@ def test_describe_sums_by_layer_and_type() -> None:
     assert len(table.by_layer_and_kind()) == 3
     assert table.total().nnz == mask.nnz
     assert "full+bitmap" in str(table)
+    by_layer = str(mask.describe(layers=True)).splitlines()
+    assert [line.split()[:2] for line in by_layer[1:4]] == [
+        ["0", "query"],
+        ["1", "query"],
+        ["1", "bias"],
+    ]
 
 
 @pytest.mark.parametrize(
