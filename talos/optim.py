@@ -11,7 +11,6 @@ is one launch; `optimizer.state[param]` holds views into those arrays.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from .buckets import Bucket
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from .fingerprints import fingerprints
+from .fingerprints import fingerprint, fingerprints
 from .masks import Mask
 from .matching import match_tensors
 from .param_groups import (
@@ -179,7 +178,7 @@ class SparseAdam(torch.optim.Optimizer):
         for bucket in buckets:
             self.state.update(bucket.views())
         self._buckets += buckets
-        self.param_groups[-1]["base"] = _digest(bucket.base for bucket in buckets)
+        self.param_groups[-1]["base"] = "-".join(fingerprint(bucket.base) for bucket in buckets)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -400,11 +399,3 @@ class SparseAdam(torch.optim.Optimizer):
             for param, saved in zip(params, self._incoming, strict=False):
                 for name, own in self.state[param].items():
                     own.copy_(saved[name])
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """16 hex digits of the SHA-256 over the tensors' bits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

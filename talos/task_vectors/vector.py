@@ -9,7 +9,6 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from talos.errors import TalosValueError
+from talos.fingerprints import fingerprint
 from talos.masks import Mask
 
 from .arithmetic import VectorSpace
@@ -140,11 +140,10 @@ class TaskVector(SparseDelta, VectorSpace):
         )
 
     def origin(self) -> dict[str, Any]:
-        """What names this vector in a sum: its metadata, and the digest of its values.
+        """What names this vector in a sum: its metadata, and the fingerprint of its values.
 
         Returns:
-            The metadata of a sum as it is; else with `values`, 16 hex digits of the SHA-256 over
-            the values' bits.
+            The metadata of a sum as it is; else with `values`, the fingerprint.
 
         Example:
             >>> mask = Mask.from_dense({"w": torch.ones(2) > 0})
@@ -153,8 +152,7 @@ class TaskVector(SparseDelta, VectorSpace):
         """
         if is_sum(self.metadata):
             return dict(self.metadata)
-        bits = self.values.contiguous().view(torch.uint8).numpy().tobytes()
-        return {**self.metadata, "values": hashlib.sha256(bits).hexdigest()[:16]}
+        return {**self.metadata, "values": fingerprint(self.values)}
 
     def apply_(self, model: nn.Module, scale: float = 1.0, force: bool = False) -> None:
         """Add `scale` times the vector to a model's weights, in place, each tied weight once.
