@@ -114,8 +114,13 @@ class Mask:
                 "no weight selected"
             )
         _warn_if_equal(scores, nnz, entries)
-        signed = scores if select == "lowest" else {name: -score for name, score in scores.items()}
-        chosen = lowest_entries(signed, nnz, eligible)
+        largest = select == "highest"
+        last = -torch.inf if largest else torch.inf
+        marked = {
+            name: score.masked_fill(~eligible[name], last) if rows and name in rows else score
+            for name, score in scores.items()
+        }
+        chosen = lowest_entries(marked, nnz, largest=largest)
         made = {"density": density, "select": select, **(metadata or {})}
         return cls.from_dense(chosen, metadata=made)
 

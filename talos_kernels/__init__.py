@@ -16,8 +16,10 @@ from .errors import (
     TalosTypeError,
     TalosValueError,
 )
+from .fisher_diag import fisher_diag_, fisher_diag_embedding_, fisher_diag_vector_
 from .gather_grad import gather_grad_, scatter_
 from .index import Index, TensorIndex
+from .select_threshold import Threshold, select_threshold
 from .sparse_adam import sparse_adam_
 
 __all__ = [
@@ -28,10 +30,15 @@ __all__ = [
     "TalosTypeError",
     "TalosValueError",
     "TensorIndex",
+    "Threshold",
     "add_delta_",
+    "fisher_diag_",
+    "fisher_diag_embedding_",
+    "fisher_diag_vector_",
     "gather_grad_",
     "revert_delta_",
     "scatter_",
+    "select_threshold",
     "sparse_adam_",
 ]
 

@@ -22,7 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from talos_kernels import Index, TensorIndex
 from talos_kernels.triton.add_delta import add_delta_
+from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
+from talos_kernels.triton.select_threshold import score_histogram
 from talos_kernels.triton.sparse_adam import sparse_adam_
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -59,7 +61,22 @@ def launches() -> dict[str, Callable[[], object]]:
     single, half = [torch.zeros(4096)], [torch.zeros(4096, dtype=torch.bfloat16)]
     numbers = (steps, lr, 0.9, 0.999, 1e-8, 0.1)
     index_ = index.buffers
+    score = [torch.zeros(1024, 1024)]
+    prefix = torch.zeros((), dtype=torch.int64)
+
+    def fisher(dtype: torch.dtype, tokens: int, tf32: bool = False) -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        rows = [torch.zeros(1, 16, tokens, 1024, dtype=dtype)]
+        fisher_diag_(score, rows, rows, 1.0)
+        torch.backends.cuda.matmul.allow_tf32 = before
+
     return {
+        "fisher_diag-bf16": lambda: fisher(torch.bfloat16, 257),
+        "fisher_diag-bf16-deep": lambda: fisher(torch.bfloat16, 512),
+        "fisher_diag-tf32": lambda: fisher(torch.float32, 257, tf32=True),
+        "fisher_diag-fp32": lambda: fisher(torch.float32, 257),
+        "fisher_diag-bf16-one-token": lambda: fisher(torch.bfloat16, 1),
         "sparse_adam-fp32": lambda: sparse_adam_(
             single, single, index_, *arrays[:2], None, *numbers, False, None, None
         ),
@@ -73,6 +90,9 @@ def launches() -> dict[str, Callable[[], object]]:
         "gather_grad-bf16-accumulate": lambda: gather_grad_(arrays[0], half, index_, True),
         "scatter-fp32": lambda: scatter_(single, index_, arrays[0]),
         "scatter-bf16": lambda: scatter_(half, index_, arrays[0]),
+        "score_histogram-fp32": lambda: score_histogram(single, prefix, 20, 11, False),
+        "score_histogram-fp32-largest": lambda: score_histogram(single, prefix, 10, 10, True),
+        "score_histogram-bf16": lambda: score_histogram(half, prefix, 0, 10, False),
         "add_delta-fp32": lambda: add_delta_(single, index_, arrays[0], 0.5, arrays[1]),
         "add_delta-bf16": lambda: add_delta_(half, index_, arrays[0], 0.5, None),
     }

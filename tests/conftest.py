@@ -26,6 +26,38 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # read when a kernel is decorated, so before talos_kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def _mend_interpreter() -> None:
+    """Two mends to the interpreter of Triton 3.6.
+
+    It makes an int of an array of one entry for `range`, which numpy 2.4 refuses, and multiplies
+    the bits of bfloat16 as if they were integers.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch_and_mend(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def widened(handle: object) -> object:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    interpreter._patch_lang_tensor = patch_and_mend
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
+        self, widened(a), widened(b), *rest
+    )
+
+
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    _mend_interpreter()
+
 TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"
 

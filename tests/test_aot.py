@@ -14,6 +14,10 @@ from .aot import TARGETS, launches
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = tuple(launches())
+INDEXED = tuple(
+    name for name in KERNELS if name.startswith(("sparse_adam", "gather", "scatter", "add_delta"))
+)
+PRODUCTS = tuple(name for name in KERNELS if name.startswith("fisher_diag"))
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
     assert tuple(compiled.facts) == KERNELS
     for name, facts in compiled.facts.items():
         assert facts["spilled"] == facts["local"] == 0, (name, facts)
+        if name not in INDEXED:
+            continue
         # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency.
         assert facts["registers"] <= 80, (name, facts)
         assert facts["shared"] <= 1024, (name, facts)
 
 
 def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
-    for name in KERNELS:
+    for name in INDEXED:
         products = re.findall(r"arith\.muli %\w+, %(\w+) : (i\d+) ", compiled.text(name, "ttir"))
         assert {kind for _, kind in products} == {"i64"}, (name, products)
         # a bitmap's block, a 16-bit segment, a block's words
@@ -67,7 +73,7 @@ def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None
 def test_a_warp_reads_neighbours(compiled: Compiled) -> None:
     lanes = 32 if compiled.is_cuda else 64
     side_by_side = f"sizePerThread = [1], threadsPerWarp = [{lanes}], warpsPerCTA = [4]"
-    for name in KERNELS:
+    for name in INDEXED:
         text = compiled.text(name, "ttgir")
         layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>", text, re.MULTILINE))
         accesses = re.findall(r"(?:tt\.load|tt\.store|amdg?\w*\.buffer_\w+) .*: (.*) loc", text)
@@ -84,7 +90,7 @@ def test_a_warp_reads_neighbours(compiled: Compiled) -> None:
 
 def test_ranks_are_counted_by_one_instruction(compiled: Compiled) -> None:
     count = "popc.b32" if compiled.is_cuda else "v_bcnt_u32"
-    for name in KERNELS:
+    for name in INDEXED:
         assert count in compiled.assembly(name), name
 
 
@@ -100,9 +106,25 @@ def test_arithmetic_is_rounded_as_torch_rounds_it(compiled: Compiled) -> None:
             continue
         ptx = compiled.assembly(name)
         assert not re.findall(r"div\.full|sqrt\.approx|ex2\.approx", ptx), name
-        if name.startswith(("sparse_adam", "add_delta")):
+        if name in INDEXED and not name.startswith(("gather", "scatter")):
             # one fused multiply-add an entry, torch's lerp; every other product is rounded first
             fused = len(re.findall(r"fma\.rn\.f32", ptx))
             assert fused == (8 if name.startswith("sparse_adam") else 0), name
-        if "bf16" in name and "gather" not in name:
+        if name in INDEXED and "bf16" in name and "gather" not in name:
             assert "cvt.rn.bf16" in ptx, name
+
+
+def test_gradients_of_samples_are_matrix_products_of_wide_loads(compiled: Compiled) -> None:
+    """Tensor cores for all but float32 proper; on NVIDIA 16 bytes a load, past the registers."""
+    for name in PRODUCTS:
+        products = re.findall(
+            r"arith\.muli %\w+, %\w+ : (?:tensor<\w+x)?(i\d+)", compiled.text(name, "ttir")
+        )
+        assert set(products) == {"i64"}, (name, products)
+        units = re.findall(
+            r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", compiled.assembly(name)
+        )
+        # the matrix cores of gfx942 multiply float32 too; those of NVIDIA do not
+        assert bool(units) == (not compiled.is_cuda or "fp32" not in name), name
+        if compiled.is_cuda and "bf16" in name and "one-token" not in name:
+            assert "cp.async.cg.shared.global" in compiled.assembly(name), name

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #ifdef __x86_64__
+#include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"))), \
                              apply_to = function)
@@ -21,7 +22,16 @@ namespace talos::avx2 {
 
 #include "programs.h"
 
-const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
+typedef __m256 Lanes;
+constexpr int kLanes = 8, kTileRows = 4;
+inline Lanes spread(float a) { return _mm256_set1_ps(a); }
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+#include "squares.h"
+
+#include "histogram.h"
+
+const Kernels kKernels = {sparse_adam, gather_grad, scatter,
+                          add_delta,   fisher_diag, score_histogram};
 }  // namespace talos::avx2
 
 #ifdef __clang__

@@ -24,7 +24,16 @@ namespace talos::avx512 {
 
 #include "programs.h"
 
-const Kernels kKernels = {sparse_adam, gather_grad, scatter, add_delta};
+typedef __m512 Lanes;
+constexpr int kLanes = 16, kTileRows = 8;
+inline Lanes spread(float a) { return _mm512_set1_ps(a); }
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+#include "squares.h"
+
+#include "histogram.h"
+
+const Kernels kKernels = {sparse_adam, gather_grad, scatter,
+                          add_delta,   fisher_diag, score_histogram};
 }  // namespace talos::avx512
 
 #ifdef __clang__

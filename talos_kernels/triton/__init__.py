@@ -4,6 +4,6 @@ One program takes one block of one tensor, one launch all tensors of a call. A l
 an empty input, guards the device and starts its kernel; the checks are the public function's.
 """
 
-from . import add_delta, gather_grad, sparse_adam
+from . import add_delta, fisher_diag, gather_grad, select_threshold, sparse_adam
 
-__all__ = ["add_delta", "gather_grad", "sparse_adam"]
+__all__ = ["add_delta", "fisher_diag", "gather_grad", "select_threshold", "sparse_adam"]

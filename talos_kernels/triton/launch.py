@@ -5,10 +5,11 @@ import threading
 from collections.abc import Sequence
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DTYPES", "address_table", "device_guard"]
+__all__ = ["DTYPES", "address_table", "architecture", "device_guard", "integer_table"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -24,6 +25,14 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def architecture() -> tuple[str, int | str]:
+    """What kernels are compiled for: ("cuda", 90), ("hip", "gfx942") or ("interpreter", 0)."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter", 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
+
+
 def address_table(*columns: Sequence[Tensor]) -> Tensor:
     """The addresses of tensors on their device, without waiting for it.
 
@@ -32,6 +41,17 @@ def address_table(*columns: Sequence[Tensor]) -> Tensor:
 
     Returns:
         int64 `[tensors, columns]`; 0 for a tensor without entries.
+    """
+    addresses = tuple(
+        tensor.data_ptr() if tensor.numel() else 0
+        for row in zip(*columns, strict=True)
+        for tensor in row
+    )
+    return integer_table(addresses, columns[0][0].device).view(-1, len(columns))
+
+
+def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers on a device, without waiting for it: int64 `[len(values)]`.
 
     On a GPU a table is uploaded from pinned memory: a copy from pageable memory would wait for all
     work queued before it. torch keeps the pinned buffer until the copy is done. Tables are kept
@@ -39,34 +59,28 @@ def address_table(*columns: Sequence[Tensor]) -> Tensor:
     dropped goes back to the stream whose kernels read it.
 
     A captured CUDA graph would read the pinned buffer again at every replay, and has not filled its
-    table when another call could find it. So under capture the addresses travel as arguments of
+    table when another call could find it. So under capture the values travel as arguments of
     kernels, which the graph keeps, into memory of the graph's own pool, and no other call finds the
     table.
     """
-    addresses = tuple(
-        tensor.data_ptr() if tensor.numel() else 0
-        for row in zip(*columns, strict=True)
-        for tensor in row
-    )
-    device, shape = columns[0][0].device, (-1, len(columns))
     if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64).view(shape)
+        return torch.tensor(values, dtype=torch.int64)
     if torch.cuda.is_current_stream_capturing():
-        return captured_table(addresses, device).view(shape)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, len(columns), *addresses)
+        return captured_table(values, device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, *values)
     with _lock:
         table = _tables.pop(key, None)
         if table is None:
-            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
-            table = host.to(device, non_blocking=True).view(shape)
+            host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+            table = host.to(device, non_blocking=True)
         _tables[key] = table
         if len(_tables) > CACHE_SIZE:
             del _tables[next(iter(_tables))]
     return table
 
 
-def captured_table(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """int64 `[len(addresses)]`, filled by kernels that carry the addresses as arguments."""
-    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), list(addresses))
+def captured_table(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 `[len(values)]`, filled by kernels that carry the values as arguments."""
+    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), list(values))
     return table
