@@ -12,6 +12,7 @@ only those, and edit models with the small task vectors that result:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .batches import choice_logits
 from .calibration import calibrate, fisher_diag
 from .errors import (
     TalosError,
@@ -37,6 +38,7 @@ __all__ = [
     "TalosValueError",
     "TaskVector",
     "calibrate",
+    "choice_logits",
     "fine_tune",
     "fisher_diag",
 ]

@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .errors import TalosTypeError, TalosValueError
 from .params import unwrapped
 
-__all__ = ["default_logits", "labels_of"]
+__all__ = ["choice_logits", "default_logits", "labels_of", "logits_and_positions"]
 
 LABELS = ("labels", "label")
+IGNORED = -100  # a label that does not count, as in torch's cross_entropy
 
 
 def default_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -57,6 +60,104 @@ def default_logits(model: nn.Module, batch: Any) -> Tensor:
             "pass logits_fn=lambda model, batch: ..."
         )
     return logits
+
+
+def logits_and_positions(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Call a model on a batch, and tell which positions of a sequence are no padding.
+
+    Args:
+        model: as `default_logits` takes it.
+        batch: as `default_logits` takes it.
+
+    Returns:
+        Logits [B, C]; or [B, T, V] and, of a mapping that tells padding from the rest, a bool
+        [B, T]: where labels of an encoder-decoder are not -100, else where `attention_mask` is 1.
+
+    Example:
+        >>> logits_and_positions(nn.Linear(2, 3), torch.zeros(4, 2)).shape
+        torch.Size([4, 3])
+    """
+    logits = default_logits(model, batch)
+    if logits.dim() != 3 or not isinstance(batch, Mapping):
+        return logits
+    if _decodes_labels(model, batch):
+        counted = batch["labels"] != IGNORED
+    elif "decoder_attention_mask" in batch:
+        counted = batch["decoder_attention_mask"] != 0
+    else:
+        mask = batch.get("attention_mask")
+        counted = mask != 0 if isinstance(mask, Tensor) else None
+    if counted is None or counted.shape != logits.shape[:2] or bool(counted.all()):
+        return logits
+    return logits, counted.to(logits.device)
+
+
+def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The log-probability of each answer to choose among: a language model as a classifier.
+
+    Args:
+        model: an encoder-decoder or a decoder of transformers.
+        batch: `input_ids` and `attention_mask`, int64 [B, S], and `choice_ids`, int64 [B, C, L],
+            the tokens of the answers, padded with -100 at their ends.
+
+    Returns:
+        [B, C], the sum over an answer's tokens of their log-probabilities.
+
+    Raises:
+        TalosValueError: a part of the batch is missing or has another shape, or an answer is empty.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)
+        >>> model = transformers.GPT2LMHeadModel(config).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> answers = torch.tensor([[[4, -100], [5, 6]]])
+        >>> batch = {"input_ids": ids, "attention_mask": ids > 0, "choice_ids": answers}
+        >>> choice_logits(model, batch).shape
+        torch.Size([1, 2])
+    """
+    missing = {"input_ids", "attention_mask", "choice_ids"} - set(batch)
+    if missing:
+        raise TalosValueError(
+            "batch must hold input_ids, attention_mask and choice_ids, got none of "
+            f"{', '.join(sorted(missing))}; tokenise prompts and answers apart"
+        )
+    ids, mask, choices = batch["input_ids"], batch["attention_mask"], batch["choice_ids"]
+    if choices.dim() != 3 or len(choices) != len(ids) or mask.shape != ids.shape:
+        raise TalosValueError(
+            f"choice_ids must be [B, C, L] and attention_mask [B, S] as input_ids, got "
+            f"{list(choices.shape)}, {list(mask.shape)} and {list(ids.shape)}"
+        )
+    counted = choices != IGNORED
+    if not bool(counted.any(-1).all()) or bool((counted[..., 1:] & ~counted[..., :-1]).any()):
+        raise TalosValueError(
+            "choice_ids must begin with an answer's tokens and be padded with -100 behind them, "
+            "got an empty answer or padding before a token"
+        )
+    answers = choices.flatten(0, 1)  # [B * C, L]
+    prompts, seen = (each.repeat_interleave(choices.shape[1], 0) for each in (ids, mask))
+    config = getattr(unwrapped(model), "config", None)
+    if getattr(config, "is_encoder_decoder", False) is True:
+        bare: Any = unwrapped(model)
+        encoder = bare.get_encoder()  # once a prompt, not once an answer
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden.repeat_interleave(choices.shape[1], 0)
+        logits = model(encoder_outputs=(hidden,), attention_mask=seen, labels=answers).logits
+    else:
+        seen = torch.cat([seen.long(), (answers != IGNORED).long()], 1)
+        output = model(
+            input_ids=torch.cat([prompts, answers.clamp_min(0)], 1),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp_min(0),
+        )
+        length, steps = ids.shape[1], torch.arange(answers.shape[1], device=ids.device)
+        last = (seen[:, :length] * torch.arange(length, device=ids.device)).argmax(1)
+        where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # predict the answer
+        logits = output.logits.gather(1, where[..., None].expand(-1, -1, output.logits.shape[-1]))
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none"
+    )
+    return -losses.sum(1).view(choices.shape[:2])
 
 
 def labels_of(batch: Any) -> Tensor:

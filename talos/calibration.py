@@ -11,33 +11,42 @@ rounds over a set of N weights (TaLoS, arXiv 2504.02620):
         score with theta_0 * m,  m = 1 where a weight is kept, soft where it is dropped
         keep the k = round(s^((r+1)/R) * N) lowest of those still kept
 
-Labels depend on (seed, round, sample, draw) alone, so a mask does not depend on the batch size.
+`talos.estimators` says which labels are drawn. Labels depend on (seed, round, sample, draw) alone,
+so a mask does not depend on the batch size.
 """
 
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import EllipsisType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import default_logits
+from .batches import logits_and_positions
 from .capture import Capture
-from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from .errors import TalosRuntimeError, TalosValueError
+from .estimators import Draws, Estimator, Labels, Logits, Target, checked_logits, integer
 from .masks import Mask
-from .params import Rows, Selected, Selection, named_modules, select_parameters, unwrapped
+from .params import (
+    Rows,
+    Selected,
+    Selection,
+    named_modules,
+    named_parameters,
+    own_parameters,
+    select_parameters,
+    unwrapped,
+)
 from .selection import lowest_entries
 
 __all__ = ["CalibrationProgress", "FisherScores", "calibrate", "fisher_diag"]
 
-Target = Literal["log_prob", "logit"]
-Draws = int | Literal["exact"]
-LogitsFn = Callable[[nn.Module, Any], Tensor]
+LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+Parity = Literal["paper", "released"]
 
 _FEW_SAMPLES = 8
 _MANY_DEAD = 0.75  # of the selected weights
@@ -77,24 +86,6 @@ class FisherScores(dict[str, Tensor]):
     rows: dict[str, Rows]
 
 
-@dataclass(frozen=True)
-class _Scoring:
-    """How samples are scored: the options that `fisher_diag` and `calibrate` share."""
-
-    logits_fn: LogitsFn
-    target: Target
-    draws: Draws
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.target not in ("log_prob", "logit"):
-            raise TalosValueError(f"target must be 'log_prob' or 'logit', got {self.target!r}")
-        if self.draws != "exact":
-            draws = _integer("draws", self.draws, 1, "a number of labels a sample or 'exact'")
-            object.__setattr__(self, "draws", draws)
-        object.__setattr__(self, "seed", _integer("seed", self.seed, 0))
-
-
 def fisher_diag(
     model: nn.Module,
     batches: Iterable[Any],
@@ -103,7 +94,9 @@ def fisher_diag(
     params: str = "maskable",
     target: Target = "log_prob",
     draws: Draws = 1,
+    labels: Labels = "sampled",
     seed: int = 0,
+    check: bool = False,
     on_progress: Callable[[CalibrationProgress], None] | None = None,
 ) -> FisherScores:
     """Scores weights by the diagonal of the Fisher information, summed over samples.
@@ -115,15 +108,22 @@ def fisher_diag(
         model: the model, on any device.
         batches: of samples, each passed to `logits_fn`.
         logits_fn: `logits_fn(model, batch)` returns [B, C], or [B, T, V] for labels at each of T
-            positions whose log-probabilities add up. By default a tensor is the input, of a pair
-            the first is, a mapping goes to `forward` by keyword without its labels, or whole where
-            `forward` has one argument; `.logits` is taken of what transformers return.
+            positions whose log-probabilities add up, or a pair of that and a bool [B, T], the
+            positions that count. By default a tensor is the input, of a pair the first is, a
+            mapping goes to `forward` by keyword without its labels, or whole where `forward` has
+            one argument; `.logits` is taken of what transformers return, and padding does not
+            count. `talos.choice_logits` scores answers to choose among.
         params: "maskable", "qk" or a regular expression over names; see `talos.params`.
         target: "log_prob", or "logit": the gradient of the drawn class's logit, as in the code
             that the paper's authors released.
         draws: labels drawn a sample, over which scores are averaged, or "exact": the expectation
             over all classes, at the price of one backward a class.
+        labels: "sampled" from the model's own distribution, or "importance": drawn where gradients
+            are large and weighted accordingly, a smaller variance at the same price; see
+            `talos.estimators`.
         seed: of the labels.
+        check: first score three samples of the first batch by single backwards, too, and refuse
+            to go on if the two differ.
         on_progress: called after each batch.
 
     Returns:
@@ -134,7 +134,8 @@ def fisher_diag(
             logits or scores are not finite, or samples cannot be told apart.
         TalosTypeError: the logits are none.
         TalosRuntimeError: a parameter is used in a way that cannot be scored, or not at all, or
-            samples influence one another, or a batch was made under `torch.inference_mode`.
+            samples influence one another, or a batch was made under `torch.inference_mode`, or the
+            self-test failed.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -142,12 +143,12 @@ def fisher_diag(
         >>> scores["weight"].shape, scores.samples
         (torch.Size([3, 2]), 2)
     """
-    scoring = _Scoring(logits_fn or default_logits, target, draws, seed)
+    estimator = Estimator(target, draws, labels, seed)
     selection = select_parameters(model, params)
     found = FisherScores()
     with _evaluating(model) as bare, Capture(bare, selection) as capture:
-        rounds = _Rounds(1, on_progress)
-        found.samples = _score(capture, bare, batches, scoring, rounds)
+        rounds = _Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
+        found.samples = rounds.score(capture, bare, batches)
         found.update(capture.scores)
     found.rows = selection.rows
     return found
@@ -163,9 +164,12 @@ def calibrate(
     params: str = "maskable",
     target: Target = "log_prob",
     draws: Draws = 1,
+    labels: Labels = "sampled",
     soft: float = 0.01,
     seed: int = 0,
     select: Literal["lowest", "highest"] = "lowest",
+    parity: Parity = "paper",
+    check: bool = False,
     on_progress: Callable[[CalibrationProgress], None] | None = None,
 ) -> Mask:
     """Finds the weights to train: the least sensitive ones, narrowed down in rounds.
@@ -173,20 +177,32 @@ def calibrate(
     The weights are damped between the rounds and put back bit for bit, also when this raises or
     is interrupted. For the other options see `fisher_diag`.
 
+    The mask's metadata tell how stable it is: `stability` is the share of the last round's choice
+    that two half-sets of the samples agree on, each choosing by itself, and `stability_by_chance`
+    what halves that agree on nothing would share. It is None where there is one batch, or where a
+    single round has an unknown number of batches.
+
     Args:
         model: the model, on any device.
         batches: re-iterable (a DataLoader, a list); every round goes through all of them. Some
             hundred samples are enough, 32 are few.
         density: the fraction of the weights to select, in (0, 1].
         rounds: how many.
-        logits_fn: `logits_fn(model, batch)` returns [B, C] or [B, T, V].
+        logits_fn: `logits_fn(model, batch)` returns [B, C], [B, T, V], or a pair of that and the
+            positions that count.
         params: "maskable", "qk" or a regular expression over names.
         target: "log_prob" or "logit".
         draws: labels drawn a sample, or "exact".
+        labels: "sampled" or "importance".
         soft: what dropped weights are multiplied by in later rounds, in (0, 1]: 0.01 in the
             paper, 0.1 in its released code. Never 0: a layer of zeros would stop the signal.
         seed: of the labels.
         select: "lowest", or "highest" for the most sensitive weights, as a control.
+        parity: "released" does what the code that the authors released does where it differs from
+            the paper: target="logit" and soft=0.1 whatever is passed here, int(density * N) entries
+            and all that tie with the last of them, and the tensors that the model holds by itself
+            (class and positional embedding, `proj` of CLIP) trained whole besides.
+        check: a self-test on three samples; see `fisher_diag`.
         on_progress: called after each batch.
 
     Returns:
@@ -203,10 +219,15 @@ def calibrate(
         >>> mask.nnz, mask.metadata["samples"]
         (17, 32)
     """
-    scoring = _Scoring(logits_fn or default_logits, target, draws, seed)
+    if parity not in ("paper", "released"):
+        raise TalosValueError(f"parity must be 'paper' or 'released', got {parity!r}")
+    released = parity == "released"
+    if released:
+        target, soft = "logit", 0.1
+    estimator = Estimator(target, draws, labels, seed)
     if not 0.0 < density <= 1.0:
         raise TalosValueError(f"density must lie in (0, 1], got {density}")
-    rounds = _integer("rounds", rounds, 1)
+    rounds = integer("rounds", rounds, 1)
     if not 0.0 < soft <= 1.0:
         raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
     if select not in ("lowest", "highest"):
@@ -224,28 +245,29 @@ def calibrate(
             "selected"
         )
     kept = _selectable(selection)
-    progress = _Rounds(rounds, on_progress)
+    progress = _Rounds(rounds, on_progress, logits_fn or logits_and_positions, estimator, check)
     equal = False
+    count = entries
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
         damp_ = stack.enter_context(_damping(selection, soft))
         capture = stack.enter_context(Capture(bare, selection, _SCALE))
         for index in range(rounds):
             capture.reset()
-            samples = _score(capture, bare, batches, scoring, progress)
-            scores = capture.scores
+            samples = progress.score(capture, bare, batches)
             if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _warn_if_equal(scores, kept)
-            if select == "highest":
-                scores = {name: -score for name, score in scores.items()}
-            nnz = round(density ** ((index + 1) / rounds) * entries)
-            kept = lowest_entries(scores, nnz, kept)
+                equal = _warn_if_equal(capture.scores, kept)
+            before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
+            choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
+            halves = [choose(scores) for scores in progress.halves]
+            kept = choose(capture.scores, all_ties=released)
+            count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
             if index + 1 < rounds:
                 damp_(kept)
-    dead = sum(int((scores[name][mask] == 0).sum()) for name, mask in kept.items())
-    if dead > _MANY_DEAD * nnz and not equal:
+    dead = sum(int((capture.scores[name][mask] == 0).sum()) for name, mask in kept.items())
+    if dead > _MANY_DEAD * count and not equal:
         warnings.warn(
-            f"{dead} of the {nnz} selected weights have a score of 0: no gradient reaches them on "
+            f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them on "
             "these samples (dead units, inputs that are always zero), so training will not move "
             "them; use more varied samples, or leave their layers out with params=",
             stacklevel=2,
@@ -256,51 +278,112 @@ def calibrate(
             stacklevel=2,
         )
     options: dict[str, Any] = {"soft": float(soft), "select": select, "target": target}
-    options |= {"draws": scoring.draws, "seed": scoring.seed}
+    options |= {"draws": estimator.draws, "labels": labels, "seed": estimator.seed}
+    options |= {"parity": parity}
     sizes = {"density": float(density), "rounds": rounds, "samples": samples}
     made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
     made |= sizes | options | {"torch": str(torch.__version__)}
-    return Mask.from_dense({name: mask.cpu() for name, mask in kept.items()}, metadata=made)
+    made |= {"stability": _overlap(halves, nnz), "stability_by_chance": nnz / before}
+    dense = {name: mask.cpu() for name, mask in kept.items()}
+    if released:
+        chosen = {id(each.param) for each in selection.values()}
+        left = [name for name, param in own_parameters(bare).items() if id(param) not in chosen]
+        dense |= {name: torch.ones(named_parameters(bare)[name].shape) > 0 for name in left}
+    return Mask.from_dense(dense, metadata=made)
+
+
+def _nnz(wanted: float, kept: int, released: bool) -> int:
+    """How many entries a round keeps: the nearest number, or what the released code counts."""
+    return min(int(wanted), kept - 1) if released else round(wanted)
+
+
+def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
+    """The share of entries that both halves chose; None where there are no halves."""
+    if not halves:
+        return None
+    one, other = halves
+    return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
 
 
 @dataclass
 class _Rounds:
-    """Counts rounds and samples, and reports them."""
+    """Scores round after round: what is asked of the model, how far it is, what halves said.
+
+    Attributes:
+        halves: in the last round the scores of the first and of the second half of the batches.
+    """
 
     rounds: int
     on_progress: Callable[[CalibrationProgress], None] | None
+    logits_fn: LogitsFn
+    estimator: Estimator
+    check: bool
     done: int = 0
     total: int | None = None
+    batches: int = 0
+    halves: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def report(self, samples: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(CalibrationProgress(self.done + 1, self.rounds, samples, self.total))
+    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
+        """Adds the scores of every sample of one round and returns their number."""
+        samples = count = 0
+        half = self._half(batches)
+        for batch in batches:
+            if count == half:
+                self.halves = [capture.take()]
+            if self.check and self.done == count == 0:
+                self._test(capture, model, batch)
+            logits = self._ask(capture, model, batch)
+            for losses, share, last in self.estimator.losses(logits, self.done, samples):
+                capture.backward(losses, share, last=last)
+            samples += len(logits.values)
+            count += 1
+            self._report(samples)
+        if samples == 0 and self.done:
+            raise TalosValueError(
+                f"batches must be re-iterable, got none in round {self.done + 1} after "
+                f"{self.total} samples in the first; pass a list or a DataLoader"
+            )
+        if samples == 0:
+            raise TalosValueError(
+                "batches must hold at least one sample, got 0; check the data set"
+            )
+        if self.halves:
+            self.halves.append(capture.scores)
+            first, second = self.halves
+            capture.scores = {name: first[name] + second[name] for name in first}
+        capture.check()
+        self.done, self.total, self.batches = self.done + 1, samples, count
+        return samples
 
+    def _half(self, batches: Iterable[Any]) -> int | None:
+        """The batch with which the second half of the last round begins, where that is known."""
+        if self.done + 1 < self.rounds:
+            return None
+        count = self.batches or (len(batches) if isinstance(batches, Sized) else 0)
+        return count // 2 or None
 
-def _score(
-    capture: Capture, model: nn.Module, batches: Iterable[Any], scoring: _Scoring, rounds: _Rounds
-) -> int:
-    """Adds the scores of every sample of one round and returns their number."""
-    samples = 0
-    for batch in batches:
+    def _ask(self, capture: Capture, model: nn.Module, batch: Any) -> Logits:
         capture.forget()
         with _refusing_inference_tensors():
-            logits = _checked(scoring.logits_fn(model, batch))
-        labels_of = (scoring.seed, rounds.done, samples)
-        for losses, share, last in _losses(logits, scoring, labels_of):
-            capture.backward(losses, share, last=last)
-        samples += len(logits)
-        rounds.report(samples)
-    if samples == 0 and rounds.done:
-        raise TalosValueError(
-            f"batches must be re-iterable, got none in round {rounds.done + 1} after "
-            f"{rounds.total} samples in the first; pass a list or a DataLoader"
-        )
-    if samples == 0:
-        raise TalosValueError("batches must hold at least one sample, got 0; check the data set")
-    capture.check()
-    rounds.done, rounds.total = rounds.done + 1, samples
-    return samples
+            return checked_logits(self.logits_fn(model, batch))
+
+    def _test(self, capture: Capture, model: nn.Module, batch: Any) -> None:
+        """Compares scores of three samples with those of single backwards, then forgets both."""
+        logits = self._ask(capture, model, batch)
+        count = len(logits.values)
+        chosen = sorted({0, count // 2, count - 1})
+        losses, _, _ = next(self.estimator.losses(logits, 0, 0))
+        only = torch.zeros_like(losses).index_fill_(0, torch.tensor(chosen).to(losses.device), 1.0)
+        capture.backward(losses * only)
+        ours = capture.take()
+        with capture.plain():
+            logits = self._ask(capture, model, batch)
+            losses, _, _ = next(self.estimator.losses(logits, 0, 0))
+            capture.compare(ours, [losses[row] for row in chosen])
+
+    def _report(self, samples: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(CalibrationProgress(self.done + 1, self.rounds, samples, self.total))
 
 
 @contextmanager
@@ -314,75 +397,6 @@ def _refusing_inference_tensors() -> Iterator[None]:
             "batches and model must hold tensors that autograd can use, got some made under "
             "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
         ) from error
-
-
-def _losses(
-    logits: Tensor, scoring: _Scoring, origin: tuple[int, int, int]
-) -> Iterator[tuple[Tensor, float, bool]]:
-    """What to square the gradients of, one of each sample: fp32 or fp64 [B], share, whether last.
-
-    Drawn labels: the target of the label, with equal shares. Exact: sqrt(p_c) times the target of
-    class c, whose squared gradients sum over c to the expectation.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    values = logits.log_softmax(-1) if scoring.target == "log_prob" else logits
-    probs = logits.detach().double().softmax(-1)
-    if scoring.draws == "exact":
-        if logits.dim() != 2:
-            raise TalosValueError(
-                f"draws must be a number for logits [B, T, V], got 'exact' for "
-                f"{list(logits.shape)}, whose label sequences cannot all be visited"
-            )
-        for label in range(logits.shape[1]):
-            weight = probs[:, label].sqrt().to(values.dtype)
-            possible = torch.where(weight > 0, values[:, label], 0.0)  # 0 * log 0 is 0
-            yield weight * possible, 1.0, label + 1 == logits.shape[1]
-        return
-    for draw in range(scoring.draws):
-        labels = _draw_labels(probs, origin, draw)
-        chosen = values.gather(-1, labels[..., None])[..., 0]
-        yield (
-            chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen,
-            1.0 / scoring.draws,
-            (draw + 1 == scoring.draws),
-        )
-
-
-def _draw_labels(probs: Tensor, origin: tuple[int, int, int], draw: int) -> Tensor:
-    """Labels by the inverse of the distribution function: fp64 [..., C] to int64 [...].
-
-    Each sample has a generator of its own, seeded by (seed, round, sample, draw).
-    """
-    seed, round_index, first = origin
-    uniform = np.stack(
-        [
-            np.random.default_rng([seed, round_index, first + row, draw]).random(probs.shape[1:-1])
-            for row in range(len(probs))
-        ]
-    )
-    totals = probs.cumsum(-1)
-    points = torch.from_numpy(uniform).to(probs.device)[..., None] * totals[..., -1:]
-    labels = torch.searchsorted(totals, points, right=True)[..., 0]
-    return labels.clamp_(max=probs.shape[-1] - 1)
-
-
-def _checked(logits: object) -> Tensor:
-    logits = getattr(logits, "logits", logits)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TalosTypeError(
-            f"logits_fn must return a floating-point tensor, got {type(logits).__name__}; pass "
-            "logits_fn=lambda model, batch: ..."
-        )
-    if logits.dim() not in (2, 3) or 0 in logits.shape:
-        raise TalosValueError(
-            f"logits_fn must return logits [B, C] or [B, T, V], got {list(logits.shape)}"
-        )
-    if bool((logits.isnan() | logits.isposinf()).any()):  # -inf rules a class out
-        raise TalosValueError(
-            "logits_fn must return finite logits, got NaN or infinity; look for overflow in the "
-            "model, or calibrate in float32"
-        )
-    return logits
 
 
 @contextmanager
@@ -450,15 +464,3 @@ def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> bool:
             stacklevel=3,
         )
     return equal
-
-
-def _integer(name: str, value: Any, least: int, kind: str | None = None) -> int:
-    """An option as an int, from integers of any type."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        kind = kind or f"an integer of at least {least}"
-        raise TalosValueError(f"{name} must be {kind}, got {value!r}")
-    return number

@@ -6,11 +6,15 @@ yields, at every linear layer y = x W^T + b, each sample's own dY. With T rows (
     S_W[o, i] += sum_b ( sum_t dY[b, t, o] X[b, t, i] )^2
     S_b[o]    += sum_b ( sum_t dY[b, t, o] )^2
 
-and so for the gain and bias of a norm, of which `talos.routing` gives every row a copy, and for
-convolutions, which it makes linear layers of. `talos.layouts` tells which rows are whose.
+and so for the gain and bias of a norm, of which `talos.routing` gives every row a copy, for
+convolutions, which it makes linear layers of, and for embeddings. `talos_kernels.fisher_diag`
+computes the sums, `talos.layouts` tells which rows are whose. A parameter that a forward uses
+several times has the gradient of a sample summed over its uses before it is squared: their rows
+count as further tokens of the sample.
 """
 
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from types import TracebackType
@@ -19,26 +23,48 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from talos_kernels import fisher_diag_, fisher_diag_embedding_, fisher_diag_vector_
+
 from .errors import TalosRuntimeError, TalosValueError
 from .layouts import Layouts, Use
+from .listeners import Part, Sink
 from .params import Selection, unwrapped
-from .routing import Part, Router, Sink
+from .routing import Router
 
 __all__ = ["Capture"]
 
+# Of the self-test, by norm: far above rounding, in float32 and where a gradient has 16 bits, and
+# far below what a use missed or counted twice makes.
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
 _REMEDY = "leave it out with params= or requires_grad_(False)"
+
+
+# What waits for one launch on a GPU: many small layers then share it. A launch is some microseconds
+# and a layer of MiniLM has a megabyte of rows at 16 samples, so this is a few layers; unmeasured.
+_QUEUE_BYTES = 32 * 2**20
 
 
 @dataclass
 class _Batch:
-    """What the forward of the current batch has recorded, and what its backwards claim."""
+    """What the forward of the current batch has recorded, and what its backwards have received."""
 
     uses: list[Use] = field(default_factory=list)
+    expected: Counter[Part] = field(default_factory=Counter)  # uses of each part in the forward
     half: bool | None = None  # whether its gradients are fp16 anywhere on their way
     samples: int = 0
     share: float = 1.0
     phase: str = "forward"  # then "probe" where there is one, then "score"
-    claimed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    received: dict[Part, list["_Piece"]] = field(default_factory=dict)
+    queue: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # score, dY, X
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one use says of a part: dY [outer, B, inner, O], and X or ids where there are any."""
+
+    sink: Sink
+    dy: Tensor
+    inputs: Tensor | None
 
 
 class Capture:
@@ -73,6 +99,7 @@ class Capture:
         self._selection = selection
         self._scale = scale
         self._layouts = Layouts()
+        self._router = Router(selection, self._record, self._receive)
         self._reached: set[str] = set()
         self._batch = _Batch()
         self._stack = ExitStack()
@@ -85,7 +112,7 @@ class Capture:
             for param in self._model.parameters():
                 stack.callback(param.requires_grad_, param.requires_grad)
                 param.requires_grad_(id(param) in chosen)
-            Router(self._selection, self._record, self._receive).install(stack, self._model)
+            self._router.install(stack, self._model)
             self._stack = stack.pop_all()
         return self
 
@@ -101,6 +128,11 @@ class Capture:
     def forget(self) -> None:
         """Drops what a forward has recorded: the next one begins a batch."""
         self._batch = _Batch()
+        self._router.forget()
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Inside it the model computes as ever, and autograd the gradients of the parameters."""
+        return self._router.silence()
 
     def reset(self) -> None:
         """Sets all scores to zero, in new tensors."""
@@ -109,6 +141,13 @@ class Capture:
             name: torch.zeros(each.param.shape, dtype=torch.float32, device=each.param.device)
             for name, each in self._selection.items()
         }
+
+    def take(self) -> dict[str, Tensor]:
+        """Hands out the scores and begins new ones."""
+        reached, scores = self._reached, self.scores
+        self.reset()
+        self._reached = reached
+        return scores
 
     def backward(self, losses: Tensor, share: float = 1.0, *, last: bool = True) -> None:
         """Adds `share` times the squared gradients of each loss to the scores.
@@ -119,8 +158,8 @@ class Capture:
             last: False where another backward of the same forward follows.
 
         Raises:
-            TalosRuntimeError: a selected parameter is used twice, or in a way that cannot be
-                scored, or samples influence one another.
+            TalosRuntimeError: a selected parameter is used in a way that cannot be scored, or
+                samples influence one another.
             TalosValueError: the samples of a batch cannot be told apart.
         """
         batch = self._batch
@@ -130,15 +169,16 @@ class Capture:
                 "logits_fn must return logits that depend on the selected parameters, got logits "
                 "without a gradient; take away no_grad and detach, or choose others with params="
             )
+        self._router.forget()
         if batch.half is None:
-            batch.half = _meets_half(losses)
+            batch.half = torch.float16 in _dtypes(losses)
         if not batch.half:
             losses = losses * self._scale
         if batch.phase == "forward" and self._layouts.needs_probe(batch.uses, batch.samples):
             batch.phase = "probe"
             scales = self._layouts.probe_scales(losses.detach(), half=batch.half)
             self._run(losses * scales, retain_graph=True)
-        batch.phase, batch.claimed = "score", {}
+        batch.phase = "score"
         self._run(losses, retain_graph=not last)
         if last:
             self.forget()
@@ -162,23 +202,82 @@ class Capture:
                     "the model, or calibrate in float32"
                 )
 
+    def compare(self, scores: dict[str, Tensor], losses: list[Tensor]) -> None:
+        """Refuses scores that differ from the squared gradients of single losses.
+
+        Args:
+            scores: what `backward` found for these losses.
+            losses: 0-dim, of a forward inside `plain`.
+
+        Raises:
+            TalosRuntimeError: they differ by more than rounding.
+        """
+        params = [each.param for each in self._selection.values()]
+        expected = {name: torch.zeros_like(score) for name, score in scores.items()}
+        dtypes = _dtypes(losses[0])
+        lift = 1.0 if torch.float16 in dtypes else self._scale
+        for loss in losses:
+            with torch.autocast(loss.device.type, enabled=False):
+                grads = torch.autograd.grad(
+                    loss * lift, params, retain_graph=True, allow_unused=True
+                )
+            for score, grad in zip(expected.values(), grads, strict=True):
+                if grad is not None:
+                    score.addcmul_(grad.float(), grad.float())
+        tolerance = _HALF_TOLERANCE if dtypes & {torch.float16, torch.bfloat16} else _TOLERANCE
+        # What a loss does not depend on, a bias of keys, has a gradient of rounding errors alone.
+        largest = max(float(score.mean()) for score in expected.values() if score.numel())
+        for name, each in self._selection.items():
+            rows = slice(*(each.rows or (None,)))
+            ours, wanted = scores[name][rows].double(), expected[name][rows].double()
+            error, size = float((ours - wanted).norm()), float(wanted.norm())
+            noise = tolerance**2 * largest * wanted.numel() ** 0.5
+            if not error <= tolerance * size + noise:
+                raise TalosRuntimeError(
+                    f"scores of {name} must equal those of single backwards, got a relative "
+                    f"difference of {error / max(size, 1e-300):.2g} on {len(losses)} samples: the "
+                    f"model uses it in a way that is not seen here; {_REMEDY}"
+                )
+
     def _run(self, losses: Tensor, retain_graph: bool) -> None:
         params = [each.param for each in self._selection.values()]
-        with torch.autocast(losses.device.type, enabled=False):
-            grads = torch.autograd.grad(
-                losses.sum(), params, retain_graph=retain_graph, allow_unused=True
-            )
+        try:
+            with torch.autocast(losses.device.type, enabled=False):
+                grads = torch.autograd.grad(
+                    losses.sum(), params, retain_graph=retain_graph, allow_unused=True
+                )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise TalosRuntimeError(
+                "activation checkpointing must be the non-reentrant kind to be scored, got "
+                "use_reentrant=True; pass use_reentrant=False, or turn it off while calibrating"
+            ) from error
         for name, grad in zip(self._selection, grads, strict=True):
             if grad is not None:  # routed functions hand none on
                 raise TalosRuntimeError(
-                    f"{name} must be used only by linear layers, norms and 2-d convolutions to be "
-                    f"scored, got another use; {_REMEDY}"
+                    f"{name} must be used only by linear layers, norms, embeddings and 2-d "
+                    f"convolutions to be scored, got another use; {_REMEDY}"
                 )
+        for part in list(self._batch.received):  # uses that this backward did not reach are 0
+            self._score(part)
+        self._launch()
 
-    def _record(self, use: Use) -> None:
-        self._batch.uses.append(use)
+    def _record(self, sink: Sink) -> None:
+        batch = self._batch
+        if batch.phase != "forward":  # computed again by a checkpoint: recorded already
+            return
+        sink.use.ordinal = sum(use.name == sink.use.name for use in batch.uses)
+        batch.uses.append(sink.use)
+        for part in sink.parts:
+            if any(part.overlaps(other) for other in batch.expected):
+                raise TalosRuntimeError(
+                    f"{part.name} must be used whole or in parts that do not overlap to be "
+                    f"scored, got rows {part.start} to {part.stop} and others of them; {_REMEDY}"
+                )
+            batch.expected[part] += 1
 
-    def _receive(self, sink: Sink, dy: Tensor, x: Tensor | None) -> None:
+    def _receive(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
         if dy.numel() == 0:
             return
         use, batch, count = sink.use, self._batch, prod(sink.use.lead)
@@ -188,25 +287,55 @@ class Capture:
             return
         outer = self._layouts.decide(use, rows, batch.samples)
         split = (outer, batch.samples, count // (outer * batch.samples))
-        by_sample = rows.view(*split, rows.shape[1])
-        if sink.matrix is not None and x is not None:
-            low, high, score = self._claim(sink.matrix)
-            inputs = x.reshape(*split, x.shape[-1])
-            sides = (inputs, by_sample) if sink.transposed else (by_sample, inputs)
-            add_matrix_squares_(score, sides[0][..., low:high], sides[1], batch.share)
-        if sink.vector is not None:
-            low, high, score = self._claim(sink.vector)
-            width = score.shape[1]
-            add_vector_squares_(score, by_sample[..., low * width : high * width], batch.share)
+        if inputs is not None:
+            inputs = inputs.reshape(split if sink.table else (*split, inputs.shape[-1]))
+        piece = _Piece(sink, rows.view(*split, rows.shape[1]), inputs)
+        for part in sink.parts:
+            pieces = batch.received.setdefault(part, [])
+            pieces.append(piece)
+            if len(pieces) == batch.expected[part]:
+                self._score(part)
 
-    def _claim(self, part: Part) -> tuple[int, int, Tensor]:
-        """The rows of `part` to score, counted from its start, and their scores [rows, width]."""
-        claimed = self._batch.claimed.setdefault(part.name, [])
-        if any(part.start < stop and start < part.stop for start, stop in claimed):
+    def _score(self, part: Part) -> None:
+        """Squares what has been received of a part, its uses joined as tokens of the samples."""
+        pieces = self._batch.received.pop(part)
+        low, high, score = self._rows(part)
+        sink, share = pieces[0].sink, self._batch.share
+        if len({(part == piece.sink.table, piece.sink.transposed) for piece in pieces}) > 1:
             raise TalosRuntimeError(
-                f"{part.name} must be used once in a forward to be scored, got two uses; {_REMEDY}"
+                f"{part.name} must be used in one way to be scored, got an embedding that is a "
+                f"linear layer too; {_REMEDY}"
             )
-        claimed.append((part.start, part.stop))
+        dy = _joined([piece.dy for piece in pieces])
+        if part == sink.vector:
+            width = score.shape[1]
+            fisher_diag_vector_(score, dy[..., low * width : high * width], share=share)
+            return
+        inputs = _joined([piece.inputs for piece in pieces if piece.inputs is not None])
+        if part == sink.table:
+            padding = sink.padding_idx
+            fisher_diag_embedding_(score, dy, inputs, share=share, padding_idx=padding)
+            return
+        left, right = (inputs, dy) if sink.transposed else (dy, inputs)
+        self._batch.queue.append((score, left[..., low:high], right))
+        waiting = sum(dy.nbytes + x.nbytes for _, dy, x in self._batch.queue)
+        if not score.is_cuda or waiting > _QUEUE_BYTES:
+            self._launch()
+
+    def _launch(self) -> None:
+        """Scores the layers that wait, those of one dtype and device together."""
+        queue, self._batch.queue = self._batch.queue, []
+        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for score, dy, x in queue:
+            dtype = torch.promote_types(dy.dtype, x.dtype)
+            layer = score, dy.to(dtype), x.to(dtype)
+            alike.setdefault((dtype, score.device), []).append(layer)
+        for layers in alike.values():
+            scores, dys, xs = (list(each) for each in zip(*layers, strict=True))
+            fisher_diag_(scores, dys, xs, share=self._batch.share)
+
+    def _rows(self, part: Part) -> tuple[int, int, Tensor]:
+        """The rows of `part` to score, counted from its start, and their scores [rows, width]."""
         self._reached.add(part.name)
         first, last = self._selection[part.name].rows or (0, len(part.param))
         low = max(part.start, first)
@@ -215,54 +344,21 @@ class Capture:
         return low - part.start, high - part.start, score
 
 
-def _meets_half(losses: Tensor) -> bool:
-    """Whether the backward of `losses` has fp16 gradients, be it by autocast or by the model."""
-    nodes, seen = [losses.grad_fn], set()
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Rows [outer, B, inner, ...] of several uses as those of one."""
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat([each.transpose(0, 1).flatten(1, 2) for each in rows], 1)[None]
+
+
+def _dtypes(losses: Tensor) -> set[torch.dtype]:
+    """The dtypes that the backward of `losses` goes through, be it by autocast or by the model."""
+    nodes, seen, found = [losses.grad_fn], set(), {losses.dtype}
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if any(output.dtype == torch.float16 for output in node._input_metadata):
-            return True
+        found |= {output.dtype for output in node._input_metadata}
         nodes.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def add_matrix_squares_(score: Tensor, dy: Tensor, x: Tensor, share: float) -> None:
-    """score[o, i] += share * sum_b ( sum_t dy[t, b, t', o] x[t, b, t', i] )^2.
-
-    Args:
-        score: fp32 [O, I].
-        dy: floating point [outer, B, inner, O].
-        x: floating point [outer, B, inner, I].
-        share: the factor.
-    """
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    dy, x = dy.to(wide), x.to(wide)
-    if dy.shape[0] * dy.shape[2] == 1:
-        squares = dy.square().view(-1, dy.shape[3]).T @ x.square().view(-1, x.shape[3])
-        score.add_(squares, alpha=share)
-        return
-    gradient = torch.empty(score.shape, dtype=wide, device=score.device)
-    for sample in range(dy.shape[1]):
-        left = dy[:, sample].reshape(-1, dy.shape[3])
-        right = x[:, sample].reshape(-1, x.shape[3])
-        torch.mm(left.T, right, out=gradient)
-        if wide == score.dtype:
-            score.addcmul_(gradient, gradient, value=share)
-        else:
-            score.add_(gradient.square_(), alpha=share)
-
-
-def add_vector_squares_(score: Tensor, dy: Tensor, share: float) -> None:
-    """score[p] += share * sum_b ( sum_t dy[t, b, t', p] )^2.
-
-    Args:
-        score: fp32, P entries of any shape.
-        dy: floating point [outer, B, inner, P].
-        share: the factor.
-    """
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    sums = dy.sum((0, 2), dtype=wide)  # [B, P]
-    score.add_(sums.square().sum(0).view_as(score), alpha=share)
+    return found

@@ -42,6 +42,7 @@ class Use:
         lead: the leading dimensions of the layer's input.
         origin: "attention" inside `multi_head_attention_forward`, whose inputs are [T, B, D] or
             [T * B, D]; "image" for patches, [B, L, D]; "layer" for all else.
+        ordinal: how many uses of the tensor came before it in the forward.
         outer: the layout, once it is known.
         signature: the largest magnitude in each row of dY in the probe, fp32 or fp64 [rows].
     """
@@ -49,8 +50,14 @@ class Use:
     name: str
     lead: tuple[int, ...]
     origin: Origin
+    ordinal: int = 0
     outer: int | None = None
     signature: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What this use has in common with that of another batch."""
+        return self.name, self.ordinal
 
     def layouts(self, samples: int) -> dict[str, int]:
         """The layouts that the shape allows: kind and `outer`, no two with the same rows."""
@@ -79,7 +86,7 @@ class Layouts:
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[str, str] = {}
+        self._kinds: dict[tuple[str, int], str] = {}
         self._probed = False
         self._half = False
         self._codes = torch.zeros(0, dtype=torch.int64)
@@ -108,8 +115,8 @@ class Layouts:
                 )
             if len(allowed) == 1:
                 use.outer = next(iter(allowed.values()))
-            elif self._kinds.get(use.name) in allowed:
-                use.outer = allowed[self._kinds[use.name]]
+            elif self._kinds.get(use.key) in allowed:
+                use.outer = allowed[self._kinds[use.key]]
             else:
                 unknown = True
         return unknown
@@ -175,7 +182,7 @@ class Layouts:
                 "or packed sequences, or leave the tensor out with params="
             )
         if len(fitting) == 1 < len(allowed) and len(use.lead) > 1:
-            self._kinds[use.name] = next(iter(fitting))
+            self._kinds[use.key] = next(iter(fitting))
         self._probed, use.signature = True, None
         # Where several fit they give each row that is not zero to samples of the same code.
         use.outer = next(iter(fitting.values()))

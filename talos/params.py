@@ -13,8 +13,9 @@ Two presets and any regular expression choose the tensors:
   taken as it is, heads and embeddings too.
 
 A head is what `get_output_embeddings()` (transformers) or `get_classifier()` (timm) returns, and a
-module called head, heads, classifier, lm_head, score or fc at the top of the model. The top is the
-model, or what it holds where it holds a single module.
+module called head, heads, classifier, pre_classifier, lm_head, score, fc, visual_projection or
+text_projection at the top of the model. The top is the model, or what it holds where it holds a
+single module.
 """
 
 import difflib
@@ -34,6 +35,7 @@ __all__ = [
     "Selection",
     "named_modules",
     "named_parameters",
+    "own_parameters",
     "select_parameters",
     "unwrapped",
 ]
@@ -59,7 +61,10 @@ _WRAPPERS = (
         "_fsdp_wrapped_module",
     ),
 )
-_HEADS = ("head", "heads", "classifier", "lm_head", "score", "fc")
+_HEADS = (
+    *("head", "heads", "classifier", "pre_classifier", "lm_head", "score", "fc"),
+    *("visual_projection", "text_projection"),  # CLIP's last layer, a bare parameter in open_clip
+)
 _PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
 _SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FUSED_LAYERS = ("qkv", "Wqkv")
@@ -173,6 +178,33 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
                 seen.add(id(param))
                 found[f"{module_name}.{name}" if module_name else name] = param
     return found
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that need a gradient and that modules made of modules hold by themselves.
+
+    Layers hold their weights and are made of nothing; what else a model has is a class embedding, a
+    positional embedding, a projection. Heads are left out.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name and parameter.
+    """
+    heads = {id(param) for head in _heads(model) for param in head.parameters()}
+    holders = {
+        id(param)
+        for _, module in named_modules(model)
+        if next(module.children(), None) is not None
+        and not isinstance(module, nn.MultiheadAttention)
+        for param in module.parameters(recurse=False)
+    }
+    return {
+        name: param
+        for name, param in named_parameters(model).items()
+        if id(param) in holders and id(param) not in heads and param.requires_grad
+    }
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -1,23 +1,27 @@
 """How models reach their layers: functions of torch, routed to autograd Functions that listen.
 
-While a `Router` is active, `linear`, `conv2d`, `layer_norm` and `rms_norm` compute what they ever
-do, but where their weight or bias is listened to, the backward hands the gradient of their output
-to a listener instead of computing the parameter's. That catches `nn.Linear`, `nn.LayerNorm`, ...
-and their subclasses, `nn.MultiheadAttention` with its fused or split projections, and all code that
-calls `torch.nn.functional` with such a parameter or with a view of some of its rows.
+While a `Router` is active, `linear`, `conv2d`, `embedding`, `layer_norm` and `rms_norm` compute
+what they ever do, but where their weight or bias is listened to, the backward hands the gradient of
+their output to a listener instead of computing the parameter's. That catches `nn.Linear`,
+`nn.LayerNorm`, ... and their subclasses, `nn.MultiheadAttention` with its fused or split
+projections, and all code that calls `torch.nn.functional` with such a parameter or with a view of
+some of its rows. Nothing is kept for the backward that an ordinary forward would not keep: a norm
+keeps its input, and layers that share an input share its cast to autocast's dtype.
 
 `addmm` is routed for those who write a linear layer with it, their weight [in, out], as Conv1D of
 transformers does.
 
-A convolution becomes the linear layer of its unfolded image. The gain and bias of a norm become
-vectors of which every row gets a copy, y = xhat * w + b, so that autograd itself computes the
-gradients of the copies; norms that model libraries write themselves get such copies by a hook.
+A convolution becomes the linear layer of its unfolded image. The gain and bias of a norm are
+vectors of which every row has a copy, y = xhat * w + b: the gradients of the copies are dy * xhat
+and dy. Norms that model libraries write themselves get such copies by a hook, of which autograd
+computes the gradients. The relative position bias of T5 and its relatives is looked up once for a
+whole batch; a hook hands out one copy a sample.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -25,76 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import listeners
 from .layouts import Origin, Use
+from .listeners import Part, Sink
 from .params import Selection, is_norm
+from .patches import unfolded
 
-__all__ = ["Part", "Router", "Sink"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows `[start, stop)` of dimension 0 of a listened-to parameter: what one call uses of it."""
-
-    name: str
-    param: nn.Parameter
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Sink:
-    """Where one call sends the gradient of its output: of a linear layer, or of a vector's copies.
-
-    Attributes:
-        use: the call.
-        matrix: the weight of a linear layer, if it is listened to.
-        vector: its bias, or the vector of which copies were made, if it is listened to.
-        receive: called with the sink, dY and, where there is a matrix, the layer's input.
-        transposed: whether the matrix is [in, out].
-    """
-
-    use: Use
-    matrix: Part | None
-    vector: Part | None
-    receive: Callable[["Sink", Tensor, Tensor | None], None]
-    transposed: bool = False
-
-
-class _Linear(torch.autograd.Function):
-    """`linear` with a listener; `leaf`, a parameter, makes the output require a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, sink: Sink
-    ) -> Tensor:
-        ctx.save_for_backward(x if sink.matrix else None, weight)
-        ctx.sink = sink
-        return torch._C._nn.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.sink.receive(ctx.sink, grads[0], x)
-        return grads[0] @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
-class _Copies(torch.autograd.Function):
-    """One copy of a vector for every row, with a listener to the gradients of the copies."""
-
-    @staticmethod
-    def forward(ctx: Any, vector: Tensor, leaf: Tensor, shape: torch.Size, sink: Sink) -> Tensor:
-        ctx.sink = sink
-        return vector.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        ctx.sink.receive(ctx.sink, grads[0], None)
-        return None, None, None, None
+__all__ = ["Router"]
 
 
 Parts = tuple[Part | None, Part | None]  # of a weight and of a bias
-_linear: Callable[..., Tensor] = _Linear.apply
-_copies: Callable[..., Tensor] = _Copies.apply
 
 
 class Router:
@@ -102,20 +46,36 @@ class Router:
 
     Args:
         selection: the parameters to listen to.
-        record: called in the forward with every use of them.
+        record: called in the forward with every sink.
         receive: called in the backward; see `Sink`.
     """
 
     def __init__(
         self,
         selection: Selection,
-        record: Callable[[Use], None],
+        record: Callable[[Sink], None],
         receive: Callable[[Sink, Tensor, Tensor | None], None],
     ) -> None:
         self._params = {id(each.param): (name, each.param) for name, each in selection.items()}
         self._record = record
         self._receive = receive
         self._attention: list[tuple[int, ...]] = []  # [T, B] of the attention calls under way
+        self._bias: list[list[Tensor]] = []  # ids that the position bias under way looks up
+        self._cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._silent = False
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Lets every function compute as ever, parameters' gradients included."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def forget(self) -> None:
+        """Drops the last input's cast."""
+        self._cast = None
 
     def install(self, stack: ExitStack, model: nn.Module) -> None:
         """Routes until `stack` closes."""
@@ -128,6 +88,7 @@ class Router:
         for owner, name, ours in (
             (functional, "linear", self._linear),
             (functional, "conv2d", self._conv2d),
+            (functional, "embedding", self._embedding),
             (functional, "multi_head_attention_forward", self._multi_head),
             (torch, "addmm", self._addmm),
             (torch, "layer_norm", self._layer_norm),  # functional's call these
@@ -139,6 +100,12 @@ class Router:
         for module in model.modules():
             if is_norm(module) and not isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 self._hook(stack, module)
+            table = getattr(module, "relative_attention_bias", None)
+            if isinstance(table, nn.Embedding) and id(table.weight) in self._params:
+                self._hook_bias(stack, module, table.weight)
+
+    def _listening(self) -> bool:
+        return torch.is_grad_enabled() and not self._silent
 
     def _find(self, tensor: Tensor | None) -> Part | None:
         """The part of a parameter that `tensor` is: all of it, or a view of some rows."""
@@ -164,7 +131,7 @@ class Router:
         for part, tensor in zip(parts, (weight, bias), strict=True):
             if part is None and tensor is not None and tensor.requires_grad:
                 return None, None  # computed from a parameter: autograd will tell
-        return parts if torch.is_grad_enabled() else (None, None)
+        return parts if self._listening() else (None, None)
 
     def _listen(
         self,
@@ -178,15 +145,26 @@ class Router:
     ) -> Tensor:
         """A linear layer with a listener, in autocast's dtype where that is on."""
         device = x.device.type
+        inputs = x.detach()
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
+            inputs, weight = self._narrowed(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         part = cast(Part, parts[0] or parts[1])
         use = Use(part.name, tuple(lead), origin)
-        self._record(use)
-        sink = Sink(use, *parts, self._receive, transposed)
-        return _linear(x, weight, bias, part.param, sink)
+        sink = Sink(use, self._receive, *parts, transposed=transposed)
+        self._record(sink)
+        return listeners.linear(x, inputs, weight, bias, part.param, sink)
+
+    def _narrowed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input without its history in `dtype`; layers that share it share the cast."""
+        if self._cast is not None:
+            source, version, kept = self._cast
+            if source() is x and version == x._version and kept.dtype == dtype:
+                return kept
+        kept = x.detach().to(dtype)
+        self._cast = (weakref.ref(x), x._version, kept)
+        return kept
 
     def _linear(
         self, original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -225,18 +203,8 @@ class Router:
         if not any(parts):
             return original(x, weight, bias, stride, padding, dilation, groups)
         images = x if x.dim() == 4 else x[None]
-        kernel, steps, strides = weight.shape[2:], _pair(dilation), _pair(stride)
-        pads = (0, 0) if isinstance(padding, str) else _pair(padding)
-        if padding == "same":  # what is odd goes to the end, as in torch
-            spans = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
-            edges = [(span // 2, span - span // 2) for span in reversed(spans)]
-            images = functional.pad(images, (*edges[0], *edges[1]))
-        height, width = (
-            (images.shape[2 + i] + 2 * pads[i] - steps[i] * (kernel[i] - 1) - 1) // strides[i] + 1
-            for i in (0, 1)
-        )
-        # [B, L, C * kh * kw], the channels of a group next to each other
-        patches = functional.unfold(images, kernel, steps, pads, strides).transpose(1, 2)
+        kernel = weight.shape[2:]
+        patches, grid = unfolded(images, kernel, stride, padding, dilation)
         flat, length = weight.detach().flatten(1), len(weight) // groups
         outputs = []
         for group, inputs in enumerate(patches.chunk(groups, 2)):
@@ -248,7 +216,7 @@ class Router:
         # [B, O, L]; contiguous, for the strides of a view look like channels_last where B is 1, and
         # the backward of a batch norm then reads its gradient wrongly.
         output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
-        output = output.view(len(images), len(weight), height, width)
+        output = output.view(len(images), len(weight), *grid)
         return output if x.dim() == 4 else output[0]
 
     def _multi_head(
@@ -260,12 +228,44 @@ class Router:
         finally:
             self._attention.pop()
 
+    def _embedding(
+        self,
+        original: Callable[..., Tensor],
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        options = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        (part, _) = self._parts(weight)
+        if part is None or max_norm is not None or scale_grad_by_freq:
+            return original(ids, weight, *options)
+        found = original(ids, weight.detach(), *options)
+        if self._bias:
+            self._bias[-1].append(ids)
+            return found
+        sink = self._looked_up(part, tuple(ids.shape), padding_idx)
+        return listeners.look_up(found, ids, part.param, tuple(range(found.dim())), sink)
+
+    def _looked_up(self, part: Part, lead: tuple[int, ...], padding_idx: int | None) -> Sink:
+        use = Use(part.name, lead, "layer")
+        sink = Sink(use, self._receive, table=part, padding_idx=padding_idx)
+        self._record(sink)
+        return sink
+
     def _copies(self, part: Part, vector: Tensor, x: Tensor) -> Tensor:
         """A vector's copies for the rows of `x`, whose last dimensions are the vector's."""
-        use = Use(part.name, tuple(x.shape[: x.dim() - vector.dim()]), "layer")
-        self._record(use)
-        sink = Sink(use, None, part, self._receive)
-        return _copies(vector.detach(), part.param, x.shape, sink)
+        return listeners.copies(vector.detach(), part.param, x.shape, self._shared(part, x))
+
+    def _shared(self, part: Part, x: Tensor) -> Sink:
+        """The sink of a vector that every row of `x` shares."""
+        use = Use(part.name, tuple(x.shape[: x.dim() - part.param.dim()]), "layer")
+        sink = Sink(use, self._receive, vector=part)
+        self._record(sink)
+        return sink
 
     def _layer_norm(
         self,
@@ -274,14 +274,17 @@ class Router:
         shape: Sequence[int],
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        eps: float = 1e-5,
         *args: Any,
-        **kwargs: Any,
     ) -> Tensor:
         parts = self._parts(weight, bias)
         if not any(parts):
-            return original(x, shape, weight, bias, *args, **kwargs)
-        xhat = original(x, shape, None, None, *args, **kwargs)
-        return self._affine(xhat, weight, bias, parts)
+            return original(x, shape, weight, bias, eps, *args)
+
+        def call(x: Tensor) -> Tensor:
+            return original(x, shape, _detached(weight), _detached(bias), eps, *args)
+
+        return self._normalise(x, call, weight, parts, (tuple(shape), eps, True))
 
     def _rms_norm(
         self,
@@ -289,29 +292,31 @@ class Router:
         x: Tensor,
         shape: Sequence[int],
         weight: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        eps: float | None = None,
     ) -> Tensor:
         parts = self._parts(weight)
-        copies = weight is not None and weight.dim() > len(shape)  # made by the hook below
-        if not any(parts) and not copies:
-            return original(x, shape, weight, *args, **kwargs)
-        return self._affine(original(x, shape, None, *args, **kwargs), weight, None, parts)
+        if not any(parts):
+            if weight is not None and weight.dim() > len(shape):  # copies, made by the hook below
+                return (original(x, shape, None, eps) * weight).to(x.dtype)
+            return original(x, shape, weight, eps)
 
-    def _affine(
+        def call(x: Tensor) -> Tensor:
+            return original(x, shape, _detached(weight), eps)
+
+        least = torch.finfo(x.dtype).eps if eps is None else eps
+        return self._normalise(x, call, weight, parts, (tuple(shape), least, False))
+
+    def _normalise(
         self,
-        xhat: Tensor,
+        x: Tensor,
+        call: Callable[[Tensor], Tensor],
         weight: Tensor | None,
-        bias: Tensor | None,
         parts: Parts,
+        options: tuple[tuple[int, ...], float, bool],
     ) -> Tensor:
-        """Weight and bias applied to xhat, in its dtype."""
-        y = xhat
-        if weight is not None:
-            y = y * (self._copies(parts[0], weight, xhat) if parts[0] else weight)
-        if bias is not None:
-            y = y + (self._copies(parts[1], bias, xhat) if parts[1] else bias)
-        return y.to(xhat.dtype)
+        leaf = cast(Part, parts[0] or parts[1]).param
+        sinks = tuple(part and self._shared(part, x) for part in parts)
+        return listeners.norm(x, call, _detached(weight), leaf, options, sinks)
 
     def _hook(self, stack: ExitStack, norm: nn.Module) -> None:
         """Puts copies in the place of a norm's own parameters while its forward runs."""
@@ -325,7 +330,7 @@ class Router:
             x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
             for name, param in own.items():
                 part = self._find(param)
-                if part is not None and torch.is_grad_enabled():
+                if part is not None and self._listening():
                     module.__dict__[name] = self._copies(part, param, x)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -336,6 +341,38 @@ class Router:
             stack.callback(norm.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(norm.register_forward_hook(leave, always_call=True).remove)
 
+    def _hook_bias(self, stack: ExitStack, attention: nn.Module, weight: Tensor) -> None:
+        """Hands each sample a copy of the position bias [1, H, Q, K] that `compute_bias` makes."""
+        compute = getattr(attention, "compute_bias", None)
+        if compute is None or "compute_bias" in attention.__dict__:
+            return
+        samples: list[int] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+            samples[:] = [len(x)]
+
+        def compute_copies(*args: Any, **kwargs: Any) -> Tensor:
+            part = self._find(weight)
+            if part is None or not samples or not self._listening():
+                return cast(Tensor, compute(*args, **kwargs))
+            self._bias.append([])
+            try:
+                values: Tensor = compute(*args, **kwargs)
+            finally:
+                looked_up = self._bias.pop()
+            ids = looked_up[0]
+            if len(looked_up) != 1 or values.shape != (1, weight.shape[1], *ids.shape):
+                return cast(Tensor, compute(*args, **kwargs))  # another layout: told as such
+            sink = self._looked_up(part, (samples[0], *ids.shape), None)
+            copies = values.expand(samples[0], -1, -1, -1)
+            ids = ids.expand(samples[0], *ids.shape)  # [B, Q, K]
+            return listeners.look_up(copies, ids, part.param, (0, 2, 3, 1), sink)
+
+        stack.callback(attention.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(attention.__dict__.pop, "compute_bias", None)
+        attention.__dict__["compute_bias"] = compute_copies
+
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
@@ -345,7 +382,3 @@ def _narrow(part: Part | None, rows: slice) -> Part | None:
     if part is None:
         return None
     return Part(part.name, part.param, part.start + rows.start, part.start + rows.stop)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])

@@ -118,6 +118,70 @@ class Frozen(nn.BatchNorm2d):
         nn.init.uniform_(self.running_var, 0.5, 2.0)
 
 
+class Twice(nn.Module):
+    """A layer after itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class Both(nn.Module):
+    """A layer of every token and of the sample's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)).mean(1) + self.layer(x.mean(1))
+
+
+class OnlyBias(nn.Module):
+    """Layer norm of which only the bias is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, (E,), None, self.bias)
+
+
+class Lookup(nn.Module):
+    """Word embeddings; the ids are where the input is largest."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(E, E, padding_idx)
+        nn.init.normal_(self.table.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x.argmax(-1)) * x
+
+
+class RelativeBias(nn.Module):
+    """Attention with the position bias of T5: looked up once for a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_attention_bias = nn.Embedding(4, 2)
+        self.values = nn.Linear(E, E)
+
+    def compute_bias(self, queries: int, keys: int) -> Tensor:
+        distance = torch.arange(keys)[None] - torch.arange(queries)[:, None]
+        return self.relative_attention_bias(distance.clamp(-1, 2) + 1).permute(2, 0, 1)[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)  # [B, H, T, E / H]
+        scores = heads @ heads.transpose(2, 3) + self.compute_bias(x.shape[1], x.shape[1])
+        mixed = scores.softmax(-1) @ self.values(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        return mixed.transpose(1, 2).flatten(2)
+
+
 class ReadLast(nn.Module):
     """Logits of the last token, so that all other rows of the last layer have no gradient."""
 
@@ -136,6 +200,11 @@ def pooled(*layers: nn.Module) -> nn.Module:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(E, 10), nn.Tanh(), nn.Linear(10, E))
+
+
+def again(layer: nn.Module) -> nn.Module:
+    """A layer, something between, and the layer again."""
+    return nn.Sequential(layer, nn.Tanh(), layer)
 
 
 def swap(x: Tensor, *_: Tensor) -> Tensor:
@@ -236,6 +305,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         Apply(lambda x: x.mean(1)), Conv1D(10), nn.Tanh(), Conv1D(C, 10)
     ),
     "weights [in, out], sequence first": lambda: pooled(Around(Conv1D(E), swap, swap)),
+    "a layer used twice": lambda: pooled(Twice(), nn.Tanh()),
+    "a layer used by tokens and by their mean": lambda: nn.Sequential(Both(), nn.Linear(E, C)),
+    "a norm used twice": lambda: pooled(again(nn.LayerNorm(E)), again(nn.RMSNorm(E))),
+    "an encoder used twice": lambda: pooled(again(encoder(True))),
+    "a checkpoint used twice": lambda: pooled(again(Checkpointed(mlp()))),
+    "layer norm without gain": lambda: pooled(OnlyBias(), nn.Tanh()),
+    "embedding": lambda: pooled(Lookup(), nn.Tanh()),
+    "embedding with padding": lambda: pooled(Lookup(padding_idx=3), nn.Tanh()),
+    "embedding, sequence first": lambda: pooled(Around(Lookup(), swap, swap)),
+    "relative position bias": lambda: pooled(RelativeBias(), nn.Tanh()),
     "checkpoint": lambda: pooled(Checkpointed(mlp()), Checkpointed(encoder(True))),
 }
 
@@ -548,9 +627,87 @@ def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> No
         "select": "lowest",
         "target": "log_prob",
         "draws": 1,
+        "labels": "sampled",
         "seed": 5,
+        "parity": "paper",
         "torch": str(torch.__version__),
+        "stability": None,
+        "stability_by_chance": pytest.approx(0.2**0.25, rel=0.02),
     }
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_stability_is_what_two_half_sets_agree_on(rounds: int) -> None:
+    model, x = MODELS["tokens"]().double(), inputs(24)
+    options: dict[str, Any] = {"draws": "exact", "rounds": rounds, "soft": 1.0}
+    mask = calibrate(model, batched(x, 4), 0.3, **options)
+    # With soft=1 no weight is damped, so a half's choice is that of the half alone among the kept.
+    kept = (
+        calibrate(model, batched(x, 4), 0.3**0.5, draws="exact", rounds=1) if rounds == 2 else None
+    )
+    halves = []
+    for part in (x[:12], x[12:]):
+        scores = fisher_diag(model, [part], draws="exact")
+        for name, score in scores.items():
+            if kept is not None:
+                score[~kept.to_dense(name)] = 1e6
+        halves.append(Mask.from_scores(scores, 0.3))
+    assert mask.metadata["stability"] == (halves[0] & halves[1]).nnz / mask.nnz
+    assert mask.metadata["stability_by_chance"] == pytest.approx(0.3 ** (1 / rounds), rel=0.02)
+    assert calibrate(model, [x], 0.3, **options).metadata["stability"] is None
+    once = calibrate(model, iter(batched(x, 4)), 0.3, rounds=1)
+    assert once.metadata["stability"] is None  # nobody knows how many will come
+
+
+def test_a_mask_is_the_same_with_and_without_halves() -> None:
+    model, x = MODELS["encoder layer"]().double(), inputs(20)
+    assert calibrate(model, [x], 0.2) == calibrate(model, batched(x, 5), 0.2)
+
+
+class Clip(nn.Module):
+    """A tower as open_clip holds it: embeddings and the projection are parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(E))
+        self.blocks = nn.Sequential(mlp(), mlp())
+        self.proj = nn.Parameter(torch.randn(E, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x + self.class_embedding).mean(1) @ self.proj
+
+
+def test_parity_with_the_released_code() -> None:
+    model, x = Clip().double(), inputs(10)
+    mask = calibrate(model, [x], 0.3, 1, draws="exact", parity="released")
+    assert mask.metadata["target"] == "logit"
+    assert mask.metadata["soft"] == 0.1
+    assert mask.to_dense("class_embedding").all()
+    assert mask.to_dense("proj").all()
+    ours = calibrate(model, [x], 0.3, 1, draws="exact", target="logit", soft=0.1)
+    entries = ours.numel
+    assert int(0.3 * entries) != round(0.3 * entries)
+    assert mask.nnz - E - E * C == int(0.3 * entries)
+    assert ours.nnz == round(0.3 * entries)
+    assert (mask & ours).nnz == min(ours.nnz, mask.nnz - E - E * C)
+    assert set(ours.names) == set(mask.names) - {"class_embedding", "proj"}
+
+
+def test_parity_keeps_every_tie() -> None:
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(5 * E, 4), nn.ReLU(), nn.Linear(4, C)),
+        inputs(10),
+    )
+    with torch.no_grad():
+        model[1].bias[:2] = -1e4  # dead units: their scores are all 0
+    model.double()
+    with pytest.warns(UserWarning, match="selected weights have a score of 0"):
+        mask = calibrate(model, [x], 0.1, 1, parity="released")
+    assert mask.to_dense("1.weight")[:2].all()
+    scores = fisher_diag(model, [x], target="logit", params=".")
+    assert mask.nnz == sum(int((score == 0).sum()) for score in scores.values()) > 0.1 * mask.numel
+    with pytest.raises(TalosValueError, match="parity must be 'paper' or 'released', got 'code'"):
+        calibrate(model, [x], parity=cast(Any, "code"))
 
 
 def test_every_round_draws_labels_of_its_own() -> None:
@@ -648,16 +805,72 @@ def test_layers_that_were_compiled_are_scored_eagerly() -> None:
     assert all(torch.equal(score, expected[name]) for name, score in scores.items())
 
 
+# -- the self-test
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder layer, sequence first", "convolution", "a layer used twice", "checkpoint"]
+)
+def test_the_self_test_passes_where_scores_are_exact(name: str) -> None:
+    model, x = MODELS[name](), inputs(8).float()
+    for batches in ([x], [x[:1], x[1:]]):
+        checked = fisher_diag(model, batches, params=".", check=True)
+        plain = fisher_diag(model, batches, params=".")
+        assert all(torch.equal(score, plain[key]) for key, score in checked.items())
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate(model, [x], check=True, params=".")
+
+
+def test_the_self_test_finds_a_use_that_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MODELS["encoder layer"](), inputs(8).float()
+    from talos.listeners import Sink
+
+    original = Sink.parts
+
+    def forgetful(sink: Sink) -> Any:
+        parts = original.fget(sink)
+        return () if any(part.name.endswith("linear1.weight") for part in parts) else parts
+
+    monkeypatch.setattr(Sink, "parts", property(forgetful))
+    fisher_diag(model, [x], params="linear2")  # no use of another layer is missed
+    with pytest.raises(TalosRuntimeError, match=r"linear1\.\w+ must equal those of single"):
+        fisher_diag(model, [x], params=".", check=True)
+
+
 # -- refusals
 
 
-class Twice(nn.Module):
+class Parts(nn.Module):
+    """A layer and its first rows."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(E, E)
+        self.layer = nn.Linear(E, E, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.layer(x)).mean(1)
+        return self.layer(x).mean(1)[:, :C] + functional.linear(x, self.layer.weight[:C]).mean(1)
+
+
+class Tied(nn.Module):
+    """Logits by the table that the tokens were looked up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.table(x.argmax(-1)).mean(1), self.table.weight)
+
+
+class Reentrant(nn.Module):
+    """A block whose activations are computed again in a backward of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.block = nn.Linear(E, E), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(self.block, self.before(x), use_reentrant=True))
 
 
 class Outside(nn.Module):
@@ -692,7 +905,21 @@ REFUSALS: dict[str, tuple[nn.Module, type[Exception], str]] = {
         nn.Sequential(nn.Flatten(), nn.BatchNorm1d(5 * E, track_running_stats=False)),
         *(TalosValueError, "must not mix samples, got 1, a BatchNorm1d"),
     ),
-    "used twice": (Twice(), TalosRuntimeError, r"layer\.(weight|bias) must be used once"),
+    "used whole and in part": (
+        Parts(),
+        *(TalosRuntimeError, r"layer\.weight must be used whole or in parts that do not overlap"),
+    ),
+    "tied to an embedding": (
+        Tied(),
+        *(
+            TalosRuntimeError,
+            r"table\.weight must be used in one way.*an embedding that is a linear",
+        ),
+    ),
+    "reentrant checkpoint": (
+        pooled(Reentrant()),
+        *(TalosRuntimeError, r"must be the non-reentrant kind.*use_reentrant=False"),
+    ),
     "used outside": (
         Outside(False),
         TalosRuntimeError,

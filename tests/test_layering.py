@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of talos imports only parts of the rows above its own, and itself where it is a package.
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
-    {"errors", "selection", "structure"},
+    {"errors", "patches", "selection", "structure"},
     {"describe", "files", "fingerprints", "layouts", "matching", "params"},
-    {"batches", "masks", "models", "param_groups", "routing", "tasks"},
-    {"buckets", "capture", "metrics", "task_vectors"},
+    {"batches", "estimators", "listeners", "masks", "param_groups", "tasks"},
+    {"buckets", "models", "routing", "task_vectors"},
+    {"capture", "metrics"},
     {"calibration", "optim"},
     {"training"},
     {"__init__"},

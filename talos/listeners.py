@@ -1,0 +1,180 @@
+"""Autograd functions that hand the gradient of their output to a listener.
+
+Each stands for a use of parameters: a linear layer, a norm, a vector of which every row has a copy,
+a table that is looked up in. Their backward computes the gradient of the input as ever, tells the
+listener dY, and hands none to the parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layouts import Use
+
+__all__ = ["Part", "Sink", "copies", "linear", "look_up", "norm"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `[start, stop)` of dimension 0 of a listened-to parameter: what one call uses of it."""
+
+    name: str
+    param: nn.Parameter = field(compare=False)
+    start: int
+    stop: int
+
+    def overlaps(self, other: "Part") -> bool:
+        """Whether two different parts share rows."""
+        same = self.name == other.name and self != other
+        return same and self.start < other.stop and other.start < self.stop
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where one call of a linear layer, a vector's copies or a table sends its output's gradient.
+
+    Attributes:
+        use: the call.
+        matrix: the weight of a linear layer, if it is listened to.
+        vector: its bias, or the vector of which copies were made, if it is listened to.
+        table: the embedding that was looked up in, if it is listened to.
+        receive: called with the sink, dY and, where there is a matrix or a table, the layer's
+            input or the ids.
+        transposed: whether the matrix is [in, out].
+        padding_idx: the row of the table that has no gradient.
+    """
+
+    use: Use
+    receive: Callable[["Sink", Tensor, Tensor | None], None]
+    matrix: Part | None = None
+    vector: Part | None = None
+    table: Part | None = None
+    transposed: bool = False
+    padding_idx: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is listened to."""
+        return tuple(part for part in (self.matrix, self.vector, self.table) if part is not None)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with a listener; `leaf`, a parameter, makes the output require a gradient.
+
+    `inputs` is `x` without its history, in the dtype of the weight: what layers that share their
+    input keep once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        leaf: Tensor,
+        sink: Sink,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs if sink.matrix else None, weight)
+        ctx.sink, ctx.dtype = sink, x.dtype
+        return torch._C._nn.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        ctx.sink.receive(ctx.sink, grads[0], inputs)
+        dx = (grads[0] @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """LayerNorm (`centred`) or RMSNorm with listeners for gain and bias; keeps its input only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        call: Callable[[Tensor], Tensor],
+        weight: Tensor | None,
+        leaf: Tensor,
+        options: tuple[Sequence[int], float, bool],
+        sinks: tuple[Sink | None, Sink | None],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options, ctx.sinks = options, sinks
+        return call(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        shape, eps, centred = ctx.options
+        gain, shift = ctx.sinks
+        wide = torch.promote_types(torch.promote_types(x.dtype, grads[0].dtype), torch.float32)
+        dy, inputs = grads[0].to(wide), x.to(wide)
+        dims = tuple(range(-len(shape), 0))
+        if centred:
+            xhat, mean, rstd = torch.native_layer_norm(inputs, shape, None, None, eps)
+        else:
+            rstd = (inputs.square().mean(dims, keepdim=True) + eps).rsqrt_()
+            xhat = inputs * rstd
+        if shift is not None:
+            shift.receive(shift, dy, None)
+        if gain is not None:
+            gain.receive(gain, dy * xhat, None)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        if centred:
+            scale = None if weight is None else weight.to(wide)
+            dx = torch.ops.aten.native_layer_norm_backward(
+                dy, inputs, shape, mean, rstd, scale, None, (True, False, False)
+            )[0]
+        else:
+            scaled = dy if weight is None else dy * weight.to(wide)
+            dx = (scaled - xhat * (scaled * xhat).mean(dims, keepdim=True)) * rstd
+        return dx.to(x.dtype), None, None, None, None, None
+
+
+class _Copies(torch.autograd.Function):
+    """One copy of a vector for every row, with a listener to the gradients of the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, leaf: Tensor, shape: torch.Size, sink: Sink) -> Tensor:
+        ctx.sink = sink
+        return vector.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.sink.receive(ctx.sink, grads[0], None)
+        return None, None, None, None
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows looked up in a table, with a listener; `order` makes their gradient [..., D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        found: Tensor,
+        ids: Tensor,
+        leaf: Tensor,
+        order: tuple[int, ...],
+        sink: Sink,
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.order, ctx.sink = order, sink
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        ctx.sink.receive(ctx.sink, grads[0].permute(ctx.order), ids)
+        return None, None, None, None, None
+
+
+linear: Callable[..., Tensor] = _Linear.apply
+norm: Callable[..., Tensor] = _Norm.apply
+copies: Callable[..., Tensor] = _Copies.apply
+look_up: Callable[..., Tensor] = _LookUp.apply
