@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"model whose tensors are used; may be given more than once (default: {default})",
     )
     parser.addoption(
+        "--layers",
+        type=int,
+        help="layers of a tower that is scored (default: all on a GPU, some on the CPU)",
+    )
+    parser.addoption(
         "--out", type=Path, help="folder for a JSON an op, rewritten as each bench ends"
     )
 
@@ -34,10 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "shape" in metafunc.fixturenames:
-        default = "vit-b-32" if torch.cuda.is_available() else "minilm"
-        names = metafunc.config.getoption("--shape") or [default]
+    """`shape`, with its layers where `linear` is wanted too, or `tower`, from --shape."""
+    on_gpu = torch.cuda.is_available()
+    given = metafunc.config.getoption("--shape")
+    names = given or ["vit-b-32" if on_gpu else "minilm"]
+    if "linear" in metafunc.fixturenames:
+        pairs = [(SHAPES[name], linear) for name in names for linear in SHAPES[name].linears]
+        ids = [f"{shape.name}-{rows}x{columns}" for shape, (rows, columns) in pairs]
+        metafunc.parametrize(("shape", "linear"), pairs, ids=ids, scope="module")
+    elif "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names, scope="module")
+    if "tower" in metafunc.fixturenames:
+        towers = given or (["vit-b-32"] if on_gpu else ["minilm", "vit-b-32"])
+        metafunc.parametrize("tower", towers, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +61,28 @@ def bandwidth() -> float:
 
 
 @pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[Record], dict[str, object]]:
+    """Keeps a record for the table and, with its machine, for the op's file."""
+    config = request.config
+
+    def keep_record(record: Record) -> dict[str, object]:
+        config.stash[RECORDS].append(record)
+        result = record.as_dict() | measure.machine()
+        if config.getoption("--out"):
+            add_result(config.getoption("--out"), result)
+        return result
+
+    return keep_record
+
+
+@pytest.fixture
 def measured(
-    request: pytest.FixtureRequest, benchmark: Any, bandwidth: float
+    keep: Callable[[Record], dict[str, object]], benchmark: Any, bandwidth: float
 ) -> Callable[..., None]:
     """Times a form that was checked, and keeps the result: table, `extra_info`, file.
 
     Called with what `Record` needs besides the times, and `step`, the closure to time.
     """
-    config = request.config
     on_gpu = torch.cuda.is_available()
 
     def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
@@ -63,14 +91,9 @@ def measured(
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats
-        record = Record(
-            seconds=stats.median, spread=stats.iqr, bandwidth=bandwidth, peak_bytes=peak, **about
-        )
-        config.stash[RECORDS].append(record)
-        result = record.as_dict() | measure.machine()
+        times = {"seconds": stats.median, "spread": stats.iqr}
+        result = keep(Record(bandwidth=bandwidth, peak_bytes=peak, **times, **about))
         benchmark.extra_info.update(result)
-        if config.getoption("--out"):
-            add_result(config.getoption("--out"), result)
 
     return measure_and_keep
 

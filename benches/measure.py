@@ -1,4 +1,4 @@
-"""What every bench shares: the machine's description, its copy bandwidth, a clock that waits."""
+"""What every bench shares: the machine's description, its rooflines, a clock that waits."""
 
 import os
 import platform
@@ -6,13 +6,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # several times every cache
+MATRIX_WIDTH = {"cpu": 2048, "cuda": 8192}
 
 
 def target_device() -> torch.device:
@@ -31,16 +34,29 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def median_seconds(work: Callable[[], object], rounds: int = 10, warmup: int = 3) -> float:
-    """The median time of one call of `work`, each call waited for."""
-    for _ in range(warmup):
-        work()
+def seconds(work: Callable[[], object], rounds: int) -> list[float]:
+    """The time of each of `rounds` calls of `work`, each call waited for."""
     times = []
     for _ in range(rounds):
         start = clock()
         work()
         times.append(clock() - start)
-    return median(times)
+    return times
+
+
+def median_seconds(work: Callable[[], object], rounds: int = 10, warmup: int = 3) -> float:
+    """The median time of one call of `work`, each call waited for."""
+    for _ in range(warmup):
+        work()
+    return median(seconds(work, rounds))
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """The median and the distance between the quartiles, 0 of a single time."""
+    if len(times) == 1:
+        return times[0], 0.0
+    low, middle, high = quantiles(times, method="inclusive")
+    return middle, high - low
 
 
 @cache
@@ -49,6 +65,15 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
+
+
+@cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of square matrices, a multiplication and a sum being two."""
+    width = MATRIX_WIDTH[device.type]
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * width**3 / median_seconds(lambda: torch.mm(left, right, out=out))
 
 
 @cache
@@ -114,13 +139,25 @@ def machine() -> dict[str, object]:
     }
 
 
-def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Bytes that one call of `work` allocates at most beyond what is allocated; None on the CPU."""
-    if not torch.cuda.is_available():
-        return None
-    synchronise()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    synchronise()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Bytes that one call of `work` holds at most beyond what was allocated before.
+
+    On the CPU: of torch's allocator, from its own record of every allocation, in their order.
+    Memory from before the call that `work` gives back is not subtracted there.
+    """
+    if torch.cuda.is_available():
+        synchronise()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        synchronise()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    held = accumulate((event.nbytes() for event in changes), initial=0)
+    return max(held)

@@ -3,15 +3,18 @@
 Each model is the list of its parameters with the names its library gives them (open_clip's visual
 tower; transformers' T5 and MiniLM), and with the rows that hold selected entries: after the four
 pruning rounds 99 % of the entries lie in Q and K, at a density of about .6 there, and the other
-tensors are frozen as a whole. A test compares the lists with the libraries' own models.
+tensors are frozen as a whole. A test compares the lists with the libraries' own models, which
+`library_model` makes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
+from torch import nn
 
 QK_DENSITY = 0.6  # of the entries of Q and K, at a density of .1 overall
 
@@ -39,6 +42,9 @@ class ModelShape:
 
     name: str
     tensors: tuple[TensorShape, ...]
+    layers: int
+    tokens: int
+    """Of a sample: patches and the class token, or what an encoder reads."""
 
     @cached_property
     def numel(self) -> int:
@@ -53,6 +59,19 @@ class ModelShape:
     def touched_numel(self) -> int:
         """Entries of the rows that hold selected entries: V's rows of a fused weight are none."""
         return sum(tensor.query_key_numel for tensor in self.touched)
+
+    @cached_property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """The shapes [O, I] that linear layers of the blocks have, each once."""
+        blocks = (".layer.", ".block.", ".resblocks.")
+        matrices = (
+            (tensor.shape[0], tensor.shape[1])
+            for tensor in self.tensors
+            if len(tensor.shape) == 2
+            and any(block in tensor.name for block in blocks)
+            and "relative_attention_bias" not in tensor.name
+        )
+        return tuple(dict.fromkeys(matrices))
 
     def masks(self, density: float = QK_DENSITY) -> dict[str, torch.Tensor]:
         """A bool mask for each touched tensor, `density` of its Q and K rows; always the same."""
@@ -86,10 +105,12 @@ def _vision_transformer(
             yield from _linear(f"{block}.mlp.c_proj", width, 4 * width)
         yield from _norm("ln_post", width)
 
-    return ModelShape(name, tuple(tensors()))
+    return ModelShape(name, tuple(tensors()), layers, tokens)
 
 
-def _t5(name: str, width: int, inner: int, layers: int, heads: int, vocabulary: int) -> ModelShape:
+def _t5(
+    name: str, width: int, inner: int, layers: int, heads: int, vocabulary: int, tokens: int
+) -> ModelShape:
     def attention(block: str, first: bool) -> Iterator[TensorShape]:
         for part in "qkvo":
             selected = width if part in "qk" else 0
@@ -112,13 +133,15 @@ def _t5(name: str, width: int, inner: int, layers: int, heads: int, vocabulary: 
         yield TensorShape(f"{side}.final_layer_norm.weight", (width,))
 
     shared = TensorShape("shared.weight", (vocabulary, width))
-    return ModelShape(name, (shared, *stack("encoder"), *stack("decoder")))
+    return ModelShape(name, (shared, *stack("encoder"), *stack("decoder")), layers, tokens)
 
 
-def _minilm(name: str, width: int, layers: int, tokens: int, vocabulary: int) -> ModelShape:
+def _minilm(
+    name: str, width: int, layers: int, positions: int, vocabulary: int, tokens: int
+) -> ModelShape:
     def tensors() -> Iterator[TensorShape]:
         yield TensorShape("embeddings.word_embeddings.weight", (vocabulary, width))
-        yield TensorShape("embeddings.position_embeddings.weight", (tokens, width))
+        yield TensorShape("embeddings.position_embeddings.weight", (positions, width))
         yield TensorShape("embeddings.token_type_embeddings.weight", (2, width))
         yield from _norm("embeddings.LayerNorm", width)
         for layer in range(layers):
@@ -133,7 +156,7 @@ def _minilm(name: str, width: int, layers: int, tokens: int, vocabulary: int) ->
             yield from _norm(f"{block}.output.LayerNorm", width)
         yield from _linear("pooler.dense", width, width)
 
-    return ModelShape(name, tuple(tensors()))
+    return ModelShape(name, tuple(tensors()), layers, tokens)
 
 
 def _norm(name: str, width: int) -> Iterator[TensorShape]:
@@ -149,9 +172,50 @@ def _linear(name: str, rows: int, columns: int, selected: int = 0) -> Iterator[T
 SHAPES = {
     shape.name: shape
     for shape in (
-        _minilm("minilm", width=384, layers=6, tokens=512, vocabulary=30522),
+        _minilm("minilm", 384, layers=6, positions=512, vocabulary=30522, tokens=48),
         _vision_transformer("vit-b-32", 768, layers=12, patch=32, tokens=50, embedding=512),
         _vision_transformer("vit-l-14", 1024, layers=24, patch=14, tokens=257, embedding=768),
-        _t5("t5-large", 1024, inner=4096, layers=24, heads=16, vocabulary=32128),
+        _t5("t5-large", 1024, inner=4096, layers=24, heads=16, vocabulary=32128, tokens=128),
     )
 }
+
+
+def library_model(name: str, layers: int | None = None) -> nn.Module:
+    """A model of `SHAPES` as its library makes it, with the library's random weights.
+
+    Args:
+        name: its name.
+        layers: layers of each stack, by default all.
+    """
+    layers = layers or SHAPES[name].layers
+    if name in ("minilm", "t5-large"):
+        import transformers
+
+        if name == "minilm":
+            bert = transformers.BertConfig(
+                hidden_size=384,
+                num_hidden_layers=layers,
+                num_attention_heads=12,
+                intermediate_size=1536,
+            )
+            return transformers.BertModel(bert)
+        t5 = transformers.T5Config(
+            d_model=1024, d_ff=4096, d_kv=64, num_layers=layers, num_heads=16
+        )
+        return transformers.T5ForConditionalGeneration(t5)
+    import open_clip
+    from open_clip.transformer import VisionTransformer
+
+    config: dict[str, Any] = open_clip.get_model_config(
+        {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}[name]
+    )
+    vision = config["vision_cfg"]
+    return VisionTransformer(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["width"],
+        layers=layers,
+        heads=vision["width"] // vision.get("head_width", 64),
+        mlp_ratio=4.0,
+        output_dim=config["embed_dim"],
+    )

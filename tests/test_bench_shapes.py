@@ -3,48 +3,16 @@
 import open_clip
 import pytest
 import torch
-from open_clip.transformer import VisionTransformer
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from benches.shapes import SHAPES
-
-
-def open_clip_tower(name: str) -> torch.nn.Module:
-    config = open_clip.get_model_config(name)
-    vision = config["vision_cfg"]
-    return VisionTransformer(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        width=vision["width"],
-        layers=vision["layers"],
-        heads=vision["width"] // vision.get("head_width", 64),
-        mlp_ratio=4.0,
-        output_dim=config["embed_dim"],
-    )
-
-
-def library_model(name: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        if name == "minilm":
-            return BertModel(
-                BertConfig(
-                    hidden_size=384,
-                    num_hidden_layers=6,
-                    num_attention_heads=12,
-                    intermediate_size=1536,
-                )
-            )
-        if name == "t5-large":
-            return T5ForConditionalGeneration(
-                T5Config(d_model=1024, d_ff=4096, d_kv=64, num_layers=24, num_heads=16)
-            )
-        return open_clip_tower({"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}[name])
+from benches.shapes import SHAPES, library_model
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_those_of_the_library(name: str) -> None:
     listed = {tensor.name: tensor.shape for tensor in SHAPES[name].tensors}
-    real = {key: tuple(value.shape) for key, value in library_model(name).named_parameters()}
+    with torch.device("meta"):
+        model = library_model(name)
+    real = {key: tuple(value.shape) for key, value in model.named_parameters()}
     assert listed == real
 
 
@@ -64,3 +32,23 @@ def test_masks_select_only_query_and_key(name: str) -> None:
     assert nnz == pytest.approx(0.6 * shape.touched_numel, rel=0.01)
     for tensor in shape.touched:
         assert not masks[tensor.name][tensor.query_key_rows :].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [
+        ("minilm", {(384, 384), (1536, 384), (384, 1536)}),
+        ("vit-b-32", {(2304, 768), (768, 768), (3072, 768), (768, 3072)}),
+        ("vit-l-14", {(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)}),
+        ("t5-large", {(1024, 1024), (4096, 1024), (1024, 4096)}),
+    ],
+)
+def test_linears_are_the_matrices_of_the_blocks(name: str, linears: set[tuple[int, int]]) -> None:
+    assert set(SHAPES[name].linears) == linears
+
+
+@pytest.mark.parametrize("name", ["vit-b-32", "vit-l-14"])
+def test_tokens_are_the_patches_and_the_class(name: str) -> None:
+    library_name = {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}[name]
+    vision = open_clip.get_model_config(library_name)["vision_cfg"]
+    assert SHAPES[name].tokens == (vision["image_size"] // vision["patch_size"]) ** 2 + 1

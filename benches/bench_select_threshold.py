@@ -1,0 +1,82 @@
+"""The threshold of a mask over a model's tensors, ours beside torch's own ways.
+
+- kthvalue: the scores concatenated, `torch.kthvalue` of them.
+- sort: the scores concatenated and sorted.
+
+All find the k-th lowest of the tensors that can be masked, k a tenth of their entries. The peak is
+what a form takes beside the scores; nothing is held between calls, the state is that of one call.
+"""
+
+from collections.abc import Callable
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from benches import measure
+from benches.shapes import ModelShape, TensorShape
+from benches.table import OURS
+from talos_kernels import select_threshold
+
+FORMS = (OURS, "(a) cat and kthvalue", "(b) cat and sort")
+DENSITY = 0.1
+PASSES, BINS = 3, 2048
+NOT_MASKABLE = ("embed", "shared", "relative_attention_bias")
+
+
+def maskable(shape: ModelShape) -> list[TensorShape]:
+    """The weights of linear layers and convolutions: embeddings, norms and biases are left out."""
+    return [
+        tensor
+        for tensor in shape.tensors
+        if len(tensor.shape) > 1 and not any(word in tensor.name for word in NOT_MASKABLE)
+    ]
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_select_threshold(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    device = measure.target_device()
+    generator = torch.Generator().manual_seed(0)
+    scores = [
+        torch.randn(tensor.shape, generator=generator).square().to(device)
+        for tensor in maskable(shape)
+    ]
+    n = sum(score.numel() for score in scores)
+    k = round(DENSITY * n)
+    if name == OURS:
+        moved = PASSES * 4 * n
+        # int64 counts, and on the CPU four tables of 32-bit ones a thread, from no allocator of
+        # torch's
+        tables = 0 if device.type == "cuda" else 4 * 4 * BINS * torch.get_num_threads()
+        held = 8 * BINS + tables
+
+        def step() -> float:
+            return select_threshold(scores, k).value
+    elif name.startswith("(a)"):
+        held = 0
+        moved = 3 * 4 * n  # the concatenation, and at least one reading of it
+
+        def step() -> float:
+            return torch.cat([score.flatten() for score in scores]).kthvalue(k).values.item()
+    else:
+        held = 0
+        moved = (3 + 1 + 2) * 4 * n  # the same, and values and int64 positions written
+
+        def step() -> float:
+            return torch.cat([score.flatten() for score in scores]).sort().values[k - 1].item()
+
+    found = step()
+    below = sum(int((score < found).sum()) for score in scores)
+    equal = sum(int((score == found).sum()) for score in scores)
+    assert below < k <= below + equal
+    # outside the project: where the squares of normal numbers have this quantile
+    assert found == pytest.approx(NormalDist().inv_cdf((1 + DENSITY) / 2) ** 2, rel=0.01)
+    measured(
+        step,
+        op="select_threshold",
+        shape=shape.name,
+        form=name,
+        bytes_moved=moved,
+        state_bytes=held,
+    )
