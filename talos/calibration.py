@@ -267,8 +267,8 @@ def calibrate(
     dead = sum(int((capture.scores[name][mask] == 0).sum()) for name, mask in kept.items())
     if dead > _MANY_DEAD * count and not equal:
         warnings.warn(
-            f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them on "
-            "these samples (dead units, inputs that are always zero), so training will not move "
+            f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them "
+            "on these samples (dead units, inputs that are always zero), so training will not move "
             "them; use more varied samples, or leave their layers out with params=",
             stacklevel=2,
         )

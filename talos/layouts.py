@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import TalosRuntimeError, TalosValueError
 
-__all__ = ["Layouts", "Use"]
+__all__ = ["Layouts", "Use", "leading"]
 
 Origin = Literal["layer", "attention", "image"]
 
@@ -195,3 +195,25 @@ def _row_sizes(rows: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows), dtype=wide)
     return rows.abs().amax(1).to(wide)
+
+
+def leading(x: Tensor) -> tuple[int, ...]:
+    """The leading dimensions of an input [..., D]; of rows that a view flattened, those before it.
+
+    Flattened rows are probed in every batch, so it pays to know that they are none.
+
+    Args:
+        x: the input.
+
+    Returns:
+        Their sizes.
+
+    Example:
+        >>> leading(torch.zeros(2, 3, 4).view(-1, 4))
+        (2, 3)
+    """
+    base = x._base
+    if base is None or x.dim() != 2 or base.dim() == 2 or base.shape[-1:] != x.shape[-1:]:
+        return tuple(x.shape[:-1])
+    whole = base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
+    return tuple((base if whole else x).shape[:-1])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import listeners
-from .layouts import Origin, Use
+from .layouts import Origin, Use, leading
 from .listeners import Part, Sink
 from .params import Selection, is_norm
 from .patches import unfolded
@@ -172,7 +172,7 @@ class Router:
         parts = self._parts(weight, bias)
         if not any(parts):
             return original(x, weight, bias)
-        lead: Sequence[int] = x.shape[:-1]
+        lead = leading(x)
         if self._attention and x.dim() == 2:
             lead = self._attention[-1]
         origin: Origin = "attention" if self._attention else "layer"
@@ -185,8 +185,8 @@ class Router:
         if not any(parts):
             return original(*args, **kwargs)
         bias, x, weight = args
-        transposed, lead = weight.detach().t(), x.shape[:-1]
-        return self._listen(x, transposed, bias.detach(), parts, lead, "layer", transposed=True)
+        flipped = weight.detach().t()
+        return self._listen(x, flipped, bias.detach(), parts, leading(x), "layer", transposed=True)
 
     def _conv2d(
         self,

@@ -991,6 +991,30 @@ def test_what_cannot_be_scored_exactly_is_refused_by_name(name: str) -> None:
         fisher_diag(model.double(), [inputs()], params=".")
 
 
+@pytest.mark.parametrize(
+    ("name", "probes"),
+    [
+        ("encoder layer", 1),
+        ("weights [in, out]", 1),  # views: what they flattened is known
+        ("windows", 1),
+        ("tokens flattened", 3),  # the inner layer's might be packed
+    ],
+)
+def test_layouts_are_probed_once_where_they_can_be_known(
+    name: str, probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = MODELS[name]().double(), inputs(12)
+    backward, calls = torch.autograd.grad, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    fisher_diag(model, [part.clone() for part in batched(x, 4)], params=".")
+    assert len(calls) == 3 + probes
+
+
 def test_packed_sequences_are_refused_in_a_later_batch_too() -> None:
     def lengths(x: Tensor) -> list[int]:
         return x[:, 0, 0].long().tolist()
