@@ -19,7 +19,7 @@ from talos_kernels.sparse_adam import sparse_adam_reference
 from .cases import CASES, DTYPES, MANY, Case, assert_bit_equal, assert_close
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("sparse_adam_", "gather_grad_", "scatter_", "add_delta_")
+NAMES = ("sparse_adam_", "gather_grad_", "scatter_", "add_delta_", "score_histogram")
 # On these torch fuses as csrc/adam.h does; its kernels for older processors do not.
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 

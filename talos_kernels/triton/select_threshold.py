@@ -24,7 +24,7 @@ COLUMNS = tl.constexpr(3)  # of the table: address, entries, first program
 @triton.jit
 def program_tensor(table_ptr, n_tensors):
     """The tensor of this program: the last one whose first program is not beyond it."""
-    low, high = n_tensors * 0, n_tensors
+    low, high = tl.zeros((), tl.int64), tl.cast(n_tensors, tl.int64)
     while high - low > 1:
         middle = (low + high) // 2
         after = tl.load(table_ptr + middle * COLUMNS + 2) > tl.program_id(0)
