@@ -23,7 +23,6 @@ from talos_kernels import fisher_diag_
 
 BATCH_SIZE = {"cpu": 16, "cuda": 32}
 CPU_LAYERS = {"minilm": 6, "vit-b-32": 4, "vit-l-14": 1, "t5-large": 1}
-SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 8.0, 20, 3  # of one form
 TOLERANCE = 1e-4
 
 Tower = tuple[str, scoring.Scored, scoring.Batch]
@@ -90,7 +89,7 @@ def bench_scoring(
         if on_gpu:
             model.autocast = True
             peak = measure.peak_bytes(lambda: form.score(model, batch))
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / first)))
+        rounds = measure.rounds_for(first)
         seconds, spread = measure.median_and_spread(timed(rounds))
     except torch.OutOfMemoryError as error:
         pytest.skip(f"{name} needs more memory than there is: {str(error).splitlines()[0]}")

@@ -87,7 +87,9 @@ def measured(
 
     def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
         peak = measure.peak_bytes(step)
-        benchmark.pedantic(step, rounds=20, iterations=10 if on_gpu else 1, warmup_rounds=2)
+        (first,) = measure.seconds(step, 1)
+        rounds = measure.rounds_for(first)
+        benchmark.pedantic(step, rounds=rounds, iterations=10 if on_gpu else 1, warmup_rounds=1)
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats

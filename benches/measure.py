@@ -44,6 +44,11 @@ def seconds(work: Callable[[], object], rounds: int) -> list[float]:
     return times
 
 
+def rounds_for(first: float) -> int:
+    """How often to repeat what took `first` seconds: about 8 seconds of it, 3 to 20 times."""
+    return max(3, min(20, int(8 / max(first, 1e-9))))
+
+
 def median_seconds(work: Callable[[], object], rounds: int = 10, warmup: int = 3) -> float:
     """The median time of one call of `work`, each call waited for."""
     for _ in range(warmup):

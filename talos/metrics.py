@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from talos.batches import default_logits, labels_of
 from talos.errors import TalosValueError
-from talos.models.text import evaluation_mode
+from talos.models import evaluation_mode
 
 
 @dataclass(frozen=True)

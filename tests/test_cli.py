@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ from talos.cli.commands import calibrate, demo, evaluate, inspect, merge, report
 from talos.cli.commands.merge import parse_term
 from talos.errors import TalosValueError
 from talos.masks import Mask
+from talos.models import load_text_encoder
+from talos.params import select_parameters
 from talos.report import save_results
 from talos.task_vectors import TaskVector
 from tests.test_report import synthetic
 from tests.tiny import save_tiny_encoder
+from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
 
 COMMANDS = {
     "demo": demo,
@@ -137,10 +141,29 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("calibrate --data a --out m.safetensors --samples -1", "--samples must be at least 1"),
         ("calibrate --data a --out m.safetensors --target prob", "--target must be log_prob or"),
         ("calibrate --data a --out m.safetensors --draws 0", "--draws must be exact or at least 1"),
+        ("calibrate --data a", "--out must be a file to write, got none; or pass --dry-run"),
+        ("calibrate --data a --dry-run --out m.pt", "--out must end in .safetensors"),
+        ("calibrate --data a --out m.safetensors --labels true", "--labels must be sampled or imp"),
+        ("calibrate --data a --out m.safetensors --parity code", "--parity must be paper or rele"),
+        (
+            "calibrate --data a --out m.safetensors --parity released --target log_prob",
+            "--target must be logit with --parity released, got log_prob",
+        ),
         ("calibrate --data a --out m.pt", "--out must end in .safetensors"),
         ("calibrate --data a --out none/m.safetensors", "existing folder"),
         ("calibrate --data nothing --out m.safetensors", "nothing"),
         ("calibrate --data none.csv --out m.safetensors", "none.csv"),
+        ("calibrate --data . --dry-run", "one folder of images a class, at least two, got 0"),
+        ("calibrate --data digits --dry-run", "--model must read the images of digits, got minilm"),
+        (
+            "calibrate --data character_kind --model openclip:ViT-B-32:openai --dry-run",
+            "--model must read the texts of character_kind, got openclip:.*which reads images",
+        ),
+        (
+            "calibrate --data digits --model openclip:ViT-B-32:w.pt --dry-run",
+            "pickled weights are never loaded",
+        ),
+        ("calibrate --data character_kind --model none/such/folder --dry-run", "no folder"),
         ("train --data a --out v.safetensors --steps 0", "--steps must be at least 1, got 0"),
         ("train --data a --out v.safetensors --lr -1", "--lr must be positive and finite, got -1"),
         (
@@ -150,6 +173,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
         ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
+        ("eval --data digits", "--model must read the images of digits, got minilm"),
         ("eval --data a --scale big", "--scale must be a finite number or grid, got big"),
         ("eval --data a --data a", "--data must differ"),
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
@@ -272,6 +296,99 @@ def test_from_calibration_to_evaluation(
     first = mask.read_bytes()
     assert main(["calibrate", *common, *scored, "--out", str(mask), "--overwrite"]) == 0
     assert mask.read_bytes() == first
+
+
+def test_a_dry_run_tells_what_would_be_scored(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["calibrate", "--model", model, "--data", data, "--density", "0.25", "--dry-run"]
+    assert main([*arguments, "--samples", "40", "--seed", "5"]) == 0
+    text = capsys.readouterr().out
+    encoder = load_text_encoder(model)
+    selection = select_parameters(encoder.classifier(["cat", "dog"]), "maskable")
+    entries = sum(each.numel for each in selection.values())
+    rows = [line.split() for line in text.splitlines()]
+    assert ["scored", "total", f"{len(selection):,}", f"{entries:,}"] in rows
+    left_out = sum(p.numel() for p in encoder.parameters()) - entries
+    assert ["left", "out", "total", "3", f"{left_out:,}"] in rows
+    assert any(row[:3] == ["left", "out", "embedding"] and row[-1] == "embedding" for row in rows)
+    assert f"{round(0.25 * entries):,} of {entries:,} entries will be selected" in text
+    for word in ("scores of", "40 samples", "activations of a batch of 32"):
+        assert word in text, word
+    again = text.splitlines()[-1].strip()
+    assert again == (
+        f"talos calibrate --data {data} --model {model} --density 0.25 --samples 40 --seed 5 "
+        "--out mask.safetensors"
+    )
+    assert main([*arguments, "--layers"]) == 0
+    assert re.search(r"scored +1 +query +1 +1,024", capsys.readouterr().out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_calibration_tells_speed_densities_and_stability(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.safetensors"
+    arguments = ["calibrate", "--model", model, "--data", data, "--out", str(path)]
+    arguments += ["--batch-size", "16"]
+    assert main([*arguments, "--samples", "32", "--check", "--labels", "importance"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"calibrate pets +[\d.,]+ samples/s", err), err
+    mask = Mask.load(path)
+    assert re.search(r"\(density 0\.100\), [\d.]+ [kM]?B; [\d.,]+ samples/s", out), out
+    for row in mask.describe().by_kind():
+        cells = [row.kind, f"{row.numel:,}", f"{row.nnz:,}", f"{row.density:.3f}"]
+        assert re.search(" +".join(cells), out), cells
+    stability, chance = mask.metadata["stability"], mask.metadata["stability_by_chance"]
+    assert f"stability {stability:.2f}: " in out
+    assert f"({chance:.2f} by chance)" in out
+    assert main([*arguments, "--overwrite", "--samples", "8", "--parity", "released"]) == 0
+    assert Mask.load(path).metadata["target"] == "logit"
+    assert Mask.load(path) != mask
+    assert "stability" not in capsys.readouterr().out  # of one batch there are no halves
+
+
+def test_clip_from_calibration_to_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = save_tiny_clip(tmp_path / "clip")
+    images = save_images(tmp_path / "bright", {"dark": 40, "light": 40})
+    mask, vector = tmp_path / "mask.safetensors", tmp_path / "vector.safetensors"
+    common = ["--model", f"openclip:{CLIP}:{weights}", "--data", str(images), "--batch-size", "8"]
+    assert main(["calibrate", *common, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"frozen +total.*", text)
+    assert "requires_grad=False" in text
+    scored = ["--samples", "24", "--rounds", "2", "--density", "0.3"]
+    assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
+    assert all(name.startswith("encoder.clip.visual.") for name in Mask.load(mask).names)
+    trained = ["--mask", str(mask), "--steps", "12", "--lr", "0.01"]
+    assert main(["train", *common, *trained, "--out", str(vector)]) == 0
+    assert TaskVector.load(vector).mask == Mask.load(mask)
+    assert TaskVector.load(vector).values.abs().max() > 0
+    assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
+    assert "mean validation accuracy" in capsys.readouterr().out
+    digits = ["--model", common[1], "--data", "digits", "--samples", "16", "--rounds", "1"]
+    assert main(["calibrate", *digits, "--out", str(mask), "--overwrite"]) == 0
+    assert Mask.load(mask).metadata["task"] == "digits"
+
+
+@pytest.mark.parametrize("save", [save_tiny_t5, save_tiny_gpt2])
+def test_a_language_model_from_calibration_to_training(
+    save: Callable[[Path], Path], data: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "model")
+    mask, vector = tmp_path / "mask.safetensors", tmp_path / "vector.safetensors"
+    common = ["--model", str(folder), "--data", data, "--batch-size", "8"]
+    scored = ["--samples", "16", "--rounds", "2", "--density", "0.2"]
+    assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
+    assert all(name.startswith("encoder.model.") for name in Mask.load(mask).names)
+    trained = ["--mask", str(mask), "--steps", "12", "--lr", "0.01"]
+    assert main(["train", *common, *trained, "--out", str(vector)]) == 0
+    assert TaskVector.load(vector).metadata["model"] == "model"
+    assert main(["eval", *common, "--vector", str(vector)]) == 0
+    assert TaskVector.load(vector).values.abs().max() > 0
 
 
 def test_too_many_samples_are_refused(

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Bars", "Interrupted", "keeping", "next_step", "say", "stdout"]
+__all__ = ["Bars", "Interrupted", "keeping", "next_step", "per_second", "say", "stdout"]
 
 
 class Interrupted(Exception):
@@ -78,7 +78,7 @@ def next_step(console: Console, *commands: str) -> None:
 
 
 class Bars:
-    """A progress bar a phase, on stderr, with loss and time left.
+    """A progress bar a phase, on stderr, with loss or speed and time left.
 
     Each finished phase leaves one line with its seconds; bars move on a terminal only.
     """
@@ -89,7 +89,7 @@ class Bars:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -112,7 +112,14 @@ class Bars:
         """Stops drawing; what was drawn stays."""
         self._progress.stop()
 
-    def show(self, label: str, done: int, total: int, loss: float | None = None) -> None:
+    def show(
+        self,
+        label: str,
+        done: int,
+        total: int,
+        loss: float | None = None,
+        unit: str | None = None,
+    ) -> None:
         """Moves the bar of a phase; a new label begins a new bar.
 
         A finished bar gives way to a line: so many phases stacked would not fit on a screen.
@@ -122,14 +129,32 @@ class Bars:
             done: steps done.
             total: all steps.
             loss: the step's loss.
+            unit: what the steps are; where it is given, the bar tells how many are done a second.
         """
-        text = "" if loss is None else f"loss {loss:.3f}"
         if self._bar is None:
-            self._bar = self._progress.add_task(label, total=total, loss=text)
+            self._bar = self._progress.add_task(label, total=total, note="")
             self._since = time.monotonic()
-        self._progress.update(self._bar, description=label, completed=done, total=total, loss=text)
+        passed = time.monotonic() - self._since
+        notes = [] if loss is None else [f"loss {loss:.3f}"]
+        if unit is not None and done:
+            notes.append(f"{per_second(done, passed)} {unit}/s")
+        text = ", ".join(notes)
+        self._progress.update(self._bar, description=label, completed=done, total=total, note=text)
         if done >= total:
             self._progress.remove_task(self._bar)
             self._bar = None
-            seconds = f"{time.monotonic() - self._since:6.1f} s"
-            self._console.print(f"{seconds}  {label}  {text}".rstrip(), markup=False)
+            self._console.print(f"{passed:6.1f} s  {label}  {text}".rstrip(), markup=False)
+
+
+def per_second(count: int, seconds: float) -> str:
+    """Writes a speed with three digits.
+
+    Args:
+        count: how many were done.
+        seconds: in which time.
+
+    Returns:
+        For example "12.3" or "1,450".
+    """
+    speed = count / max(seconds, 1e-9)
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

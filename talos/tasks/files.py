@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import operator
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+from talos.tasks.splits import split_classes
 from talos.tasks.task import Example, Task
 
 COLUMNS = ("text", "label")
@@ -84,7 +84,11 @@ def load_file(
             f"{', '.join(class_texts)}"
         )
     texts = class_texts or {label: label.replace("_", " ").replace("-", " ") for label in names}
-    train, validation, test = _split(rows, names, seed)
+    classes = [
+        [Example(text, label) for text, found in rows.items() if found == name]
+        for label, name in enumerate(names)
+    ]
+    train, validation, test = split_classes(classes, seed)
     return Task(
         name=path.stem if name is None else name,
         description=f"Rows of {path.name}, split 80/10/10 within each class.",
@@ -94,21 +98,6 @@ def load_file(
         validation=validation,
         test=test,
     )
-
-
-def _split(rows: Mapping[str, str], names: list[str], seed: int) -> tuple[list[Example], ...]:
-    draw = random.Random(f"talos {seed}")
-    splits: tuple[list[Example], ...] = ([], [], [])
-    for label, class_name in enumerate(names):
-        examples = [Example(text, label) for text, found in rows.items() if found == class_name]
-        draw.shuffle(examples)
-        held_out = max(1, round(0.1 * len(examples)))
-        splits[1].extend(examples[:held_out])
-        splits[2].extend(examples[held_out : 2 * held_out])
-        splits[0].extend(examples[2 * held_out :])
-    for examples in splits:
-        draw.shuffle(examples)
-    return splits
 
 
 def _unique(path: Path, rows: Iterator[tuple[int, str, str]]) -> dict[str, str]:

@@ -7,6 +7,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+E = TypeVar("E")
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = (1600, 400, 600)
@@ -113,6 +116,22 @@ def split_groups(
         for names, size in zip(assigned, sizes, strict=True)
     )
     return train, validation, test
+
+
+def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], list[E], list[E]]:
+    """Draws three splits, 80/10/10 within each class and at least one example of it in each."""
+    draw = random.Random(f"talos {seed}")
+    splits: tuple[list[E], list[E], list[E]] = ([], [], [])
+    for members in classes:
+        examples = list(members)
+        draw.shuffle(examples)
+        held_out = max(1, round(0.1 * len(examples)))
+        splits[1].extend(examples[:held_out])
+        splits[2].extend(examples[held_out : 2 * held_out])
+        splits[0].extend(examples[2 * held_out :])
+    for drawn in splits:
+        draw.shuffle(drawn)
+    return splits
 
 
 def _draw(

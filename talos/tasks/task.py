@@ -1,11 +1,11 @@
-"""A text classification task, and its batches."""
+"""Classification tasks in three splits, and the batches of texts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,11 +40,15 @@ class Example:
     origin: str = ""
 
 
+E = TypeVar("E")
+
+
 @dataclass(frozen=True)
-class Task:
-    """A text classification task with three splits that share no text.
+class LabelledSplits(Generic[E]):
+    """A classification task: examples in three splits that share none.
 
     Attributes:
+        reads: What the examples are.
         name: Name, as `load_task` knows it.
         description: What is to be told from what, and how the splits are kept apart.
         class_names: One short name per class.
@@ -58,15 +62,13 @@ class Task:
     description: str
     class_names: tuple[str, ...]
     class_texts: tuple[str, ...]
-    train: list[Example] = field(repr=False)
-    validation: list[Example] = field(repr=False)
-    test: list[Example] = field(repr=False)
-    # Token ids by split, length and tokenizer, which is kept so that its id stays its own.
-    _tokens: dict[tuple[str, int, int], tuple[Tokenizer, list[list[int]]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    train: list[E] = field(repr=False)
+    validation: list[E] = field(repr=False)
+    test: list[E] = field(repr=False)
 
-    def examples(self, split: str) -> list[Example]:
+    reads: ClassVar[Literal["texts", "images"]]
+
+    def examples(self, split: str) -> list[E]:
         """Returns the examples of "train", "validation" or "test".
 
         Args:
@@ -80,8 +82,19 @@ class Task:
         """
         if split not in SPLITS:
             raise TalosValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        found: list[Example] = getattr(self, split)
+        found: list[E] = getattr(self, split)
         return found
+
+
+@dataclass(frozen=True)
+class Task(LabelledSplits[Example]):
+    """A text classification task with three splits that share no text; see `LabelledSplits`."""
+
+    reads = "texts"
+    # Token ids by split, length and tokenizer, which is kept so that its id stays its own.
+    _tokens: dict[tuple[str, int, int], tuple[Tokenizer, list[list[int]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def batches(
         self,
@@ -192,13 +205,28 @@ class Batches:
         """
         self.epoch = epoch
 
+    def shortest_first(self, stride: int = 1) -> Batches:
+        """Returns batches of texts of like length, which need little padding.
+
+        Args:
+            stride: Only every so many-th text is taken, of all lengths.
+
+        Returns:
+            The batches, shortest text first, whatever the seed.
+        """
+        order = sorted(range(len(self.labels)), key=lambda i: len(self.token_ids[i]))[::stride]
+        return Batches(
+            [self.token_ids[i] for i in order],
+            [self.labels[i] for i in order],
+            batch_size=self.batch_size,
+            pad_token_id=self.pad_token_id,
+        )
+
     def __len__(self) -> int:
         return -(-len(self.token_ids) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order = list(range(len(self.token_ids)))
-        if self.seed is not None:
-            random.Random(f"talos {self.seed} {self.epoch}").shuffle(order)
+        order = ordered(len(self.token_ids), self.seed, self.epoch)
         for start in range(0, len(order), self.batch_size):
             yield self._batch(order[start : start + self.batch_size])
 
@@ -212,3 +240,11 @@ class Batches:
             attention_mask[row, : len(ids)] = 1
         labels = torch.tensor([self.labels[i] for i in chosen], dtype=torch.int64)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def ordered(count: int, seed: int | None, epoch: int) -> list[int]:
+    """Returns the order of an epoch's examples: their own without a seed, else a shuffled one."""
+    order = list(range(count))
+    if seed is not None:
+        random.Random(f"talos {seed} {epoch}").shuffle(order)
+    return order

@@ -74,7 +74,8 @@ def evaluate(
                 f"--data must have different names, got {', '.join(sorted(twice))} twice; "
                 "rename a file"
             )
-        judge = Judge(load_encoder(model), tasks, max_length=max_length, batch_size=batch_size)
+        encoder = load_encoder(model, *tasks)
+        judge = Judge(encoder, tasks, max_length=max_length, batch_size=batch_size)
         names = [task.name for task in tasks]
         bars.show("pretrained", 0, len(names))
         before = {}
