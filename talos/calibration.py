@@ -200,7 +200,8 @@ def calibrate(
         select: "lowest", or "highest" for the most sensitive weights, as a control.
         parity: "released" does what the code that the authors released does where it differs from
             the paper: target="logit" and soft=0.1 whatever is passed here, int(density * N) entries
-            and all that tie with the last of them, and the tensors that the model holds by itself
+            (one fewer than before in a round that would keep all) and all that tie with the last of
+            them, and the tensors that the model holds by itself
             (class and positional embedding, `proj` of CLIP) trained whole besides.
         check: a self-test on three samples; see `fisher_diag`.
         on_progress: called after each batch.
@@ -239,13 +240,14 @@ def calibrate(
         )
     selection = select_parameters(model, params)
     entries = sum(each.numel for each in selection.values())
-    if round(density * entries) == 0:
+    if (int if released else round)(density * entries) == 0:
         raise TalosValueError(
             f"density must select at least one of {entries} weights, got {density}: no weight "
             "selected"
         )
     kept = _selectable(selection)
-    progress = _Rounds(rounds, on_progress, logits_fn or logits_and_positions, estimator, check)
+    asked = logits_fn or logits_and_positions
+    progress = _Rounds(rounds, on_progress, asked, estimator, check, halving=True)
     equal = False
     count = entries
     with ExitStack() as stack:
@@ -255,11 +257,14 @@ def calibrate(
         for index in range(rounds):
             capture.reset()
             samples = progress.score(capture, bare, batches)
-            if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _warn_if_equal(capture.scores, kept)
             before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
             choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
             halves = [choose(scores) for scores in progress.halves]
+            if halves:  # the second half's scores are the capture's; here they become the sum
+                for name, score in progress.halves.pop(0).items():
+                    capture.scores[name] += score
+            if index == 0:  # later rounds choose among the lowest, which may all be 0
+                equal = _warn_if_equal(capture.scores, kept)
             kept = choose(capture.scores, all_ties=released)
             count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
             if index + 1 < rounds:
@@ -294,7 +299,7 @@ def calibrate(
 
 def _nnz(wanted: float, kept: int, released: bool) -> int:
     """How many entries a round keeps: the nearest number, or what the released code counts."""
-    return min(int(wanted), kept - 1) if released else round(wanted)
+    return max(1, min(int(wanted), kept - 1)) if released else round(wanted)
 
 
 def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
@@ -310,7 +315,9 @@ class _Rounds:
     """Scores round after round: what is asked of the model, how far it is, what halves said.
 
     Attributes:
-        halves: in the last round the scores of the first and of the second half of the batches.
+        halving: whether the last round is to be scored in two halves, `halves`, of which the
+            capture then holds the second only.
+        halves: the scores of the first and of the second half of its batches.
     """
 
     rounds: int
@@ -318,6 +325,7 @@ class _Rounds:
     logits_fn: LogitsFn
     estimator: Estimator
     check: bool
+    halving: bool = False
     done: int = 0
     total: int | None = None
     batches: int = 0
@@ -348,16 +356,15 @@ class _Rounds:
                 "batches must hold at least one sample, got 0; check the data set"
             )
         if self.halves:
+            capture.check(self.halves[0])
             self.halves.append(capture.scores)
-            first, second = self.halves
-            capture.scores = {name: first[name] + second[name] for name in first}
         capture.check()
         self.done, self.total, self.batches = self.done + 1, samples, count
         return samples
 
     def _half(self, batches: Iterable[Any]) -> int | None:
         """The batch with which the second half of the last round begins, where that is known."""
-        if self.done + 1 < self.rounds:
+        if self.done + 1 < self.rounds or not self.halving:
             return None
         count = self.batches or (len(batches) if isinstance(batches, Sized) else 0)
         return count // 2 or None
@@ -372,14 +379,18 @@ class _Rounds:
         logits = self._ask(capture, model, batch)
         count = len(logits.values)
         chosen = sorted({0, count // 2, count - 1})
-        losses, _, _ = next(self.estimator.losses(logits, 0, 0))
+        losses = self._any_losses(logits)
         only = torch.zeros_like(losses).index_fill_(0, torch.tensor(chosen).to(losses.device), 1.0)
         capture.backward(losses * only)
         ours = capture.take()
         with capture.plain():
             logits = self._ask(capture, model, batch)
-            losses, _, _ = next(self.estimator.losses(logits, 0, 0))
+            losses = self._any_losses(logits)
             capture.compare(ours, [losses[row] for row in chosen])
+
+    def _any_losses(self, logits: Logits) -> Tensor:
+        """Losses [B] that reach whatever any draw or class reaches."""
+        return torch.stack([each for each, _, _ in self.estimator.losses(logits, 0, 0)]).sum(0)
 
     def _report(self, samples: int) -> None:
         if self.on_progress is not None:

@@ -14,7 +14,7 @@ count as further tokens of the sample.
 """
 
 from collections import Counter
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from types import TracebackType
@@ -99,7 +99,7 @@ class Capture:
         self._selection = selection
         self._scale = scale
         self._layouts = Layouts()
-        self._router = Router(selection, self._record, self._receive)
+        self._router: Router | None = None  # while active, for it refers back to this
         self._reached: set[str] = set()
         self._batch = _Batch()
         self._stack = ExitStack()
@@ -112,6 +112,7 @@ class Capture:
             for param in self._model.parameters():
                 stack.callback(param.requires_grad_, param.requires_grad)
                 param.requires_grad_(id(param) in chosen)
+            self._router = Router(self._selection, self._record, self._receive)
             self._router.install(stack, self._model)
             self._stack = stack.pop_all()
         return self
@@ -124,15 +125,17 @@ class Capture:
     ) -> None:
         self.forget()
         self._stack.close()
+        self._router = None
 
     def forget(self) -> None:
         """Drops what a forward has recorded: the next one begins a batch."""
         self._batch = _Batch()
-        self._router.forget()
+        if self._router is not None:
+            self._router.forget()
 
     def plain(self) -> AbstractContextManager[None]:
         """Inside it the model computes as ever, and autograd the gradients of the parameters."""
-        return self._router.silence()
+        return nullcontext() if self._router is None else self._router.silence()
 
     def reset(self) -> None:
         """Sets all scores to zero, in new tensors."""
@@ -169,12 +172,13 @@ class Capture:
                 "logits_fn must return logits that depend on the selected parameters, got logits "
                 "without a gradient; take away no_grad and detach, or choose others with params="
             )
-        self._router.forget()
+        if self._router is not None:
+            self._router.forget()
         if batch.half is None:
             batch.half = torch.float16 in _dtypes(losses)
         if not batch.half:
             losses = losses * self._scale
-        if batch.phase == "forward" and self._layouts.needs_probe(batch.uses, batch.samples):
+        if self._layouts.needs_probe(batch.uses, batch.samples):
             batch.phase = "probe"
             scales = self._layouts.probe_scales(losses.detach(), half=batch.half)
             self._run(losses * scales, retain_graph=True)
@@ -183,14 +187,17 @@ class Capture:
         if last:
             self.forget()
 
-    def check(self) -> None:
+    def check(self, scores: dict[str, Tensor] | None = None) -> None:
         """Refuses scores that say nothing.
+
+        Args:
+            scores: what `take` handed out; by default those of now.
 
         Raises:
             TalosRuntimeError: a selected parameter was never reached.
             TalosValueError: a score is NaN or infinite.
         """
-        for name, score in self.scores.items():
+        for name, score in (self.scores if scores is None else scores).items():
             if name not in self._reached:
                 raise TalosRuntimeError(
                     f"{name} must influence the logits, got no gradient of it in any batch, and "
@@ -278,6 +285,11 @@ class Capture:
             batch.expected[part] += 1
 
     def _receive(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
+        if self._batch.phase == "forward":
+            raise TalosRuntimeError(
+                f"logits_fn must leave gradients to the calibration, got a backward through "
+                f"{sink.use.name} before it returned; compute them under no_grad, or elsewhere"
+            )
         if dy.numel() == 0:
             return
         use, batch, count = sink.use, self._batch, prod(sink.use.lead)
@@ -288,6 +300,9 @@ class Capture:
         outer = self._layouts.decide(use, rows, batch.samples)
         split = (outer, batch.samples, count // (outer * batch.samples))
         if inputs is not None:
+            if sink.table is not None and sink.padding_idx is not None:
+                padding = sink.padding_idx % len(sink.table.param)
+                rows = rows.masked_fill((inputs == padding).reshape(count, 1), 0)
             inputs = inputs.reshape(split if sink.table else (*split, inputs.shape[-1]))
         piece = _Piece(sink, rows.view(*split, rows.shape[1]), inputs)
         for part in sink.parts:
@@ -303,18 +318,23 @@ class Capture:
         sink, share = pieces[0].sink, self._batch.share
         if len({(part == piece.sink.table, piece.sink.transposed) for piece in pieces}) > 1:
             raise TalosRuntimeError(
-                f"{part.name} must be used in one way to be scored, got an embedding that is a "
-                f"linear layer too; {_REMEDY}"
+                f"{part.name} must be used in one way to be scored, got two: an embedding that is "
+                f"a linear layer, or a weight and its transpose; {_REMEDY}"
             )
         dy = _joined([piece.dy for piece in pieces])
         if part == sink.vector:
             width = score.shape[1]
+            if dy.shape[-1] != (part.stop - part.start) * width:
+                raise TalosRuntimeError(
+                    f"{part.name} must be as wide as the rows that it is applied to, got "
+                    f"{(part.stop - part.start) * width} entries for rows of {dy.shape[-1]}; "
+                    f"{_REMEDY}"
+                )
             fisher_diag_vector_(score, dy[..., low * width : high * width], share=share)
             return
         inputs = _joined([piece.inputs for piece in pieces if piece.inputs is not None])
         if part == sink.table:
-            padding = sink.padding_idx
-            fisher_diag_embedding_(score, dy, inputs, share=share, padding_idx=padding)
+            fisher_diag_embedding_(score, dy, inputs, share=share)
             return
         left, right = (inputs, dy) if sink.transposed else (dy, inputs)
         self._batch.queue.append((score, left[..., low:high], right))

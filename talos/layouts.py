@@ -26,8 +26,8 @@ __all__ = ["Layouts", "Use", "leading"]
 
 Origin = Literal["layer", "attention", "image"]
 
-# The codes repeat with a prime period, so that they do not keep step with the round numbers that
-# batches and sequences are made of; they span what the gradients' dtype has exponents for.
+# How many codes there are: they span what the gradients' dtype has exponents for. Where samples are
+# more, codes come at random, so that they keep step with nothing.
 _PERIOD = 31
 _FP16_PERIOD = 7
 _TOLERANCE = 0.02  # of log2 of a ratio; two codes differ by 1 or more
@@ -106,6 +106,8 @@ class Layouts:
         """
         unknown = not self._probed and samples > 1
         for use in uses:
+            if use.outer is not None:
+                continue
             allowed = use.layouts(samples)
             if not allowed:
                 raise TalosValueError(
@@ -129,8 +131,11 @@ class Layouts:
             half: whether their gradients are fp16 anywhere on their way.
         """
         self._half = half
-        period = _FP16_PERIOD if half else _PERIOD
-        self._codes = torch.arange(len(losses), device=losses.device) % period - period // 2
+        period, count = _FP16_PERIOD if half else _PERIOD, len(losses)
+        codes = torch.linspace(0, period - 1, count).round()  # far apart where there are few
+        if count > period:
+            codes = torch.randint(period, (count,), generator=torch.Generator().manual_seed(0))
+        self._codes = (codes.long() - period // 2).to(losses.device)
         return torch.ldexp(torch.ones_like(losses), self._codes)
 
     def listen(self, use: Use, rows: Tensor) -> None:
@@ -183,10 +188,13 @@ class Layouts:
             )
         if len(fitting) == 1 < len(allowed) and len(use.lead) > 1:
             self._kinds[use.key] = next(iter(fitting))
-        self._probed, use.signature = True, None
-        # Where several fit they give each row that is not zero to samples of the same code.
-        use.outer = next(iter(fitting.values()))
-        return use.outer
+        self._probed = self._probed or bool(heard.any())
+        use.signature = None
+        # Where several fit they give each row that is not zero to samples of the same code. That is
+        # enough for this backward; another one of the batch may tell more.
+        outer = next(iter(fitting.values()))
+        use.outer = outer if len(fitting) == 1 else None
+        return outer
 
 
 def _row_sizes(rows: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ whole batch; a hook hands out one copy a sample.
 """
 
 import sys
-import weakref
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,12 +31,14 @@ from torch.nn import functional
 
 from . import listeners
 from .layouts import Origin, Use, leading
-from .listeners import Part, Sink
+from .listeners import Part, SharedCast, Sink
 from .params import Selection, is_norm
 from .patches import unfolded
 
 __all__ = ["Router"]
 
+
+_installing = threading.RLock()
 
 Parts = tuple[Part | None, Part | None]  # of a weight and of a bias
 
@@ -61,7 +63,7 @@ class Router:
         self._receive = receive
         self._attention: list[tuple[int, ...]] = []  # [T, B] of the attention calls under way
         self._bias: list[list[Tensor]] = []  # ids that the position bias under way looks up
-        self._cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._cast = SharedCast()
         self._silent = False
 
     @contextmanager
@@ -75,10 +77,12 @@ class Router:
 
     def forget(self) -> None:
         """Drops the last input's cast."""
-        self._cast = None
+        self._cast = SharedCast()
 
     def install(self, stack: ExitStack, model: nn.Module) -> None:
         """Routes until `stack` closes."""
+        _installing.acquire()  # two threads would put back what they found in the wrong order
+        stack.callback(_installing.release)
         # The fused inference kernels of attention would bypass these functions.
         fused = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
@@ -96,7 +100,7 @@ class Router:
         ):
             original = getattr(owner, name)
             stack.callback(setattr, owner, name, original)
-            setattr(owner, name, partial(ours, original))
+            setattr(owner, name, _by_torchs_names(partial(ours, original)))
         for module in model.modules():
             if is_norm(module) and not isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 self._hook(stack, module)
@@ -109,7 +113,7 @@ class Router:
 
     def _find(self, tensor: Tensor | None) -> Part | None:
         """The part of a parameter that `tensor` is: all of it, or a view of some rows."""
-        if tensor is None:
+        if tensor is None or not tensor.requires_grad:  # a view made under no_grad has no gradient
             return None
         if id(tensor) in self._params:
             name, param = self._params[id(tensor)]
@@ -148,23 +152,13 @@ class Router:
         inputs = x.detach()
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-            inputs, weight = self._narrowed(x, dtype), weight.to(dtype)
+            inputs, weight = self._cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         part = cast(Part, parts[0] or parts[1])
         use = Use(part.name, tuple(lead), origin)
         sink = Sink(use, self._receive, *parts, transposed=transposed)
         self._record(sink)
         return listeners.linear(x, inputs, weight, bias, part.param, sink)
-
-    def _narrowed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The input without its history in `dtype`; layers that share it share the cast."""
-        if self._cast is not None:
-            source, version, kept = self._cast
-            if source() is x and version == x._version and kept.dtype == dtype:
-                return kept
-        kept = x.detach().to(dtype)
-        self._cast = (weakref.ref(x), x._version, kept)
-        return kept
 
     def _linear(
         self, original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -209,7 +203,7 @@ class Router:
         outputs = []
         for group, inputs in enumerate(patches.chunk(groups, 2)):
             own = slice(group * length, group * length + length)
-            own_parts = _narrow(parts[0], own), _narrow(parts[1], own)
+            own_parts = parts[0] and parts[0].narrowed(own), parts[1] and parts[1].narrowed(own)
             own_bias = None if bias is None else bias.detach()[own]
             lead = inputs.shape[:2]
             outputs.append(self._listen(inputs, flat[own], own_bias, own_parts, lead, "image"))
@@ -231,7 +225,7 @@ class Router:
     def _embedding(
         self,
         original: Callable[..., Tensor],
-        ids: Tensor,
+        x: Tensor,
         weight: Tensor,
         padding_idx: int | None = None,
         max_norm: float | None = None,
@@ -242,13 +236,13 @@ class Router:
         options = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         (part, _) = self._parts(weight)
         if part is None or max_norm is not None or scale_grad_by_freq:
-            return original(ids, weight, *options)
-        found = original(ids, weight.detach(), *options)
+            return original(x, weight, *options)
+        found = original(x, weight.detach(), *options)
         if self._bias:
-            self._bias[-1].append(ids)
+            self._bias[-1].append(x)
             return found
-        sink = self._looked_up(part, tuple(ids.shape), padding_idx)
-        return listeners.look_up(found, ids, part.param, tuple(range(found.dim())), sink)
+        sink = self._looked_up(part, tuple(x.shape), padding_idx)
+        return listeners.look_up(found, x, part.param, tuple(range(found.dim())), sink)
 
     def _looked_up(self, part: Part, lead: tuple[int, ...], padding_idx: int | None) -> Sink:
         use = Use(part.name, lead, "layer")
@@ -275,14 +269,14 @@ class Router:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
-        *args: Any,
+        cudnn_enable: bool = True,
     ) -> Tensor:
         parts = self._parts(weight, bias)
         if not any(parts):
-            return original(x, shape, weight, bias, eps, *args)
+            return original(x, shape, weight, bias, eps, cudnn_enable)
 
         def call(x: Tensor) -> Tensor:
-            return original(x, shape, _detached(weight), _detached(bias), eps, *args)
+            return original(x, shape, _detached(weight), _detached(bias), eps, cudnn_enable)
 
         return self._normalise(x, call, weight, parts, (tuple(shape), eps, True))
 
@@ -303,7 +297,10 @@ class Router:
         def call(x: Tensor) -> Tensor:
             return original(x, shape, _detached(weight), eps)
 
-        least = torch.finfo(x.dtype).eps if eps is None else eps
+        wide = torch.promote_types(
+            x.dtype, torch.float32
+        )  # torch computes in it, and takes its eps
+        least = torch.finfo(wide).eps if eps is None else eps
         return self._normalise(x, call, weight, parts, (tuple(shape), least, False))
 
     def _normalise(
@@ -374,11 +371,17 @@ class Router:
         attention.__dict__["compute_bias"] = compute_copies
 
 
+_OURS = {"input": "x", "normalized_shape": "shape"}  # what torch's arguments are called here
+
+
+def _by_torchs_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for callers that name its arguments as torch does."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{_OURS.get(name, name): value for name, value in kwargs.items()})
+
+    return call
+
+
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def _narrow(part: Part | None, rows: slice) -> Part | None:
-    if part is None:
-        return None
-    return Part(part.name, part.param, part.start + rows.start, part.start + rows.stop)

@@ -177,12 +177,13 @@ def fisher_diag_embedding_(
             f"ids must be {list(dy.shape[:3])} on {dy.device}, got {list(ids.shape)} on "
             f"{ids.device}"
         )
-    if ids.numel() == 0:
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TalosTypeError(f"ids must be integers, got {ids.dtype}")
+    if dy.numel() == 0:
         return
-    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= len(score):
+    if int(ids.min()) < 0 or int(ids.max()) >= len(score):
         raise TalosValueError(
-            f"ids must be integers from 0 to {len(score) - 1}, got {ids.dtype} from "
-            f"{int(ids.min())} to {int(ids.max())}"
+            f"ids must lie in 0 to {len(score) - 1}, got {int(ids.min())} to {int(ids.max())}"
         )
     wide = torch.promote_types(dy.dtype, torch.float32)
     with torch.no_grad():
@@ -213,6 +214,8 @@ def _check_score(name: str, score: Tensor, dims: int | None, device: torch.devic
     if dims is not None and score.dim() != dims:
         raise TalosValueError(f"{name} must have {dims} dimensions, got {list(score.shape)}")
     rows = score.stride(-1) == 1 or score.shape[-1] <= 1 if score.dim() else True
+    if score.dim() == 2 and len(score) > 1 and score.stride(0) < score.shape[1]:
+        rows = False  # rows that share memory
     if not rows or (dims is None and not score.is_contiguous()):
         raise TalosValueError(
             f"{name} must have the columns of a row next to each other, got strides "

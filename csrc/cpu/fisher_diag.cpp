@@ -63,7 +63,9 @@ void run(SquaresCall& call) {
     return ceil_div(call.rows, call.chunk_rows) * ceil_div(call.cols, kSquareCols);
   };
   call.chunk_rows = kSquareRowsMost;
-  while (call.chunk_rows > kSquareRowsLeast && tasks() < 2 * threads) call.chunk_rows /= 2;
+  while (call.chunk_rows > kSquareRowsLeast &&
+         (tasks() < 2 * threads || call.chunk_rows / 2 >= call.rows))
+    call.chunk_rows /= 2;
   const int64_t tokens = call.dy.outer * call.dy.inner;
   const int64_t packed = (call.chunk_rows + kSquareCols) * tokens;
   const int64_t scratch = packed + call.chunk_rows * kSquareCols + kAlignment;
