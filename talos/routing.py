@@ -113,13 +113,13 @@ class Router:
 
     def _find(self, tensor: Tensor | None) -> Part | None:
         """The part of a parameter that `tensor` is: all of it, or a view of some rows."""
-        if tensor is None or not tensor.requires_grad:  # a view made under no_grad has no gradient
+        if tensor is None:
             return None
         if id(tensor) in self._params:
             name, param = self._params[id(tensor)]
             return Part(name, param, 0, len(param))
-        if id(tensor._base) not in self._params:
-            return None
+        if id(tensor._base) not in self._params or tensor.grad_fn is None:
+            return None  # a view made under no_grad hands no gradient to its base
         name, param = self._params[id(tensor._base)]
         width = max(param.numel() // max(len(param), 1), 1)
         start, rest = divmod(int(tensor.storage_offset()) - int(param.storage_offset()), width)
