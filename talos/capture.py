@@ -103,7 +103,7 @@ class Capture:
         self._reached: set[str] = set()
         self._batch = _Batch()
         self._stack = ExitStack()
-        self.scores: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
         self.reset()
 
     def __enter__(self) -> Self:
@@ -138,12 +138,22 @@ class Capture:
         return nullcontext() if self._router is None else self._router.silence()
 
     def reset(self) -> None:
-        """Sets all scores to zero, in new tensors."""
+        """Begins new scores."""
         self._reached = set()
-        self.scores = {
-            name: torch.zeros(each.param.shape, dtype=torch.float32, device=each.param.device)
-            for name, each in self._selection.items()
-        }
+        self._scores = {}
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """All of them, in the order of the selection."""
+        return {name: self._score_of(name) for name in self._selection}
+
+    def _score_of(self, name: str) -> Tensor:
+        """One of them. It is made when a backward reaches it: by then activations were freed."""
+        if name not in self._scores:
+            param = self._selection[name].param
+            score = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            self._scores[name] = score
+        return self._scores[name]
 
     def take(self) -> dict[str, Tensor]:
         """Hands out the scores and begins new ones."""
@@ -360,7 +370,7 @@ class Capture:
         first, last = self._selection[part.name].rows or (0, len(part.param))
         low = max(part.start, first)
         high = max(min(part.stop, last), low)
-        score = self.scores[part.name].view(len(part.param), -1)[low:high]
+        score = self._score_of(part.name).view(len(part.param), -1)[low:high]
         return low - part.start, high - part.start, score
 
 
