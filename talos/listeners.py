@@ -102,14 +102,20 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs if sink.matrix else None, weight)
         ctx.sink, ctx.dtype = sink, x.dtype
-        return torch._C._nn.linear(inputs, weight, bias)
+        # Flat, because without a history torch takes rows apart in memory for a batch of products.
+        rows = inputs.flatten(0, -2) if inputs.dim() > 2 else inputs
+        y: Tensor = torch._C._nn.linear(rows, weight, bias)
+        return y.view(*inputs.shape[:-1], len(weight)) if inputs.dim() > 2 else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        ctx.sink.receive(ctx.sink, grads[0], inputs)
-        dx = (grads[0] @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None
+        dy = grads[0].flatten(0, -2) if grads[0].dim() > 1 else grads[0][None]  # one copy at most
+        ctx.sink.receive(ctx.sink, dy, inputs)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        dx = (dy @ weight).view(*grads[0].shape[:-1], weight.shape[1])
+        return dx.to(ctx.dtype), None, None, None, None, None
 
 
 class _Norm(torch.autograd.Function):
