@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -540,3 +541,25 @@ def test_load_file_refuses_a_missing_file_and_wrong_arguments(tmp_path):
         load_file(path, class_texts={"cat": "a cat"})
     with pytest.raises(TalosTypeError, match="seed must be an integer, got '1'"):
         load_file(path, seed="1")
+
+
+def test_calibration_batches_hold_the_first_texts_of_the_order_by_length(tmp_path):
+    from talos.demo.judge import calibration_batches
+    from talos.models import load_text_encoder
+    from tests.tiny import save_tiny_encoder
+
+    encoder = load_text_encoder(save_tiny_encoder(tmp_path / "tiny"))
+    task = load_task("character_kind")
+    options = {"count": 50, "batch_size": 8, "max_length": 32, "seed": 3}
+    batches = calibration_batches(task, encoder, **options)
+    given = task.batches("train", encoder.tokenizer, batch_size=50, max_length=32, seed=3)
+    first = next(iter(given))
+    rows = sorted(tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"])
+    assert rows == sorted(tuple(row[row > 0].tolist()) for row in first["input_ids"])
+    assert sorted(len(batch["labels"]) for batch in batches) == [2, 8, 8, 8, 8, 8, 8]
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    ranges = sorted((int(each.min()), int(each.max())) for each in lengths)
+    assert all(high <= low for (_, high), (low, _) in itertools.pairwise(ranges))
+    assert [int(each.max()) for each in lengths] != sorted(int(each.max()) for each in lengths)
+    again = calibration_batches(task, encoder, **options)
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(batches, again, strict=True))

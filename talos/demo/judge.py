@@ -1,5 +1,6 @@
 """Right or wrong on every example: one encoder, a classifier and batches for each task."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from talos.models import Encoder
 from talos.params import named_parameters
 from talos.tasks import ImageTask, Task, available_tasks, load_task
 
-__all__ = ["Judge", "load_tasks", "training_batches"]
+__all__ = ["Judge", "calibration_batches", "load_tasks", "training_batches"]
 
 Batch = dict[str, Tensor]
 
@@ -178,6 +179,39 @@ def training_batches(
             if left <= 0:
                 break
         epoch += 1
+    return batches
+
+
+def calibration_batches(
+    task: Task | ImageTask,
+    encoder: Encoder,
+    *,
+    count: int,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+) -> list[Batch]:
+    """Draws training examples and puts those of like length into one batch.
+
+    So little padding is scored. The batches come in a random order, for a calibration compares one
+    half of them with the other.
+
+    Args:
+        task: the task.
+        encoder: its tokenizer and device are used.
+        count: number of examples, at most those of the training split.
+        batch_size: examples a batch.
+        max_length: tokens a text.
+        seed: the seed.
+
+    Returns:
+        Batches on the encoder's device.
+    """
+    given = task.batches(
+        "train", encoder.tokenizer, batch_size=batch_size, max_length=max_length, seed=seed
+    )
+    batches = [_moved(batch, encoder.device) for batch in given.first(count).shortest_first()]
+    random.Random(f"talos {seed}").shuffle(batches)
     return batches
 
 

@@ -168,6 +168,19 @@ class ImageBatches:
         """
         return ImageBatches(self.examples[::stride], self.transform, batch_size=self.batch_size)
 
+    def first(self, count: int) -> ImageBatches:
+        """Returns batches of the images that come first in the order of this epoch.
+
+        Args:
+            count: How many images.
+
+        Returns:
+            The batches, in that order, whatever the seed.
+        """
+        chosen = ordered(len(self.examples), self.seed, self.epoch)[:count]
+        examples = [self.examples[i] for i in chosen]
+        return ImageBatches(examples, self.transform, batch_size=self.batch_size)
+
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 

@@ -214,10 +214,24 @@ class Batches:
         Returns:
             The batches, shortest text first, whatever the seed.
         """
-        order = sorted(range(len(self.labels)), key=lambda i: len(self.token_ids[i]))[::stride]
+        order = sorted(range(len(self.labels)), key=lambda i: len(self.token_ids[i]))
+        return self._of(order[::stride])
+
+    def first(self, count: int) -> Batches:
+        """Returns batches of the texts that come first in the order of this epoch.
+
+        Args:
+            count: How many texts.
+
+        Returns:
+            The batches, in that order, whatever the seed.
+        """
+        return self._of(ordered(len(self.labels), self.seed, self.epoch)[:count])
+
+    def _of(self, chosen: Sequence[int]) -> Batches:
         return Batches(
-            [self.token_ids[i] for i in order],
-            [self.labels[i] for i in order],
+            [self.token_ids[i] for i in chosen],
+            [self.labels[i] for i in chosen],
             batch_size=self.batch_size,
             pad_token_id=self.pad_token_id,
         )

@@ -130,7 +130,7 @@ def calibrate(
     from talos.calibration import CalibrationProgress
     from talos.calibration import calibrate as find
     from talos.cli.loading import load_classifier, load_data
-    from talos.demo.judge import training_batches
+    from talos.demo.judge import calibration_batches
     from talos.report.results import megabytes
 
     console = stdout()
@@ -143,7 +143,7 @@ def calibrate(
                 f"{task.name}, got {samples}; leave it out to use 256 or all there are"
             )
         classifier = load_classifier(model, task)
-        batches = training_batches(
+        batches = calibration_batches(
             task,
             classifier.encoder,
             count=min(samples, batch_size) if dry_run else samples,
