@@ -23,6 +23,7 @@ from benches import measure
 from benches.scoring import Batch, Scores, samples
 from benches.table import OURS, Record
 from talos import Mask
+from talos.demo.judge import calibration_batches
 from talos.models import ZeroShotClassifier, load_text_encoder
 from talos.params import select_parameters
 from talos.tasks import load_task
@@ -32,7 +33,7 @@ BATCH_SIZE, MAX_LENGTH = 16, 24
 SIZES = (16, 32, 64, 128, 256)
 SIZES_OF_ROUNDS = (32, 128)
 REFERENCE = {1: 512, ROUNDS: 128}  # samples
-CALIBRATION_SAMPLES = 64
+CALIBRATION_SAMPLES, CALIBRATION_BATCH_SIZE = 128, 32  # batches as `talos calibrate` makes them
 
 # Squared gradients leave fp32's range where weights are damped; a power of two keeps their order.
 LIFT = 2.0**32
@@ -273,7 +274,14 @@ def bench_calibration(demo: Demo, keep: Callable[[Record], dict[str, object]]) -
             return talos.calibrate(model, batches, DENSITY, ROUNDS, soft=SOFT, seed=0)
         return loop_calibrate(model, batches, DENSITY, ROUNDS, seed=0, rows=LOOPS[form])
 
-    batches = demo.batches("train", CALIBRATION_SAMPLES, seed=0)
+    batches = calibration_batches(
+        demo.task,
+        demo.classifier.encoder,
+        count=CALIBRATION_SAMPLES,
+        batch_size=CALIBRATION_BATCH_SIZE,
+        max_length=48,
+        seed=0,
+    )
     wide = copy.deepcopy(demo.classifier).double()
     exact = {form: mask_of(form, wide, batches[:1]) for form in (OURS, next(iter(LOOPS)))}
     assert overlap(*exact.values()) == 1.0
