@@ -57,6 +57,27 @@ SquaresCall checked_squares(const Tensor& score, const Tensor& dy, const Tensor&
   return call;
 }
 
+// What one thread packs into.
+struct Scratch {
+  explicit Scratch(const SquaresCall& call) {
+    const int64_t tokens = std::max(call.dy.outer * call.dy.inner, kSquareGroupTokens);
+    const int64_t dy = call.chunk_rows * tokens, x = kSquareCols * tokens;
+    rows.reset(new const void*[2 * tokens]);
+    counts.reset(new int64_t[tokens]);
+    floats.reset(new float[dy + x + call.chunk_rows * kSquareCols + kAlignment]);
+    const auto address = reinterpret_cast<uintptr_t>(floats.get()) / sizeof(float);
+    float* const aligned = floats.get() + (kAlignment - address % kAlignment) % kAlignment;
+    group = {tokens,           rows.get(), rows.get() + tokens,
+             counts.get(),     aligned,    aligned + dy,
+             aligned + dy + x, 0,          0};
+  }
+
+  std::unique_ptr<const void*[]> rows;
+  std::unique_ptr<int64_t[]> counts;
+  std::unique_ptr<float[]> floats;
+  SquaresGroup group;
+};
+
 void run(SquaresCall& call) {
   const int64_t threads = torch::stable::get_num_threads();
   const auto tasks = [&] {
@@ -66,16 +87,11 @@ void run(SquaresCall& call) {
   while (call.chunk_rows > kSquareRowsLeast &&
          (tasks() < 2 * threads || call.chunk_rows / 2 >= call.rows))
     call.chunk_rows /= 2;
-  const int64_t tokens = call.dy.outer * call.dy.inner;
-  const int64_t packed = (call.chunk_rows + kSquareCols) * tokens;
-  const int64_t scratch = packed + call.chunk_rows * kSquareCols + kAlignment;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, tasks()), 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<float[]> memory(new float[scratch]);
-    const auto address = reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float);
-    float* const aligned = memory.get() + (kAlignment - address % kAlignment) % kAlignment;
+    Scratch scratch(call);
     for (int64_t task; (task = next.fetch_add(1)) < tasks();)
-      kernels().fisher_diag(call, aligned, task, task + 1);
+      kernels().fisher_diag(call, scratch.group, task, task + 1);
   });
 }
 

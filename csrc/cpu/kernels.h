@@ -60,6 +60,21 @@ struct Rows {
 // ViT-B/32; fewer rows where there would be too few tasks for the threads.
 constexpr int64_t kSquareRowsMost = 384, kSquareRowsLeast = 48, kSquareCols = 192;
 
+// Samples of at most so many tokens have their sums over samples in registers.
+constexpr int64_t kSquareTokensHeld = 24;
+
+// Samples that are packed together, and the sums of a chunk over all of them.
+constexpr int64_t kSquareGroupTokens = 128;
+
+struct SquaresGroup {
+  int64_t capacity;      // tokens, at least those of one sample
+  const void** dy_rows;  // [capacity]
+  const void** x_rows;   // [capacity]
+  int64_t* counts;       // [capacity], tokens of each sample
+  float *dy, *x, *sums;  // [chunk_rows, capacity], [kSquareCols, capacity], the chunk
+  int64_t samples, tokens;
+};
+
 struct SquaresCall {
   Rows dy, x;
   DType dtype;
@@ -87,9 +102,7 @@ struct Kernels {
   bool (*gather_grad)(const GatherCall&, int64_t begin, int64_t end);
   bool (*scatter)(const DeltaCall&, int64_t begin, int64_t end);
   bool (*add_delta)(const DeltaCall&, int64_t begin, int64_t end);
-  // Runs the tasks begin..end. `scratch` holds chunk_rows x kSquareCols floats, and as many more as
-  // one sample has tokens times (chunk_rows + kSquareCols).
-  void (*fisher_diag)(const SquaresCall&, float* scratch, int64_t begin, int64_t end);
+  void (*fisher_diag)(const SquaresCall&, SquaresGroup&, int64_t begin, int64_t end);
   // Adds the `n` scores from `begin` on to `tables`; returns how many of them are no score.
   int64_t (*score_histogram)(const HistogramCall&, const void* scores, int64_t begin, int64_t n,
                              uint32_t* tables);
