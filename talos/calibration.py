@@ -439,9 +439,10 @@ def _damping(selection: Selection, soft: float) -> Iterator[Callable[[dict[str, 
 
     def damp_(kept: dict[str, Tensor]) -> None:
         for name, each in selection.items():
-            damped = torch.where(kept[name], base[name], base[name] * soft)
-            with torch.no_grad():
-                each.param[_rows(each)] = damped[_rows(each)]
+            rows = _rows(each)
+            whole, damped = base[name][rows], each.param.detach()[rows]
+            torch.mul(whole, soft, out=damped)
+            torch.where(kept[name][rows], whole, damped, out=damped)
 
     try:
         yield damp_
