@@ -264,12 +264,12 @@ def calibrate(
                 for name, score in progress.halves.pop(0).items():
                     capture.scores[name] += score
             if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _warn_if_equal(capture.scores, kept)
+                equal = _warn_if_equal(capture.scores, selection)
             kept = choose(capture.scores, all_ties=released)
             count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
             if index + 1 < rounds:
                 damp_(kept)
-    dead = sum(int((capture.scores[name][mask] == 0).sum()) for name, mask in kept.items())
+    dead = sum(int((mask & (capture.scores[name] == 0)).sum()) for name, mask in kept.items())
     if dead > _MANY_DEAD * count and not equal:
         warnings.warn(
             f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them "
@@ -465,10 +465,11 @@ def _rows(each: Selected) -> slice | EllipsisType:
     return ... if each.rows is None else slice(*each.rows)
 
 
-def _warn_if_equal(scores: dict[str, Tensor], kept: dict[str, Tensor]) -> bool:
-    ends = [torch.aminmax(score[kept[name]]) for name, score in scores.items() if kept[name].any()]
+def _warn_if_equal(scores: dict[str, Tensor], selection: Selection) -> bool:
+    parts = [scores[name][_rows(each)] for name, each in selection.items() if each.numel]
+    ends = [torch.aminmax(part) for part in parts]
     low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
-    equal = low == high and sum(int(each.sum()) for each in kept.values()) > 1
+    equal = low == high and sum(part.numel() for part in parts) > 1
     if equal:
         warnings.warn(
             "all scores are equal: the first weights are selected, which says nothing about the "

@@ -49,6 +49,8 @@ class _Batch:
     """What the forward of the current batch has recorded, and what its backwards have received."""
 
     uses: list[Use] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # uses by name
+    parts: dict[str, set[Part]] = field(default_factory=dict)  # by name
     expected: Counter[Part] = field(default_factory=Counter)  # uses of each part in the forward
     half: bool | None = None  # whether its gradients are fp16 anywhere on their way
     samples: int = 0
@@ -284,14 +286,17 @@ class Capture:
         batch = self._batch
         if batch.phase != "forward":  # computed again by a checkpoint: recorded already
             return
-        sink.use.ordinal = sum(use.name == sink.use.name for use in batch.uses)
+        sink.use.ordinal = batch.counts[sink.use.name]
+        batch.counts[sink.use.name] += 1
         batch.uses.append(sink.use)
         for part in sink.parts:
-            if any(part.overlaps(other) for other in batch.expected):
+            others = batch.parts.setdefault(part.name, set())
+            if any(part.overlaps(other) for other in others):
                 raise TalosRuntimeError(
                     f"{part.name} must be used whole or in parts that do not overlap to be "
                     f"scored, got rows {part.start} to {part.stop} and others of them; {_REMEDY}"
                 )
+            others.add(part)
             batch.expected[part] += 1
 
     def _receive(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
