@@ -299,3 +299,17 @@ def test_ids_outside_of_the_table_are_refused(ids: Tensor) -> None:
         fisher_diag_embedding_(score, torch.zeros(1, 3, 4, 5), ids)
     with pytest.raises(TalosValueError, match=r"ids must be \[1, 3, 4\]"):
         fisher_diag_embedding_(score, torch.zeros(1, 3, 4, 5), ids[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 40], ids=lambda tokens: f"{tokens} tokens")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_a_gradient_add_nothing(dtype: torch.dtype, tokens: int) -> None:
+    score, dy, x = layer((2, 5, tokens), (60, 200), dtype)
+    padding = torch.rand(2, 5, tokens, generator=torch.Generator().manual_seed(1)) < 0.6
+    padding[:, 2] = True  # a sample of padding alone
+    padding[0, 0, 0] = False
+    dy[padding] = 0
+    dy[0, 0, 0, :50] = 0  # zero in one chunk of features, not in all
+    expected = by_autograd(score, dy, x, 0.5)
+    fisher_diag_([score], [dy], [x], share=0.5)
+    assert_close(score, expected, reduction=True, dtype=torch.float32)
