@@ -68,7 +68,7 @@ def fisher_diag_(
     """Add the squared per-sample weight gradients of linear layers to their scores, in place.
 
     Many layers go in one launch. Sums over samples are taken in a fixed order, so two calls give
-    the same bits. On the CPU rows of `dys` that are zero, as those of padding are, are not multiplied,
+    the same bits. On the CPU rows of `dys` that are zero, as those of padding are, are passed over
     whatever `xs` has there. float32 inputs are multiplied in float32, or in TF32 where
     `torch.backends.cuda.matmul.allow_tf32` permits that.
 
