@@ -249,6 +249,7 @@ def calibrate(
     asked = logits_fn or logits_and_positions
     progress = _Rounds(rounds, on_progress, asked, estimator, check, halving=True)
     equal = False
+    silent: dict[str, Tensor] = {}
     count = entries
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
@@ -265,11 +266,13 @@ def calibrate(
                     capture.scores[name] += score
             if index == 0:  # later rounds choose among the lowest, which may all be 0
                 equal = _warn_if_equal(capture.scores, selection)
+                # Damping wakes dead units: only the undamped model tells what has no gradient.
+                silent = {name: score == 0 for name, score in capture.scores.items()}
             kept = choose(capture.scores, all_ties=released)
             count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
             if index + 1 < rounds:
                 damp_(kept)
-    dead = sum(int((mask & (capture.scores[name] == 0)).sum()) for name, mask in kept.items())
+    dead = sum(int((mask & silent[name]).sum()) for name, mask in kept.items())
     if dead > _MANY_DEAD * count and not equal:
         warnings.warn(
             f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them "

@@ -98,8 +98,14 @@ class Estimator:
             fp32 or fp64 [B]; the share of its squares; whether it is the last.
 
         Raises:
-            TalosValueError: all label sequences would have to be visited.
+            TalosValueError: all label sequences would have to be visited, or there is one class.
         """
+        if self.target == "log_prob" and logits.values.shape[-1] == 1:
+            raise TalosValueError(
+                f"logits must be of at least two classes, got {list(logits.values.shape)}: the "
+                "probability of a single one is always 1; for a model of one output use "
+                "target='logit'"
+            )
         wide = logits.values.to(torch.promote_types(logits.values.dtype, torch.float32))
         values = wide.log_softmax(-1) if self.target == "log_prob" else wide
         probs = wide.detach().double().softmax(-1)
@@ -216,8 +222,8 @@ def checked_logits(found: object) -> Logits:
         values = torch.where(positions[..., None], values, 0.0)  # padding may be anything
     if bool((values.isnan() | values.isposinf()).any()):  # -inf rules a class out
         raise TalosValueError(
-            "logits_fn must return finite logits, got NaN or infinity; look for overflow in the "
-            "model, or calibrate in float32"
+            "logits must be finite, got NaN or infinity; look for NaN in the weights and inputs, "
+            "or for overflow in the model, which float32 may cure"
         )
     return Logits(values, positions)
 

@@ -975,7 +975,7 @@ REFUSALS: dict[str, tuple[nn.Module, type[Exception], str]] = {
     ),
     "infinite logits": (
         nn.Sequential(mlp(), Apply(lambda x: x.mean(1) / 0)),
-        *(TalosValueError, "must return finite logits"),
+        *(TalosValueError, "logits must be finite"),
     ),
     "infinite gradients": (
         nn.Sequential(mlp(), Apply(lambda x: (x.mean(1) * 0).sqrt())),
@@ -1121,8 +1121,9 @@ def test_few_samples_and_equal_scores_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate(model, [inputs(8)])
+    ones = torch.ones(8, E).double()
     with pytest.warns(UserWarning, match="all scores are equal: the first weights are selected"):
-        mask = calibrate(nn.Linear(E, 1).double(), [inputs(8).mean(1)], density=0.5)
+        mask = calibrate(nn.Linear(E, 1).double(), [ones], density=0.5, target="logit")
     assert mask.to_dense("weight").tolist() == [[True] * 4 + [False] * 4]
 
 
@@ -1132,6 +1133,23 @@ def test_weights_that_no_gradient_reaches_are_told() -> None:
         model[0].bias.fill_(-100.0)  # every unit is dead
     with pytest.warns(UserWarning, match=r"\d+ of the \d+ selected weights have a score of 0"):
         calibrate(model, [torch.randn(16, 4).double()], density=0.5)
+
+
+def test_damping_that_wakes_dead_units_does_not_hide_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-3.0)  # a hundredth of it lets inputs through
+    x = torch.randn(16, 4).double() / 4
+    assert int((fisher_diag(model, [x])["0.weight"] == 0).sum()) == 32
+    with pytest.warns(UserWarning, match=r"\d+ of the \d+ selected weights have a score of 0"):
+        calibrate(model, [x], density=0.1)
+
+
+def test_a_single_class_is_refused() -> None:
+    model = nn.Linear(E, 1).double()
+    with pytest.raises(TalosValueError, match=r"at least two classes, got \[8, 1\]"):
+        calibrate(model, [inputs(8).mean(1)])
+    assert calibrate(model, [inputs(8).mean(1)], density=0.5, target="logit").nnz == 4
 
 
 def test_batches_in_the_forms_that_loops_use() -> None:

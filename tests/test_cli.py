@@ -450,7 +450,7 @@ def test_ctrl_c_says_what_is_kept(model: str, tmp_path: Path) -> None:
     while not (out / "masks").is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "interrupted: " in stderr
     assert "Traceback" not in stdout + stderr

@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Seed = Annotated[
-    int, typer.Option("--seed", help="Of labels, order and dropout; the splits are fixed.")
+    int, typer.Option("--seed", min=0, help="Of labels, order and dropout; the splits are fixed.")
 ]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples a batch.")]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a text; the rest is cut off.")]
@@ -147,5 +148,7 @@ def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> N
         raise TalosOSError(f"--out must be a file, got the folder {path}")
     if path.exists() and not overwrite:
         raise TalosOSError(f"--out must not exist, got {path}; pass --overwrite to replace it")
-    if not os.access(path.parent, os.W_OK):
-        raise TalosOSError(f"--out must lie in a folder that can be written, got {path}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise TalosOSError(f"--out must lie in a folder that can be written, got {path}") from error
