@@ -26,12 +26,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu))
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu) \
+	  examples/cpp/*.cpp)
 
 clean:
 	rm -rf build demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
 	rm -f talos_kernels/*.so
-	find talos talos_kernels benches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find talos talos_kernels benches examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first, because setup.py asks it for its headers.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)

@@ -21,7 +21,7 @@ LIBRARY = ("talos", "talos_kernels")
 MOST_LINES = 300
 MOST_BYTES = 512 * 1024
 
-FOLDERS = (*LIBRARY, "csrc", "benches", "tests", "docs", ".ci")
+FOLDERS = (*LIBRARY, "csrc", "benches", "examples", "tests", "docs", ".ci")
 SUFFIXES = {".py", ".cpp", ".cu", ".h", ".toml", ".md", ".txt", ".json", ".yaml", ".in"}
 # Written so that this file does not match itself.
 MACHINE_PATHS = re.compile(r"/(?:r[o]ot|h[o]me|w[o]rk|f[a]rm|U[s]ers)/")
