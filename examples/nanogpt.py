@@ -17,6 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional
 
 import talos
@@ -38,7 +39,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # [B, heads, T, width / heads] each
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.mlp_norm(x))))
+        change: Tensor = self.down(functional.gelu(self.up(self.mlp_norm(x))))
+        return x + change
 
 
 class GPT(nn.Module):
@@ -86,7 +88,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="a state_dict to begin with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of autocast; float32 turns it off")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=3e-2)
     sizes = {"width": 64, "layers": 2, "heads": 4, "block": 64, "batch": 16}
     lengths = {"pretrain": 200, "steps": 100, "warmup": 10, "accumulate": 2}
     for name, default in (sizes | lengths).items():
@@ -106,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
         return ids[:, :-1], ids[:, 1:]
 
     def lr_factor(step: int) -> float:
-        if step < args.warmup:
-            return (step + 1) / (args.warmup + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))
+        rise: float = (step + 1) / (args.warmup + 1)
+        done: float = (step - args.warmup) / max(args.steps - args.warmup, 1)
+        return rise if rise < 1 else 0.5 + 0.5 * math.cos(math.pi * done)
 
     model = GPT(args.width, args.layers, args.heads, args.block).to(args.device)
     if args.init:
@@ -130,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     # was: optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     optimizer = talos.SparseAdam(model, talos.calibrate(model, samples["training"]), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
-    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
+    scaler = GradScaler(args.device, enabled=dtype == torch.float16)
     report(0)
     for _ in range(args.steps):
         for _ in range(args.accumulate):

@@ -27,7 +27,7 @@ model = nn.Sequential(nn.Linear(8, 64), encoder, nn.Flatten(), nn.Linear(512, 10
 
 def train(optimizer: torch.optim.Optimizer, inputs: torch.Tensor, epochs: int) -> None:
     for _ in range(epochs):
-        for batch in torch.randperm(1200).split(48):
+        for batch in torch.randperm(1200).split(100):
             cross_entropy(model(inputs[batch]), labels[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -39,14 +39,14 @@ def accuracies(model: nn.Module) -> str:
     return "digits {:.1%}, mirrored digits {:.1%}".format(*(r.float().mean().item() for r in right))
 
 
-train(torch.optim.AdamW(model.parameters(), lr=2e-3), images, epochs=10)
+train(torch.optim.AdamW(model.parameters(), lr=3e-3), images, epochs=10)
 pretrained = copy.deepcopy(model)
 print("pretrained:", accuracies(pretrained))
 
 model[-1].requires_grad_(False)  # the head stays as it is
 mask = talos.calibrate(model, mirrored[:1200].split(60), density=0.1)
-optimizer = talos.SparseAdam(model, mask, lr=2e-2)
-train(optimizer, mirrored, epochs=10)
+optimizer = talos.SparseAdam(model, mask, lr=3e-2)
+train(optimizer, mirrored, epochs=15)
 print("fine-tuned:", accuracies(model))
 
 path = Path(*sys.argv[1:]) / "mirrored.safetensors"

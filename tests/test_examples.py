@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,18 @@ from talos_kernels._ops import compiled_library
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "examples" / "README.md").read_text()
+NANOGPT = (ROOT / "examples" / "nanogpt.py").read_text()
 # A changed line of nanogpt.py and the comment above it with the line that stood there.
 CHANGED = re.compile(r"^( *)# was: (.+)\n.+\n", re.MULTILINE)
-SMALL = "--width 32 --layers 1 --block 32 --pretrain 60 --steps 40 --warmup 4".split()
+SMALL = ["--width=32", "--layers=1", "--block=32", "--pretrain=100", "--steps=60"]
+
+
+# Runs an example and keeps the model that its main() returns.
+KEEP_THE_MODEL = """
+import runpy, sys, torch
+model = runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+torch.save(model.state_dict(), "tuned.pt")
+"""
 
 
 def block(title: str, language: str) -> str:
@@ -90,73 +100,50 @@ def test_plain_pytorch_is_about_thirty_lines() -> None:
     assert len([line for line in lines if line.strip()]) <= 36
 
 
-def test_nanogpt_runs_from_the_readme(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_nanogpt_learns_prose(tmp_path: Path) -> None:
     printed = run_block("nanogpt.py", tmp_path, *SMALL)
     for before, after in losses(printed).values():
-        assert after < before - 0.03
-    shown = block("nanogpt.py", "python")
-    source = (ROOT / "examples" / "nanogpt.py").read_text()
-    changed = [found[0] for found in re.finditer(CHANGED, source)]
+        assert after < before - 0.02
+
+
+def test_the_readme_shows_the_three_changed_lines() -> None:
+    changed = [textwrap.dedent(match[0]) for match in CHANGED.finditer(NANOGPT)]
     assert len(changed) == 3
-    assert shown.split("\n\n") == [
-        re.sub(r"^ *", "", each, flags=re.M)[:-1] for each in changed[:2]
-    ] + [re.sub(r"^ *", "", changed[2], flags=re.M)]
-
-
-KEEP_THE_MODELS = """
-import runpy, sys, torch
-main = runpy.run_path(sys.argv[1])["main"]
-for dtype in ("bfloat16", "float16"):
-    model = main([*sys.argv[2:], "--dtype", dtype, "--out", dtype])
-    torch.save(model.state_dict(), f"{dtype}/model.pt")
-"""
+    assert block("nanogpt.py", "python") == "\n".join(changed)
 
 
 @pytest.mark.slow
-def test_nanogpt_without_its_three_lines_is_an_adamw_trainer(tmp_path: Path) -> None:
-    source = (ROOT / "examples" / "nanogpt.py").read_text()
-    ordinary, count = CHANGED.subn(r"\1\2\n", source)
-    assert count == 3
-    ordinary = ordinary.replace("import talos\n", "")
+def test_nanogpt_is_an_adamw_trainer_but_for_three_lines(tmp_path: Path) -> None:
+    ordinary = CHANGED.sub(r"\1\2\n", NANOGPT).replace("import talos\n", "")
     names = {node.id for node in ast.walk(ast.parse(ordinary)) if isinstance(node, ast.Name)}
     assert "talos" not in names
     (tmp_path / "ordinary.py").write_text(ordinary)
-    printed = run(["python", "ordinary.py", *SMALL, "--lr", "3e-3"], tmp_path)
-    for before, after in losses(printed).values():
-        assert after < before - 0.03
-    assert not list(tmp_path.glob("*.safetensors"))
+    for before, after in losses(
+        run(["python", "ordinary.py", *SMALL, "--lr=3e-3"], tmp_path)
+    ).values():
+        assert after < before - 0.02
 
-    # What it saved is the pretrained model of the sparse form.
-    for dtype in ("bfloat16", "float16"):
-        (tmp_path / dtype).mkdir()
-    sparse = ["examples/nanogpt.py", *SMALL, "--init", "model.pt"]
-    printed = run(["python", "-c", KEEP_THE_MODELS, *sparse], tmp_path)
-    base = torch.load(tmp_path / "model.pt", weights_only=True)
-    for dtype, (before, after) in zip(
-        ("bfloat16", "float16"), _pairs(losses(printed)["training"]), strict=True
-    ):
-        assert after < before
-        check_bits(base, tmp_path / dtype)
-
-
-def _pairs(values: list[float]) -> list[tuple[float, float]]:
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
-def check_bits(base: dict[str, torch.Tensor], folder: Path) -> None:
-    """Selected entries moved by what the vector says, the others kept every bit."""
-    tuned = torch.load(folder / "model.pt", weights_only=True)
-    vector = talos.TaskVector.load(folder / "prose.safetensors")
+    # What it saved is the model that the sparse form begins with, here with a GradScaler.
+    sparse = ["examples/nanogpt.py", *SMALL, "--init=model.pt", "--dtype=float16"]
+    printed = run(["python", "-c", KEEP_THE_MODEL, *sparse], tmp_path)
+    before, after = losses(printed)["training"]
+    assert after < before
+    base, tuned = (
+        torch.load(tmp_path / name, map_location="cpu", weights_only=True)
+        for name in ("model.pt", "tuned.pt")
+    )
+    vector = talos.TaskVector.load(tmp_path / "prose.safetensors")
     moved = 0
-    for name, before in base.items():
-        bits, after_bits = before.view(torch.int32), tuned[name].view(torch.int32)
-        selected = torch.zeros_like(before, dtype=torch.bool)
+    for name, old in base.items():
+        selected = torch.zeros_like(old, dtype=torch.bool)
         if name in vector.mask.names:
             selected = vector.mask.to_dense(name)
-            torch.testing.assert_close(tuned[name] - before, vector.to_dense(name))
-        assert torch.equal(bits[~selected], after_bits[~selected]), name
-        moved += int((bits != after_bits).sum())
-    assert 0.5 * vector.mask.nnz < moved <= vector.mask.nnz
+            torch.testing.assert_close(tuned[name] - old, vector.to_dense(name))
+        differs = tuned[name].view(torch.int32) != old.view(torch.int32)
+        assert not differs[~selected].any(), name
+        moved += int(differs.sum())
+    assert 0.9 * vector.mask.nnz < moved <= vector.mask.nnz
 
 
 needs_compiler = pytest.mark.skipif(
