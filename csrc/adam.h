@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "layout.h"
 
@@ -24,7 +25,35 @@ struct AdamScalars {
   float one_minus_beta2;
   float bias_correction2_sqrt;
   float eps;
+  uint32_t noise_key;  // of seed and step
 };
+
+// A bijection of 32 bits that spreads every bit over all ("lowbias32").
+TALOS_HOST_DEVICE inline uint32_t mix_bits(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+TALOS_HOST_DEVICE inline uint32_t noise_key(int64_t seed, double step) {
+  return mix_bits(mix_bits(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(step));
+}
+
+// The bits that round the moments of the entry at `rank`: 16 for each.
+TALOS_HOST_DEVICE inline uint32_t noise_bits(uint32_t key, int64_t rank) {
+  const auto bits = static_cast<uint64_t>(rank);
+  return mix_bits(mix_bits(key + static_cast<uint32_t>(bits >> 32)) ^ static_cast<uint32_t>(bits));
+}
+
+// The bfloat16 above or below `x`, above with a probability that makes the mean `x`: the sum of its
+// bits and a uniform number of 16, cut off. What is not finite is kept.
+TALOS_HOST_DEVICE inline uint16_t rounded_stochastically(float x, uint32_t noise) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  if ((bits & 0x7f800000u) == 0x7f800000u)
+    return static_cast<uint16_t>(bits >> 16 | ((bits & 0x7fffffu) != 0 ? 0x40u : 0u));
+  return static_cast<uint16_t>((bits + (noise & 0xffffu)) >> 16);
+}
 
 // The two halves may be filled by two threads at once: they touch different fields.
 TALOS_HOST_DEVICE inline void set_first_moment(AdamScalars& s, double lr, double step, double beta1,

@@ -54,6 +54,14 @@ DType checked_float_dtype(const Tensor& tensor, const char* name) {
   return dtype == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
 
+DType checked_moment_dtype(const Tensor& exp_avg) {
+  const DType dtype = checked_float_dtype(exp_avg, "exp_avg");
+  STD_TORCH_CHECK(dtype != DType::f16,
+                  "exp_avg must be float32 or bfloat16, got float16, whose range is too small for "
+                  "squares; cast it first");
+  return dtype;
+}
+
 void* checked_array(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel,
                     const Tensor& anchor) {
   check_dtype(tensor, name, dtype);
@@ -96,7 +104,9 @@ TensorList checked_grads(const std::vector<Tensor>& grads, const TensorList& par
   const TensorList list = checked_grads(grads, anchor);
   for (size_t i = 0; i < grads.size(); ++i) {
     if (list.numel[i] == 0) continue;
-    check_numel(grads[i], item("grads", i), params.numel[i]);
+    STD_TORCH_CHECK(list.numel[i] <= params.numel[i], item("grads", i), " must have at most ",
+                    params.numel[i], " elements as its param, got ", list.numel[i],
+                    "; pass the gradients in the order of params");
     STD_TORCH_CHECK(list.dtype == params.dtype || list.dtype == DType::f32,
                     "grads must have the dtype of params (", toString(scalar_type_of(params.dtype)),
                     ") or Float, got ", toString(scalar_type_of(list.dtype)), "; cast them first");

@@ -23,7 +23,8 @@ struct TensorList {
 // `anchor` is the tensor whose device the call runs on.
 TensorList checked_params(const std::vector<Tensor>& params, const Tensor& anchor);
 
-// The gradients of `params`: each of its param's length, or empty where its param is to be skipped.
+// The gradients of `params`: each of its param's length, or shorter where it is compact, which the
+// op compares with the index, or empty where its param is to be skipped.
 TensorList checked_grads(const std::vector<Tensor>& grads, const TensorList& params,
                          const Tensor& anchor);
 
@@ -40,6 +41,7 @@ void* checked_array(const Tensor& tensor, const char* name, ScalarType dtype, in
 
 // A contiguous array of a floating dtype that kernels can read.
 DType checked_float_dtype(const Tensor& tensor, const char* name);
+DType checked_moment_dtype(const Tensor& exp_avg);
 ScalarType scalar_type_of(DType dtype);
 
 template <class T>

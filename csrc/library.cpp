@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY(talos_C, m) {
       "sparse_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor[] index, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor steps, Tensor lr, float beta1, "
       "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, "
-      "Tensor? found_inf) -> ()");
+      "Tensor? found_inf, Tensor? clip_factor, int seed) -> ()");
   m.def("gather_grad_(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> Tensor");
   m.def("scatter_(Tensor(a!)[] params, Tensor[] index, Tensor values) -> ()");
   m.def(

@@ -52,11 +52,16 @@ def check_flat(name: str, tensor: Tensor, index: Index, dtypes: Sequence[torch.d
 
 
 def dense_gradients(
-    grads: Sequence[Tensor | None], index: Index, param_dtype: torch.dtype
+    grads: Sequence[Tensor | None],
+    index: Index,
+    param_dtype: torch.dtype,
+    *,
+    compact: bool = False,
 ) -> list[Tensor]:
     """Row-major gradients of one dtype: the weights' where all share it, else float32.
 
-    An empty tensor stands for a gradient that is None.
+    An empty tensor stands for a gradient that is None. With `compact` a gradient may also hold the
+    selected entries only, in rank order.
     """
     if len(grads) != len(index.numels):
         raise TalosValueError(
@@ -65,7 +70,7 @@ def dense_gradients(
     shared = all(grad is None or grad.dtype == param_dtype for grad in grads)
     dtype = param_dtype if shared else torch.float32
     dense = []
-    for i, (grad, numel) in enumerate(zip(grads, index.numels, strict=True)):
+    for i, (grad, numel, nnz) in enumerate(zip(grads, index.numels, index.nnzs, strict=True)):
         if grad is None:
             dense.append(torch.empty(0, dtype=dtype, device=index.device))
             continue
@@ -77,7 +82,8 @@ def dense_gradients(
             raise TalosTypeError(
                 f"grads[{i}] must be float32, bfloat16 or float16, got {grad.dtype}"
             )
-        if grad.numel() != numel or grad.device != index.device:
+        fits = grad.numel() == numel or (compact and grad.shape == (nnz,))
+        if not fits or grad.device != index.device:
             raise TalosValueError(
                 f"grads[{i}] must have {numel} entries on {index.device}, "
                 f"got shape {tuple(grad.shape)} on {grad.device}"

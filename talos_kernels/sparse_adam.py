@@ -3,6 +3,7 @@
 For every selected entry, in float32, with bias corrections in float64 (Loshchilov & Hutter 2019,
 algorithm 2; the order of operations is that of `torch.optim.AdamW`):
 
+    g          <- g / grad_scale * clip_factor
     w          <- w * (1 - lr * weight_decay)
     exp_avg    <- exp_avg + (1 - beta1) * (g - exp_avg)
     exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g^2
@@ -10,11 +11,15 @@ algorithm 2; the order of operations is that of `torch.optim.AdamW`):
     w          <- w - lr / (1 - beta1^step) * exp_avg / denom
 
 An entry that is not selected is neither read for its value nor written, whatever its gradient.
-bf16 and fp16 weights are rounded from a float32 master of the selected entries. Where a stored
-weight is not the rounding of its master, somebody else wrote it, and the master restarts from it.
+A gradient is dense, or compact: its selected entries in rank order.
+
+Moments in bf16 are computed in float32 and rounded up or down at random, by noise whose key is
+(seed, step, rank), so that small changes of a moment are kept on average. bf16 and fp16 weights
+are rounded from a float32 master of the selected entries; where a stored weight is not the rounding
+of its master, somebody else wrote it, and the master restarts from it.
 
 Bytes moved at least, N entries in the touched tensors, f the share of 32-byte sectors touched:
-2 N f b_param + N f b_grad + nnz (16 + index [+ 8 master]).
+2 N f b_param + [N f | compact: nnz] b_grad + nnz (4 b_moment + index [+ 8 master])
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ __all__ = ["sparse_adam_", "sparse_adam_reference"]
 SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor[] index, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor steps, Tensor lr, float beta1, float beta2, "
-    "float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor? clip_factor, int seed) -> ()"
 )
 
 
@@ -54,6 +60,8 @@ def sparse_adam_reference(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    clip_factor: Tensor | None,
+    seed: int,
 ) -> None:
     """The definition, in torch's own elementwise operations, one tensor after another."""
     if found_inf is not None and found_inf.item() != 0:
@@ -64,9 +72,12 @@ def sparse_adam_reference(
         if part.nnz == 0 or grad.numel() == 0:
             continue
         where = part.positions_int64().to(param.device)
-        g = grad[where].float()
+        compact = grad.numel() < param.numel()
+        g = grad.float() if compact else grad[where].float()
         if grad_scale is not None:
             g = g / grad_scale
+        if clip_factor is not None:
+            g = g * clip_factor
         if maximize:
             g = -g
         stored = param[where]
@@ -74,7 +85,7 @@ def sparse_adam_reference(
         if master is not None:
             ours = master[entries].to(param.dtype) == stored
             w = torch.where(ours, master[entries], w)
-        m, v = exp_avg[entries], exp_avg_sq[entries]
+        m, v = exp_avg[entries].float(), exp_avg_sq[entries].float()
         step, rate = steps[tensor].item(), lr.item()
         if weight_decay != 0:
             w.mul_(1 - rate * weight_decay)
@@ -82,9 +93,34 @@ def sparse_adam_reference(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
         w.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
+        if exp_avg.dtype == torch.bfloat16:
+            noise = _noise(seed, int(step), entries, w.device)
+            m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16)
+        exp_avg[entries], exp_avg_sq[entries] = m, v
         if master is not None:
             master[entries] = w
         param[where] = w.to(param.dtype)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32 bits, held in int64, that spreads every bit over all ("lowbias32")."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _noise(seed: int, step: int, entries: slice, device: torch.device) -> Tensor:
+    """32 bits for each rank in `entries`: int64, the same on every device."""
+    ranks = torch.arange(entries.start, entries.stop, device=device)
+    key = _mix(torch.tensor(seed & 0xFFFFFFFF, device=device)) + step
+    key = _mix(key & 0xFFFFFFFF)
+    return _mix(_mix((key + (ranks >> 32)) & 0xFFFFFFFF) ^ (ranks & 0xFFFFFFFF))
+
+
+def _rounded(x: Tensor, noise: Tensor) -> Tensor:
+    """bfloat16 whose mean over all 16-bit noise is the float32 `x`; what is not finite stays."""
+    bits = ((x.view(torch.int32).long() & 0xFFFFFFFF) + noise >> 16).to(torch.int16)
+    return torch.where(x.isfinite(), bits.view(torch.bfloat16), x.bfloat16())
 
 
 def _fake(*args: object) -> None:
@@ -110,15 +146,18 @@ def sparse_adam_(
     master: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    seed: int = 0,
 ) -> None:
     """One AdamW step, in place, on the selected entries of many tensors, in one launch.
 
     Args:
         params: float32, bfloat16 or float16, one dtype and device, any shapes.
-        grads: the gradients, shaped as `params`; None: that tensor and its state stay as they are.
+        grads: the gradients, each shaped as its param, or flat `[nnz of the tensor]`: compact, as
+            `gather_grad_` makes it; None: that tensor and its state stay as they are.
         index: the selection in `params`, on their device.
-        exp_avg: float32 `[nnz]`, first moment in rank order, updated.
-        exp_avg_sq: float32 `[nnz]`, second moment in rank order, updated.
+        exp_avg: float32 or bfloat16 `[nnz]`, first moment in rank order, updated.
+        exp_avg_sq: `[nnz]` of the same dtype, second moment in rank order, updated.
         steps: float32 `[len(params)]`, the number of this step for each tensor, from 1.
         lr: learning rate; a float64 0-dim tensor on the device is read there without a sync.
         betas: decay rates of the two moments.
@@ -128,6 +167,8 @@ def sparse_adam_(
         master: float32 `[nnz]`, the weights before rounding; for bfloat16 and float16, updated.
         grad_scale: 0-dim or `[1]`; gradients are divided by it.
         found_inf: 0-dim or `[1]`; nothing changes where it is not 0.
+        clip_factor: 0-dim or `[1]`; gradients are multiplied by it.
+        seed: of the noise that rounds bfloat16 moments; with the step and the rank its key.
 
     Raises:
         TalosValueError: a shape, number, device or layout does not fit the index.
@@ -143,16 +184,22 @@ def sparse_adam_(
         tensor([-0.5000,  0.0000,  0.0000, -0.5000])
     """
     check_params("params", params, index)
-    for i, (param, grad) in enumerate(zip(params, grads, strict=False)):
-        if grad is not None and grad.shape != param.shape:
+    for i, (param, grad, nnz) in enumerate(zip(params, grads, index.nnzs, strict=False)):
+        if grad is not None and grad.shape != param.shape and grad.shape != (nnz,):
             raise TalosValueError(
-                f"grads[{i}] must be shaped as its parameter, {tuple(param.shape)}, "
-                f"got {tuple(grad.shape)}"
+                f"grads[{i}] must be shaped as its parameter, {tuple(param.shape)}, or compact, "
+                f"({nnz},), got {tuple(grad.shape)}"
             )
-    for name, array in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
-        if array is not None:
-            check_flat(name, array, index, (torch.float32,))
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+    check_flat("exp_avg", exp_avg, index, (torch.float32, torch.bfloat16))
+    check_flat("exp_avg_sq", exp_avg_sq, index, (exp_avg.dtype,))
+    if master is not None:
+        check_flat("master", master, index, (torch.float32,))
+    for name, scalar in (
+        ("lr", lr),
+        ("grad_scale", grad_scale),
+        ("found_inf", found_inf),
+        ("clip_factor", clip_factor),
+    ):
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
             raise TalosValueError(f"{name} must have one element, got {tuple(scalar.shape)}")
     if steps.shape != (len(params),) or steps.dtype != torch.float32 or steps.stride() != (1,):
@@ -162,12 +209,13 @@ def sparse_adam_(
         )
     if not params or index.nnz == 0:
         return
-    dense = dense_gradients(grads, index, params[0].dtype)
+    rows_or_compact = dense_gradients(grads, index, params[0].dtype, compact=True)
     rows = contiguous(params)
     rate = torch.as_tensor(lr, dtype=torch.float64, device=index.device)
     torch.ops.talos.sparse_adam_(
-        rows, dense, index.buffers, exp_avg, exp_avg_sq, master, steps, rate, *betas, eps,
+        rows, rows_or_compact, index.buffers, exp_avg, exp_avg_sq, master, steps, rate, *betas, eps,
         weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
+        _scalar(clip_factor, index), seed,
     )  # fmt: skip
     with torch.no_grad():
         write_back(params, rows)

@@ -58,6 +58,7 @@ def launches() -> dict[str, Callable[[], object]]:
     n, steps, lr = index.nnz, torch.ones(1), torch.tensor(1e-3, dtype=torch.float64)
     flag = torch.ones(())
     arrays = torch.zeros(3, n).unbind()
+    moments = torch.zeros(2, n, dtype=torch.bfloat16).unbind()
     single, half = [torch.zeros(4096)], [torch.zeros(4096, dtype=torch.bfloat16)]
     numbers = (steps, lr, 0.9, 0.999, 1e-8, 0.1)
     index_ = index.buffers
@@ -78,13 +79,16 @@ def launches() -> dict[str, Callable[[], object]]:
         "fisher_diag-fp32": lambda: fisher(torch.float32, 257),
         "fisher_diag-bf16-one-token": lambda: fisher(torch.bfloat16, 1),
         "sparse_adam-fp32": lambda: sparse_adam_(
-            single, single, index_, *arrays[:2], None, *numbers, False, None, None
+            single, single, index_, *arrays[:2], None, *numbers, False, None, None, None, 0
         ),
         "sparse_adam-bf16": lambda: sparse_adam_(
-            half, half, index_, *arrays, *numbers, False, None, None
+            half, half, index_, *arrays, *numbers, False, None, None, None, 0
         ),
         "sparse_adam-bf16-scaled": lambda: sparse_adam_(
-            half, single, index_, *arrays, *numbers, True, flag, flag
+            half, single, index_, *arrays, *numbers, True, flag, flag, flag, 0
+        ),
+        "sparse_adam-bf16-moments-compact": lambda: sparse_adam_(
+            half, [arrays[0][:1]], index_, *moments, arrays[2], *numbers, False, None, None, None, 1
         ),
         "gather_grad-fp32": lambda: gather_grad_(arrays[0], single, index_, False),
         "gather_grad-bf16-accumulate": lambda: gather_grad_(arrays[0], half, index_, True),

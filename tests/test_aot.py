@@ -57,8 +57,9 @@ def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
         assert facts["spilled"] == facts["local"] == 0, (name, facts)
         if name not in INDEXED:
             continue
-        # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency.
-        assert facts["registers"] <= 80, (name, facts)
+        # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency;
+        # five where noise is made for bf16 moments.
+        assert facts["registers"] <= (96 if "moments" in name else 80), (name, facts)
         assert facts["shared"] <= 1024, (name, facts)
 
 
@@ -108,7 +109,7 @@ def test_arithmetic_is_rounded_as_torch_rounds_it(compiled: Compiled) -> None:
         assert not re.findall(r"div\.full|sqrt\.approx|ex2\.approx", ptx), name
         if name in INDEXED and not name.startswith(("gather", "scatter")):
             # one fused multiply-add an entry, torch's lerp; every other product is rounded first
-            fused = len(re.findall(r"fma\.rn\.f32", ptx))
+            fused = sum(2 if pair else 1 for pair in re.findall(r"fma\.rn\.f32(x2)?", ptx))
             assert fused == (8 if name.startswith("sparse_adam") else 0), name
         if name in INDEXED and "bf16" in name and "gather" not in name:
             assert "cvt.rn.bf16" in ptx, name

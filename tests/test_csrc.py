@@ -50,7 +50,8 @@ class Problem:
     def adam(self, op: Callable[..., None], steps: int = 3, **changes: object) -> list[Tensor]:
         arguments = {
             "master": None, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1,
-            "maximize": False, "grad_scale": None, "found_inf": None,
+            "maximize": False, "grad_scale": None, "found_inf": None, "clip_factor": None,
+            "seed": 0,
         } | changes  # fmt: skip
         for step in range(1, steps + 1):
             op(
@@ -123,10 +124,35 @@ def test_sparse_adam_options_match_the_reference(
     for options in (
         {"maximize": True, "grad_scale": scale, "found_inf": torch.zeros(())},
         {"weight_decay": 0.0, "beta1": 0.4, "eps": 1e-3},
+        {"clip_factor": torch.tensor(0.3), "grad_scale": scale},
     ):
         actual = ours.adam(compiled("sparse_adam_"), 2, master=ours.master, **options)
         expected = theirs.adam(sparse_adam_reference, 2, master=theirs.master, **options)
         all_close(actual, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_bf16_moments_match_the_reference(case: Case, dtype: torch.dtype) -> None:
+    ours, theirs = Problem(case, dtype), Problem(case, dtype)
+    for problem in (ours, theirs):
+        problem.exp_avg, problem.exp_avg_sq = torch.zeros(2, problem.index.nnz).bfloat16().unbind()
+    actual = ours.adam(compiled("sparse_adam_"), steps=1, seed=2**33 + 7)
+    expected = theirs.adam(sparse_adam_reference, steps=1, seed=2**33 + 7)
+    all_close(actual, expected)
+
+
+@needs_library
+def test_a_compact_gradient_of_another_length_is_refused() -> None:
+    problem = Problem(MANY[0], torch.float32)
+    numels, nnzs = problem.index.numels, problem.index.nnzs
+    some = next(i for i, nnz in enumerate(nnzs) if 0 < nnz < numels[i] - 1)
+    problem.grads[some] = torch.zeros(nnzs[some] + 1)
+    before = [tensor.clone() for tensor in problem.written()]
+    with pytest.raises(RuntimeError, match=r"must have .* or, of the selected entries"):
+        problem.adam(compiled("sparse_adam_"))
+    all_bit_equal(problem.written(), before)
 
 
 @needs_library
@@ -154,7 +180,7 @@ def test_a_weight_written_by_somebody_else_wins_over_its_master() -> None:
     state = torch.zeros(2, 3).unbind()
     compiled("sparse_adam_")(
         params, grads, index.buffers, *state, master, torch.ones(1),
-        torch.tensor(0.1, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.0, False, None, None,
+        torch.tensor(0.1, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.0, False, None, None, None, 0,
     )  # fmt: skip
     assert master.tolist() == pytest.approx([1.001, 2.0, 4.001])
     assert params[0].tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -177,7 +203,7 @@ def forty_steps(
             problem.params, problem.grads, problem.index.buffers,
             problem.exp_avg, problem.exp_avg_sq, None, torch.full((2,), float(step)),
             torch.tensor(1e-3, dtype=torch.float64), beta1, 0.999, 1e-8, weight_decay,
-            False, None, None,
+            False, None, None, None, 0,
         )  # fmt: skip
     return problem, theirs, optimizer
 

@@ -175,6 +175,58 @@ def test_skipping_scaling_and_found_inf(
         assert_bit_equal(after, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compact_gradients_step_as_dense_ones_do(
+    case: Case, dtype: torch.dtype, device: torch.device, implementation: str
+) -> None:
+    index, masks = packed(case, device)
+    dense = [tensor.to(device) for tensor in case.tensors(dtype, seed=3)]
+    compact = [grad[mask] for grad, mask in zip(dense, masks, strict=True)]
+    mixed = [compact[i] if i % 2 else grad for i, grad in enumerate(dense)]
+    clip = torch.tensor(0.25, device=device)
+    ends = []
+    for grads, factor in (
+        ([grad.float() * 0.25 for grad in dense], None),
+        (dense, clip),
+        (compact, clip),
+        (mixed, clip),
+    ):
+        params = [tensor.to(device) for tensor in case.tensors(dtype)]
+        m, v = torch.zeros(2, index.nnz, device=device).unbind()
+        steps = torch.ones(len(params), device=device)
+        sparse_adam_(params, grads, index, m, v, steps, lr=0.1, clip_factor=factor)
+        ends.append([*params, m, v])
+    for end in ends[1:]:
+        for after, expected in zip(end, ends[0], strict=True):
+            assert_bit_equal(after, expected)
+
+
+def test_bf16_moments_keep_small_changes_on_average(
+    device: torch.device, implementation: str
+) -> None:
+    """A second moment of 1 that each step lowers by a tenth of half a bf16 unit still falls."""
+    n, steps, beta2 = 4096, 40, 1 - 2**-12
+    mask = torch.ones(n, dtype=torch.bool)
+    index = Index.pack([TensorIndex.encode(mask)], device)
+    zero = torch.zeros(n, device=device)
+    runs = []
+    for seed in (0, 1, 0):
+        m = torch.zeros(n, device=device, dtype=torch.bfloat16)
+        v = torch.ones(n, device=device, dtype=torch.bfloat16)
+        for step in range(1, steps + 1):
+            count = torch.full((1,), float(step), device=device)
+            sparse_adam_(
+                [zero.clone()], [zero], index, m, v, count, lr=0.1, betas=(0.9, beta2), seed=seed
+            )
+        runs.append(v)
+    exact = beta2**steps
+    assert torch.equal(torch.ones(1).bfloat16() * beta2, torch.ones(1).bfloat16()), "rounds back"
+    assert runs[0].double().mean().item() == pytest.approx(exact, abs=3e-4)
+    assert_bit_equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], runs[1])
+
+
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_two_runs_are_bit_equal_on_any_number_of_threads(case: Case, device: torch.device) -> None:
     index, _ = packed(case, device)
@@ -201,7 +253,7 @@ def test_opcheck(device: torch.device) -> None:
     grads = [tensor.to(device) for tensor in case.tensors(seed=3)]
     flat = [torch.zeros(index.nnz, device=device) for _ in range(3)]
     steps, lr = torch.ones(2, device=device), torch.tensor(0.1, dtype=torch.float64, device=device)
-    adam = (*flat[:2], None, steps, lr, 0.9, 0.999, 1e-8, 0.0, False, None, None)
+    adam = (*flat[:2], None, steps, lr, 0.9, 0.999, 1e-8, 0.0, False, None, None, None, 0)
     buffers = index.buffers
     calls = {
         "sparse_adam_": (params, grads, buffers, *adam),

@@ -89,6 +89,8 @@ class Step:
     maximize: bool = False
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    clip_factor: Tensor | None = None
+    seed: int = 0
 
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype = FP32, master: bool = False, **options) -> "Step":
@@ -129,6 +131,7 @@ class Step:
             copied(self.steps),
             copied(torch.tensor(self.lr, dtype=torch.float64)), *self.betas, 1e-8,
             self.weight_decay, self.maximize, copied(self.grad_scale), copied(self.found_inf),
+            copied(self.clip_factor), self.seed,
         )  # fmt: skip
         return step
 
@@ -176,11 +179,40 @@ def test_master_restarts_where_somebody_else_wrote() -> None:
         {"grad_scale": torch.tensor(65536.0)},
         {"grad_scale": torch.tensor([3.0]), "maximize": True, "found_inf": torch.zeros(1)},
         {"lr": 0.0},
+        {"clip_factor": torch.tensor(0.3), "grad_scale": torch.tensor(3.0)},
     ],
     ids=str,
 )
 def test_step_options(options: dict[str, object]) -> None:
     Step.of(ENCODINGS, **options).check()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_step_takes_compact_gradients_beside_dense_ones(dtype: torch.dtype) -> None:
+    dense = Step.of(ENCODINGS, dtype)
+    masks = ENCODINGS.masks()
+    mixed = [
+        grad[mask] if i % 2 else grad
+        for i, (grad, mask) in enumerate(zip(dense.grads, masks, strict=True))
+    ]
+    compact = [grad[mask] for grad, mask in zip(dense.grads, masks, strict=True)]
+    expected = dense.run(DEVICE).written()
+    for grads in (mixed, compact):
+        actual = replace(dense, grads=grads).run(DEVICE).written()
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_bit_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 5])
+def test_bf16_moments_have_the_bits_of_the_reference(seed: int) -> None:
+    step = Step.of(ENCODINGS, BF16, master=True, seed=seed)
+    moments = {name: getattr(step, name).bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+    step = replace(step, **moments)
+    actual, expected = step.run(DEVICE), step.run(None)
+    for name in moments:
+        assert_close(getattr(actual, name).cpu(), getattr(expected, name), dtype=BF16)
+    for ours, reference in zip(actual.params, expected.params, strict=True):
+        assert_close(ours.cpu(), reference)
 
 
 def test_step_of_16_bit_weights_with_float32_gradients() -> None:

@@ -45,11 +45,28 @@ void check_numels(const IndexView& index, const TensorList& tensors, const char*
   }
 }
 
+// Where each compact gradient begins in rank order; -1 for a dense one. A tensor's selected entries
+// end where the next one's begin.
+std::vector<int64_t> compact_ranks(const IndexView& index, const TensorList& grads) {
+  std::vector<int64_t> ranks(index.n_tensors, -1);
+  for (int64_t i = 0; i < index.n_tensors; ++i) {
+    const int64_t* row = index.table + i * kColumns;
+    if (grads.numel[i] == 0 || grads.numel[i] == row[kNumel]) continue;
+    const int64_t end = i + 1 < index.n_tensors ? row[kColumns + kRank] : index.nnz;
+    STD_TORCH_CHECK(grads.numel[i] == end - row[kRank], "grads[", i, "] must have ", row[kNumel],
+                    " elements or, of the selected entries, ", end - row[kRank], ", got ",
+                    grads.numel[i], "; gather it by the same index");
+    ranks[i] = row[kRank];
+  }
+  return ranks;
+}
+
 void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& index, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                   const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                  const std::optional<Tensor>& clip_factor, int64_t seed) {
   const int64_t n = static_cast<int64_t>(params.size());
   const int64_t nnz = exp_avg.numel();
   const TensorList p = checked_params(params, exp_avg);
@@ -57,16 +74,20 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   AdamCall call{};
   call.index = checked_index(index, n, nnz, exp_avg);
   check_numels(call.index, p, "params");
+  const std::vector<int64_t> compact_rank = compact_ranks(call.index, g);
   call.params = p.data.data();
   call.grads = g.data.data();
+  call.compact_rank = compact_rank.data();
   call.param_dtype = p.dtype;
   call.grad_dtype = g.dtype;
   constexpr ScalarType kFloat = ScalarType::Float;
-  call.exp_avg = static_cast<float*>(checked_array(exp_avg, "exp_avg", kFloat, nnz, exp_avg));
-  call.exp_avg_sq =
-      static_cast<float*>(checked_array(exp_avg_sq, "exp_avg_sq", kFloat, nnz, exp_avg));
+  call.moment_dtype = checked_moment_dtype(exp_avg);
+  const ScalarType moments = scalar_type_of(call.moment_dtype);
+  call.exp_avg = checked_array(exp_avg, "exp_avg", moments, nnz, exp_avg);
+  call.exp_avg_sq = checked_array(exp_avg_sq, "exp_avg_sq", moments, nnz, exp_avg);
   call.master = checked_array<float>(master, "master", kFloat, nnz, exp_avg);
   call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
+  call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
   call.maximize = maximize;
   const auto* step = static_cast<const float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
   const auto* rate =
@@ -78,6 +99,7 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   for (int64_t i = 0; i < n; ++i) {
     set_first_moment(scalars[i], *rate, step[i], beta1, weight_decay);
     set_second_moment(scalars[i], step[i], beta2, eps);
+    scalars[i].noise_key = noise_key(seed, step[i]);
   }
   call.scalars = scalars.data();
   run_programs(kernels().sparse_adam, call);

@@ -19,13 +19,15 @@ using torch::headeronly::Half;
 struct AdamCall {
   IndexView index;
   void* const* params;
-  void* const* grads;  // nullptr: the tensor is skipped
-  DType param_dtype, grad_dtype;
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* const* grads;           // nullptr: the tensor is skipped
+  const int64_t* compact_rank;  // [n_tensors], of grads[i][0] where that is compact, else -1
+  DType param_dtype, grad_dtype, moment_dtype;
+  void* exp_avg;
+  void* exp_avg_sq;
   float* master;               // or nullptr
   const AdamScalars* scalars;  // [n_tensors]
   const float* grad_scale;     // or nullptr
+  const float* clip_factor;    // or nullptr
   bool maximize;
 };
 

@@ -79,8 +79,36 @@ inline void restore_masters(const float* masters, const P* params, int64_t n, fl
   }
 }
 
-template <class P, class G>
+// The gradients as the step takes them: `in` itself, or changed in `out`.
+inline const float* scaled(const AdamCall& call, const float* in, int64_t n, Scratch<float>& out) {
+  if (call.grad_scale != nullptr) {
+    const float scale = *call.grad_scale;
+    for (int64_t i = 0; i < n; ++i) out.entries[i] = in[i] / scale;
+    in = out.entries;
+  }
+  if (call.clip_factor != nullptr || call.maximize) {
+    const float clip = call.clip_factor != nullptr ? *call.clip_factor : 1.0f;
+    const float factor = call.maximize ? -clip : clip;
+    for (int64_t i = 0; i < n; ++i) out.entries[i] = in[i] * factor;
+    in = out.entries;
+  }
+  return in;
+}
+
+// `shift` tells which 16 of an entry's 32 bits of noise a moment is rounded with.
+template <class M>
+inline void round_moments(const float* in, const AdamScalars& scalars, int64_t rank, int64_t n,
+                          int shift, M* out) {
+  if constexpr (!std::is_same_v<M, float>) {
+    auto* bits = reinterpret_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < n; ++i)
+      bits[i] = rounded_stochastically(in[i], noise_bits(scalars.noise_key, rank + i) >> shift);
+  }
+}
+
+template <class P, class G, class M>
 bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
+  Scratch<float> wide_exp_avg, wide_exp_avg_sq;
   Scratch<P> params;
   Scratch<G> grads;
   Scratch<float> wide_params, wide_grads;
@@ -88,17 +116,15 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                   [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
                     if (call.grads[b.tensor] == nullptr) return;
                     P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
-                    gather(static_cast<const G*>(call.grads[b.tensor]) + b.dense_begin, b, begin, n,
-                           grads.entries);
-                    gather(static_cast<const P*>(dense), b, begin, n, params.entries);
-
-                    float* g = widen(grads.entries, n, wide_grads);
-                    if (call.grad_scale != nullptr) {
-                      const float scale = *call.grad_scale;
-                      for (int64_t i = 0; i < n; ++i) g[i] = g[i] / scale;
+                    const G* source = static_cast<const G*>(call.grads[b.tensor]);
+                    if (call.compact_rank[b.tensor] >= 0) {
+                      source += r - call.compact_rank[b.tensor];
+                    } else {
+                      gather(source + b.dense_begin, b, begin, n, grads.entries);
+                      source = grads.entries;
                     }
-                    if (call.maximize)
-                      for (int64_t i = 0; i < n; ++i) g[i] = -g[i];
+                    const float* g = scaled(call, widen(source, n, wide_grads), n, wide_grads);
+                    gather(static_cast<const P*>(dense), b, begin, n, params.entries);
 
                     float* w = wide_params.entries;
                     if (call.master != nullptr)
@@ -107,12 +133,17 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                       w = widen(params.entries, n, wide_params);
 
                     const AdamScalars scalars = call.scalars[b.tensor];
-                    float* __restrict exp_avg = call.exp_avg + r;
-                    float* __restrict exp_avg_sq = call.exp_avg_sq + r;
+                    M* first_moments = static_cast<M*>(call.exp_avg) + r;
+                    M* second_moments = static_cast<M*>(call.exp_avg_sq) + r;
+                    float* __restrict exp_avg = widen(first_moments, n, wide_exp_avg);
+                    float* __restrict exp_avg_sq = widen(second_moments, n, wide_exp_avg_sq);
                     float* __restrict weights = w;
                     const float* __restrict gradients = g;
                     for (int64_t i = 0; i < n; ++i)
                       adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], scalars);
+
+                    round_moments(exp_avg, scalars, r, n, 0, first_moments);
+                    round_moments(exp_avg_sq, scalars, r, n, 16, second_moments);
 
                     if (call.master != nullptr) std::memcpy(call.master + r, w, n * sizeof(float));
                     narrow(w, n, params.entries);
@@ -198,8 +229,12 @@ bool with_dtype(DType dtype, const F& f) {
 bool sparse_adam(const AdamCall& call, int64_t first, int64_t last) {
   return with_dtype(call.param_dtype, [&](auto p) {
     using P = decltype(p);
-    return call.grad_dtype == DType::f32 ? adam_programs<P, float>(call, first, last)
-                                         : adam_programs<P, P>(call, first, last);
+    const auto with_gradients = [&](auto g) {
+      using G = decltype(g);
+      return call.moment_dtype == DType::f32 ? adam_programs<P, G, float>(call, first, last)
+                                             : adam_programs<P, G, BFloat16>(call, first, last);
+    };
+    return call.grad_dtype == DType::f32 ? with_gradients(float{}) : with_gradients(P{});
   });
 }
 

@@ -31,7 +31,8 @@ void launch_all(const TensorList& params, const TensorList* grads, const Tensor&
     slots->count = std::min(n - first, kMaxTensors);
     for (int64_t i = 0; i < slots->count; ++i) {
       const void* grad = grads == nullptr ? nullptr : grads->data[first + i];
-      slots->slot[i] = {params.data[first + i], grad, params.numel[first + i]};
+      const int64_t grad_numel = grads == nullptr ? 0 : grads->numel[first + i];
+      slots->slot[i] = {params.data[first + i], grad, params.numel[first + i], grad_numel};
     }
     const char* error = launch(*slots, stream);
     STD_TORCH_CHECK(error == nullptr, "the launch of a talos kernel failed: ", error);
@@ -42,7 +43,8 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
                   const std::vector<Tensor>& index, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                   const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                  const std::optional<Tensor>& clip_factor, int64_t seed) {
   constexpr ScalarType kFloat = ScalarType::Float;
   const auto n = static_cast<int64_t>(params.size());
   const int64_t nnz = exp_avg.numel();
@@ -52,19 +54,22 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   call.index = checked_index(index, n, nnz, exp_avg);
   call.param_dtype = p.dtype;
   call.grad_dtype = g.dtype;
-  call.exp_avg = static_cast<float*>(checked_array(exp_avg, "exp_avg", kFloat, nnz, exp_avg));
-  call.exp_avg_sq =
-      static_cast<float*>(checked_array(exp_avg_sq, "exp_avg_sq", kFloat, nnz, exp_avg));
+  call.moment_dtype = checked_moment_dtype(exp_avg);
+  const ScalarType moments = scalar_type_of(call.moment_dtype);
+  call.exp_avg = checked_array(exp_avg, "exp_avg", moments, nnz, exp_avg);
+  call.exp_avg_sq = checked_array(exp_avg_sq, "exp_avg_sq", moments, nnz, exp_avg);
   call.master = checked_array<float>(master, "master", kFloat, nnz, exp_avg);
   call.steps = static_cast<const float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
   call.lr = static_cast<const double*>(checked_array(lr, "lr", ScalarType::Double, 1, exp_avg));
   call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
   call.found_inf = checked_array<const float>(found_inf, "found_inf", kFloat, 1, exp_avg);
+  call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
   call.beta1 = beta1;
   call.beta2 = beta2;
   call.eps = eps;
   call.weight_decay = weight_decay;
   call.maximize = maximize;
+  call.seed = seed;
   launch_all(p, &g, exp_avg, [&](const Slots& slots, void* stream) {
     return launch_sparse_adam(call, slots, stream);
   });

@@ -8,12 +8,13 @@ namespace talos {
 
 // One tensor's pointers. They travel as kernel parameters, by value: an upload into a device table
 // would need a pinned buffer that outlives the copy, and a captured graph would read it again at
-// every replay. A launch takes kMaxTensors of them (12 KB of the 32 KB that a launch may carry); a
+// every replay. A launch takes kMaxTensors of them (16 KB of the 32 KB that a launch may carry); a
 // longer list takes several launches, in which the programs of the other tensors return at once.
 struct Slot {
   void* param;       // nullptr: the tensor is empty
   const void* grad;  // nullptr: the tensor is skipped
   int64_t numel;
+  int64_t grad_numel;  // other than numel: the gradient is compact
 };
 
 constexpr int64_t kMaxTensors = 512;
@@ -26,16 +27,18 @@ struct Slots {
 
 struct AdamLaunch {
   IndexView index;
-  DType param_dtype, grad_dtype;
-  float* exp_avg;
-  float* exp_avg_sq;
+  DType param_dtype, grad_dtype, moment_dtype;
+  void* exp_avg;
+  void* exp_avg_sq;
   float* master;       // or nullptr
   const float* steps;  // [n_tensors]
   const double* lr;
-  const float* grad_scale;  // or nullptr
-  const float* found_inf;   // or nullptr
+  const float* grad_scale;   // or nullptr
+  const float* found_inf;    // or nullptr
+  const float* clip_factor;  // or nullptr
   double beta1, beta2, eps, weight_decay;
   bool maximize;
+  int64_t seed;
 };
 
 struct DeltaLaunch {

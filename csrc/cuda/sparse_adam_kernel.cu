@@ -7,7 +7,12 @@ namespace {
 
 // One thread block a program. First the loads of a batch, then the arithmetic: the powers of the
 // bias corrections, in double by two threads, hide behind the first batch's loads.
-template <class P, class G>
+__device__ inline void store_moment(float* to, float x, uint32_t) { *to = x; }
+__device__ inline void store_moment(__nv_bfloat16* to, float x, uint32_t noise) {
+  *to = __ushort_as_bfloat16(rounded_stochastically(x, noise));
+}
+
+template <class P, class G, class M>
 __global__ void __launch_bounds__(kThreads)
     sparse_adam_kernel(const __grid_constant__ AdamLaunch a, const __grid_constant__ Slots slots) {
   __shared__ AdamScalars shared;
@@ -18,10 +23,21 @@ __global__ void __launch_bounds__(kThreads)
   if (slot.grad == nullptr || slot.param == nullptr) return;
 
   if (threadIdx.x == 0) set_first_moment(shared, *a.lr, a.steps[s.tensor], a.beta1, a.weight_decay);
-  if (threadIdx.x == 32) set_second_moment(shared, a.steps[s.tensor], a.beta2, a.eps);
+  if (threadIdx.x == 32) {
+    set_second_moment(shared, a.steps[s.tensor], a.beta2, a.eps);
+    shared.noise_key = noise_key(a.seed, a.steps[s.tensor]);
+  }
   const float scale = a.grad_scale != nullptr ? *a.grad_scale : 1.0f;
+  M* exp_avgs = static_cast<M*>(a.exp_avg);
+  M* exp_avg_sqs = static_cast<M*>(a.exp_avg_sq);
   P* params = static_cast<P*>(slot.param) + s.dense_begin;
-  const G* grads = static_cast<const G*>(slot.grad) + s.dense_begin;
+  const float clip = a.clip_factor != nullptr ? *a.clip_factor : 1.0f;
+  const float factor = a.maximize ? -clip : clip;
+  // A compact gradient begins at its tensor's first rank.
+  const bool compact = slot.grad_numel != slot.numel;
+  const int64_t first = compact ? s.rank - a.index.table[s.tensor * kColumns + kRank] : 0;
+  if (compact && (first < 0 || first > slot.grad_numel - s.count)) return;
+  const G* grads = static_cast<const G*>(slot.grad) + (compact ? first : s.dense_begin);
 
   for (int batch = 0; batch < s.batches; ++batch) {
     bool active[kUnroll];
@@ -32,10 +48,10 @@ __global__ void __launch_bounds__(kThreads)
       active[k] = s.entry(batch, k, dense[k], local[k]);
       if (!active[k]) continue;
       const int64_t rank = s.rank + local[k];
-      g[k] = to_float(grads[dense[k]]);
+      g[k] = to_float(grads[compact ? local[k] : dense[k]]);
       w[k] = to_float(params[dense[k]]);
-      exp_avg[k] = a.exp_avg[rank];
-      exp_avg_sq[k] = a.exp_avg_sq[rank];
+      exp_avg[k] = to_float(exp_avgs[rank]);
+      exp_avg_sq[k] = to_float(exp_avg_sqs[rank]);
       master[k] = a.master != nullptr ? a.master[rank] : w[k];
     }
     if (batch == 0) __syncthreads();  // `batches` is the block's: all threads come by
@@ -44,12 +60,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kUnroll; ++k) {
       if (!active[k]) continue;
       const int64_t rank = s.rank + local[k];
-      g[k] = g[k] / scale;
+      g[k] = g[k] / scale * factor;
       // A weight somebody else wrote since the last step wins over its master.
       if (to_float(from_float<P>(master[k])) == w[k]) w[k] = master[k];
-      adam_entry(a.maximize ? -g[k] : g[k], w[k], exp_avg[k], exp_avg_sq[k], scalars);
-      a.exp_avg[rank] = exp_avg[k];
-      a.exp_avg_sq[rank] = exp_avg_sq[k];
+      adam_entry(g[k], w[k], exp_avg[k], exp_avg_sq[k], scalars);
+      const uint32_t noise = std::is_same_v<M, float> ? 0 : noise_bits(scalars.noise_key, rank);
+      store_moment(exp_avgs + rank, exp_avg[k], noise);
+      store_moment(exp_avg_sqs + rank, exp_avg_sq[k], noise >> 16);
       if (a.master != nullptr) a.master[rank] = w[k];
       params[dense[k]] = from_float<P>(w[k]);
     }
@@ -58,8 +75,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class P, class G>
 void launch(const AdamLaunch& a, const Slots& slots, cudaStream_t stream) {
-  sparse_adam_kernel<P, G>
-      <<<static_cast<unsigned>(a.index.n_programs), kThreads, 0, stream>>>(a, slots);
+  const auto programs = static_cast<unsigned>(a.index.n_programs);
+  if (a.moment_dtype == DType::f32)
+    sparse_adam_kernel<P, G, float><<<programs, kThreads, 0, stream>>>(a, slots);
+  else
+    sparse_adam_kernel<P, G, __nv_bfloat16><<<programs, kThreads, 0, stream>>>(a, slots);
 }
 
 template <class P>

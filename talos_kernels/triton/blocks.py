@@ -14,6 +14,7 @@ from ..tensor_index import ENCODINGS, WORD_SIZE
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "RANK",
     "SEGMENT",
     "U16",
     "block_chunk",
