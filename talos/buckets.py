@@ -10,7 +10,9 @@ from torch import Tensor
 
 from talos_kernels import Index, gather_grad_, sparse_adam_
 
+from .compact_gradient import CompactGradient
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from .gradients import CompactedParam
 from .masks import Mask
 
 __all__ = ["Bucket"]
@@ -25,14 +27,15 @@ class Bucket:
         params: by name, in the order of the index; one device and dtype.
         shapes: their shapes when the bucket was made.
         index: the selected entries, on their device.
-        exp_avg: float32 `[nnz]`, first moment.
-        exp_avg_sq: float32 `[nnz]`, second moment.
+        exp_avg: float32 or bfloat16 `[nnz]`, first moment.
+        exp_avg_sq: `[nnz]` of the same dtype, second moment.
         master: float32 `[nnz]`, the weights before rounding; None for float32 weights.
         steps: float32 `[tensors]`, steps that each tensor has taken.
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
         base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
         patterns: which tensors step, by which have a gradient, on the device.
+        compacted: the parameters whose gradients are kept compact; none where they are not.
     """
 
     group: int
@@ -47,10 +50,21 @@ class Bucket:
     lr_value: float | None
     base: Tensor
     patterns: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    compacted: dict[str, CompactedParam] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle keep: hooks stay with the parameters that have them."""
+        return {**self.__dict__, "compacted": {}}
 
     @classmethod
     @torch.inference_mode(False)  # the state outlives the caller's mode
-    def create(cls, group: int, params: dict[str, Tensor], mask: Mask) -> Bucket:
+    def create(
+        cls,
+        group: int,
+        params: dict[str, Tensor],
+        mask: Mask,
+        moment_dtype: torch.dtype = torch.float32,
+    ) -> Bucket:
         """State of zeros for these tensors, whose names are the mask's."""
         first = next(iter(params.values()))
         index = mask.pack(list(params), first.device)
@@ -62,8 +76,8 @@ class Bucket:
             params,
             {name: param.shape for name, param in params.items()},
             index,
-            torch.zeros_like(weights),
-            torch.zeros_like(weights),
+            torch.zeros_like(weights, dtype=moment_dtype),
+            torch.zeros_like(weights, dtype=moment_dtype),
             weights if first.dtype != torch.float32 else None,
             torch.zeros(len(params), device=first.device),
             torch.zeros((), dtype=torch.float64, device=first.device),
@@ -99,14 +113,43 @@ class Bucket:
                     f"{name} had shape {tuple(self.shapes[name])} when the optimizer was made, "
                     f"has {tuple(param.shape)}; make a new optimizer"
                 )
-            if param.grad is not None:
+            if isinstance(param.grad, CompactGradient):
+                self._check_compact(name, param.grad)
+            elif param.grad is not None:
                 _check_gradient(name, param, param.grad)
+
+    def _check_compact(self, name: str, grad: CompactGradient) -> None:
+        own = self.compacted.get(name)
+        if own is None or grad.selection is not own.index:
+            raise TalosValueError(
+                f"{name}.grad must be compacted by this optimizer, got the compact gradient of "
+                "another selection; call zero_grad() and compact_gradients() on the one that steps"
+            )
+
+    def gradients(self) -> list[Tensor | None]:
+        """Each tensor's gradient, dense or compact."""
+        grads = [param.grad for param in self.params.values()]
+        return [each.entries if isinstance(each, CompactGradient) else each for each in grads]
+
+    def compact_gradients(self, whole: bool) -> list[CompactedParam]:
+        """Where each tensor's gradient goes, made anew."""
+        self.compacted = {
+            name: CompactedParam(
+                param,
+                index,
+                torch.zeros(index.nnz, device=index.device),
+                _rows(param, index),
+                whole,
+            )
+            for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
+        }
+        return list(self.compacted.values())
 
     def step(
         self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One step of the tensors that have a gradient."""
-        grads = [param.grad for param in self.params.values()]
+        grads = self.gradients()
         taken = self._taken(tuple(grad is not None for grad in grads))
         if found_inf is not None:
             taken = taken * (found_inf.to(self.index.device) == 0)
@@ -127,6 +170,7 @@ class Bucket:
             master=self.master,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            seed=group["seed"],
         )
 
     def _taken(self, has_grad: tuple[bool, ...]) -> Tensor:
@@ -143,17 +187,53 @@ class Bucket:
             self.lr.fill_(lr)
             self.lr_value = lr
 
-    def gather_gradients(self) -> tuple[Tensor, Tensor]:
-        """The compact gradient, float32 `[nnz]`, and its sum of squares, 0-dim."""
-        out = torch.empty(self.index.nnz, device=self.index.device)
-        return out, gather_grad_(out, [param.grad for param in self.params.values()], self.index)
+    def densify_gradients(self) -> None:
+        """Back to dense gradients."""
+        for param in self.params.values():
+            if isinstance(param.grad, CompactGradient):
+                param.grad = param.grad.to_dense()
+        self.compacted = {}
+
+    def squared_norm(self) -> Tensor:
+        """The sum of squares of the gradients over the selected entries, 0-dim."""
+        grads = [param.grad for param in self.params.values()]
+        compact = [each.entries for each in grads if isinstance(each, CompactGradient)]
+        norms = torch._foreach_norm(compact) if compact else []
+        squares = [norm.square() for norm in norms]
+        if len(compact) < len(grads):
+            out = torch.empty(self.index.nnz, device=self.index.device)
+            dense = [None if isinstance(each, CompactGradient) else each for each in grads]
+            squares.append(gather_grad_(out, dense, self.index))
+        return torch.stack(squares).sum()
+
+    def dense_squared_norm(self) -> Tensor:
+        """The sum of squares of the gradients over all entries of the tensors, 0-dim."""
+        squares = []
+        for name, param in self.params.items():
+            square = None if param.grad is None else self._dense_square(name, param.grad)
+            if square is not None:
+                squares.append(square)
+        zero = torch.zeros((), device=self.index.device)
+        return torch.stack([zero, *squares]).sum()
+
+    def _dense_square(self, name: str, grad: Tensor) -> Tensor:
+        if not isinstance(grad, CompactGradient):
+            return grad.float().square().sum()
+        square = self.compacted[name].dense_square
+        if square is None:
+            raise TalosRuntimeError(
+                f"the norm of {name}'s dense gradient is not known; call "
+                "compact_gradients(dense_norm=True), and step after each backward"
+            )
+        return square
 
     def scale_gradients(self, coefficient: Tensor) -> None:
-        """Multiply the dense gradients by a 0-dim tensor, in place where they own their memory."""
+        """Multiply the gradients by a 0-dim tensor, in place where they own their memory."""
         for param in self.params.values():
-            if param.grad is not None and 0 in param.grad.stride():
+            dense = not isinstance(param.grad, CompactGradient)
+            if param.grad is not None and dense and 0 in param.grad.stride():
                 param.grad = param.grad.contiguous()  # expanded: its entries share memory
-        grads = [param.grad for param in self.params.values() if param.grad is not None]
+        grads = [grad for grad in self.gradients() if grad is not None]
         if grads:
             torch._foreach_mul_(grads, coefficient.to(self.index.device))
 
@@ -176,6 +256,15 @@ class Bucket:
             name: delta[entries]
             for name, entries in zip(self.params, self.index.slices, strict=True)
         }
+
+
+def _rows(param: Tensor, index: Index) -> slice:
+    """From the first row of dimension 0 to behind the last in which an entry is selected."""
+    if param.dim() < 2 or index.nnz in (0, param.numel()):
+        return slice(0, len(param) if param.dim() else 1)
+    (part,) = index.unpack()
+    some = part.decode().view(len(param), -1).any(1).nonzero()
+    return slice(int(some[0]), int(some[-1]) + 1)
 
 
 def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:

@@ -1,9 +1,9 @@
 """AdamW that trains, and keeps state for, the selected entries of a model only.
 
 The update is that of `talos_kernels.sparse_adam`: decoupled weight decay, bias-corrected moments.
-State of a selected entry: exp_avg and exp_avg_sq, 8 bytes, 12 with the float32 master that bf16 and
-fp16 weights have; plus the compressed index. A tensor without a selected entry has no state and is
-frozen, so that autograd computes no gradient for it.
+State of a selected entry: exp_avg and exp_avg_sq, 8 bytes (4 in bf16), and 4 more for the float32
+master that bf16 and fp16 weights have; plus the compressed index. A tensor without a selected entry
+has no state and is frozen, so that autograd computes no gradient for it.
 
 The state of all tensors of one group, device and dtype is one flat array a quantity, so that a step
 is one launch; `optimizer.state[param]` holds views into those arrays.
@@ -12,6 +12,7 @@ is one launch; `optimizer.state[param]` holds views into those arrays.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from .buckets import Bucket
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprint, fingerprints
+from .gradients import compact
 from .masks import Mask
 from .matching import match_tensors
 from .param_groups import (
@@ -49,6 +51,9 @@ class SparseAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay of the selected entries.
         maximize: ascend instead of descend.
+        moment_dtype: float32, or bfloat16 for half the state: its moments are rounded
+            stochastically.
+        seed: of that rounding's noise.
         strict: refuse a model with parameters that the mask does not cover, instead of freezing
             them.
 
@@ -87,6 +92,7 @@ class SparseAdam(torch.optim.Optimizer):
         "_fingerprints",
         "_base_known",
         "_complete",
+        "_moment_dtype",
     )
 
     def __init__(
@@ -99,6 +105,8 @@ class SparseAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        moment_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
         strict: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
@@ -106,6 +114,12 @@ class SparseAdam(torch.optim.Optimizer):
                 f"mask must be a talos.Mask, got {type(mask).__name__}; "
                 "make one with talos.calibrate or Mask.from_dense"
             )
+        if moment_dtype not in (torch.float32, torch.bfloat16):
+            raise TalosTypeError(
+                f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise TalosValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
         groups = named_groups(model)
         params = by_name(groups)
         if mask.nnz == 0:
@@ -130,6 +144,7 @@ class SparseAdam(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "seed": seed,
             "mask": mask.fingerprint,
         }
         for group in groups:
@@ -138,6 +153,8 @@ class SparseAdam(torch.optim.Optimizer):
         self._untrained = list(others)
         if self._untrained and isinstance(model, nn.Module):
             check_not_wrapped(model)
+        self._moment_dtype = moment_dtype
+        self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
         self._buckets: list[Bucket] = []
         self._incoming: list[Mapping[str, Any]] = []
         self._base_known = True
@@ -174,7 +191,10 @@ class SparseAdam(torch.optim.Optimizer):
             key = (param.device, param.dtype)
             tensors.setdefault(key, {})[self._names[param]] = param
         number = len(self.param_groups) - 1
-        buckets = [Bucket.create(number, members, self._mask) for members in tensors.values()]
+        buckets = [
+            Bucket.create(number, members, self._mask, self._moment_dtype)
+            for members in tensors.values()
+        ]
         for bucket in buckets:
             self.state.update(bucket.views())
         self._buckets += buckets
@@ -216,11 +236,15 @@ class SparseAdam(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, *, dense: bool = False, error_if_nonfinite: bool = False
+    ) -> Tensor:
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
         Args:
             max_norm: the largest norm let through; infinity only computes the norm.
+            dense: the norm over all entries of the tensors that are trained, as the method's
+                released code has it; compact gradients must have been asked to keep it.
             error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
 
         Returns:
@@ -228,19 +252,22 @@ class SparseAdam(torch.optim.Optimizer):
 
         Raises:
             TalosValueError: `max_norm` is not positive.
-            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set; no
-                gradient is changed then.
+            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set, or the
+                dense norm is not known; no gradient is changed then.
         """
         if not max_norm > 0:
             raise TalosValueError(f"max_norm must be positive, got {max_norm}")
         for bucket in self._buckets:
             bucket.check()
-        squares = [bucket.gather_gradients()[1] for bucket in self._buckets]
+        squares = [
+            bucket.dense_squared_norm() if dense else bucket.squared_norm()
+            for bucket in self._buckets
+        ]
         device = squares[0].device
         norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise TalosRuntimeError(
-                f"the gradient norm over the selected entries is {float(norm)}; "
+                f"the gradient norm is {float(norm)}; "
                 "lower the learning rate, or pass error_if_nonfinite=False to go on"
             )
         if max_norm < math.inf:
@@ -248,6 +275,48 @@ class SparseAdam(torch.optim.Optimizer):
             for bucket in self._buckets:
                 bucket.scale_gradients(coefficient)
         return norm
+
+    def compact_gradients(self, enabled: bool = True, *, dense_norm: bool = False) -> None:
+        """Keep the gradients of the selected entries only, from the next backward on.
+
+        A gradient is compacted the moment it exists, so that at most one is ever dense, and of a
+        linear layer's weight only the rows with selected entries are computed. `param.grad` is a
+        `CompactGradient` then: it accumulates, and clipping, GradScaler and norms work on it. Its
+        memory, 4 bytes a selected entry, is used again after `zero_grad`. The gradients of linear
+        layers' weights do not pass autograd: tensor hooks of those do not fire, and
+        `torch.autograd.grad` does not return them.
+
+        Args:
+            enabled: False goes back to dense gradients; `release` does too.
+            dense_norm: keep what `clip_grad_norm_(dense=True)` needs: all rows are computed.
+
+        Raises:
+            TalosRuntimeError: there are several processes: their gradients would not be averaged.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 2, bias=False)
+            >>> mask = Mask.from_dense({"weight": torch.eye(2) > 0})
+            >>> optimizer = SparseAdam(model, mask)
+            >>> optimizer.compact_gradients()
+            >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+            >>> model.weight.grad.entries
+            tensor([1., 2.])
+            >>> optimizer.step()
+        """
+        if enabled and _several_processes():
+            raise TalosRuntimeError(
+                "compact gradients must be trained in one process, got several: those of linear "
+                "layers do not pass DistributedDataParallel, which would wait for them"
+            )
+        if self._stop_compacting is not None:
+            self._stop_compacting()
+            self._stop_compacting = None
+            for bucket in self._buckets:
+                bucket.densify_gradients()
+        if enabled:
+            params = [each for b in self._buckets for each in b.compact_gradients(dense_norm)]
+            self._stop_compacting = weakref.finalize(self, compact(params))
+            self._stop_compacting.atexit = False
 
     def task_vector(self) -> TaskVector:
         """What training has changed: current minus initial weights, at the selected entries.
@@ -290,7 +359,11 @@ class SparseAdam(torch.optim.Optimizer):
             param.requires_grad_(False)
 
     def release(self) -> None:
-        """Give the tensors that were frozen for lack of a selected entry back to training."""
+        """Give the tensors that were frozen for lack of a selected entry back to training.
+
+        Gradients are dense again.
+        """
+        self.compact_gradients(False)
         for param in self._untrained:
             param.requires_grad_(True)
 
@@ -389,6 +462,10 @@ class SparseAdam(torch.optim.Optimizer):
         if "_names" in state:
             state = {**state, "_names": dict(state["_names"])}
         super().__setstate__(state)
+        if "_names" in state:
+            self._stop_compacting = None  # a copy begins with dense gradients
+        for group in self.param_groups:
+            group.setdefault("seed", 0)
         self._incoming = self.__dict__.get("_incoming", [])
         for bucket in self._buckets:
             if self._incoming:
@@ -399,3 +476,12 @@ class SparseAdam(torch.optim.Optimizer):
             for param, saved in zip(params, self._incoming, strict=False):
                 for name, own in self.state[param].items():
                     own.copy_(saved[name])
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

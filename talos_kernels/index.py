@@ -32,6 +32,7 @@ from .tensor_index import (
     BLOCK_SIZE,
     ENCODINGS,
     SEGMENT_SIZE,
+    WORD_SIZE,
     Encoding,
     TensorIndex,
     blocks_of,
@@ -151,6 +152,30 @@ class Index:
         for nnz in self.nnzs:
             ends.append(ends[-1] + nnz)
         return tuple(slice(a, b) for a, b in pairwise(ends))
+
+    def split(self) -> list[Index]:
+        """One index a tensor; the bitmaps and positions are views of this one's."""
+        rows = self.table.tolist()  # a host sync on a GPU
+        parts = []
+        for row, numel, nnz in zip(rows, self.numels, self.nnzs, strict=True):
+            encoding = ENCODINGS[row[Column.ENCODING]]
+            data, first = row[Column.DATA], row[Column.STARTS]
+            blocks = blocks_of(numel, SEGMENT_SIZE if encoding == "u16" else BLOCK_SIZE)
+            words = blocks * (BLOCK_SIZE // WORD_SIZE) if encoding == "bitmap" else 0
+            starts = 0 if encoding == "full" else blocks + 1
+            alone = [numel, row[Column.ENCODING], 0, 0, 0, 0]
+            parts.append(
+                Index(
+                    (numel,),
+                    (nnz,),
+                    self.words.narrow(0, data if words else 0, words),
+                    self.positions.narrow(0, *((data, nnz) if encoding == "u16" else (0, 0))),
+                    self.starts.narrow(0, first, starts) - row[Column.RANK],
+                    torch.tensor([alone], dtype=torch.int64).to(self.device),
+                    torch.zeros(blocks if nnz else 0, dtype=torch.int32, device=self.device),
+                )
+            )
+        return parts
 
     def to(self, device: torch.device | str) -> Index:
         """The same index on another device."""

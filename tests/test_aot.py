@@ -66,7 +66,9 @@ def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
 def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
     for name in INDEXED:
         products = re.findall(r"arith\.muli %\w+, %(\w+) : (i\d+) ", compiled.text(name, "ttir"))
-        assert {kind for _, kind in products} == {"i64"}, (name, products)
+        mixing = f"c{0x7FEB352D}_i32"  # of noise, modulo 2^32 by intent
+        kinds = {kind for by, kind in products if by != mixing}
+        assert kinds == {"i64"}, (name, products)
         # a bitmap's block, a 16-bit segment, a block's words
         assert {"c2048_i64", "c65536_i64", "c64_i64"} <= {by for by, _ in products}, name
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {"errors", "patches", "selection", "structure"},
-    {"describe", "files", "fingerprints", "layouts", "matching", "params"},
-    {"batches", "estimators", "listeners", "masks", "param_groups", "tasks"},
+    {"compact_gradient", "describe", "files", "fingerprints", "layouts", "matching", "params"},
+    {"batches", "estimators", "gradients", "listeners", "masks", "param_groups", "tasks"},
     {"buckets", "models", "routing", "task_vectors"},
     {"capture", "metrics"},
     {"calibration", "optim"},

@@ -1,0 +1,433 @@
+"""Compact gradients: the same training as with dense ones, and never two of those at once."""
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import talos
+from talos import Mask, SparseAdam, TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.compact_gradient import CompactGradient
+from talos.params import select_parameters
+from talos_kernels import Index, TensorIndex
+from tests.cases import assert_bit_equal
+from tests.test_families import FAMILIES, Batch
+
+TRAINED = (
+    "open_clip ViT-B-32 visual",
+    "open_clip CLIP",
+    "BertForSequenceClassification",
+    "T5ForConditionalGeneration v1.0",
+    "T5ForConditionalGeneration v1.1",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "timm VisionTransformer",
+)
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**batch)
+    return getattr(output, "logits", output)
+
+
+def random_mask(model: nn.Module, density: float = 0.3, params: str = "maskable") -> Mask:
+    generator = torch.Generator().manual_seed(1)
+    return Mask.from_dense(
+        {
+            name: torch.rand(each.param.shape, generator=generator) < density
+            for name, each in select_parameters(model, params).items()
+        }
+    )
+
+
+def train(
+    model: nn.Module,
+    optimizer: SparseAdam,
+    batches: list[Batch],
+    *,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    run: Callable[[nn.Module, Batch], Tensor] = logits,
+) -> list[float]:
+    """Steps of `accumulate` batches each; the norms."""
+    norms = []
+    for first in range(0, len(batches), accumulate):
+        for batch in batches[first : first + accumulate]:
+            run(model, batch).float().log_softmax(-1)[..., 0].mean().backward()
+        if max_norm is not None:
+            norms.append(float(optimizer.clip_grad_norm_(max_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def both(
+    model: nn.Module, mask: Mask, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, SparseAdam, nn.Module, SparseAdam]:
+    """The model twice: with dense and with compact gradients."""
+    model = model.to(dtype)
+    other = copy.deepcopy(model)
+    dense, compact = (SparseAdam(each, mask, lr=1e-2, **options) for each in (model, other))
+    compact.compact_gradients()
+    return model, dense, other, compact
+
+
+@pytest.fixture(autouse=True)
+def linear_is_given_back() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert nn.functional.linear is torch._C._nn.linear
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_that_with_dense_gradients(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model(family.attentions[-1])
+    mask = random_mask(model)
+    before = copy.deepcopy(model)
+    model, dense, other, compact = both(model, mask)
+    batches = [family.batch(3) for _ in range(4)]
+    expected = train(model, dense, batches, accumulate=2, max_norm=0.1)
+    norms = train(other, compact, batches, accumulate=2, max_norm=0.1)
+    assert norms == pytest.approx(expected, rel=1e-4)
+    moved = 0.0
+    for (key, ours), theirs, start in zip(
+        other.named_parameters(), model.parameters(), before.parameters(), strict=True
+    ):
+        moved = max(moved, float((ours - start).detach().abs().max()))
+        # Adam divides a gradient by its size: what is rounding there may be a step's hundredth here
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3, msg=key)
+        if key in mask.names:
+            assert_bit_equal(ours[~mask.to_dense(key)], start[~mask.to_dense(key)])
+    assert moved > 1e-2
+    compact.release()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_are_those_of_float64(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model(family.attentions[-1]).double()
+    mask = random_mask(model)
+    batch = family.batch(3)
+    wide = {key: each.double() if each.is_floating_point() else each for key, each in batch.items()}
+    logits(model, wide).log_softmax(-1)[..., 0].mean().backward()
+    wanted = {key: param.grad for key, param in model.named_parameters() if key in mask.names}
+    scale = nn.utils.get_total_norm(list(wanted.values())).float()
+    single = copy.deepcopy(model).float()
+    optimizer = SparseAdam(single, mask)
+    optimizer.compact_gradients()
+    logits(single, batch).log_softmax(-1)[..., 0].mean().backward()
+    for key, param in single.named_parameters():
+        if key not in mask.names:
+            assert param.grad is None
+            continue
+        assert isinstance(param.grad, CompactGradient), key
+        selected = mask.to_dense(key)
+        exact = wanted[key][selected].float()
+        torch.testing.assert_close(param.grad.entries / scale, exact / scale, rtol=0, atol=1e-5)
+        assert not param.grad.to_dense()[~selected].any()
+
+
+class DenseGradients(TorchDispatchMode):
+    """Counts the tensors shaped as one of the weights, and none of them, that are alive at once."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.shapes = {weight.shape for weight in weights}
+        self.weights = {weight.data_ptr() for weight in weights}
+        self.alive: set[StorageWeakRef] = set()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and type(found) is Tensor and found.shape in self.shapes:
+            if found.data_ptr() not in self.weights:
+                self.alive.add(StorageWeakRef(found.untyped_storage()))
+            self.alive = {each for each in self.alive if not each.expired()}
+            self.most = max(self.most, len(self.alive))
+        return found
+
+
+def test_one_dense_gradient_is_alive_at_a_time() -> None:
+    width, layers = 48, 5
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    most = {}
+    for compact in (False, True):
+        optimizer = SparseAdam(model, random_mask(model, params="."))
+        if compact:
+            optimizer.compact_gradients()
+        loss = model(torch.randn(3, width)).square().mean()
+        with DenseGradients([layer.weight for layer in model]) as counter:
+            loss.backward()
+        most[compact] = counter.most
+        optimizer.zero_grad()
+        optimizer.release()
+    assert most == {False: layers, True: 1}
+
+
+def test_the_hook_alone_keeps_one_dense_gradient_too() -> None:
+    width, layers = 48, 4
+    weights = [nn.Parameter(torch.randn(width, width)) for _ in range(layers)]
+    mask = Mask.from_dense({str(i): torch.rand(width, width) < 0.2 for i in range(layers)})
+    optimizer = SparseAdam([(str(i), each) for i, each in enumerate(weights)], mask)
+    optimizer.compact_gradients()
+    x = torch.randn(3, width)
+    for weight in weights:
+        x = (x @ weight).tanh()  # not by functional.linear
+    with DenseGradients(weights) as counter:
+        x.sum().backward()
+    assert counter.most == 1
+    assert all(isinstance(weight.grad, CompactGradient) for weight in weights)
+    optimizer.release()
+
+
+def test_the_values_of_a_fused_projection_have_no_weight_gradient() -> None:
+    width, tokens = 32, 7
+    attention = nn.MultiheadAttention(width, 2, batch_first=True)
+    selected = torch.rand(3 * width, width) < 0.5
+    selected[2 * width :] = False
+    x = torch.randn(2, tokens, width)
+    operations = []
+    for compact in (False, True):
+        optimizer = SparseAdam(attention, Mask.from_dense({"in_proj_weight": selected}))
+        if compact:
+            optimizer.compact_gradients()
+        loss = attention(x, x, x, need_weights=False)[0].sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        operations.append(counter.get_total_flops())
+        optimizer.zero_grad()
+        optimizer.release()
+    assert operations[0] - operations[1] == 2 * 2 * tokens * width * width
+
+
+@pytest.mark.parametrize("name", ["open_clip ViT-B-32 visual", "BertForSequenceClassification"])
+def test_under_autocast(name: str) -> None:
+    family = FAMILIES[name]
+
+    def run(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return logits(model, batch)
+
+    model = family.model(family.attentions[-1])
+    mask = random_mask(model)
+    model, _, other, compact = both(model, mask)
+    batch = family.batch(4)
+    outputs = run(model, batch), run(other, batch)
+    assert_bit_equal(*outputs)
+    for each in outputs:
+        each.float().log_softmax(-1)[..., 0].mean().backward()
+    for (key, theirs), ours in zip(model.named_parameters(), other.parameters(), strict=True):
+        if key in mask.names:
+            dense = theirs.grad
+            assert (ours.grad.to_dense() - dense * mask.to_dense(key)).norm() <= 0.01 * dense.norm()
+    compact.release()
+
+
+def test_with_bf16_weights_the_compact_gradient_is_float32() -> None:
+    model = nn.Linear(16, 8).bfloat16()
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    optimizer.compact_gradients()
+    model(torch.randn(4, 16).bfloat16()).sum().backward()
+    assert model.weight.grad.dtype == torch.bfloat16
+    assert model.weight.grad.entries.dtype == torch.float32
+    optimizer.step()
+    optimizer.release()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model, dense, other, compact = both(model, random_mask(model, params="."))
+    x = torch.randn(5, 8, requires_grad=True)
+    train(model, dense, [{"input": x}], run=lambda m, b: m(b["input"]))
+    train(
+        other, compact, [{"input": x}],
+        run=lambda m, b: checkpoint(m, b["input"], use_reentrant=reentrant),
+    )  # fmt: skip
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert_bit_equal(ours, theirs)
+    compact.release()
+
+
+def test_compiled_models_compact_by_the_hook() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model, dense, other, compact = both(model, random_mask(model, params="."))
+    x = torch.randn(5, 8)
+    train(model, dense, [{"input": x}], run=lambda m, b: m(b["input"]))
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    train(other, compact, [{"input": x}], run=lambda _, b: compiled(b["input"]))
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    compact.release()
+
+
+def test_gradscaler_and_torchs_clipping_work_on_the_compact_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    mask = random_mask(model, params=".")
+    model, dense, other, compact = both(model, mask)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1) for _ in range(2)]
+    for step in range(3):
+        x = torch.randn(5, 8)
+        bad = step == 1
+        for each, optimizer, scaler in zip((model, other), (dense, compact), scalers, strict=True):
+            loss = each(x).square().mean() * (float("inf") if bad else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            for name, param in each.named_parameters():  # torch would count the unselected too
+                if type(param.grad) is Tensor:
+                    param.grad *= mask.to_dense(name)
+            nn.utils.clip_grad_norm_(each.parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=step == 0)
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 512.0
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    compact.release()
+
+
+def test_the_dense_norm_is_that_of_dense_gradients() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model, dense, other, compact = both(model, random_mask(model, params="."))
+    compact.compact_gradients(dense_norm=True)
+    x = torch.randn(5, 8)
+    for each in (model, other):
+        each(x).square().sum().backward()
+    wanted = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    for optimizer in (dense, compact):
+        torch.testing.assert_close(optimizer.clip_grad_norm_(torch.inf, dense=True), wanted)
+        assert optimizer.clip_grad_norm_(torch.inf) < wanted
+    other(x).square().sum().backward()
+    with pytest.raises(TalosRuntimeError, match="dense gradient is not known"):
+        compact.clip_grad_norm_(1.0, dense=True)
+    compact.release()
+
+
+def test_copies_and_releases_have_dense_gradients() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    optimizer.compact_gradients()
+    model(torch.randn(3, 8)).sum().backward()
+    entries = model.weight.grad.entries.clone()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (group,) = other.param_groups
+        assert not any(isinstance(param.grad, CompactGradient) for param in group["params"])
+    optimizer.release()
+    assert type(model.weight.grad) is Tensor
+    assert_bit_equal(model.weight.grad[optimizer.mask.to_dense("weight")], entries)
+    optimizer.zero_grad()
+    model(torch.randn(3, 8)).sum().backward()
+    assert type(model.weight.grad) is Tensor
+
+
+def test_a_forgotten_optimizer_stops_compacting() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    optimizer.compact_gradients()
+    optimizer.compact_gradients()  # twice is once
+    del optimizer
+    gc.collect()
+    model(torch.randn(3, 8)).sum().backward()
+    assert type(model.weight.grad) is Tensor
+
+
+def test_another_optimizers_compact_gradient_is_refused() -> None:
+    model = nn.Linear(8, 4)
+    first, second = (SparseAdam(model, random_mask(model, d, ".")) for d in (0.3, 0.6))
+    first.compact_gradients()
+    model(torch.randn(3, 8)).sum().backward()
+    with pytest.raises(TalosValueError, match=r"weight\.grad must be compacted by this optimizer"):
+        second.step()
+    first.release()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = SparseAdam(model := nn.Linear(8, 4), random_mask(model, params="."))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(TalosRuntimeError, match="must be trained in one process"):
+        optimizer.compact_gradients()
+
+
+def gradient() -> tuple[CompactGradient, Tensor]:
+    selected = torch.tensor([[True, False, True], [False, False, True]])
+    index = Index.pack([TensorIndex.encode(selected)])
+    weight = nn.Parameter(torch.zeros(2, 3))
+    entries = torch.tensor([3.0, -4.0, 12.0])
+    dense = torch.zeros(2, 3)
+    dense[selected] = entries
+    return CompactGradient(entries, index, weight), dense
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.mul_(2.0),
+        lambda g: g.div_(torch.tensor(4.0)),
+        lambda g: g.mul_(torch.arange(6.0).view(2, 3)),
+        lambda g: g.mul_(torch.arange(3.0)),
+        lambda g: g.neg_(),
+        lambda g: g.zero_(),
+        lambda g: torch._foreach_mul_([g], 3.0),
+        lambda g: torch._foreach_mul_([g], torch.tensor(3.0)),
+    ],
+)
+def test_changes_are_those_of_the_dense_gradient(change: Callable[[Tensor], object]) -> None:
+    ours, dense = gradient()
+    change(ours)
+    change(dense)
+    assert torch.equal(ours.to_dense(), dense)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda g: g.norm(),
+        lambda g: torch.linalg.vector_norm(g, 1),
+        lambda g: torch.linalg.vector_norm(g, torch.inf),
+        lambda g: g.abs().max(),
+        lambda g: g.isfinite().all(),
+        lambda g: g + 1,
+        lambda g: (g * g).sum(),
+        lambda g: torch.stack(torch._foreach_norm([g, torch.ones(2)])),
+    ],
+)
+def test_questions_are_answered_as_by_the_dense_gradient(ask: Callable[[Tensor], Tensor]) -> None:
+    ours, dense = gradient()
+    torch.testing.assert_close(ask(ours), ask(dense))
+
+
+def test_a_change_of_unselected_entries_is_refused() -> None:
+    ours, _ = gradient()
+    with pytest.raises(TalosTypeError, match="must not change a compact gradient"):
+        ours.fill_(1.0)
+    assert "3 of 6 entries" in repr(ours)
+    assert_bit_equal(copy.deepcopy(ours).to_dense(), ours.to_dense())
+
+
+def test_calibration_and_evaluation_go_on_beside_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    x = torch.randn(6, 8)
+    wanted = talos.fisher_diag(model, [x])
+    optimizer.compact_gradients()
+    for name, score in talos.fisher_diag(model, [x]).items():
+        assert_bit_equal(score, wanted[name])
+    with torch.no_grad():
+        model(x)
+    torch.func.grad(lambda w: torch.func.functional_call(model, {"0.weight": w}, x).sum())(
+        model[0].weight.detach()
+    )
+    optimizer.release()
