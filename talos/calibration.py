@@ -113,7 +113,8 @@ def fisher_diag(
             mapping goes to `forward` by keyword without its labels, or whole where `forward` has
             one argument; `.logits` is taken of what transformers return, and padding does not
             count. `talos.choice_logits` scores answers to choose among.
-        params: "maskable", "qk" or a regular expression over names; see `talos.params`.
+        params: "maskable", "qk", "attention" or a regular expression over names; see
+            `talos.params`.
         target: "log_prob", or "logit": the gradient of the drawn class's logit, as in the code
             that the paper's authors released.
         draws: labels drawn a sample, over which scores are averaged, or "exact": the expectation
@@ -190,7 +191,7 @@ def calibrate(
         rounds: how many.
         logits_fn: `logits_fn(model, batch)` returns [B, C], [B, T, V], or a pair of that and the
             positions that count.
-        params: "maskable", "qk" or a regular expression over names.
+        params: "maskable", "qk", "attention" or a regular expression over names.
         target: "log_prob" or "logit".
         draws: labels drawn a sample, or "exact".
         labels: "sampled" or "importance".

@@ -1,6 +1,6 @@
 """Which weights may be selected: presets, regular expressions, row ranges, names without wrappers.
 
-Two presets and any regular expression choose the tensors:
+Three presets and any regular expression choose the tensors:
 
 - `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear` and Conv1D of transformers, the
   projections of `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a
@@ -9,6 +9,8 @@ Two presets and any regular expression choose the tensors:
 - `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
   like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`. The `c_attn` of
   GPT-2 has its queries and keys in columns and is refused.
+- `"attention"`, the projections to queries, keys and values and the one behind the heads, biases
+  included, every row and column of them (Jin 2025, arXiv 2407.07089).
 - anything else is a regular expression, tried with `re.search` on each name; what it matches is
   taken as it is, heads and embeddings too.
 
@@ -29,6 +31,15 @@ import torch
 from torch import nn
 
 from .errors import TalosTypeError, TalosValueError
+from .projections import (
+    CONV1D_ATTENTION,
+    FUSED_LAYERS,
+    PACKED,
+    QK_LAYERS,
+    SPLIT,
+    is_conv1d,
+    projections,
+)
 
 __all__ = [
     "Selected",
@@ -64,14 +75,6 @@ _WRAPPERS = (
 _HEADS = (
     *("head", "heads", "classifier", "pre_classifier", "lm_head", "score", "fc"),
     *("visual_projection", "text_projection"),  # CLIP's last layer, a bare parameter in open_clip
-)
-_PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
-_SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-_FUSED_LAYERS = ("qkv", "Wqkv")
-_CONV1D_ATTENTION = ("c_attn", "q_attn")
-_QK_LAYERS = (
-    *("q_proj", "k_proj", "query", "key", "q", "k", "to_q", "to_k", "wq", "wk", "q_lin", "k_lin"),
-    *("query_proj", "key_proj", "linear_q", "linear_k"),
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -215,39 +218,41 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2, whose weight is [in, out]."""
-    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return kind is not None and isinstance(module, kind)
-
-
-def _maskable(_leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+def _maskable(_name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "maskable" takes of one module's own parameters."""
-    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module) or _is_conv1d(module)
+    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module) or is_conv1d(module)
     for name, param in module.named_parameters(recurse=False):
-        if whole or name in _PACKED or name in _SPLIT:
+        if whole or name in PACKED or name in SPLIT:
             yield param, None
 
 
-def _qk(leaf: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+def _qk(name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "qk" takes of one module's own parameters."""
+    leaf = name.rpartition(".")[2]
     linear = isinstance(module, nn.Linear)
-    if leaf in _CONV1D_ATTENTION and _is_conv1d(module):
+    if leaf in CONV1D_ATTENTION and is_conv1d(module):
         raise TalosValueError(
             f"params='qk' must find queries and keys in rows of a weight, got {leaf}, a "
             "transformers.Conv1D, whose columns they are; use params='maskable', or take all of "
             f"it with params={leaf!r}"
         )
-    for name, param in module.named_parameters(recurse=False):
-        if (linear and leaf in _QK_LAYERS) or name in _SPLIT[:2]:
+    for own, param in module.named_parameters(recurse=False):
+        if (linear and leaf in QK_LAYERS) or own in SPLIT[:2]:
             yield param, None
-        elif name in _PACKED or (linear and leaf in _FUSED_LAYERS and len(param) % 3 == 0):
+        elif own in PACKED or (linear and leaf in FUSED_LAYERS and len(param) % 3 == 0):
             yield param, (0, 2 * len(param) // 3)
+
+
+def _attention(name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "attention" takes of one module's own parameters."""
+    for each in projections(name, module):
+        yield each.param, None
 
 
 _PRESETS: dict[str, Callable[[str, nn.Module], Iterator[tuple[nn.Parameter, Rows | None]]]] = {
     "maskable": _maskable,
     "qk": _qk,
+    "attention": _attention,
 }
 
 
@@ -277,7 +282,7 @@ def _preset(model: nn.Module, preset: str) -> dict[int, Rows | None]:
     for name, module in named_modules(model):
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(id, module.parameters()))
-        for param, rows in _PRESETS[preset](name.rpartition(".")[2], module):
+        for param, rows in _PRESETS[preset](name, module):
             taken.setdefault(id(param), rows)
     return {key: rows for key, rows in taken.items() if key not in left_out}
 
@@ -315,7 +320,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
 
     Args:
         model: any module, wrapped or not.
-        params: "maskable", "qk" or a regular expression over names; see this module's docstring.
+        params: "maskable", "qk", "attention" or a regular expression over names; see this module's
+            docstring.
 
     Returns:
         The chosen parameters by name, tied ones once, in the order of the model.

@@ -3,17 +3,14 @@
     lr(s) = lr * s / warmup                                      for s <= warmup
     lr(s) = lr * (1 + cos(pi (s - warmup) / (steps - warmup + 1))) / 2    after that
 
-`fine_tune` yields an event a step and prints nothing. With a mask it trains the selected entries
-with `SparseAdam` (TaLoS, arXiv 2504.02620, equation 8); without one it trains every weight with
-`torch.optim.AdamW`, which is the non-linear fine-tuning that task arithmetic began with
-(Ilharco 2023).
+`fine_tune` yields an event a step and prints nothing. What is trained, and how, is the method's
+business: see `talos.methods`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,9 +23,8 @@ from torch.nn import functional as F
 from .batches import default_logits, labels_of
 from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
-from .optim import SparseAdam
+from .methods import LogitsFunction, Method, Phase, method_of
 from .param_groups import check_hyperparameters
-from .params import named_parameters
 from .task_vectors import TaskVector
 
 __all__ = ["FineTuneFinished", "FineTuneStep", "fine_tune"]
@@ -42,7 +38,7 @@ class FineTuneStep:
 
     Attributes:
         step: its number, from 1.
-        steps: how many there will be.
+        steps: how many there will be, in all phases of the method.
         loss: mean loss of the step's batches.
         lr: learning rate of the step.
         grad_norm: norm of the gradient before clipping, over what is trained.
@@ -88,6 +84,7 @@ def fine_tune(
     batches: Iterable[Any],
     mask: Mask | None = None,
     *,
+    method: Method | str | None = None,
     steps: int,
     lr: float = 1e-3,
     warmup: int | None = None,
@@ -99,7 +96,7 @@ def fine_tune(
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     loss_fn: LossFunction | None = None,
-    logits_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    logits_fn: LogitsFunction | None = None,
 ) -> Iterator[FineTuneStep | FineTuneFinished]:
     """Fine-tune a model in place, one event a step.
 
@@ -107,8 +104,11 @@ def fine_tune(
         model: trained in train mode; its modes and frozen tensors are restored at the end.
         batches: re-iterable; begun again as often as the steps need. A batch is a dict with
             `labels`, or a pair of inputs and labels.
-        mask: the entries to train; None trains every parameter that requires a gradient.
-        steps: optimizer steps.
+        mask: the entries that the method talos trains; other methods take none.
+        method: one of `talos.methods` with its settings, or the name of one with its defaults;
+            None: talos with a mask, else nonlinear, which trains every parameter that requires a
+            gradient.
+        steps: optimizer steps; lota takes them twice.
         lr: peak learning rate.
         warmup: steps of linear warm-up; None: a tenth of the steps.
         betas: decay rates of AdamW's moments.
@@ -118,15 +118,16 @@ def fine_tune(
         label_smoothing: of the default loss, in [0, 1).
         accumulate: batches a step; their mean loss is minimised.
         autocast: run the forward pass in this dtype where that is safe (torch.bfloat16).
-        loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits.
+        loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits. The
+            method linearized hands it a `LinearizedModel`, whose `model(batch)` is logits.
         logits_fn: `logits_fn(model, batch)`, `[B, C]`, for the default loss.
 
     Yields:
         `FineTuneStep` after each step, then one `FineTuneFinished` with the task vector.
 
     Raises:
-        TalosValueError: a setting is out of range, there is no batch, or the loss is not finite
-            (the step is not taken then).
+        TalosValueError: a setting is out of range, the method is unknown or cannot train this
+            model, there is no batch, or the loss is not finite (the step is not taken then).
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -134,6 +135,9 @@ def fine_tune(
         >>> *events, finished = fine_tune(model, data, steps=2)
         >>> [event.step for event in events], finished.task_vector.mask.nnz
         ([1, 2], 15)
+        >>> *_, finished = fine_tune(model, data, method="linearized", steps=2)
+        >>> finished.task_vector.metadata
+        {'method': 'linearized'}
     """
     warmup = max(1, steps // 10) if warmup is None else warmup
     _check(steps, warmup, accumulate, label_smoothing, max_grad_norm)
@@ -141,122 +145,87 @@ def fine_tune(
         raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    chosen = method_of(method, mask)
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     check_hyperparameters(hyper)
-    trainer = _Sparse(model, mask, hyper) if mask is not None else _Dense(trained, hyper)
-    compute_loss = loss_fn or _cross_entropy(logits_fn or default_logits, label_smoothing)
-    return _loop(
-        model, batches, trainer, compute_loss, _cosine(lr, warmup, steps), steps, accumulate,
-        max_grad_norm, autocast,
-    )  # fmt: skip
+    first = chosen.start(model, hyper, logits_fn or default_logits)
+    run = _Run(
+        batches=batches,
+        loss_fn=loss_fn or _cross_entropy(first.logits_fn, label_smoothing),
+        schedule=_cosine(lr, warmup, steps),
+        steps=steps,
+        total=steps * chosen.phases,
+        accumulate=accumulate,
+        max_norm=math.inf if max_grad_norm is None else max_grad_norm,
+        autocast=autocast,
+    )
+    return run.events(model, first)
 
 
-class _Sparse:
-    """Trains what a mask selects."""
+@dataclass
+class _Run:
+    """One call of `fine_tune`: its settings, and the loop over phases and steps."""
 
-    def __init__(self, model: nn.Module, mask: Mask, hyper: dict[str, Any]) -> None:
-        self.optimizer = SparseAdam(model, mask, **hyper)
-        self.optimizer.release()  # until the loop begins: a caller may never begin it
+    batches: Iterable[Any]
+    loss_fn: LossFunction
+    schedule: Callable[[int], float]
+    steps: int
+    total: int
+    accumulate: int
+    max_norm: float
+    autocast: torch.dtype | None
+    taken: int = 0
+    start: float = 0.0
 
-    def freeze(self) -> None:
-        self.optimizer.freeze()
+    def events(self, model: nn.Module, phase: Phase) -> Iterator[FineTuneStep | FineTuneFinished]:
+        modes = {module: module.training for module in model.modules()}
+        self.start = time.perf_counter()
+        try:
+            model.train()
+            yield from self._phase(phase)
+            while (following := phase.following()) is not None:
+                phase = following
+                yield from self._phase(phase)
+            yield FineTuneFinished(phase.task_vector(), self.taken, self._seconds())
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
-    def clip(self, max_norm: float) -> Tensor:
-        return self.optimizer.clip_grad_norm_(max_norm)
+    def _phase(self, phase: Phase) -> Iterator[FineTuneStep]:
+        stream = _endless(self.batches)
+        try:
+            phase.freeze()
+            for step in range(1, self.steps + 1):
+                phase.zero_grad()
+                loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
+                if step == 1:
+                    phase.check_gradients()
+                if not math.isfinite(loss):
+                    raise TalosValueError(
+                        f"the loss of step {self.taken + 1} is {loss}; the weights are those of "
+                        f"step {self.taken}: lower lr, or look for broken samples"
+                    )
+                norm = phase.clip(self.max_norm)
+                rate = self.schedule(step)
+                for group in phase.optimizer.param_groups:
+                    group["lr"] = rate
+                phase.step()
+                self.taken += 1
+                yield FineTuneStep(self.taken, self.total, loss, rate, float(norm), self._seconds())
+            phase.zero_grad()
+        finally:
+            phase.release()
 
-    def task_vector(self) -> TaskVector:
-        return self.optimizer.task_vector()
+    def _backward(self, phase: Phase, batch: Any) -> float:
+        """Adds a batch's share to the gradient; returns its share of the loss."""
+        device = next(phase.module.parameters()).device
+        with _autocast(device, self.autocast):
+            loss = self.loss_fn(phase.module, batch)
+        (loss / self.accumulate).backward()
+        return float(loss.detach()) / self.accumulate
 
-    def release(self) -> None:
-        self.optimizer.release()
-
-
-class _Dense:
-    """Trains every weight."""
-
-    def __init__(self, params: dict[str, nn.Parameter], hyper: dict[str, Any]) -> None:
-        if not params:
-            raise TalosValueError("model must have a parameter with requires_grad=True, got none")
-        self.params = params
-        self.base = {name: param.detach().clone() for name, param in params.items()}
-        fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
-        self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **hyper)
-
-    def freeze(self) -> None:
-        pass
-
-    def clip(self, max_norm: float) -> Tensor:
-        if max_norm == math.inf:
-            grads = [p.grad for p in self.params.values() if p.grad is not None]
-            return nn.utils.get_total_norm(grads)
-        return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
-
-    def task_vector(self) -> TaskVector:
-        return TaskVector.from_models(self.base, self.params)
-
-    def release(self) -> None:
-        pass
-
-
-def _loop(
-    model: nn.Module,
-    batches: Iterable[Any],
-    trainer: _Sparse | _Dense,
-    compute_loss: LossFunction,
-    schedule: Callable[[int], float],
-    steps: int,
-    accumulate: int,
-    max_grad_norm: float | None,
-    autocast: torch.dtype | None,
-) -> Iterator[FineTuneStep | FineTuneFinished]:
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    stream = _endless(batches)
-    start = time.perf_counter()
-    try:
-        trainer.freeze()
-        model.train()
-        for step in range(1, steps + 1):
-            trainer.optimizer.zero_grad(set_to_none=True)
-            total = 0.0
-            for _ in range(accumulate):
-                with _autocast(device, autocast):
-                    loss = compute_loss(model, next(stream))
-                (loss / accumulate).backward()
-                total += float(loss.detach()) / accumulate
-            if step == 1:
-                _warn_without_gradient(trainer)
-            if not math.isfinite(total):
-                raise TalosValueError(
-                    f"the loss of step {step} is {total}; the weights are those of step "
-                    f"{step - 1}: lower lr, or look for broken samples"
-                )
-            norm = trainer.clip(max_grad_norm if max_grad_norm is not None else math.inf)
-            rate = schedule(step)
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = rate
-            trainer.optimizer.step()
-            elapsed = time.perf_counter() - start
-            yield FineTuneStep(step, steps, total, rate, float(norm), elapsed)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        yield FineTuneFinished(trainer.task_vector(), steps, time.perf_counter() - start)
-    finally:
-        trainer.release()
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _warn_without_gradient(trainer: _Sparse | _Dense) -> None:
-    groups = trainer.optimizer.param_groups
-    params = [param for group in groups for param in group["params"]]
-    missing = sum(param.grad is None for param in params)
-    if missing and isinstance(trainer, _Sparse):
-        warnings.warn(
-            f"{missing} of {len(params)} selected tensors got no gradient in the first step and "
-            "are not trained; where activations are checkpointed, use_reentrant=False is needed",
-            stacklevel=3,
-        )
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.start
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
@@ -283,9 +252,7 @@ def _cosine(lr: float, warmup: int, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def _cross_entropy(
-    logits_fn: Callable[[nn.Module, Any], Tensor], label_smoothing: float
-) -> LossFunction:
+def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFunction:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         logits = logits_fn(model, batch).float()
         if logits.dim() > 2:

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of talos imports only parts of the rows above its own, and itself where it is a package.
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
-    {"errors", "patches", "selection", "structure"},
+    {"errors", "patches", "projections", "selection", "structure"},
     {"compact_gradient", "describe", "files", "fingerprints", "layouts", "matching", "params"},
     {"batches", "estimators", "gradients", "listeners", "masks", "param_groups", "tasks"},
     {"buckets", "models", "routing", "task_vectors"},
     {"capture", "metrics"},
     {"calibration", "optim"},
+    {"methods"},
     {"training"},
     {"__init__"},
     {"report"},

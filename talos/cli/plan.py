@@ -141,10 +141,12 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 def _reason(name: str, used_by: list[nn.Module], params: str) -> str:
     """Why a trainable parameter is not among those that `params` chooses."""
     embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in used_by)
-    if embedding and len(used_by) > 1 and params in ("maskable", "qk"):
+    if embedding and len(used_by) > 1 and params in ("maskable", "qk", "attention"):
         return "tied to an embedding"
     if params == "qk":
         return "neither query nor key"
+    if params == "attention":
+        return "no projection of attention"
     if params != "maskable":
         return f"{params} does not match"
     if embedding or kind_of(name) == "embedding":

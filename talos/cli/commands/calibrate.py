@@ -84,7 +84,10 @@ def calibrate(
         typer.Option("--parity", help="Follow the paper, or released: the code of its authors."),
     ] = "paper",
     params: Annotated[
-        str, typer.Option("--params", help="Where to look: maskable, qk, or a regular expression.")
+        str,
+        typer.Option(
+            "--params", help="Where to look: maskable, qk, attention, or a regular expression."
+        ),
     ] = "maskable",
     check: Annotated[
         bool,

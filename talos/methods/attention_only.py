@@ -1,0 +1,39 @@
+"""Attention only: AdamW over the projections to queries, keys and values and back.
+
+What is trained is `talos.params`' preset "attention": those linear layers of the attention modules
+with their biases; norms, MLPs, embeddings and heads are frozen.
+
+Source: Jin et al. 2025, "Fine-tuning attention modules only: enhancing weight disentanglement in
+task arithmetic", arXiv 2407.07089.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from talos.params import select_parameters
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase
+from .nonlinear import Dense
+
+__all__ = ["AttentionOnly"]
+
+
+@dataclass(frozen=True)
+class AttentionOnly(Method):
+    """All query, key, value and output projections, biases included.
+
+    Example:
+        >>> AttentionOnly().metadata
+        {'method': 'attention_only'}
+    """
+
+    name = "attention_only"
+    usual_lr = 5e-5
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        params = {name: each.param for name, each in select_parameters(model, "attention").items()}
+        return Dense(model, params, hyper, logits_fn, self.metadata)

@@ -1,0 +1,141 @@
+"""What every method of fine-tuning is to the one training loop.
+
+A `Method` holds a method's settings. `start` prepares a model for it and returns a `Phase`, which
+says what is trained, by which optimizer, of which module the loss is computed, and what the task
+vector is; a method of several phases names the next one in `following`. `talos.fine_tune` runs
+them; nothing here loops.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from talos.errors import TalosValueError
+from talos.params import unwrapped
+from talos.task_vectors import TaskVector
+
+__all__ = ["Hyperparameters", "LogitsFunction", "Method", "Phase"]
+
+Hyperparameters = dict[str, Any]
+"""lr, betas, eps and weight_decay, as `torch.optim.AdamW` takes them."""
+
+LogitsFunction = Callable[[nn.Module, Any], Tensor]
+"""Maps a model and a batch to logits, `[B, C]` or `[B, T, V]`."""
+
+
+class Phase(ABC):
+    """Training of one set of weights, from its first step to its last.
+
+    Attributes:
+        module: what the loss is computed of.
+        logits_fn: how its logits are had.
+        optimizer: what takes the steps; its groups' `lr` is set before each.
+    """
+
+    module: nn.Module
+    logits_fn: LogitsFunction
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """Turn gradients off where nothing is trained; called before the first step."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Turn them on again; called at the end, however it comes."""
+
+    @abstractmethod
+    def task_vector(self) -> TaskVector:
+        """Trained minus initial weights."""
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradient so that its norm is at most `max_norm`, infinity: any.
+
+        Args:
+            max_norm: the largest norm.
+
+        Returns:
+            The norm before, 0-dim.
+        """
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check_gradients(self) -> None:
+        """Look at the gradients of the first backward pass, and warn of what is wrong."""
+        return
+
+    def step(self) -> None:
+        """Change the weights."""
+        self.optimizer.step()
+
+    def following(self) -> Phase | None:
+        """The phase that comes after this one; None: training is over."""
+        return None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way of fine-tuning and its settings; a frozen dataclass.
+
+    Attributes:
+        name: as `talos.fine_tune` and the command line take it.
+        phases: how often the steps are taken.
+        usual_lr: a peak learning rate that suits a small sentence encoder.
+    """
+
+    name: ClassVar[str]
+    phases: ClassVar[int] = 1
+    usual_lr: ClassVar[float]
+
+    @abstractmethod
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """Prepare the first phase; the model is left as it is until `freeze`.
+
+        Args:
+            model: what is trained, in place.
+            hyper: of the optimizer.
+            logits_fn: `logits_fn(model, batch)`.
+
+        Returns:
+            The phase.
+
+        Raises:
+            TalosValueError: the model has nothing that the method could train.
+        """
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The method's name and settings, as its task vectors carry them."""
+        return {"method": self.name, **asdict(self)}
+
+
+def trainable(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those that require a gradient; refuses to find none."""
+    found = {name: param for name, param in params.items() if param.requires_grad}
+    if not found:
+        raise TalosValueError("model must have a parameter with requires_grad=True, got none")
+    return found
+
+
+def check_bare(model: nn.Module, name: str) -> None:
+    """Refuse a wrapper, whose forward pass knows nothing of other weights."""
+    if unwrapped(model) is not model:
+        raise TalosValueError(
+            f"model must not be wrapped for the method {name}, got {type(model).__name__}; "
+            "pass the module inside it"
+        )
+
+
+def check_density(density: float) -> None:
+    """Refuse a density outside (0, 1], before anything is done with it."""
+    if isinstance(density, bool | str) or not 0.0 < density <= 1.0:
+        raise TalosValueError(f"density must lie in (0, 1], got {density}")

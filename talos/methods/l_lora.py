@@ -1,0 +1,174 @@
+"""L-LoRA: low-rank adapters on queries and values, each layer in its first-order expansion.
+
+    y = W x + (lora_alpha / r) (B0 A0 + B0 dA + dB A0) x,   A0 seeded and shared, B0 = 0
+
+With B0 = 0 the terms in A vanish: A moves nothing to first order and stays A0, the same for all
+tasks, and the weights are linear in B,
+
+    W(B) = W + (lora_alpha / r) B A0,   grad_B = (lora_alpha / r) grad_W A0^T
+
+so that the model is trained as it is: the gradient of its own query and value weights is projected
+to B's, and after each step they are written again from W and B.
+
+Source: Tang et al. 2024, "Parameter-efficient multi-task model fusion with partial linearization",
+arXiv 2310.04742.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from talos.errors import TalosValueError
+from talos.masks import Mask
+from talos.params import named_modules, select_parameters
+from talos.projections import Projection, projections
+from talos.task_vectors import TaskVector
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase
+from .nonlinear import clip
+
+__all__ = ["LLora"]
+
+_ROLES = ("query", "value")
+
+
+@dataclass(frozen=True)
+class LLora(Method):
+    """Adapters of rank `rank` on every query and value projection; biases stay as they are.
+
+    Attributes:
+        rank: r.
+        lora_alpha: the adapters are scaled by `lora_alpha / rank`.
+        seed: of A0, which depends on it and on the weight's name only.
+
+    Example:
+        >>> LLora(rank=8).metadata
+        {'method': 'l_lora', 'rank': 8, 'lora_alpha': 16.0, 'seed': 0}
+    """
+
+    name = "l_lora"
+    usual_lr = 1e-3
+    rank: int = 16
+    lora_alpha: float = 16.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a rank or a scale out of range."""
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise TalosValueError(f"rank must be an integer of at least 1, got {self.rank}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise TalosValueError(f"lora_alpha must be positive and finite, got {self.lora_alpha}")
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        return _Adapted(self, model, hyper, logits_fn)
+
+
+class _Adapter:
+    """One query or value projection, which may be a part of a parameter."""
+
+    def __init__(self, method: LLora, name: str, projection: Projection, role: str) -> None:
+        self.name, self.param = name, projection.param
+        self._projection, self._role = projection, role
+        weight = self.part(self.param.detach())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        digest = hashlib.sha256(f"{method.seed} {name} {role}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        a0 = torch.empty(method.rank, weight.shape[1], dtype=dtype)
+        nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=generator)  # as LoRA begins
+        self.a0 = a0.to(weight.device)
+        self.b = nn.Parameter(self.a0.new_zeros(weight.shape[0], method.rank))
+        self.scale = method.lora_alpha / method.rank
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The entries that are adapted, [out, in], a view."""
+        return self._projection.part(tensor, self._role)
+
+    def project_gradient(self) -> None:
+        """Make B's gradient of the weight's."""
+        grad = self.param.grad
+        self.b.grad = None if grad is None else self.scale * self.part(grad).to(self.a0) @ self.a0.T
+
+    def write(self, base: Tensor) -> None:
+        """Write the weight that B stands for."""
+        weight = self.part(base).to(self.a0) + self.scale * self.b @ self.a0
+        self.part(self.param).copy_(weight)
+
+
+class _Adapted(Phase):
+    """Trains B of all adapters."""
+
+    def __init__(
+        self, method: LLora, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
+    ) -> None:
+        self.module, self.logits_fn, self.metadata = model, logits_fn, method.metadata
+        self._adapters = list(_adapters(method, model))
+        params = {each.name: each.param for each in self._adapters}
+        self.params = params
+        self.base = {name: param.detach().clone() for name, param in params.items()}
+        self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **hyper)
+        own = {id(param) for param in params.values()}
+        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+
+    def freeze(self) -> None:
+        """Freeze what has no adapter."""
+        for param in self._others:
+            param.requires_grad_(False)
+
+    def release(self) -> None:
+        """Give it back."""
+        for param in self._others:
+            param.requires_grad_(True)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of B and of the weights."""
+        super().zero_grad()
+        for param in self.params.values():
+            param.grad = None
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """See `Phase.clip`: the norm is that of B's gradient."""
+        for each in self._adapters:
+            each.project_gradient()
+        return clip([each.b for each in self._adapters], max_norm)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change B, and the weights with it."""
+        self.optimizer.step()
+        for each in self._adapters:
+            each.write(self.base[each.name])
+
+    def task_vector(self) -> TaskVector:
+        """See `Phase.task_vector`: of fused weights it has the query and value rows only."""
+        dense = {name: torch.zeros(param.shape, dtype=torch.bool)
+                 for name, param in self.params.items()}  # fmt: skip
+        for each in self._adapters:
+            each.part(dense[each.name]).fill_(True)
+        mask = Mask.from_dense(dense)
+        return TaskVector.from_models(self.base, self.params, mask, metadata=self.metadata)
+
+
+def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
+    """An adapter for each query and value projection that requires a gradient."""
+    chosen = {id(each.param): n for n, each in select_parameters(model, "attention").items()}
+    found = []
+    for path, module in named_modules(model):
+        for each in projections(path, module):
+            name = chosen.get(id(each.param))
+            if name is None or each.param.dim() != 2:
+                continue
+            del chosen[id(each.param)]  # a tied weight has one adapter
+            found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
+    if not found:
+        raise TalosValueError(
+            "model must have query or value projections that require a gradient, got none whose "
+            "names are known; talos.projections lists those that are"
+        )
+    return found

@@ -1,0 +1,73 @@
+"""LoTA: fine-tune everything, keep where it moved most, and train only that from the start.
+
+    tau  = theta* - theta_0                  after fine-tuning every weight
+    mask = the round(density * N) entries with the largest |tau| of all N
+    theta <- theta_0, then the masked entries are trained; all others keep every bit
+
+Source: Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from talos.masks import Mask
+from talos.params import named_parameters
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density, trainable
+from .nonlinear import Dense
+from .talos import Sparse
+
+__all__ = ["Lota"]
+
+
+@dataclass(frozen=True)
+class Lota(Method):
+    """Two trainings of all steps each: of every weight, then of those that moved most.
+
+    Attributes:
+        density: the fraction of all trainable weights that the second one trains.
+
+    Example:
+        >>> Lota(density=0.2).metadata
+        {'method': 'lota', 'density': 0.2}
+    """
+
+    name = "lota"
+    phases = 2
+    usual_lr = 5e-5
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse a density out of range before a whole training is spent on it."""
+        check_density(self.density)
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        return _Search(self, model, hyper, logits_fn)
+
+
+class _Search(Dense):
+    """Fine-tuning of everything, that the mask is found by."""
+
+    def __init__(
+        self, method: Lota, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
+    ) -> None:
+        params = trainable(named_parameters(model))
+        super().__init__(model, params, hyper, logits_fn, method.metadata)
+        self.density, self.hyper = method.density, hyper
+        self.buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+
+    @torch.no_grad()
+    def following(self) -> Phase:
+        """Give the model its initial weights and train where they moved most."""
+        moved = {n: (p - self.base[n]).abs_().float() for n, p in self.params.items()}
+        mask = Mask.from_scores(moved, self.density, select="highest")
+        for name, param in self.params.items():
+            param.copy_(self.base[name])
+        for buffer, initial in self.buffers.items():
+            buffer.copy_(initial)
+        return Sparse(self.module, mask, self.hyper, self.logits_fn, self.metadata)

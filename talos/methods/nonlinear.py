@@ -1,0 +1,97 @@
+"""Non-linear fine-tuning: AdamW over every weight, what task arithmetic began with.
+
+Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talos.params import named_parameters
+from talos.task_vectors import TaskVector
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase, trainable
+
+__all__ = ["Dense", "Nonlinear"]
+
+
+@dataclass(frozen=True)
+class Nonlinear(Method):
+    """AdamW over every parameter that requires a gradient.
+
+    Example:
+        >>> Nonlinear().metadata
+        {'method': 'nonlinear'}
+    """
+
+    name = "nonlinear"
+    usual_lr = 5e-5
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        return Dense(model, trainable(named_parameters(model)), hyper, logits_fn, self.metadata)
+
+
+class Dense(Phase):
+    """AdamW over whole parameters; the model's others are frozen.
+
+    Args:
+        model: the model.
+        params: what of it is trained, by name.
+        hyper: of the optimizer.
+        logits_fn: how logits are had.
+        metadata: of the task vector.
+        base: the initial weights of `params`; None: copies of what they are now.
+
+    Attributes:
+        params: what is trained.
+        base: what it was at the start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: dict[str, nn.Parameter],
+        hyper: Hyperparameters,
+        logits_fn: LogitsFunction,
+        metadata: Mapping[str, Any],
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.module, self.logits_fn = model, logits_fn
+        self.params, self.metadata = params, metadata
+        self.base = base or {name: param.detach().clone() for name, param in params.items()}
+        fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
+        self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **hyper)
+        own = {id(param) for param in params.values()}
+        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+
+    def freeze(self) -> None:
+        """Freeze the parameters that are not trained."""
+        for param in self._others:
+            param.requires_grad_(False)
+
+    def release(self) -> None:
+        """Give them back."""
+        for param in self._others:
+            param.requires_grad_(True)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """See `Phase.clip`."""
+        return clip(self.params.values(), max_norm)
+
+    def task_vector(self) -> TaskVector:
+        """See `Phase.task_vector`."""
+        return TaskVector.from_models(self.base, self.params, metadata=self.metadata)
+
+
+def clip(params: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clip the norm over all gradients; an infinite `max_norm` only computes it."""
+    if max_norm == math.inf:
+        return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return nn.utils.clip_grad_norm_(params, max_norm)

@@ -1,0 +1,50 @@
+"""Random masks: the control that tells what calibration is worth at the same density."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from talos.masks import Mask
+from talos.params import select_parameters
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density
+from .talos import Sparse
+
+__all__ = ["Random"]
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Entries drawn at random, each set of them equally likely, trained as TaLoS trains its own.
+
+    Attributes:
+        density: the fraction trained of what `params` names.
+        params: as `talos.calibrate` takes it.
+        seed: of the draw; the same entries for every task.
+
+    Example:
+        >>> Random(density=0.2).metadata
+        {'method': 'random', 'density': 0.2, 'params': 'maskable', 'seed': 0}
+    """
+
+    name = "random"
+    usual_lr = 1e-3
+    density: float = 0.1
+    params: str = "maskable"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a density out of range."""
+        check_density(self.density)
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        selection = select_parameters(model, self.params)
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = {n: torch.rand(each.param.shape, generator=generator)
+                  for n, each in selection.items()}  # fmt: skip
+        mask = Mask.from_scores(scores, self.density, rows=selection.rows)
+        return Sparse(model, mask, hyper, logits_fn, self.metadata)

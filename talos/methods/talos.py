@@ -1,0 +1,102 @@
+"""TaLoS: the entries that a mask selects, and nothing else, by `SparseAdam`.
+
+Source: arXiv 2504.02620, equation 8.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from talos.masks import Mask
+from talos.optim import SparseAdam
+from talos.task_vectors import TaskVector
+
+from .base import Hyperparameters, LogitsFunction, Method, Phase
+
+__all__ = ["Sparse", "Talos"]
+
+
+@dataclass(frozen=True)
+class Talos(Method):
+    """The selected entries only.
+
+    Attributes:
+        mask: which, as `talos.calibrate` finds them.
+
+    Example:
+        >>> import torch
+        >>> Talos(Mask.from_dense({"weight": torch.eye(2) > 0})).metadata
+        {'method': 'talos'}
+    """
+
+    name = "talos"
+    usual_lr = 1e-3
+    mask: Mask
+
+    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
+        """See `Method.start`."""
+        return Sparse(model, self.mask, hyper, logits_fn, self.metadata)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The method's name: the vector holds the mask itself."""
+        return {"method": self.name}
+
+
+class Sparse(Phase):
+    """Trains what a mask selects; tensors without a selected entry are frozen.
+
+    Args:
+        model: the model.
+        mask: the selection.
+        hyper: of the optimizer.
+        logits_fn: how logits are had.
+        metadata: of the task vector.
+    """
+
+    optimizer: SparseAdam
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask,
+        hyper: Hyperparameters,
+        logits_fn: LogitsFunction,
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.module, self.logits_fn, self.metadata = model, logits_fn, metadata
+        self.optimizer = SparseAdam(model, mask, **hyper)
+        self.optimizer.release()  # until the loop begins: a caller may never begin it
+
+    def freeze(self) -> None:
+        """Freeze the tensors without a selected entry."""
+        self.optimizer.freeze()
+
+    def release(self) -> None:
+        """Give them back."""
+        self.optimizer.release()
+
+    def check_gradients(self) -> None:
+        """Warn of selected tensors that got no gradient."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        missing = sum(param.grad is None for param in params)
+        if missing:
+            warnings.warn(
+                f"{missing} of {len(params)} selected tensors got no gradient in the first step "
+                "and are not trained; where activations are checkpointed, use_reentrant=False is "
+                "needed",
+                stacklevel=4,
+            )
+
+    def clip(self, max_norm: float) -> Tensor:
+        """See `Phase.clip`: the norm is that of the selected entries."""
+        return self.optimizer.clip_grad_norm_(max_norm)
+
+    def task_vector(self) -> TaskVector:
+        """See `Phase.task_vector`."""
+        return replace(self.optimizer.task_vector(), metadata=dict(self.metadata))
