@@ -21,6 +21,7 @@ from talos.cli.commands import calibrate, demo, evaluate, inspect, merge, report
 from talos.cli.commands.merge import parse_term
 from talos.errors import TalosValueError
 from talos.masks import Mask
+from talos.methods import METHODS
 from talos.models import load_text_encoder
 from talos.params import select_parameters
 from talos.report import save_results
@@ -171,6 +172,28 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --mask none.safetensors",
             "--mask must be an existing",
         ),
+        ("train --data a --out v.safetensors --method sparse", "--method must be talos or nonlin"),
+        (
+            "train --data a --out v.safetensors --method talos",
+            "--mask must be given with --method talos, got none; make one with talos calibrate",
+        ),
+        (
+            "train --data a --out v.safetensors --method nonlinear --mask file",
+            "--mask must be left out with --method nonlinear, got file",
+        ),
+        (
+            "train --data a --out v.safetensors --method lota --rank 4",
+            "--rank must be left out with --method lota, got 4; it is for l_lora",
+        ),
+        (
+            "train --data a --out v.safetensors --density 0.1",
+            "--density must be left out with --method nonlinear, got 0.1; it is for lota, random",
+        ),
+        ("train --data a --out v.safetensors --method l_lora --rank 0", "--rank must be at least"),
+        ("train --data a --out v.safetensors --method lota --density 2", "--density must be in"),
+        ("demo --out new --methods talos,none", "--methods must be all or different names of"),
+        ("demo --out new --methods l_lora", "talos among them, got l_lora"),
+        ("demo --out new --methods talos,talos", "different names"),
         ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
         ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
@@ -297,6 +320,44 @@ def test_from_calibration_to_evaluation(
     first = mask.read_bytes()
     assert main(["calibrate", *common, *scored, "--out", str(mask), "--overwrite"]) == 0
     assert mask.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "settings"),
+    [
+        ("linearized", [], {}),
+        ("l_lora", ["--rank", "4"], {"rank": 4, "lora_alpha": 16.0, "method_seed": 0}),
+        ("lota", ["--density", "0.2"], {"density": 0.2}),
+    ],
+)
+def test_other_methods_train_and_are_evaluated(
+    method: str,
+    options: list[str],
+    settings: dict[str, object],
+    model: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vector = tmp_path / "vector.safetensors"
+    common = ["--model", model, "--data", data, "--max-length", "16"]
+    trained = ["--method", method, "--steps", "3", "--batch-size", "8", "--out", str(vector)]
+    assert main(["train", *common, *trained, *options]) == 0
+    linearized = ["--linearized"] if method == "linearized" else []
+    assert ("--linearized" in capsys.readouterr().out) == bool(linearized)
+    metadata = TaskVector.load(vector).metadata
+    assert metadata.items() >= {"method": method, "task": "pets", "seed": 0, **settings}.items()
+    assert main(["eval", *common, "--vector", str(vector), *linearized]) == 0
+    assert "edited" in capsys.readouterr().out
+
+
+def test_the_help_of_train_names_every_method(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(method in text for method in METHODS)
 
 
 def test_a_dry_run_tells_what_would_be_scored(

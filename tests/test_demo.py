@@ -1,5 +1,6 @@
 """The demo from end to end on a tiny random encoder, its protocol, its intervals, its folder."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from talos.demo import DemoSettings, Progress, kept, run_demo
+from talos.cli.tables import overview
+from talos.demo import TITLES, DemoSettings, Progress, kept, run_demo
 from talos.demo.estimates import Estimator
+from talos.demo.judge import Judge
 from talos.demo.protocol import negate, scaling_coefs
 from talos.errors import TalosOSError, TalosValueError
 from talos.masks import Mask
+from talos.methods import METHODS, LinearizedModel
 from talos.models import load_text_encoder
+from talos.params import named_parameters
 from talos.report import load_results
 from talos.task_vectors import TaskVector
+from talos.tasks import load_task
 from tests.tiny import save_tiny_encoder
 
 TASKS = ("character_kind", "fragment_kind", "test_or_library")
@@ -130,6 +137,52 @@ def test_the_same_seed_repeats_and_the_encoder_is_left_alone(
         assert torch.equal(value, before[name]), name
 
 
+def test_all_methods_stand_beside_each_other(model: Path, tmp_path: Path) -> None:
+    settings = DemoSettings(
+        model=str(model), **{**TINY, "tasks": TASKS[:2]}, methods=tuple(METHODS)
+    )
+    seen: list[Progress] = []
+    results = run_demo(settings, tmp_path / "out", on_progress=seen.append)
+    assert [method["name"] for method in results["methods"]] == list(METHODS) == list(TITLES)
+    for key in ("single", "training", "addition", "negation", "interference"):
+        assert list(results[key]) == list(METHODS)
+    assert {m["name"]: m["settings"]["steps"] for m in results["methods"]} == {
+        name: each.phases * TINY["steps"] for name, each in METHODS.items()
+    }
+    entries = {method["name"]: method["trainable"] for method in results["methods"]}
+    assert entries["random"] == entries["magnitude"] == entries["talos"]
+    assert entries["linearized"] == entries["nonlinear"] > entries["attention_only"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(page.count(title) > 5 for title in TITLES.values())
+    text = io.StringIO()
+    Console(file=text, width=100).print(overview(results))
+    lines = [line for line in text.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 2 + 1 + len(METHODS)  # the head has two, then the pretrained model
+    assert all(any(title in line for line in lines) for title in TITLES.values())
+
+
+def test_a_linearized_vector_is_judged_on_the_expansion(model: Path) -> None:
+    task = load_task("character_kind", sizes=(32, 24, 30))
+    encoder = load_text_encoder(str(model))
+    judge = Judge(encoder, [task], max_length=12)
+    other = judge.linearized()
+    expanded, plain = other.classifiers[task.name], judge.classifiers[task.name]
+    assert isinstance(expanded, LinearizedModel)
+    batch = task.batches("test", encoder.tokenizer, batch_size=8, max_length=12)
+    first = next(iter(batch))
+    mask = Mask.from_dense({n: p == p for n, p in named_parameters(plain).items()})
+    vector = TaskVector(mask, 0.05 * torch.randn(mask.nnz))
+    assert torch.equal(judge.correct(task.name, "test"), other.correct(task.name, "test"))
+    with torch.no_grad():
+        before = plain(first)
+        small = {}
+        for scale in (1e-3, 1.0):
+            with vector.applied(other.model, scale=scale):
+                small[scale] = expanded(first) - before, plain(first) - before
+    torch.testing.assert_close(small[1.0][0], 1e3 * small[1e-3][0], rtol=1e-2, atol=5e-2)
+    assert (small[1.0][1] - small[1.0][0]).abs().max() > 0.5
+
+
 def test_an_unknown_task_leaves_earlier_results(model: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("earlier")
     settings = DemoSettings(model=str(model), tasks=("character_kind", "none"))
@@ -170,6 +223,9 @@ def test_kept_counts_what_is_there(tmp_path: Path) -> None:
         ("tasks", ("a",), "at least two tasks"),
         ("tasks", ("a", "a"), "must differ"),
         ("task_count", 1, "at least two tasks"),
+        ("methods", ("talos", "none"), "methods must be among talos, .*got none"),
+        ("methods", ("nonlinear", "talos"), "begin with talos"),
+        ("methods", ("talos", "talos"), "must differ"),
     ],
 )
 def test_settings_are_checked(name: str, value: Any, message: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["accuracies", "interval", "negation"]
+__all__ = ["accuracies", "interval", "negation", "overview"]
 
 
 def interval(entry: dict[str, Any], *, signed: bool = False) -> str:
@@ -83,6 +83,35 @@ def negation(results: dict[str, Any]) -> Table:
             row.append(_change(entry["control_zero_shot"], entry["control"]))
             row.append(f"{entry['scaling_coef']:.2f}")
         table.add_row(*row)
+    return table
+
+
+def overview(results: dict[str, Any]) -> Table:
+    """Lays out the means over the tasks; for more methods than fit beside each other.
+
+    Args:
+        results: the results of a demo.
+
+    Returns:
+        A row a method: alone, added, forgotten.
+    """
+    table = Table(box=None, header_style="bold")
+    table.add_column("mean over the tasks")
+    for column in ("alone", "added", "normalised", "target\nnegated", "control\nkept"):
+        table.add_column(column, justify="right")
+    zero_shot = _mean(results["zero_shot"])
+    table.add_row("zero-shot", zero_shot, zero_shot, "", zero_shot, zero_shot)
+    for method in results["methods"]:
+        name = method["name"]
+        added, negated = results["addition"][name], results["negation"][name]
+        table.add_row(
+            method["title"],
+            _mean(results["single"][name]),
+            interval(added["absolute"]),
+            interval(added["normalised"]),
+            _mean({task: entry["target"] for task, entry in negated.items()}),
+            _mean({task: entry["control"] for task, entry in negated.items()}),
+        )
     return table
 
 

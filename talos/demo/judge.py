@@ -1,13 +1,15 @@
 """Right or wrong on every example: one encoder, a classifier and batches for each task."""
 
 import random
+from copy import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from talos.demo.settings import DemoSettings
 from talos.errors import TalosValueError
+from talos.methods import LinearizedModel
 from talos.models import Encoder
 from talos.params import named_parameters
 from talos.tasks import ImageTask, Task, available_tasks, load_task
@@ -45,7 +47,9 @@ class Judge:
     ) -> None:
         self.encoder = encoder
         self.device = encoder.device
-        self.classifiers = {task.name: encoder.classifier(task.class_texts) for task in tasks}
+        self.classifiers: dict[str, nn.Module] = {
+            task.name: encoder.classifier(task.class_texts) for task in tasks
+        }
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
         self.control_stride = max(1, len(tasks) - 1)
@@ -96,6 +100,18 @@ class Judge:
             answers[task] = self.correct(task, split)
             tick()
         return answers
+
+    def linearized(self) -> "Judge":
+        """Makes a judge of the classifiers' first-order expansions around the same weights.
+
+        Returns:
+            A judge that shares everything else with this one.
+        """
+        other = copy(self)
+        other.classifiers = {
+            task: LinearizedModel(each, base=self._base) for task, each in self.classifiers.items()
+        }
+        return other
 
     @torch.no_grad()
     def restore_(self) -> None:

@@ -21,6 +21,7 @@ from talos.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.demo.summary import Measured, summarise
 from talos.errors import TalosRuntimeError
 from talos.masks import Mask
+from talos.methods import method_of
 from talos.models import TextEncoder, load_text_encoder
 from talos.report import save_results, write_report
 from talos.task_vectors import TaskVector
@@ -71,7 +72,7 @@ class _Demo:
         self.on_progress = on_progress
         self.phases: list[dict[str, Any]] = []
         self.files: list[dict[str, Any]] = []
-        self.training: dict[str, dict[str, Any]] = {method: {} for method in TITLES}
+        self.training: dict[str, dict[str, Any]] = {name: {} for name in settings.methods}
         self.start = time.perf_counter()
 
     @contextmanager
@@ -112,9 +113,9 @@ class _Demo:
             )
             zero_shot = {split: judge.all(split, tick) for split in ("validation", "test")}
         masks = {task.name: self.calibrate(judge, task) for task in tasks}
-        vectors: dict[str, dict[str, TaskVector]] = {method: {} for method in TITLES}
+        vectors: dict[str, dict[str, TaskVector]] = {name: {} for name in settings.methods}
         for task in tasks:
-            for method in TITLES:
+            for method in settings.methods:
                 mask = masks[task.name] if method == "talos" else None
                 vectors[method][task.name] = self.train(judge, task, method, mask)
                 judge.restore_()
@@ -122,8 +123,14 @@ class _Demo:
             judge.examples("test"), resamples=settings.bootstrap, seed=settings.seed
         )
         measured = {
-            method: self.measure(judge, method, vectors[method], zero_shot, estimator)
-            for method in TITLES
+            method: self.measure(
+                judge.linearized() if method == "linearized" else judge,
+                method,
+                vectors[method],
+                zero_shot,
+                estimator,
+            )
+            for method in settings.methods
         }
         results = summarise(
             settings,
@@ -189,13 +196,15 @@ class _Demo:
         losses: list[float] = []
         vector: TaskVector | None = None
         torch.manual_seed(settings.seed)  # dropout
-        with self.phase("train", method, task.name, settings.steps) as tick:
+        chosen = method_of(method, mask, {"density": settings.density})
+        rate, total = settings.rate(method), settings.steps * chosen.phases
+        with self.phase("train", method, task.name, total) as tick:
             for event in talos.fine_tune(
                 judge.classifiers[task.name],
                 batches,
-                mask,
+                method=chosen,
                 steps=settings.steps,
-                lr=settings.lr if mask is not None else settings.nonlinear_lr,
+                lr=rate,
             ):
                 if isinstance(event, FineTuneStep):
                     losses.append(event.loss)
@@ -204,14 +213,13 @@ class _Demo:
                     vector = event.task_vector
         if vector is None:
             raise TalosRuntimeError("fine_tune must end with a task vector, got none")
-        rate = settings.lr if mask is not None else settings.nonlinear_lr
         origin = {"model": judge.encoder.name, "task": task.name, "method": method}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
         # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.
         vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
         last = losses[-10:]
         self.training[method][task.name] = {
-            "steps": settings.steps,
+            "steps": total,
             "first_loss": losses[0],
             "last_loss": sum(last) / len(last),
         }

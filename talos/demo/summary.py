@@ -12,6 +12,7 @@ from talos.demo.judge import Judge
 from talos.demo.machine import machine, versions
 from talos.demo.settings import TITLES, DemoSettings
 from talos.masks import Mask
+from talos.methods import METHODS
 from talos.params import named_parameters, select_parameters
 from talos.report import SCHEMA, SCHEMA_VERSION
 from talos.tasks import Task
@@ -71,16 +72,20 @@ def summarise(
     names = [task.name for task in tasks]
     parameters = sum(p.numel() for p in named_parameters(judge.model).values())
     maskable = sum(each.numel for each in select_parameters(judge.model).values())
-    first, second = (
-        (measured[method].merged_correct, measured[method].single_correct) for method in TITLES
-    )
+    methods = settings.methods
+    pairs = [(measured[name].merged_correct, measured[name].single_correct) for name in methods]
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {**machine(), "device": str(judge.device)},
         "versions": versions(),
-        "settings": {**asdict(settings), "tasks": names, "task_count": len(names)},
+        "settings": {
+            **asdict(settings),
+            "tasks": names,
+            "task_count": len(names),
+            "methods": list(methods),
+        },
         "model": {
             "source": settings.model,
             "parameters": parameters,
@@ -88,14 +93,16 @@ def summarise(
             "dense_bytes": 4 * parameters,
         },
         "tasks": [_task(task) for task in tasks],
-        "methods": [_method(method, settings, files) for method in TITLES],
+        "methods": [_method(method, settings, files) for method in methods],
         "zero_shot": {name: estimator.accuracy(name, zero_shot[name]) for name in names},
-        "single": {method: measured[method].single for method in TITLES},
+        "single": {method: measured[method].single for method in methods},
         "training": dict(training),
-        "addition": {method: measured[method].addition for method in TITLES},
-        "addition_difference": estimator.difference(first, second),
-        "negation": {method: measured[method].negation for method in TITLES},
-        "interference": {method: measured[method].interference for method in TITLES},
+        "addition": {method: measured[method].addition for method in methods},
+        "addition_difference": (
+            estimator.difference(*pairs[:2]) if len(pairs) > 1 else None
+        ),
+        "negation": {method: measured[method].negation for method in methods},
+        "interference": {method: measured[method].interference for method in methods},
         "masks": {name: _mask(mask) for name, mask in masks.items()},
         "mask_iou": [[masks[i].iou(masks[j]) for j in names] for i in names],
         "files": [dict(file) for file in files],
@@ -115,13 +122,18 @@ def _method(
     method: str, settings: DemoSettings, files: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     entries = [file["entries"] for file in files if file["method"] == method]
-    rate = settings.lr if method == "talos" else settings.nonlinear_lr
-    optimizer = "SparseAdam" if method == "talos" else "AdamW"
+    phases = METHODS[method].phases
+    sparse = method in ("talos", "random", "magnitude")
+    optimizer = "SparseAdam" if sparse else "AdamW, then SparseAdam" if phases > 1 else "AdamW"
     return {
         "name": method,
         "title": TITLES[method],
         "trainable": round(sum(entries) / len(entries)),
-        "settings": {"optimizer": optimizer, "lr": rate, "steps": settings.steps},
+        "settings": {
+            "optimizer": optimizer,
+            "lr": settings.rate(method),
+            "steps": settings.steps * phases,
+        },
     }
 
 

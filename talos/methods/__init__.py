@@ -13,6 +13,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import MappingProxyType
+from typing import Any
+
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 
@@ -51,13 +56,18 @@ METHODS: dict[str, type[Method]] = {
 """Every method by its name."""
 
 
-def method_of(method: Method | str | None, mask: Mask | None) -> Method:
+def method_of(
+    method: Method | str | None,
+    mask: Mask | None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Method:
     """The method that a caller means.
 
     Args:
         method: one with its settings, the name of one with its defaults, or None: talos with a
             mask, nonlinear without.
         mask: what talos trains, and nothing else takes.
+        settings: by name; those that the method has replace its own.
 
     Returns:
         The method.
@@ -69,6 +79,8 @@ def method_of(method: Method | str | None, mask: Mask | None) -> Method:
     Example:
         >>> method_of("l_lora", None)
         LLora(rank=16, lora_alpha=16.0, seed=0)
+        >>> method_of("lota", None, {"rank": 8, "density": 0.2})
+        Lota(density=0.2)
     """
     if method is None:
         method = "nonlinear" if mask is None else "talos"
@@ -81,7 +93,7 @@ def method_of(method: Method | str | None, mask: Mask | None) -> Method:
                     "mask must be given for the method talos, got none; find one with "
                     "talos.calibrate"
                 )
-            return Talos(mask)
+            return Talos(mask)  # it has no other setting
         method = METHODS[method]()
     if not isinstance(method, Method):
         raise TalosTypeError(f"method must be a name or a Method, got {type(method).__name__}")
@@ -90,4 +102,5 @@ def method_of(method: Method | str | None, mask: Mask | None) -> Method:
             f"mask must be left out with the method {method.name}, got one; only talos trains what "
             "it is given"
         )
-    return method
+    own = {field.name for field in fields(method)}
+    return replace(method, **{key: value for key, value in settings.items() if key in own})

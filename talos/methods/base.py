@@ -114,8 +114,14 @@ class Method(ABC):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The method's name and settings, as its task vectors carry them."""
-        return {"method": self.name, **asdict(self)}
+        """The method's name and settings, as its task vectors carry them.
+
+        `seed` is called `method_seed` there: beside it a training's own seed is kept.
+        """
+        settings = asdict(self)
+        if "seed" in settings:
+            settings["method_seed"] = settings.pop("seed")
+        return {"method": self.name, **settings}
 
 
 def trainable(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -32,7 +32,7 @@ from talos.task_vectors import TaskVector
 from .base import Hyperparameters, LogitsFunction, Method, Phase
 from .nonlinear import clip
 
-__all__ = ["LLora"]
+__all__ = ["LLora", "first_factor"]
 
 _ROLES = ("query", "value")
 
@@ -48,7 +48,7 @@ class LLora(Method):
 
     Example:
         >>> LLora(rank=8).metadata
-        {'method': 'l_lora', 'rank': 8, 'lora_alpha': 16.0, 'seed': 0}
+        {'method': 'l_lora', 'rank': 8, 'lora_alpha': 16.0, 'method_seed': 0}
     """
 
     name = "l_lora"
@@ -69,6 +69,27 @@ class LLora(Method):
         return _Adapted(self, model, hyper, logits_fn)
 
 
+def first_factor(name: str, role: str, shape: tuple[int, int], *, seed: int) -> Tensor:
+    """A0 of one projection, drawn as LoRA draws it: uniform, of variance 1 / (3 inputs).
+
+    Args:
+        name: the weight's name.
+        role: query or value.
+        shape: rank and inputs.
+        seed: the method's.
+
+    Returns:
+        float32 [r, in] on the CPU.
+
+    Example:
+        >>> first_factor("attn.in_proj_weight", "value", (2, 8), seed=0).shape
+        torch.Size([2, 8])
+    """
+    digest = hashlib.sha256(f"{seed} {name} {role}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
 class _Adapter:
     """One query or value projection, which may be a part of a parameter."""
 
@@ -76,12 +97,9 @@ class _Adapter:
         self.name, self.param = name, projection.param
         self._projection, self._role = projection, role
         weight = self.part(self.param.detach())
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        digest = hashlib.sha256(f"{method.seed} {name} {role}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        a0 = torch.empty(method.rank, weight.shape[1], dtype=dtype)
-        nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=generator)  # as LoRA begins
-        self.a0 = a0.to(weight.device)
+        a0 = first_factor(name, role, (method.rank, weight.shape[1]), seed=method.seed)
+        # At least float32: the weights of a step are rounded once, from W and B.
+        self.a0 = a0.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.b = nn.Parameter(self.a0.new_zeros(weight.shape[0], method.rank))
         self.scale = method.lora_alpha / method.rank
 

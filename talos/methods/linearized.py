@@ -4,7 +4,8 @@
 
 One forward pass of `torch.func.jvp` computes both terms: dropout draws one mask for both. The
 gradient with respect to theta is J^T times that of the logits, which one backward pass computes.
-Parameters that require no gradient and all buffers are not part of the expansion.
+Parameters that require no gradient and all buffers are not part of the expansion. Activation
+checkpointing is not possible: torch refuses it inside of `jvp`.
 
 Source: Ortiz-Jimenez et al. 2023, "Task arithmetic in the tangent space", arXiv 2305.12827.
 """
@@ -149,11 +150,15 @@ class _Caller(nn.Module):
 
 @contextmanager
 def _forward_differentiable() -> Iterator[None]:
-    """Attention that has a forward derivative: neither fused kernels nor the inference path."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    """No fused attention, which has no forward derivative; no inference mode, which drops it."""
+    fastpath, graph = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(graph),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -27,7 +27,7 @@ class Random(Method):
 
     Example:
         >>> Random(density=0.2).metadata
-        {'method': 'random', 'density': 0.2, 'params': 'maskable', 'seed': 0}
+        {'method': 'random', 'density': 0.2, 'params': 'maskable', 'method_seed': 0}
     """
 
     name = "random"

@@ -256,7 +256,8 @@ def _seconds(results: Results) -> str:
         for name, row in phases.items()
     ]
     labels = (method_label(results, method) for method in results["methods"])
-    return table(("seconds", "both", *labels), rows)
+    shared = "both" if len(columns) < 4 else "all"
+    return table(("seconds", shared, *labels), rows)
 
 
 def _plain(value: object) -> str:

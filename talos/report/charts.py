@@ -33,7 +33,7 @@ def accuracy_curve(results: Results) -> str:
         axes.grid(True)
         _legend(axes, 2)
 
-    return draw("addition", 3.1, paint)
+    return draw("addition", _height(results), paint)
 
 
 def negation_curve(results: Results, task: str) -> str:
@@ -55,7 +55,9 @@ def negation_curve(results: Results, task: str) -> str:
                 points = [p for p in entry["grid"] if p[key] is not None]
                 x = [p["scaling_coef"] for p in points]
                 y = [100 * p[key] for p in points]
-                label = f"{method['title']}: {key}"
+                label: str | None = f"{method['title']}: {key}"
+                if len(results["methods"]) > 2:  # the caption tells solid from dashed
+                    label = method["title"] if key == "target" else None
                 axes.plot(x, y, line, color=colour, linewidth=1.8, label=label)
                 if key == "target":
                     at = min(range(len(x)), key=lambda i: abs(x[i] - entry["scaling_coef"]))
@@ -66,7 +68,7 @@ def negation_curve(results: Results, task: str) -> str:
         axes.grid(True)
         _legend(axes, 2)
 
-    return draw(f"negation-{task}", 3.1, paint)
+    return draw(f"negation-{task}", _height(results), paint)
 
 
 def size_bars(rows: Sequence[tuple[str, float, str]]) -> str:
@@ -104,6 +106,7 @@ def phase_bars(results: Results) -> str:
         An SVG element.
     """
     titles = {method["name"]: method["title"] for method in results["methods"]}
+    shared = "both" if len(titles) < 3 else "all"
     phases: dict[str, dict[str, float]] = {}
     for entry in results["timings"]["phases"]:
         parts = phases.setdefault(entry["phase"], {})
@@ -117,7 +120,7 @@ def phase_bars(results: Results) -> str:
             left = 0.0
             for method, seconds in phases[name].items():
                 colour = method_colour(results, method) if method else GREY
-                label = titles.get(method, "both") if method not in seen else None
+                label = titles.get(method, shared) if method not in seen else None
                 seen.add(method)
                 axes.barh([place], [seconds], left=left, color=colour, label=label)
                 left += seconds
@@ -132,6 +135,11 @@ def phase_bars(results: Results) -> str:
         _legend(axes, 3)
 
     return draw("phases", 1.1 + 0.34 * len(phases), paint)
+
+
+def _height(results: Results) -> float:
+    """Inches of a plot of curves: more where the legend has more rows."""
+    return 3.1 + 0.09 * max(0, len(results["methods"]) - 2)
 
 
 def _legend(axes: Any, columns: int) -> None:

@@ -7,8 +7,9 @@ import typer
 
 from talos.cli.console import Bars, keeping, next_step, say, stdout
 from talos.cli.options import Model, Overwrite, Seed
-from talos.cli.tables import accuracies, negation
-from talos.errors import TalosRuntimeError
+from talos.cli.tables import accuracies, negation, overview
+from talos.demo.settings import TITLES
+from talos.errors import TalosRuntimeError, TalosValueError
 
 __all__ = ["EXAMPLES", "demo"]
 
@@ -16,6 +17,7 @@ EXAMPLES = (
     "talos demo --out demo --quick",
     "talos demo --out demo",
     "talos demo --out demo --overwrite --seed 1",
+    "talos demo --out demo --methods talos,nonlinear,linearized,l_lora",
 )
 
 
@@ -24,6 +26,14 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="About two minutes: fewer tasks, steps and examples.")
     ] = False,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            help=f"What is compared, separated by commas: {', '.join(TITLES)}; or all, which takes "
+            "about six times as long.",
+        ),
+    ] = "talos,nonlinear",
     model: Model = "minilm",
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -33,7 +43,8 @@ def demo(
     A sentence encoder and classification tasks made of Python's own sources: nothing is downloaded.
     For each task the weights that matter least are found and trained; the sparse task vectors are
     then added to one model for all tasks, and subtracted to make it forget one. The same is done
-    with ordinary fine-tuning of all weights. Takes about ten minutes on two cores.
+    with ordinary fine-tuning of all weights, and with the other --methods that are asked for.
+    Takes about ten minutes on two cores.
 
     Writes results.json, report.html (one file, to look at), vectors/ and masks/.
     """
@@ -41,11 +52,8 @@ def demo(
     from talos.demo.folder import prepare
     from talos.report import headline
 
-    settings = (
-        DemoSettings.quick(model=model, seed=seed)
-        if quick
-        else DemoSettings(model=model, seed=seed)
-    )
+    make = DemoSettings.quick if quick else DemoSettings
+    settings = make(model=model, seed=seed, methods=_parse_methods(methods))
     prepare(out, overwrite)
     _check_installed()
     with keeping(lambda: kept(out)), Bars() as bars:
@@ -58,9 +66,12 @@ def demo(
         results = run_demo(settings, out, overwrite=True, on_progress=show)
     console = stdout()
     console.print("\n[bold]test accuracy in % with 95 % intervals[/bold]")
-    console.print(accuracies(results))
-    console.print("\n[bold]negation: target down, control kept[/bold]")
-    console.print(negation(results))
+    if len(results["methods"]) > 2:
+        console.print(overview(results))
+    else:
+        console.print(accuracies(results))
+        console.print("\n[bold]negation: target down, control kept[/bold]")
+        console.print(negation(results))
     console.print()
     for sentence in headline(results):
         say(console, sentence)
@@ -74,6 +85,18 @@ def demo(
         f"talos merge {first}:0.6 {second}:-0.4 --out edit.safetensors",
         f"talos eval --data {names[0]} --data {names[1]} --vector edit.safetensors",
     )
+
+
+def _parse_methods(text: str) -> tuple[str, ...]:
+    """Reads --methods: talos first, then the others in one order."""
+    names = list(TITLES) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in TITLES]
+    if unknown or "talos" not in names or len(set(names)) < len(names):
+        raise TalosValueError(
+            f"--methods must be all or different names of {', '.join(TITLES)}, talos among them, "
+            f"got {text}"
+        )
+    return tuple(name for name in TITLES if name in names)
 
 
 def _check_installed() -> None:

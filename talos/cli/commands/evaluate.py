@@ -42,6 +42,14 @@ def evaluate(
         str,
         typer.Option("--scale", help="The scaling coefficient, or grid: the best on validation."),
     ] = "1",
+    linearized: Annotated[
+        bool,
+        typer.Option(
+            "--linearized",
+            help="Evaluate the model's first-order expansion, which vectors of the method "
+            "linearized belong to.",
+        ),
+    ] = False,
     batch_size: Batch = 128,
     max_length: Length = 48,
     seed: Seed = 0,
@@ -76,6 +84,8 @@ def evaluate(
             )
         encoder = load_encoder(model, *tasks)
         judge = Judge(encoder, tasks, max_length=max_length, batch_size=batch_size)
+        if linearized:
+            judge = judge.linearized()
         names = [task.name for task in tasks]
         bars.show("pretrained", 0, len(names))
         before = {}

@@ -16,10 +16,14 @@ from talos.cli.options import (
     Overwrite,
     Seed,
     check_at_least,
+    check_choice,
+    check_density,
     check_input,
     check_output,
     check_positive,
 )
+from talos.errors import TalosValueError
+from talos.methods import METHODS
 
 __all__ = ["EXAMPLES", "train"]
 
@@ -27,7 +31,18 @@ EXAMPLES = (
     "talos train --data docstring_topic --mask mask.safetensors --out vector.safetensors",
     "talos train --data reviews.csv --mask mask.safetensors --steps 200 --out vector.safetensors",
     "talos train --data docstring_topic --out dense.safetensors",
+    "talos train --data docstring_topic --method l_lora --rank 8 --out vector.safetensors",
 )
+
+_RANKED, _DENSE = ("l_lora",), ("lota", "random", "magnitude")
+
+
+def _rates() -> str:
+    """The usual learning rates, each with its methods."""
+    rates: dict[float, list[str]] = {}
+    for name, each in METHODS.items():
+        rates.setdefault(each.usual_lr, []).append(name)
+    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
 
 
 def train(
@@ -36,12 +51,30 @@ def train(
     model: Model = "minilm",
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Train what this mask selects; without it all weights."),
+        typer.Option("--mask", help="Train what this mask selects; for --method talos only."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help=f"{', '.join(METHODS)}. By default talos with a mask, nonlinear without.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Of l_lora's adapters, by default 16.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            "--density",
+            help="Fraction that lota (of all weights), random and magnitude (of the maskable ones) "
+            "train, by default 0.1.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 80,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Peak learning rate; by default 1e-3 with a mask, else 5e-5."),
+        typer.Option("--lr", help=f"Peak learning rate. By default {_rates()}."),
     ] = None,
     batch_size: Batch = 32,
     max_length: Length = 48,
@@ -51,11 +84,18 @@ def train(
     """Fine-tune an encoder and write its task vector.
 
     With a mask only the selected weights are trained, and the vector holds only those.
+
+    Other methods: nonlinear trains every weight; linearized too, on the model's first-order
+    expansion (evaluate its vectors with `talos eval --linearized`); l_lora linearized low-rank
+    adapters on queries and values; lota what moves most under full fine-tuning, in twice the steps;
+    attention_only the projections of attention; random and magnitude as many weights as talos,
+    drawn or the smallest ones.
     """
+    method = _checked_method(method, mask, rank, density)
     check_at_least("--steps", steps, 1)
     check_at_least("--batch-size", batch_size, 1)
     check_at_least("--max-length", max_length, 3)
-    rate = lr if lr is not None else (1e-3 if mask is not None else 5e-5)
+    rate = lr if lr is not None else METHODS[method].usual_lr
     check_positive("--lr", rate)
     if mask is not None:
         check_input("--mask", mask)
@@ -65,11 +105,17 @@ def train(
     from talos.cli.loading import load_classifier, load_data
     from talos.demo.judge import training_batches
     from talos.masks import Mask
+    from talos.methods import method_of
     from talos.report.results import megabytes
     from talos.training import FineTuneFinished, FineTuneStep, fine_tune
 
     with keeping("nothing was written"), Bars() as bars:
-        chosen = Mask.load(mask) if mask is not None else None
+        given = {"rank": rank, "density": density}
+        chosen = method_of(
+            method,
+            Mask.load(mask) if mask is not None else None,
+            {key: value for key, value in given.items() if value is not None},
+        )
         task = load_data(data)
         classifier = load_classifier(model, task)
         batches = training_batches(
@@ -82,8 +128,8 @@ def train(
         )
         torch.manual_seed(seed)  # dropout
         first = last = float("nan")
-        bars.show(f"train {task.name}", 0, steps)
-        for event in fine_tune(classifier, batches, chosen, steps=steps, lr=rate):
+        bars.show(f"train {task.name}", 0, steps * chosen.phases)
+        for event in fine_tune(classifier, batches, method=chosen, steps=steps, lr=rate):
             if isinstance(event, FineTuneStep):
                 first = event.loss if event.step == 1 else first
                 last = event.loss
@@ -99,8 +145,35 @@ def train(
         f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
         f"loss {first:.3f} at the first step, {last:.3f} at the last",
     )
+    where = " --linearized" if method == "linearized" else ""
     next_step(
         console,
-        f"talos eval --model {model} --data {data} --vector {out} --scale grid",
+        f"talos eval --model {model} --data {data} --vector {out} --scale grid{where}",
         f"talos merge {out}:0.5 SECOND.safetensors:0.5 --out edit.safetensors",
     )
+
+
+def _checked_method(
+    method: str | None, mask: Path | None, rank: int | None, density: float | None
+) -> str:
+    """The method's name, after a look at the options that go with it."""
+    if method is None:
+        method = "nonlinear" if mask is None else "talos"
+    check_choice("--method", method, tuple(METHODS))
+    if method == "talos" and mask is None:
+        raise TalosValueError(
+            "--mask must be given with --method talos, got none; make one with talos calibrate"
+        )
+    if method != "talos" and mask is not None:
+        raise TalosValueError(f"--mask must be left out with --method {method}, got {mask}")
+    for option, value, takers in (("--rank", rank, _RANKED), ("--density", density, _DENSE)):
+        if value is not None and method not in takers:
+            raise TalosValueError(
+                f"{option} must be left out with --method {method}, got {value}; it is for "
+                f"{', '.join(takers)}"
+            )
+    if rank is not None:
+        check_at_least("--rank", rank, 1)
+    if density is not None:
+        check_density(density)
+    return method
