@@ -146,6 +146,11 @@ def fine_tune(
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chosen = method_of(method, mask)
+    if chosen.phases > 1 and isinstance(batches, Iterator):
+        raise TalosValueError(
+            f"batches must be re-iterable for the method {chosen.name}, got an iterator; pass a "
+            "list or a DataLoader"
+        )
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     check_hyperparameters(hyper)
     first = chosen.start(model, hyper, logits_fn or default_logits)

@@ -310,6 +310,9 @@ def test_theta_0_moves_with_the_module_and_may_be_shared() -> None:
     linear = LinearizedModel(model, base=shared)
     assert all(linear.base[name] is tensor for name, tensor in shared.items())
     assert not linear.state_dict().keys() - {"model.weight", "model.bias"}
+    state = {name: value + 1.0 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # other parameters are theta now
+    torch.testing.assert_close(linear(torch.ones(1, 3)), model(torch.ones(1, 3)))
     linear.double()
     assert {tensor.dtype for tensor in linear.base.values()} == {torch.float64}
     assert linear(torch.ones(1, 3, dtype=torch.float64)).dtype == torch.float64
@@ -573,6 +576,16 @@ MASK = Mask.from_dense({"weight": torch.eye(3) > 0})
         (lambda: {"method": Lota(density=0)}, TalosValueError, r"density must lie in \(0, 1\]"),
         (lambda: {"method": Random(density=2)}, TalosValueError, r"density must lie in \(0, 1\]"),
         (lambda: {"method": Magnitude(0.0)}, TalosValueError, r"density must lie in \(0, 1\]"),
+        (
+            lambda: {"method": "lota", "batches": iter([])},
+            TalosValueError,
+            "batches must be re-iterable for the method lota, got an iterator",
+        ),
+        (
+            lambda: {"method": "lota", "model": nn.Linear(3, 3).double()},
+            TalosTypeError,
+            "weight must be float32, bfloat16 or float16, got torch.float64",
+        ),
         (
             lambda: {"method": "linearized", "model": nn.DataParallel(nn.Linear(3, 3))},
             TalosValueError,

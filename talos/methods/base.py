@@ -9,7 +9,7 @@ them; nothing here loops.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -36,19 +36,23 @@ class Phase(ABC):
         module: what the loss is computed of.
         logits_fn: how its logits are had.
         optimizer: what takes the steps; its groups' `lr` is set before each.
+        others: the parameters that require a gradient and are not trained.
     """
 
     module: nn.Module
     logits_fn: LogitsFunction
     optimizer: torch.optim.Optimizer
+    others: Sequence[nn.Parameter] = ()
 
-    @abstractmethod
     def freeze(self) -> None:
         """Turn gradients off where nothing is trained; called before the first step."""
+        for param in self.others:
+            param.requires_grad_(False)
 
-    @abstractmethod
     def release(self) -> None:
         """Turn them on again; called at the end, however it comes."""
+        for param in self.others:
+            param.requires_grad_(True)
 
     @abstractmethod
     def task_vector(self) -> TaskVector:
@@ -130,6 +134,12 @@ def trainable(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     if not found:
         raise TalosValueError("model must have a parameter with requires_grad=True, got none")
     return found
+
+
+def untrained(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that require a gradient and are not among those trained."""
+    own = {id(param) for param in trained}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in own]
 
 
 def check_bare(model: nn.Module, name: str) -> None:

@@ -29,7 +29,7 @@ from talos.params import named_modules, select_parameters
 from talos.projections import Projection, projections
 from talos.task_vectors import TaskVector
 
-from .base import Hyperparameters, LogitsFunction, Method, Phase
+from .base import Hyperparameters, LogitsFunction, Method, Phase, untrained
 from .nonlinear import clip
 
 __all__ = ["LLora", "first_factor"]
@@ -125,23 +125,11 @@ class _Adapted(Phase):
         self, method: LLora, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
     ) -> None:
         self.module, self.logits_fn, self.metadata = model, logits_fn, method.metadata
-        self._adapters = list(_adapters(method, model))
-        params = {each.name: each.param for each in self._adapters}
-        self.params = params
-        self.base = {name: param.detach().clone() for name, param in params.items()}
+        self._adapters = _adapters(method, model)
+        self.params = {each.name: each.param for each in self._adapters}
+        self.base = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **hyper)
-        own = {id(param) for param in params.values()}
-        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-
-    def freeze(self) -> None:
-        """Freeze what has no adapter."""
-        for param in self._others:
-            param.requires_grad_(False)
-
-    def release(self) -> None:
-        """Give it back."""
-        for param in self._others:
-            param.requires_grad_(True)
+        self.others = untrained(model, self.params.values())
 
     def zero_grad(self) -> None:
         """Drop the gradients of B and of the weights."""

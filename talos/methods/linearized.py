@@ -75,7 +75,7 @@ class LinearizedModel(nn.Module):
         own = {id(param): name for name, param in model.named_parameters()}
         self.model = model
         self.logits_fn = logits_fn or default_logits
-        self._theta = params
+        self._names = list(params)
         self._places = [f"model.{own[id(param)]}" for param in params.values()]
         for number, (name, param) in enumerate(params.items()):  # buffers move with the module
             initial = param.detach().clone() if base is None else base[name]
@@ -85,7 +85,7 @@ class LinearizedModel(nn.Module):
     @property
     def base(self) -> dict[str, Tensor]:
         """theta_0, of the parameters that require a gradient."""
-        return {name: self.get_buffer(f"base_{i}") for i, name in enumerate(self._theta)}
+        return {name: self.get_buffer(f"base_{i}") for i, name in enumerate(self._names)}
 
     def forward(self, batch: Any) -> Tensor:
         """The logits of a batch on the expansion.
@@ -107,7 +107,7 @@ class LinearizedModel(nn.Module):
             return output
 
         primals = tuple(self.base.values())
-        tangents = tuple(map(torch.sub, self._theta.values(), primals))
+        tangents = tuple(map(torch.sub, map(self.get_parameter, self._places), primals))
         with _forward_differentiable():
             both = torch.func.jvp(logits, primals, tangents)
         total: Tensor = both[0] + both[1]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from talos.masks import Mask
+from talos.param_groups import check_not_wrapped, check_trainable
 from talos.params import named_parameters
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density, trainable
@@ -57,6 +58,9 @@ class _Search(Dense):
         self, method: Lota, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
     ) -> None:
         params = trainable(named_parameters(model))
+        check_not_wrapped(model)  # what the second training cannot take is said before the first
+        for name, param in params.items():
+            check_trainable(name, param)
         super().__init__(model, params, hyper, logits_fn, method.metadata)
         self.density, self.hyper = method.density, hyper
         self.buffers = {buffer: buffer.clone() for buffer in model.buffers()}

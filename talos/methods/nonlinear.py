@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from talos.params import named_parameters
 from talos.task_vectors import TaskVector
 
-from .base import Hyperparameters, LogitsFunction, Method, Phase, trainable
+from .base import Hyperparameters, LogitsFunction, Method, Phase, trainable, untrained
 
 __all__ = ["Dense", "Nonlinear"]
 
@@ -68,18 +68,7 @@ class Dense(Phase):
         self.base = base or {name: param.detach().clone() for name, param in params.items()}
         fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
         self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **hyper)
-        own = {id(param) for param in params.values()}
-        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-
-    def freeze(self) -> None:
-        """Freeze the parameters that are not trained."""
-        for param in self._others:
-            param.requires_grad_(False)
-
-    def release(self) -> None:
-        """Give them back."""
-        for param in self._others:
-            param.requires_grad_(True)
+        self.others = untrained(model, params.values())
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Phase.clip`."""
