@@ -132,7 +132,7 @@ def phase_bars(results: Results) -> str:
         axes.set_xlim(0, 1.18 * longest)
         axes.set_xlabel("seconds")
         axes.spines["left"].set_visible(False)
-        _legend(axes, 3)
+        _legend(axes, 3 if len(titles) < 3 else 2)
 
     return draw("phases", 1.1 + 0.34 * len(phases), paint)
 

@@ -14,7 +14,7 @@ GREY = "#64748b"
 INK = "#1f2937"
 _COLOURS = (
     *("#0f766e", "#c2410c", "#4f46e5", "#a16207"),
-    *("#be185d", "#0369a1", "#4d7c0f", "#6b7280"),
+    *("#be185d", "#0369a1", "#4d7c0f", "#7c2d12"),
 )
 _WIDTH = 4.9  # inches: the text stays readable when a phone scales the figure to 380 px
 

@@ -31,7 +31,7 @@ def demo(
         typer.Option(
             "--methods",
             help=f"What is compared, separated by commas: {', '.join(TITLES)}; or all, which takes "
-            "about six times as long.",
+            "several times as long.",
         ),
     ] = "talos,nonlinear",
     model: Model = "minilm",
