@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(talos_C, m) {
   m.def(
       "add_delta_(Tensor(a!)[] params, Tensor[] index, Tensor values, float scale, "
       "Tensor(b!)? saved) -> ()");
+  m.def(
+      "swap_delta_(Tensor(a!)[] params, Tensor[] old_index, Tensor old_saved, Tensor[] index, "
+      "Tensor values, float scale, Tensor(b!) saved) -> ()");
   m.def("fisher_diag_(Tensor(a!)[] scores, Tensor[] dys, Tensor[] xs, float share) -> ()");
   m.def(
       "score_histogram(Tensor[] scores, Tensor prefix, int shift, int bits, bool largest) -> "

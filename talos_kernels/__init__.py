@@ -21,6 +21,7 @@ from .gather_grad import gather_grad_, scatter_
 from .index import Index, TensorIndex
 from .select_threshold import Threshold, select_threshold
 from .sparse_adam import sparse_adam_
+from .swap_delta import swap_delta_
 
 __all__ = [
     "Index",
@@ -40,6 +41,7 @@ __all__ = [
     "scatter_",
     "select_threshold",
     "sparse_adam_",
+    "swap_delta_",
 ]
 
 if torch.cuda.is_available():

@@ -26,6 +26,7 @@ from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
 from talos_kernels.triton.select_threshold import score_histogram
 from talos_kernels.triton.sparse_adam import sparse_adam_
+from talos_kernels.triton.swap_delta import swap_delta_
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 LANGUAGES = ("ttir", "ttgir", "ptx", "amdgcn")
@@ -59,6 +60,7 @@ def launches() -> dict[str, Callable[[], object]]:
     flag = torch.ones(())
     arrays = torch.zeros(3, n).unbind()
     moments = torch.zeros(2, n, dtype=torch.bfloat16).unbind()
+    bits = torch.zeros(2, n, dtype=torch.bfloat16).unbind()
     single, half = [torch.zeros(4096)], [torch.zeros(4096, dtype=torch.bfloat16)]
     numbers = (steps, lr, 0.9, 0.999, 1e-8, 0.1)
     index_ = index.buffers
@@ -99,6 +101,12 @@ def launches() -> dict[str, Callable[[], object]]:
         "score_histogram-bf16": lambda: score_histogram(half, prefix, 0, 10, False),
         "add_delta-fp32": lambda: add_delta_(single, index_, arrays[0], 0.5, arrays[1]),
         "add_delta-bf16": lambda: add_delta_(half, index_, arrays[0], 0.5, None),
+        "swap_delta-fp32": lambda: swap_delta_(
+            single, index_, arrays[0], index_, arrays[1], 0.5, arrays[2]
+        ),
+        "swap_delta-bf16": lambda: swap_delta_(
+            half, index_, bits[0], index_, arrays[1], 0.5, bits[1]
+        ),
     }
 
 

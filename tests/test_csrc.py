@@ -19,7 +19,14 @@ from talos_kernels.sparse_adam import sparse_adam_reference
 from .cases import CASES, DTYPES, MANY, Case, assert_bit_equal, assert_close
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("sparse_adam_", "gather_grad_", "scatter_", "add_delta_", "score_histogram")
+NAMES = (
+    "sparse_adam_",
+    "gather_grad_",
+    "scatter_",
+    "add_delta_",
+    "swap_delta_",
+    "score_histogram",
+)
 # On these torch fuses as csrc/adam.h does; its kernels for older processors do not.
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
@@ -305,6 +312,12 @@ def digest_of_everything() -> str:
             gathered = torch.zeros_like(problem.exp_avg)
             norm = compiled("gather_grad_")(gathered, problem.grads, problem.index.buffers, True)
             compiled("add_delta_")(problem.params, problem.index.buffers, gathered, 0.7, None)
+            old = Index.pack([TensorIndex.encode(~mask.flip(0)) for mask in case.masks()])
+            old_saved, saved = (torch.zeros(i.nnz, dtype=dtype) for i in (old, problem.index))
+            compiled("swap_delta_")(
+                problem.params, old.buffers, old_saved, problem.index.buffers, gathered, 0.7, saved
+            )
+            gathered += saved
             for tensor in (*problem.written(), gathered, norm.reshape(1)):
                 data = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
                 weights = torch.arange(1, data.numel() + 1)

@@ -260,6 +260,7 @@ def test_opcheck(device: torch.device) -> None:
         "gather_grad_": (flat[0], grads, buffers, False),
         "scatter_": (params, buffers, flat[0]),
         "add_delta_": (params, buffers, flat[0], 0.5, flat[2]),
+        "swap_delta_": (params, buffers, flat[0], buffers, flat[1], 0.5, flat[2]),
     }
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.talos, name).default, args)

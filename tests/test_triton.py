@@ -14,9 +14,10 @@ from talos_kernels import Index, TensorIndex
 from talos_kernels.add_delta import add_delta_reference
 from talos_kernels.gather_grad import gather_grad_reference, scatter_reference
 from talos_kernels.sparse_adam import sparse_adam_reference
-from talos_kernels.triton import add_delta, gather_grad, launch, sparse_adam
+from talos_kernels.swap_delta import swap_delta_reference
+from talos_kernels.triton import add_delta, gather_grad, launch, sparse_adam, swap_delta
 
-from .cases import CASES, MANY, SEGMENT_SIZE, Case, assert_bit_equal, assert_close
+from .cases import CASES, DENSITIES, MANY, SEGMENT_SIZE, Case, assert_bit_equal, assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter takes some 50 ms a block: of many blocks, one bitmap is enough.
@@ -331,6 +332,59 @@ def test_add_delta_to_16_bit_weights(dtype: torch.dtype) -> None:
     add_delta_reference(params, index.buffers, values, -0.7, None)
     for actual, expected in zip(ours, params, strict=True):
         assert_close(actual.cpu(), expected)
+
+
+PAIRS = tuple((new, old) for new in DENSITIES for old in DENSITIES)
+PAIRS_OF = tuple(
+    (Case(f"{size}-new", (size,) * len(pairs), new), Case(f"{size}-old", (size,) * len(pairs), old))
+    for size, pairs in (
+        (97, PAIRS),
+        (2049, PAIRS[1::2]),
+        (SEGMENT_SIZE + 2049, ((0.01, 0.01), (0.01, 0.0), (0.0, 0.01), (0.001, 0.1))),
+    )
+    for new, old in [zip(*pairs, strict=True)]
+)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize(("case", "old"), PAIRS_OF, ids=str)
+def test_swap_delta_of_every_pair_of_encodings(case: Case, old: Case, dtype: torch.dtype) -> None:
+    if max(case.sizes) > 97 and dtype != BF16:
+        pytest.skip("the interpreter is slow; one dtype takes several blocks")
+    index = pack(case)
+    old_index = Index.pack([TensorIndex.encode(mask.flip(0)) for mask in old.masks()])
+    expected, values = case.tensors(dtype), torch.randn(index.nnz)
+    # NaN with a payload among them: a revert writes bits
+    old_saved = torch.randn(old_index.nnz).to(dtype)
+    old_saved.view(torch.int16)[::7] = -3
+    ours = [param.to(DEVICE, copy=True) for param in expected]
+    saved = torch.zeros(index.nnz, dtype=dtype, device=DEVICE)
+    expected_saved = torch.zeros(index.nnz, dtype=dtype)
+    swap_delta.swap_delta_(
+        ours, buffers(old_index), old_saved.to(DEVICE), buffers(index), values.to(DEVICE), 0.3,
+        saved,
+    )  # fmt: skip
+    swap_delta_reference(
+        expected, old_index.buffers, old_saved, index.buffers, values, 0.3, expected_saved
+    )
+    assert_bit_equal(saved.cpu(), expected_saved)
+    for actual, wanted, mask in zip(ours, expected, case.masks(), strict=True):
+        assert_bit_equal(actual.cpu()[~mask], wanted[~mask])
+        assert_close(actual.cpu(), wanted)
+
+
+@pytest.mark.parametrize("case", MANY[:3], ids=str)
+def test_swap_delta_of_one_index_scales_anew(case: Case) -> None:
+    index, expected = pack(case), case.tensors()
+    values, saved = torch.randn(index.nnz), torch.randn(index.nnz)
+    ours, on_device = [param.to(DEVICE, copy=True) for param in expected], buffers(index)
+    kept = saved.to(DEVICE, copy=True)
+    swap_delta.swap_delta_(ours, on_device, kept, on_device, values.to(DEVICE), -0.7, kept)
+    assert_bit_equal(kept.cpu(), saved)
+    scatter_reference(expected, index.buffers, saved)
+    add_delta_reference(expected, index.buffers, values, -0.7, None)
+    for actual, wanted in zip(ours, expected, strict=True):
+        assert_bit_equal(actual.cpu(), wanted)
 
 
 @pytest.mark.parametrize("encoding", ["bitmap", "u16"])

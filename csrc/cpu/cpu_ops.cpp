@@ -18,8 +18,7 @@ constexpr int64_t kProgramsPerClaim = 8;
 // tensor are alike, so equal shares would not be equal work. No program shares an entry with
 // another, so the result has the same bits for every number of threads.
 template <class Call>
-void run_programs(bool (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
-  const int64_t n = call.index.n_programs;
+void run_programs(bool (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_t n) {
   const int64_t threads =
       std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(n, kProgramsPerClaim));
   std::atomic<int64_t> next{0};
@@ -31,6 +30,11 @@ void run_programs(bool (*kernel)(const Call&, int64_t, int64_t), const Call& cal
   STD_TORCH_CHECK(agrees,
                   "index must be one that Index.pack made, got buffers that contradict each "
                   "other; build the index again");
+}
+
+template <class Call>
+void run_programs(bool (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
+  run_programs(kernel, call, call.index.n_programs);
 }
 
 // The table lies in this memory, so each tensor's length can be compared before anything is
@@ -154,6 +158,27 @@ void add_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& in
   run_programs(kernels().add_delta, call);
 }
 
+void swap_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& old_index,
+                 const Tensor& old_saved, const std::vector<Tensor>& index, const Tensor& values,
+                 double scale, const Tensor& saved) {
+  const TensorList p = checked_params(params, values);
+  const DeltaCall on = checked_delta(p, index, values);
+  const ScalarType dtype = scalar_type_of(p.dtype);
+  SwapCall call{};
+  call.old_index =
+      checked_index(old_index, static_cast<int64_t>(params.size()), old_saved.numel(), values);
+  check_numels(call.old_index, p, "params");
+  call.index = on.index;
+  call.params = on.params;
+  call.old_saved = checked_array(old_saved, "old_saved", dtype, old_saved.numel(), values);
+  call.values = on.values;
+  call.param_dtype = on.param_dtype;
+  call.value_dtype = on.value_dtype;
+  call.scale = static_cast<float>(scale);
+  call.saved = checked_array(saved, "saved", dtype, values.numel(), values);
+  run_programs(kernels().swap_delta, call, call.index.n_programs + call.old_index.n_programs);
+}
+
 }  // namespace
 }  // namespace talos
 
@@ -162,4 +187,5 @@ STABLE_TORCH_LIBRARY_IMPL(talos_C, CPU, m) {
   m.impl("gather_grad_", TORCH_BOX(&talos::gather_grad_));
   m.impl("scatter_", TORCH_BOX(&talos::scatter_));
   m.impl("add_delta_", TORCH_BOX(&talos::add_delta_));
+  m.impl("swap_delta_", TORCH_BOX(&talos::swap_delta_));
 }

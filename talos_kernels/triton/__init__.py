@@ -4,6 +4,13 @@ One program takes one block of one tensor, one launch all tensors of a call. A l
 an empty input, guards the device and starts its kernel; the checks are the public function's.
 """
 
-from . import add_delta, fisher_diag, gather_grad, select_threshold, sparse_adam
+from . import add_delta, fisher_diag, gather_grad, select_threshold, sparse_adam, swap_delta
 
-__all__ = ["add_delta", "fisher_diag", "gather_grad", "select_threshold", "sparse_adam"]
+__all__ = [
+    "add_delta",
+    "fisher_diag",
+    "gather_grad",
+    "select_threshold",
+    "sparse_adam",
+    "swap_delta",
+]

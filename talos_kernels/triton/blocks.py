@@ -14,14 +14,18 @@ from ..tensor_index import ENCODINGS, WORD_SIZE
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "NUMEL",
     "RANK",
     "SEGMENT",
     "U16",
+    "block_at",
     "block_chunk",
     "block_words",
+    "encoding_of",
     "program_block",
     "segment_chunk",
     "segment_ranks",
+    "segment_search",
     "tensor_pointer",
 ]
 
@@ -52,11 +56,25 @@ ROWS = tl.constexpr(CHUNK // BITS)
 @triton.jit
 def program_block(table_ptr, programs_ptr):
     """The program's tensor (int64), its row of the table, its encoding, its block (int64)."""
-    program = tl.program_id(0)
+    return block_at(tl.program_id(0), table_ptr, programs_ptr)
+
+
+@triton.jit
+def block_at(program, table_ptr, programs_ptr):
+    """As `program_block`, for one of the index's programs by its number."""
     tensor = tl.load(programs_ptr + program).to(tl.int64)
     row_ptr = table_ptr + tensor * COLUMNS
     block = program.to(tl.int64) - tl.load(row_ptr + PROGRAM)
     return tensor, row_ptr, tl.load(row_ptr + ENCODING), block
+
+
+@triton.jit
+def encoding_of(tensor, table_ptr, programs_ptr, n_programs):
+    """A tensor's row of the table and its encoding; U16 if nothing is selected."""
+    row_ptr = table_ptr + tensor * COLUMNS
+    first = tl.load(row_ptr + PROGRAM)
+    owner = tl.load(programs_ptr + first, mask=first < n_programs, other=-1)
+    return row_ptr, tl.where(owner == tensor, tl.load(row_ptr + ENCODING), U16)
 
 
 @triton.jit
@@ -127,3 +145,18 @@ def segment_chunk(segment_ptr, done, count):
     selected = ranks < count
     offs = tl.load(segment_ptr + ranks, mask=selected, other=0).to(tl.int32)
     return offs, selected, ranks
+
+
+@triton.jit
+def segment_search(segment_ptr, count, offs, wanted):
+    """Which of the `wanted` offsets in a segment are among its positions, and their ranks in it."""
+    ranks = tl.zeros_like(offs)
+    left = count
+    while left > 1:  # all positions before a rank are below its offset
+        half = left >> 1
+        positions = tl.load(segment_ptr + ranks + (half - 1), mask=wanted, other=0).to(tl.int32)
+        ranks += tl.where(positions < offs, half, 0)
+        left -= half
+    wanted &= count > 0
+    positions = tl.load(segment_ptr + ranks, mask=wanted, other=0).to(tl.int32)
+    return wanted & (positions == offs), ranks
