@@ -23,13 +23,14 @@ from .errors import (
 )
 from .masks import Mask
 from .optim import SparseAdam
-from .task_vectors import TaskVector
+from .task_vectors import ResidentVectors, TaskVector
 from .training import FineTuneFinished, FineTuneStep, fine_tune
 
 __all__ = [
     "FineTuneFinished",
     "FineTuneStep",
     "Mask",
+    "ResidentVectors",
     "SparseAdam",
     "TalosError",
     "TalosOSError",

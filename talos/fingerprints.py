@@ -179,6 +179,11 @@ class Edit:
             else:
                 _set(self._params[name], self._before[name])
 
+    def restored(self) -> None:
+        """Count the tensors, bit for bit as they were before the edit, as what they were then."""
+        for name, before in self._before.items():
+            _set(self._params[name], before)
+
 
 def _key(tensor: Tensor, storage: StorageWeakRef) -> _Key:
     return storage.cdata, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride()

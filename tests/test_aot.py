@@ -67,7 +67,7 @@ def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
 
 def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
     for name in INDEXED:
-        products = re.findall(r"arith\.muli %\w+, %(\w+) : (i\d+) ", compiled.text(name, "ttir"))
+        products = re.findall(r"arith\.muli %[\w#]+, %(\w+) : (i\d+) ", compiled.text(name, "ttir"))
         mixing = f"c{0x7FEB352D}_i32"  # of noise, modulo 2^32 by intent
         kinds = {kind for by, kind in products if by != mixing}
         assert kinds == {"i64"}, (name, products)

@@ -22,7 +22,7 @@ from talos_kernels import Index, add_delta_, revert_delta_
 
 from .sums import slices_of
 
-__all__ = ["ModelEdit", "check_scale"]
+__all__ = ["ModelEdit", "check_base", "check_scale", "touched_weights"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A search applies a few vectors over and over; a packed index is small beside its model.
@@ -63,20 +63,10 @@ class ModelEdit:
         *,
         force: bool,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        every_name = named_parameters(model, remove_duplicate=False)
-        matched = match_tensors(mask.shapes, every_name, what="task vector")
-        touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
-        for name, param in touched.items():
-            if param.dtype not in _DTYPES or param.is_meta:
-                raise TalosTypeError(
-                    "model must have float32, bfloat16 or float16 weights where it is edited, got "
-                    f"{name} of {param.dtype} on {param.device}; convert or load it first"
-                )
+        touched = touched_weights(model, mask)
         self._edit = Edit(touched, verify=bool(fingerprints) and not force)
         if not force:
-            _check_base(self._edit.bases, fingerprints)
+            check_base(self._edit.bases, fingerprints)
         self._launches = _launches(mask, values, touched)
 
     def put_on(self, scale: float, *, keep: bool) -> None:
@@ -133,7 +123,33 @@ def check_scale(scale: object) -> float:
     return float(scale)
 
 
-def _check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """A model's weights where a mask selects entries, by the mask's names.
+
+    Raises:
+        TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
+        TalosValueError: the model lacks a tensor or has another shape of it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    every_name = named_parameters(model, remove_duplicate=False)
+    matched = match_tensors(mask.shapes, every_name, what="task vector")
+    touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
+    for name, param in touched.items():
+        if param.dtype not in _DTYPES or param.is_meta:
+            raise TalosTypeError(
+                "model must have float32, bfloat16 or float16 weights where it is edited, got "
+                f"{name} of {param.dtype} on {param.device}; convert or load it first"
+            )
+    return touched
+
+
+def check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Refuse tensors whose fingerprints differ from those wanted of the same names.
+
+    Raises:
+        TalosValueError: one differs.
+    """
     differing = [n for n, base in found.items() if n in wanted and wanted[n] != base]
     if differing:
         name = differing[0]

@@ -1,0 +1,116 @@
+"""The weights of one device and dtype, with many deltas ready to be put on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_, swap_delta_
+
+from .sums import slices_of
+from .vector import TaskVector
+
+__all__ = ["Scaled", "WeightGroup", "weight_groups"]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A vector by its name, and the coefficient it is on with."""
+
+    name: str
+    scale: float
+
+
+class WeightGroup:
+    """The weights of one device and dtype, and every vector's part for them.
+
+    Attributes:
+        params: the weights.
+        deltas: packed index and values by the vectors' names.
+        saved: room for the base's bits under the vector that is on, and under the next one.
+        on: the vector that is on.
+    """
+
+    def __init__(self, params: list[Tensor], deltas: dict[str, tuple[Index, Tensor]]) -> None:
+        self.params = params
+        self.deltas = deltas
+        most = max(index.nnz for index, _ in deltas.values())
+        rooms = min(len(deltas), 2)
+        self.saved = [
+            torch.empty(most, dtype=params[0].dtype, device=params[0].device) for _ in range(rooms)
+        ]
+        self.on: Scaled | None = None
+
+    def swap(self, wanted: Scaled | None) -> None:
+        """Take off what is on and put on what is wanted, in one launch."""
+        if wanted is None:
+            if self.on is not None:
+                index, _ = self.deltas[self.on.name]
+                revert_delta_(self.params, index, self.saved[0][: index.nnz])
+        elif self.on is None:
+            index, values = self.deltas[wanted.name]
+            saved = self.saved[0][: index.nnz]
+            add_delta_(self.params, index, values, scale=wanted.scale, saved=saved)
+        else:
+            old_index, _ = self.deltas[self.on.name]
+            index, values = self.deltas[wanted.name]
+            room = 0 if wanted.name == self.on.name else 1
+            swap_delta_(
+                self.params,
+                old_index,
+                self.saved[0][: old_index.nnz],
+                index,
+                values,
+                scale=wanted.scale,
+                saved=self.saved[room][: index.nnz],
+            )
+            if room == 1:
+                self.saved.reverse()
+        self.on = wanted
+
+    def tensors(self) -> list[Tensor]:
+        """What is held on the device beside the weights."""
+        parts = [[values, *index.buffers] for index, values in self.deltas.values()]
+        return [tensor for part in (*parts, self.saved) for tensor in part]
+
+
+def weight_groups(
+    params: list[Tensor],
+    vectors: Mapping[str, TaskVector],
+    touched: Mapping[str, Mapping[str, Tensor]],
+) -> list[WeightGroup]:
+    """One group a device and dtype, with the vectors' values and indices uploaded.
+
+    Args:
+        params: every weight that a vector touches, once.
+        vectors: the vectors by any names.
+        touched: for each of them, the weights that it touches by its own names.
+    """
+    members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        members.setdefault((param.device, param.dtype), []).append(param)
+    groups = []
+    for (device, _), group in members.items():
+        packed: dict[int, Index] = {}  # vectors of one mask share its index
+        deltas = {}
+        for key, vector in vectors.items():
+            names = {id(param): name for name, param in touched[key].items()}
+            if id(vector.mask) not in packed:
+                parts = [_part(vector, names.get(id(param)), param.numel()) for param in group]
+                packed[id(vector.mask)] = Index.pack(parts, device)
+            slices = slices_of(vector.mask)
+            own = [vector.values[slices[names[id(p)]]] for p in group if id(p) in names]
+            values = torch.cat([vector.values[:0], *own])
+            deltas[key] = packed[id(vector.mask)], values.to(device)
+        groups.append(WeightGroup(group, deltas))
+    return groups
+
+
+def _part(vector: TaskVector, name: str | None, numel: int) -> TensorIndex:
+    """What a vector selects of one weight: nothing where it does not name it."""
+    if name is None:
+        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64), numel)
+    return vector.mask.indices[name]

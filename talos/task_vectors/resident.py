@@ -1,0 +1,196 @@
+"""Many task vectors resident on one model: one launch puts on, scales anew, exchanges or takes off.
+
+What each vector adds and where lies packed on the model's devices from the start, and so does room
+for the base's bits under the vector that is on. So a search for a scaling coefficient, or an
+exchange of one task for another, moves the selected entries and nothing else: no weight is copied
+or loaded, nothing is allocated, and the host never waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from talos.errors import TalosRuntimeError, TalosValueError
+from talos.fingerprints import Edit
+
+from .editing import check_base, check_scale, touched_weights
+from .groups import Scaled, weight_groups
+from .vector import TaskVector
+
+__all__ = ["ResidentVectors"]
+
+
+class ResidentVectors:
+    """Task vectors that lie ready on a model's devices, of which at most one is on at a time.
+
+    The weights are edited in place. Each `swap` is one launch for all weights of one device and
+    dtype. As a context manager it leaves the weights bit for bit as it found them, also after an
+    exception. Inside, everybody may read the weights but nobody else may write, cast, move or
+    replace those that a vector touches: the next `swap` and the end of the block refuse then, with
+    nothing written. A write that torch does not count, through `.data` or NumPy, is not noticed.
+    While a vector is on, the weights count as another base for every other task vector.
+
+    Args:
+        model: the base, on any devices, in float32, bfloat16 or float16.
+        vectors: task vectors by any names; they may select different entries and tensors.
+        force: also take a model whose weights have other fingerprints.
+
+    Attributes:
+        active: name of the vector that is on, None if none is.
+
+    Raises:
+        TalosTypeError: `model` is no module, or its weights have another dtype.
+        TalosValueError: there is no vector, or the model lacks a tensor of one, has another shape
+            of it or another fingerprint.
+
+    Example:
+        >>> from talos import Mask
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> left, right = (
+        ...     TaskVector(Mask.from_dense({"weight": torch.tensor([[x, not x]])}), torch.ones(1))
+        ...     for x in (True, False)
+        ... )
+        >>> with ResidentVectors(model, {"left": left, "right": right}) as resident:
+        ...     for name, scale in [("left", 0.5), ("left", 1.0), ("right", 0.25)]:
+        ...         resident.swap(name, scale)
+        ...         print(model.weight.tolist())
+        [[1.5, 1.0]]
+        [[2.0, 1.0]]
+        [[1.0, 1.25]]
+        >>> model.weight.tolist()
+        [[1.0, 1.0]]
+    """
+
+    def __init__(
+        self, model: nn.Module, vectors: Mapping[str, TaskVector], *, force: bool = False
+    ) -> None:
+        if not vectors:
+            raise TalosValueError("vectors must hold at least one task vector, got none")
+        touched = {name: touched_weights(model, vector.mask) for name, vector in vectors.items()}
+        names: dict[int, str] = {}  # of each weight; vectors may name a tied one differently
+        self._params: dict[str, Tensor] = {}
+        for weights in touched.values():
+            for name, param in weights.items():
+                if names.setdefault(id(param), name) == name:
+                    self._params[name] = param
+        verify = not force and any(vector.fingerprints for vector in vectors.values())
+        self._edit = Edit(self._params, verify=verify)
+        for key, vector in vectors.items() if not force else ():
+            bases = {
+                name: self._edit.bases[names[id(param)]]
+                for name, param in touched[key].items()
+                if names[id(param)] in self._edit.bases
+            }
+            check_base(bases, vector.fingerprints)
+        self._vectors = frozenset(vectors)
+        with torch.inference_mode(False):  # what is kept outlives the caller's mode
+            self._groups = weight_groups(list(self._params.values()), vectors, touched)
+        self._homes = _homes(model, self._params)
+        self._on: Scaled | None = None
+        self._states = self._read_states()
+
+    @property
+    def active(self) -> str | None:
+        """Name of the vector that is on, None if none is."""
+        return None if self._on is None else self._on.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model: values, packed indices, and the saved bits."""
+        held = [tensor for group in self._groups for tensor in group.tensors()]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+
+    def swap(self, name: str | None, scale: float = 1.0) -> None:
+        """Take off the vector that is on, if any, and put another one on the base.
+
+        Args:
+            name: the vector, also the one that is on, with another coefficient; None leaves the
+                base, bit for bit.
+            scale: the scaling coefficient.
+
+        Raises:
+            TalosTypeError: `scale` is no real number.
+            TalosValueError: no vector has the name, or `scale` is not finite.
+            TalosRuntimeError: somebody else wrote, cast, moved or replaced a weight.
+        """
+        if name is not None and name not in self._vectors:
+            raise TalosValueError(
+                f"name must be one of {', '.join(sorted(self._vectors))} or None, got {name}"
+            )
+        wanted = None if name is None else Scaled(name, check_scale(scale))
+        self._check_states()
+        before = self._on
+        try:
+            for group in self._groups:
+                group.swap(wanted)
+        except BaseException:
+            for group in self._groups:
+                group.swap(before)
+            self._states = self._read_states()
+            raise
+        self._on = wanted
+        if wanted is None:
+            self._edit.restored()
+        self._states = self._read_states()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.swap(None)
+
+    def _read_states(self) -> dict[str, tuple[Any, ...]]:
+        return {name: _state(param) for name, param in self._params.items()}
+
+    def _check_states(self) -> None:
+        """Refuse weights that are not as the last swap left them."""
+        changes = [
+            f"{name} replaced by another tensor"
+            for name, (home, key) in self._homes
+            if home.get(key) is not self._params[name]
+        ]
+        for name, param in self._params.items():
+            old, new = self._states[name], _state(param)
+            differing = [what for what, a, b in zip(_PARTS, old, new, strict=True) if a != b]
+            changes += [f"{name} with another {differing[0]}"] if differing else []
+        if changes:
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+            remedy = "make ResidentVectors anew" if self._on is None else "load the weights again"
+            raise TalosRuntimeError(
+                "model must keep the weights that resident vectors edit, got "
+                f"{changes[0]}{more} since the last swap; nothing was written, {remedy}"
+            )
+
+
+_PARTS = ("device", "dtype", "shape", "stride", "storage", "version, so somebody wrote it")
+
+
+def _state(param: Tensor) -> tuple[Any, ...]:
+    """What changes when somebody moves, casts, reshapes or writes a weight; `_PARTS` names it."""
+    version = None if param.is_inference() else param._version  # inference tensors count none
+    return param.device, param.dtype, param.shape, param.stride(), param.data_ptr(), version
+
+
+def _homes(
+    model: nn.Module, params: Mapping[str, Tensor]
+) -> list[tuple[str, tuple[dict[str, nn.Parameter | None], str]]]:
+    """Where the modules hold the weights: a dictionary and a key, each with the weight's name."""
+    names = {id(param): name for name, param in params.items()}
+    return [
+        (names[id(param)], (module._parameters, key))
+        for module in model.modules()
+        for key, param in module._parameters.items()
+        if id(param) in names
+    ]
