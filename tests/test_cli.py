@@ -27,6 +27,7 @@ from talos.params import select_parameters
 from talos.report import save_results
 from talos.task_vectors import TaskVector
 from tests.test_report import synthetic
+from tests.test_resident_vectors import Watch
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
 
@@ -310,7 +311,9 @@ def test_from_calibration_to_evaluation(
     assert "talos eval" in capsys.readouterr().out
     assert TaskVector.load(vector).mask == Mask.load(mask)
     assert TaskVector.load(vector).values.abs().max() > 0
-    assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
+    with Watch() as watch:
+        assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
+    assert watch.launches == ["add_delta_", *["swap_delta_"] * 21, "scatter_"]
     text = capsys.readouterr().out
     for word in ("pets", "pretrained", "edited", "mean validation accuracy", "0.05", "talos merge"):
         assert word in text, word

@@ -2,8 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +236,8 @@ def test_scaling_coefs_are_linspace() -> None:
 
 
 class Dial:
-    """Stands for a judge and a vector: accuracies are functions of the scale that is applied."""
+    """Stands for a judge and an edit: accuracies are functions of the scale that is put on."""
 
-    model = None
     control_stride = 1
     classifiers = dict.fromkeys(("target", "other"))
 
@@ -249,11 +246,8 @@ class Dial:
         self.scale = 0.0
         self.asked: list[tuple[float, str, str]] = []
 
-    @contextmanager
-    def applied(self, model: None, scale: float) -> Iterator[None]:
+    def put_on(self, scale: float) -> None:
         self.scale = scale
-        yield
-        self.scale = 0.0
 
     def correct(self, task: str, split: str) -> torch.Tensor:
         self.asked.append((self.scale, task, split))
@@ -265,7 +259,7 @@ def forget(dial: Dial) -> dict[str, Any]:
     dial.asked.clear()
     return negate(
         dial,
-        dial,
+        dial.put_on,
         "target",
         coefs=scaling_coefs(21),
         control_share=0.95,

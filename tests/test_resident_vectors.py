@@ -75,10 +75,15 @@ def test_every_swap_is_the_vector_alone_on_the_base(
 def test_an_exception_restores_the_base() -> None:
     model = Model(torch.bfloat16)
     before = bits(model)
-    with pytest.raises(KeyboardInterrupt), ResidentVectors(model, vectors_for(model)) as resident:
-        resident.swap("a", 3.0)
-        resident.swap("b")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with ResidentVectors(model, vectors_for(model)) as resident:
+            resident.swap("a", 3.0)
+            resident.swap("b")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert_same_bits(model, before)
 
 
@@ -252,8 +257,8 @@ def test_refusals_come_before_the_first_write() -> None:
         ResidentVectors(model, {})
     with pytest.raises(TalosTypeError, match=r"must be a torch\.nn\.Module"):
         ResidentVectors(bits(model), vectors)
+    strange = TaskVector(Mask.from_dense({"x": torch.ones(1) > 0}), torch.ones(1))
     with pytest.raises(TalosValueError, match="parameters of the model, got 1 that it lacks"):
-        strange = TaskVector(Mask.from_dense({"x": torch.ones(1) > 0}), torch.ones(1))
         ResidentVectors(model, {**vectors, "strange": strange})
     resident = ResidentVectors(model, vectors)
     with pytest.raises(TalosValueError, match="one of a, b, c or None, got d"):
@@ -263,7 +268,7 @@ def test_refusals_come_before_the_first_write() -> None:
     with pytest.raises(TalosTypeError, match="scale must be a real number"):
         resident.swap("a", "1")
     assert_same_bits(other, before)
-    assert_same_bits(model, {name: param for name, param in Model().named_parameters()})
+    assert_same_bits(model, dict(Model().named_parameters()))
 
 
 def test_another_vector_takes_a_model_with_one_on_for_another_base() -> None:

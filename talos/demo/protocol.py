@@ -6,7 +6,8 @@
               those that keep a share of the control's pretrained accuracy; the control is the mean
               of the other tasks
 
-The weights are edited in place and given back exactly; nothing is copied or loaded again.
+An edit is a function that puts a resident task vector on the base with a coefficient: between two
+points of a search nothing is copied or loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from talos.demo.estimates import Estimator
 from talos.demo.judge import Judge
-from talos.task_vectors import TaskVector
 
 __all__ = ["add", "negate", "scaling_coefs"]
 
@@ -25,6 +25,7 @@ _GIVE_UP = 4
 
 Correct = Mapping[str, Tensor]
 Tick = Callable[[], None]
+Edit = Callable[[float], None]
 
 
 def scaling_coefs(count: int) -> list[float]:
@@ -45,7 +46,7 @@ def scaling_coefs(count: int) -> list[float]:
 
 def add(
     judge: Judge,
-    edit: TaskVector,
+    edit: Edit,
     *,
     coefs: Sequence[float],
     single_validation: Correct,
@@ -58,7 +59,7 @@ def add(
 
     Args:
         judge: evaluates.
-        edit: the sum of the task vectors.
+        edit: puts the sum of the task vectors on the judge's model; it is left on.
         coefs: the scaling coefficients to try; the first is 0.
         single_validation: each task's own model on its validation examples.
         zero_shot_validation: the pretrained model on them.
@@ -101,7 +102,7 @@ def add(
 
 def negate(
     judge: Judge,
-    vector: TaskVector,
+    edit: Edit,
     target: str,
     *,
     coefs: Sequence[float],
@@ -115,7 +116,7 @@ def negate(
 
     Args:
         judge: evaluates.
-        vector: the task's vector.
+        edit: puts the task's vector on the judge's model; it is left on.
         target: the task.
         coefs: the scaling coefficients to try; the first is 0, which always keeps the control.
         control_share: share of the control's pretrained accuracy that must be kept.
@@ -144,16 +145,16 @@ def negate(
             control = pretrained
             reached = share(zero_shot_validation[target])
         else:
-            with vector.applied(judge.model, scale=-coef):
-                control = _mean({t: judge.correct(t, "control") for t in others}, others)
-                if control >= control_share * pretrained:
-                    reached = share(judge.correct(target, "validation"))
+            edit(-coef)
+            control = _mean({t: judge.correct(t, "control") for t in others}, others)
+            if control >= control_share * pretrained:
+                reached = share(judge.correct(target, "validation"))
         broken = broken + 1 if reached is None else 0
         grid.append({"scaling_coef": coef, "target": reached, "control": control})
         tick()
     kept = [point for point in grid if point["target"] is not None]
     best = min(kept, key=lambda point: point["target"])
-    correct = _edited(judge, vector, -best["scaling_coef"], "test", list(judge.classifiers))
+    correct = _edited(judge, edit, -best["scaling_coef"], "test", list(judge.classifiers))
     tick()
     return {
         "grid": grid,
@@ -182,7 +183,7 @@ def _mean(correct: Correct, tasks: Sequence[str]) -> float:
 
 
 def _edited(
-    judge: Judge, edit: TaskVector, coef: float, split: str, tasks: Sequence[str]
+    judge: Judge, edit: Edit, coef: float, split: str, tasks: Sequence[str]
 ) -> dict[str, Tensor]:
-    with edit.applied(judge.model, scale=coef):
-        return {task: judge.correct(task, split) for task in tasks}
+    edit(coef)
+    return {task: judge.correct(task, split) for task in tasks}

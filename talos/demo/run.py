@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from talos.masks import Mask
 from talos.methods import method_of
 from talos.models import TextEncoder, load_text_encoder
 from talos.report import save_results, write_report
-from talos.task_vectors import TaskVector
+from talos.task_vectors import ResidentVectors, TaskVector
 from talos.tasks import Task
 from talos.training import FineTuneFinished, FineTuneStep
 
@@ -243,39 +244,41 @@ class _Demo:
         coefs = scaling_coefs(settings.grid)
         test: dict[str, dict[str, Tensor]] = {}
         validation: dict[str, Tensor] = {}
-        with self.phase("single tasks", method, total=len(tasks)) as tick:
-            for task in tasks:
-                with vectors[task].applied(judge.model):
+        total = TaskVector.combine((1.0, vectors[task]) for task in tasks)
+        merged_name = " + ".join(tasks)
+        with ResidentVectors(judge.model, {**vectors, merged_name: total}) as resident:
+            with self.phase("single tasks", method, total=len(tasks)) as tick:
+                for task in tasks:
+                    resident.swap(task)
                     test[task] = {other: judge.correct(other, "test") for other in tasks}
                     validation[task] = judge.correct(task, "validation")
-                tick()
-        single = {task: test[task][task] for task in tasks}
-        total = TaskVector.combine((1.0, vectors[task]) for task in tasks)
-        with self.phase("addition", method, total=len(coefs) + 1) as tick:
-            addition, merged = add(
-                judge,
-                total,
-                coefs=coefs,
-                single_validation=validation,
-                zero_shot_validation=zero_shot["validation"],
-                single_test=single,
-                estimator=estimator,
-                tick=tick,
-            )
-        negation = {}
-        for task in tasks:
-            with self.phase("negation", method, task, len(coefs) + 1) as tick:
-                negation[task] = negate(
+                    tick()
+            single = {task: test[task][task] for task in tasks}
+            with self.phase("addition", method, total=len(coefs) + 1) as tick:
+                addition, merged = add(
                     judge,
-                    vectors[task],
-                    task,
+                    partial(resident.swap, merged_name),
                     coefs=coefs,
-                    control_share=settings.control_share,
+                    single_validation=validation,
                     zero_shot_validation=zero_shot["validation"],
-                    zero_shot_test=zero_shot["test"],
+                    single_test=single,
                     estimator=estimator,
                     tick=tick,
                 )
+            negation = {}
+            for task in tasks:
+                with self.phase("negation", method, task, len(coefs) + 1) as tick:
+                    negation[task] = negate(
+                        judge,
+                        partial(resident.swap, task),
+                        task,
+                        coefs=coefs,
+                        control_share=settings.control_share,
+                        zero_shot_validation=zero_shot["validation"],
+                        zero_shot_test=zero_shot["test"],
+                        estimator=estimator,
+                        tick=tick,
+                    )
         interference = [
             [share(test[i][j]) / max(share(zero_shot["test"][j]), 1e-3) for j in tasks]
             for i in tasks

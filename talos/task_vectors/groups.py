@@ -99,11 +99,13 @@ def weight_groups(
         for key, vector in vectors.items():
             names = {id(param): name for name, param in touched[key].items()}
             if id(vector.mask) not in packed:
-                parts = [_part(vector, names.get(id(param)), param.numel()) for param in group]
-                packed[id(vector.mask)] = Index.pack(parts, device)
+                selected = [_part(vector, names.get(id(param)), param.numel()) for param in group]
+                packed[id(vector.mask)] = Index.pack(selected, device)
             slices = slices_of(vector.mask)
-            own = [vector.values[slices[names[id(p)]]] for p in group if id(p) in names]
-            values = torch.cat([vector.values[:0], *own])
+            own = [names[id(param)] for param in group if id(param) in names]
+            whole = own == list(touched[key])  # no copy then, where the model is on the CPU
+            parts = [vector.values[slices[name]] for name in own]
+            values = vector.values if whole else torch.cat([vector.values[:0], *parts])
             deltas[key] = packed[id(vector.mask)], values.to(device)
         groups.append(WeightGroup(group, deltas))
     return groups

@@ -70,7 +70,7 @@ def evaluate(
     from talos.demo.estimates import Estimator
     from talos.demo.judge import Judge
     from talos.demo.protocol import scaling_coefs, share
-    from talos.task_vectors import TaskVector
+    from talos.task_vectors import ResidentVectors, TaskVector
 
     console = stdout()
     with keeping("there was nothing to write"), Bars() as bars:
@@ -92,23 +92,27 @@ def evaluate(
         for done, name in enumerate(names, 1):
             before[name] = judge.correct(name, "test")
             bars.show("pretrained", done, len(names))
-        if edit is not None and coef is None:
-            grid = scaling_coefs(21)
-            points = []
-            bars.show("grid", 0, len(grid))
-            for done, each in enumerate(grid, 1):
-                with edit.applied(judge.model, scale=each):
-                    shares = [share(judge.correct(name, "validation")) for name in names]
-                points.append(sum(shares) / len(shares))
-                bars.show("grid", done, len(grid))
-            coef = grid[points.index(max(points))]
-            _show_grid(grid, points, coef)
-            if coef == 0:
-                say(console, "no coefficient beats the pretrained model on the validation examples")
         after = {}
-        if edit is not None and coef is not None:
-            bars.show("edited", 0, len(names))
-            with edit.applied(judge.model, scale=coef):
+        if edit is not None:
+            with ResidentVectors(judge.model, {"edit": edit}) as resident:
+                if coef is None:
+                    grid = scaling_coefs(21)
+                    points = []
+                    bars.show("grid", 0, len(grid))
+                    for done, each in enumerate(grid, 1):
+                        resident.swap("edit", each)
+                        shares = [share(judge.correct(name, "validation")) for name in names]
+                        points.append(sum(shares) / len(shares))
+                        bars.show("grid", done, len(grid))
+                    coef = grid[points.index(max(points))]
+                    _show_grid(grid, points, coef)
+                    if coef == 0:
+                        say(
+                            console,
+                            "no coefficient beats the pretrained model on the validation examples",
+                        )
+                resident.swap("edit", coef)
+                bars.show("edited", 0, len(names))
                 for done, name in enumerate(names, 1):
                     after[name] = judge.correct(name, "test")
                     bars.show("edited", done, len(names))
