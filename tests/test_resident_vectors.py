@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +16,9 @@ from talos.fingerprints import fingerprint
 from talos.task_vectors import groups
 from tests.cases import DTYPES, assert_bit_equal
 from tests.test_task_vectors import (
+    DENSITIES,
+    SCALE,
+    SEED,
     SHAPES,
     Model,
     Tied,
@@ -70,6 +75,36 @@ def test_every_swap_is_the_vector_alone_on_the_base(
             assert_same_bits(model, before if name is None else expected[name, scale])
     assert_same_bits(model, before)
     vectors["a"].apply_(model)  # the base is known again, by its fingerprint
+
+
+@settings(max_examples=20)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), SCALE), max_size=6),
+    densities=st.tuples(DENSITIES, DENSITIES, DENSITIES),
+    dtype=st.sampled_from(DTYPES),
+    seed=SEED,
+)
+def test_only_the_last_step_counts(
+    steps: list[tuple[str | None, float]],
+    densities: tuple[tuple[float, ...], ...],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    model = Model(dtype, seed)
+    vectors = {
+        name: vector_of(mask_of(each, seed + i), seed + i, model)
+        for i, (name, each) in enumerate(zip("abc", densities, strict=True))
+    }
+    before = bits(model)
+    with ResidentVectors(model, vectors) as resident:
+        for name, scale in steps:
+            resident.swap(name, scale)
+        after = bits(model)
+    assert_same_bits(model, before)
+    name, scale = steps[-1] if steps else (None, 1.0)
+    if name is not None:
+        vectors[name].apply_(model, scale)
+    assert_same_bits(model, after)
 
 
 def test_an_exception_restores_the_base() -> None:
@@ -131,6 +166,20 @@ def test_a_search_of_21_points_copies_and_allocates_nothing() -> None:
     with Watch() as watch, vectors["a"].applied(model):
         pass
     assert watch.largest > 0, "a watch that sees nothing proves nothing"
+
+
+@pytest.mark.gpu
+def test_a_swap_never_waits_for_the_device() -> None:
+    model = Model(torch.bfloat16).cuda()
+    with ResidentVectors(model, vectors_for(model)) as resident:
+        for name in ("a", "b", "a", "a", None):  # compiles
+            resident.swap(name)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for name in ("a", "b", "a", "a", None):
+                resident.swap(name)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_is_held() -> None:

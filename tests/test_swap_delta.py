@@ -223,6 +223,17 @@ def test_a_damaged_index_reaches_no_other_memory(
     assert not any(bool(each[-32:].any()) for each in saved)
 
 
+@needs_library
+def test_old_bits_of_another_length_are_refused() -> None:
+    index = Index.pack([TensorIndex.encode(mask) for mask in MANY[0].masks()])
+    params, values = MANY[0].tensors(), torch.zeros(index.nnz)
+    for old_saved in (torch.zeros(index.nnz - 1), torch.zeros(0)):
+        with pytest.raises(RuntimeError, match=r"index must be one that Index\.pack made"):
+            torch.ops.talos_C.swap_delta_(
+                params, index.buffers, old_saved, index.buffers, values, 1.0, values.clone()
+            )
+
+
 def swap_with(**changes: Any) -> None:
     index, old_index = (Index.pack([TensorIndex.encode(torch.ones(2, 3) > 0)]) for _ in range(2))
     values: dict[str, Any] = {

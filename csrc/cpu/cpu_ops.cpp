@@ -176,7 +176,10 @@ void swap_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& o
   call.value_dtype = on.value_dtype;
   call.scale = static_cast<float>(scale);
   call.saved = checked_array(saved, "saved", dtype, values.numel(), values);
-  run_programs(kernels().swap_delta, call, call.index.n_programs + call.old_index.n_programs);
+  const IndexView &a = call.old_index, &b = call.index;
+  call.same_index = a.words == b.words && a.positions == b.positions && a.starts == b.starts &&
+                    a.table == b.table && a.programs == b.programs && a.nnz == b.nnz;
+  run_programs(kernels().swap_delta, call, b.n_programs + (call.same_index ? 0 : a.n_programs));
 }
 
 }  // namespace

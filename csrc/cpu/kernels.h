@@ -50,9 +50,10 @@ struct DeltaCall {
   void* saved;  // or nullptr
 };
 
-// swap_delta_: the programs of `index` first, then those of `old_index`.
+// swap_delta_: the programs of `index` first, then those of `old_index` unless it is the same.
 struct SwapCall {
   IndexView old_index, index;
+  bool same_index;
   void* const* params;
   const void* old_saved;
   const void* values;

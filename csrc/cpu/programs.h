@@ -208,19 +208,26 @@ inline void write_run(void* param, const Block& b, int64_t begin, int64_t n, con
   scatter(static_cast<P*>(param) + b.dense_begin, b, begin, n, static_cast<const P*>(entries));
 }
 
-// saved <- params, unless it is nullptr; params <- params + scale * values.
+// params <- base + scale * values, where scratch.params holds the base, which goes to `saved` too
+// unless that is nullptr.
 template <class P, class V>
-inline void add_run(void* param, const Block& b, int64_t begin, int64_t n, const V* in, float scale,
-                    P* saved, DeltaScratch<P>& scratch) {
-  P* dense = static_cast<P*>(param) + b.dense_begin;
+inline void add_to_scratch(void* param, const Block& b, int64_t begin, int64_t n, const V* in,
+                           float scale, P* saved, DeltaScratch<P>& scratch) {
   P* entries = scratch.params.entries;
-  gather(static_cast<const P*>(dense), b, begin, n, entries);
   if (saved != nullptr) std::memcpy(saved, entries, n * sizeof(P));
   float* w = widen(entries, n, scratch.wide_params);
   const float* values = widen(in, n, scratch.wide_values);
   for (int64_t i = 0; i < n; ++i) w[i] = w[i] + scale * values[i];
   narrow(w, n, entries);
-  scatter(dense, b, begin, n, static_cast<const P*>(entries));
+  scatter(static_cast<P*>(param) + b.dense_begin, b, begin, n, static_cast<const P*>(entries));
+}
+
+// saved <- params, unless it is nullptr; params <- params + scale * values.
+template <class P, class V>
+inline void add_run(void* param, const Block& b, int64_t begin, int64_t n, const V* in, float scale,
+                    P* saved, DeltaScratch<P>& scratch) {
+  gather(static_cast<const P*>(param) + b.dense_begin, b, begin, n, scratch.params.entries);
+  add_to_scratch(param, b, begin, n, in, scale, saved, scratch);
 }
 
 template <class P, class V>
@@ -285,6 +292,14 @@ bool swap_programs(const SwapCall& call, int64_t first, int64_t last) {
     add_run(call.params[b.tensor], b, begin, n, static_cast<const V*>(call.values) + r, call.scale,
             static_cast<P*>(call.saved) + r, scratch);
   };
+  if (call.same_index)  // the base is all in `old_saved`: nothing is to be taken off first
+    return for_runs(
+        call.index, first, last, [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+          std::memcpy(scratch.params.entries, static_cast<const P*>(call.old_saved) + r,
+                      n * sizeof(P));
+          add_to_scratch(call.params[b.tensor], b, begin, n, static_cast<const V*>(call.values) + r,
+                         call.scale, static_cast<P*>(call.saved) + r, scratch);
+        });
   bool agrees = true;
   for (int64_t program = first; program < last; ++program) {
     const bool is_new = program < call.index.n_programs;
