@@ -12,6 +12,7 @@ only those, and edit models with the small task vectors that result:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .activations import checkpoint_frozen_mlps, few_bit_backward
 from .batches import choice_logits
 from .calibration import calibrate, fisher_diag
 from .errors import (
@@ -21,6 +22,7 @@ from .errors import (
     TalosTypeError,
     TalosValueError,
 )
+from .frozen import HeldWeights, hold_frozen
 from .masks import Mask
 from .optim import SparseAdam
 from .task_vectors import ResidentVectors, TaskVector
@@ -29,6 +31,7 @@ from .training import FineTuneFinished, FineTuneStep, fine_tune
 __all__ = [
     "FineTuneFinished",
     "FineTuneStep",
+    "HeldWeights",
     "Mask",
     "ResidentVectors",
     "SparseAdam",
@@ -39,9 +42,12 @@ __all__ = [
     "TalosValueError",
     "TaskVector",
     "calibrate",
+    "checkpoint_frozen_mlps",
     "choice_logits",
+    "few_bit_backward",
     "fine_tune",
     "fisher_diag",
+    "hold_frozen",
 ]
 
 try:

@@ -1,0 +1,204 @@
+"""Which weights autocast does nothing with but cast: found by watching a forward.
+
+Under `torch.autocast` a matrix product casts its fp32 operands. A weight that is an operand of
+matrix products and of nothing else can be held in autocast's dtype: the cast of a constant is a
+constant. What a model does with its weights is in its code, not in the types of its modules, so a
+`torch.overrides.TorchFunctionMode` watches every function of torch that a parameter reaches.
+
+One thing that is no use can still tell: reading `weight.dtype`. T5 casts an MLP's hidden states to
+it, which changes nothing, open_clip the residual stream of its text tower, which does. `Watch`
+notes the code that reads; whether that matters is for a `Trial` to say.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .errors import TalosTypeError
+
+__all__ = ["Trial", "Watch"]
+
+_PRODUCTS = {
+    functional.linear,
+    *(getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("mm", "bmm", "matmul")),
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("addmm", "baddbmm")),
+    *(Tensor.__matmul__, Tensor.__rmatmul__),
+}
+"""What autocast runs in its own dtype on every device, each floating-point argument cast."""
+
+_ATTENTION_PRODUCTS = {
+    *("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias"),
+    *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+_ATTENTION = inspect.signature(functional.multi_head_attention_forward)
+
+_SAYS_NO_DTYPE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "device", "layout", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "grad_fn")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_sparse", "is_quantized")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
+    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
+    Tensor.is_contiguous,
+}
+_SAYS_DTYPE = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "itemsize")),
+    Tensor.element_size,
+}
+
+
+class Watch(TorchFunctionMode):
+    """Notes what becomes of parameters while it is active.
+
+    Args:
+        params: to watch.
+        dtype: autocast's.
+
+    Attributes:
+        used: the ids of those that a matrix product took under autocast.
+        others: by id, the name of a function that did something else with the parameter.
+        readers: by id, the code that asked for the parameter's dtype.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._ids = {id(param) for param in params.values()}
+        self._dtype = dtype
+        self.used: set[int] = set()
+        self.others: dict[int, str] = {}
+        self.readers: dict[int, set[CodeType]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Notes the parameters among the arguments, then calls the function."""
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) not in self._ids or func in _SAYS_NO_DTYPE:
+                continue
+            if func in _SAYS_DTYPE:
+                self.readers.setdefault(id(tensor), set()).add(sys._getframe(1).f_code)
+            elif self._is_product(func, tensor, args, kwargs):
+                self.used.add(id(tensor))
+            else:
+                self.others[id(tensor)] = getattr(func, "__name__", str(func))
+        return func(*args, **kwargs)
+
+    def _is_product(
+        self, func: Callable[..., Any], tensor: Tensor, args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        device = tensor.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self._dtype:
+            return False
+        if func is functional.multi_head_attention_forward:
+            named = _ATTENTION.bind(*args, **kwargs).arguments
+            return {name for name, each in named.items() if each is tensor} <= _ATTENTION_PRODUCTS
+        return func in _PRODUCTS
+
+
+class Trial:
+    """A forward that can be run again under the same conditions, to compare what it computes.
+
+    Args:
+        model: what `forward` runs; its buffers are put back after each run.
+        forward: returns tensors, nested or not.
+        dtype: autocast's.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[[], Any], dtype: torch.dtype) -> None:
+        self._forward = forward
+        self._dtype = dtype
+        self._device = next(model.parameters()).device
+        self._trained = [param for param in model.parameters() if param.requires_grad]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def run(
+        self, watch: AbstractContextManager[Any] | None = None, *, gradients: bool = False
+    ) -> list[Tensor | None]:
+        """Run the forward once.
+
+        Args:
+            watch: what is active meanwhile.
+            gradients: whether to run the backward too.
+
+        Returns:
+            The outputs; with `gradients`, also those of the trained parameters, of the sum of all
+            outputs. The parameters' own `.grad` is not touched.
+
+        Raises:
+            TalosTypeError: the forward returns no tensor.
+        """
+        devices = [self._device] if self._device.type == "cuda" else []
+        versions = [buffer._version for buffer, _ in self._buffers]
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.enable_grad())
+            if "torch._dynamo" in sys.modules:  # compiled code would not be seen
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            try:
+                with torch.autocast(self._device.type, self._dtype), watch or nullcontext():
+                    outputs = list(_tensors(self._forward()))
+                found: list[Tensor | None] = [output.detach() for output in outputs]
+                roots = [output.sum() for output in outputs if output.requires_grad]
+                if gradients and roots:
+                    found += torch.autograd.grad(
+                        roots, self._trained, [torch.ones_like(r) for r in roots], allow_unused=True
+                    )
+            finally:
+                with torch.no_grad():
+                    for (buffer, before), version in zip(self._buffers, versions, strict=True):
+                        if buffer._version != version:
+                            buffer.copy_(before)
+        if not outputs:
+            raise TalosTypeError("forward must return tensors, got none; return the loss")
+        return found
+
+    def repeats(self, expected: list[Tensor | None], *, gradients: bool = False) -> bool:
+        """Whether another run yields the same bits.
+
+        Args:
+            expected: what an earlier run returned.
+            gradients: as in that run.
+
+        Returns:
+            False too where the forward or backward fails.
+        """
+        try:
+            found = self.run(gradients=gradients)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        return len(found) == len(expected) and all(map(_same_bits, found, expected))
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (each.to_dense().reshape(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(a, b)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)

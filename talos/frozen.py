@@ -1,0 +1,243 @@
+"""Frozen weights held once in autocast's dtype, instead of being cast at each use.
+
+`torch.autocast` casts a weight for every matrix product that takes it. Its cache keeps the cast
+only of leaves that require a gradient: a frozen weight is cast anew at each use, and the backward
+keeps every one of those casts until it has run. Held, a weight of `n` entries costs
+
+    bytes                       fp32 under autocast      held in bf16
+    the weight                  4n on the device         2n on the device (see below)
+    of each use, until backward 2n                       0: the weight itself is kept
+    moved for each use          4n read, 2n written      0
+
+and every output and gradient keeps its bits: the product sees the same operands. The fp32 originals
+wait: where they are on a CPU, 6n bytes in all, and in page-locked memory of the host where the
+model is on a GPU, from where giving them back copies 4n bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import CodeType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .casts import Trial, Watch
+from .errors import TalosRuntimeError, TalosTypeError
+from .params import named_modules, named_parameters
+
+__all__ = ["HeldWeights", "hold_frozen"]
+
+
+@dataclass
+class _Held:
+    """A held parameter: its fp32 values, and its version when they were put aside."""
+
+    param: nn.Parameter
+    original: Tensor
+    version: int
+
+    @classmethod
+    def hold(cls, param: nn.Parameter, dtype: torch.dtype) -> _Held:
+        original = param.detach()
+        held = original.to(dtype)
+        if param.device.type != "cpu":
+            original = original.cpu()
+            original = original.pin_memory() if param.device.type == "cuda" else original
+        param.data = held
+        return cls(param, original, param._version)
+
+    def give_back(self) -> None:
+        self.param.data = self.original.to(self.param.device)
+
+
+class HeldWeights:
+    """What `hold_frozen` returns: the held weights, as a context or until `release`.
+
+    Attributes:
+        names: the held parameters.
+        left: the frozen fp32 parameters that are as they were, and why.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3).requires_grad_(False)
+        >>> held = hold_frozen(model, lambda: model(torch.randn(2, 4)))
+        >>> held.names, model.weight.dtype
+        (('weight', 'bias'), torch.bfloat16)
+        >>> held.release()
+        >>> model.weight.dtype
+        torch.float32
+    """
+
+    def __init__(
+        self, model: nn.Module, held: Mapping[str, _Held], left: Mapping[str, str]
+    ) -> None:
+        self.names = tuple(held)
+        self.left = dict(left)
+        self._held = dict(held)
+        self._hooks = ExitStack()
+        originals = {id(each.param): each.original for each in held.values()}
+        for _, module in named_modules(model):
+            own = {name: originals.get(id(param)) for name, param in module._parameters.items()}
+            if any(original is not None for original in own.values()):
+                hook = module.register_state_dict_post_hook(_hand_out(own))
+                self._hooks.callback(hook.remove)
+
+    def release(self) -> None:
+        """Give the weights back as they were, bit for bit; a second call does nothing.
+
+        Raises:
+            TalosRuntimeError: a weight was written while it was held. All are given back first, so
+                that what was written is gone.
+        """
+        written = [n for n, each in self._held.items() if each.param._version != each.version]
+        while self._held:
+            _, each = self._held.popitem()
+            each.give_back()
+        self._hooks.close()
+        if written:
+            raise TalosRuntimeError(
+                f"held weights must not be written, got new values of {', '.join(written[:5])}, "
+                "which are lost; load or edit weights after release"
+            )
+
+    def __enter__(self) -> HeldWeights:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.release()
+        except TalosRuntimeError:
+            if error is None:  # else the error that ends the context is the one to hear of
+                raise
+
+
+def _hand_out(originals: Mapping[str, Tensor | None]) -> Callable[..., None]:
+    """A hook that puts a module's fp32 weights into the state that it saves."""
+
+    def hook(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        for name, original in originals.items():
+            if original is not None and f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"] = original
+
+    return hook
+
+
+def hold_frozen(
+    model: nn.Module, forward: Callable[[], Any], dtype: torch.dtype = torch.bfloat16
+) -> HeldWeights:
+    """Hold the frozen weights in autocast's dtype, where that changes no bit of any result.
+
+    Which weights these are, a run of `forward` tells: those that matrix products under autocast
+    take and nothing else does. So it must do what training will do, in the same modes. The result
+    is tried: `forward` runs again and must return the same bits. Weights whose dtype the model's
+    code reads are held only if the gradients of the trained weights keep their bits too; on devices
+    whose backward does not reproduce, they are left as they are. All this costs three forwards
+    once; where dtypes are read, also a forward and backward, and one more for each set of readers,
+    whose gradients are kept meanwhile. Random states and buffers are as before afterwards.
+
+    While they are held,
+    - the model must run under `torch.autocast` of this dtype; without, torch refuses mixed dtypes;
+    - `state_dict()` has the fp32 weights (on the CPU, of a model that is elsewhere);
+    - they must not be written or unfrozen: call `release` before `load_state_dict`, before
+      `TaskVector.apply_`, and before `SparseAdam.release`.
+
+    Args:
+        model: any module; what requires a gradient, and what the optimizer is to train, is as it
+            was. Make the optimizer first: `SparseAdam` freezes what its mask leaves out.
+        forward: runs the model on a batch and returns the loss, or tensors; it must not call
+            `backward`. Autocast is on around it.
+        dtype: autocast's, `torch.bfloat16` or `torch.float16`.
+
+    Returns:
+        A handle and context manager; at its end, after an error too, the weights are given back.
+
+    Raises:
+        TalosTypeError: `dtype` is another one, or `forward` returns no tensor.
+
+    Example:
+        >>> body, head = torch.nn.Linear(4, 8).requires_grad_(False), torch.nn.Linear(8, 3)
+        >>> model = torch.nn.Sequential(body, head)
+        >>> x = torch.randn(2, 4)
+        >>> with hold_frozen(model, lambda: model(x).sum()) as held:
+        ...     with torch.autocast("cpu", torch.bfloat16):
+        ...         model(x).sum().backward()
+        >>> held.names
+        ('0.weight', '0.bias')
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise TalosTypeError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype!r}")
+    frozen = {
+        name: param
+        for name, param in named_parameters(model).items()
+        if not param.requires_grad and param.dtype == torch.float32 and not param.is_meta
+    }
+    if not frozen:
+        return HeldWeights(model, {}, {})
+    left = _not_its_own(model, frozen)
+    trial = Trial(model, forward, dtype)
+    watch = Watch({name: param for name, param in frozen.items() if name not in left}, dtype)
+    trial.run(watch)
+    groups: dict[frozenset[CodeType], dict[str, nn.Parameter]] = {}
+    for name, param in frozen.items():
+        if (function := watch.others.get(id(param))) is not None:
+            left[name] = f"is used by {function}"
+        elif id(param) in watch.used:
+            readers = frozenset(watch.readers.get(id(param), ()))
+            groups.setdefault(readers, {})[name] = param
+        else:
+            left.setdefault(name, "is not used by forward")
+    held = _try(trial, groups, dtype, left)
+    return HeldWeights(model, {name: held[name] for name in frozen if name in held}, left)
+
+
+def _not_its_own(model: nn.Module, frozen: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The parameters whose memory somebody else holds too, or that are more than a tensor."""
+    plain = [
+        each.untyped_storage().data_ptr()
+        for each in (*model.parameters(), *model.buffers())
+        if type(each.data) is Tensor and each.layout == torch.strided and not each.is_meta
+    ]
+    counts = Counter(plain)
+    left = {}
+    for name, param in frozen.items():
+        if type(param) is not nn.Parameter or type(param.data) is not Tensor:
+            left[name] = "is of another class"
+        elif param.layout != torch.strided or counts[param.untyped_storage().data_ptr()] != 1:
+            left[name] = "shares its memory"
+    return left
+
+
+def _try(
+    trial: Trial,
+    groups: Mapping[frozenset[CodeType], Mapping[str, nn.Parameter]],
+    dtype: torch.dtype,
+    left: dict[str, str],
+) -> dict[str, _Held]:
+    """Hold the groups that change nothing, those of which nobody reads the dtype first."""
+    expected = {gradients: trial.run(gradients=gradients) for gradients in {*map(bool, groups)}}
+    held: dict[str, _Held] = {}
+    try:
+        for readers, group in sorted(groups.items(), key=lambda each: len(each[0])):
+            before = set(held)
+            for name, param in group.items():
+                held[name] = _Held.hold(param, dtype)
+            gradients = bool(readers)
+            if not trial.repeats(expected[gradients], gradients=gradients):
+                code = ", ".join(sorted(each.co_qualname for each in readers)) or "forward"
+                for name in held.keys() - before:
+                    held.pop(name).give_back()
+                    left[name] = f"changes results: {code} minds its dtype"
+    except BaseException:
+        for each in held.values():
+            each.give_back()
+        raise
+    return held
