@@ -141,7 +141,6 @@ class Trial:
             TalosTypeError: the forward returns no tensor.
         """
         devices = [self._device] if self._device.type == "cuda" else []
-        versions = [buffer._version for buffer, _ in self._buffers]
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.enable_grad())
@@ -158,8 +157,8 @@ class Trial:
                     )
             finally:
                 with torch.no_grad():
-                    for (buffer, before), version in zip(self._buffers, versions, strict=True):
-                        if buffer._version != version:
+                    for buffer, before in self._buffers:
+                        if not _same_bits(buffer, before):
                             buffer.copy_(before)
         if not outputs:
             raise TalosTypeError("forward must return tensors, got none; return the loss")

@@ -35,24 +35,38 @@ __all__ = ["HeldWeights", "hold_frozen"]
 
 @dataclass
 class _Held:
-    """A held parameter: its fp32 values, and its version when they were put aside."""
+    """A parameter that another one stands for.
 
-    param: nn.Parameter
-    original: Tensor
+    It is another object, because compiled code looks at a parameter's identity, not at its dtype.
+    """
+
+    original: nn.Parameter
+    held: nn.Parameter
     version: int
+    places: list[tuple[nn.Module, str]]
 
     @classmethod
-    def hold(cls, param: nn.Parameter, dtype: torch.dtype) -> _Held:
-        original = param.detach()
-        held = original.to(dtype)
-        if param.device.type != "cpu":
-            original = original.cpu()
-            original = original.pin_memory() if param.device.type == "cuda" else original
-        param.data = held
-        return cls(param, original, param._version)
+    def hold(
+        cls, original: nn.Parameter, places: list[tuple[nn.Module, str]], dtype: torch.dtype
+    ) -> _Held:
+        held = nn.Parameter(original.detach().to(dtype), requires_grad=False)
+        if original.device.type != "cpu":
+            aside = original.detach().cpu()
+            original.data = aside.pin_memory() if held.is_cuda else aside
+        for module, name in places:
+            module._parameters[name] = held
+        return cls(original, held, held._version, places)
+
+    @property
+    def written(self) -> bool:
+        there = all(module._parameters.get(name) is self.held for module, name in self.places)
+        return not there or self.held._version != self.version
 
     def give_back(self) -> None:
-        self.param.data = self.original.to(self.param.device)
+        if self.original.device != self.held.device:
+            self.original.data = self.original.detach().to(self.held.device)
+        for module, name in self.places:
+            module._parameters[name] = self.original
 
 
 class HeldWeights:
@@ -72,18 +86,14 @@ class HeldWeights:
         torch.float32
     """
 
-    def __init__(
-        self, model: nn.Module, held: Mapping[str, _Held], left: Mapping[str, str]
-    ) -> None:
+    def __init__(self, held: Mapping[str, _Held], left: Mapping[str, str]) -> None:
         self.names = tuple(held)
         self.left = dict(left)
         self._held = dict(held)
         self._hooks = ExitStack()
-        originals = {id(each.param): each.original for each in held.values()}
-        for _, module in named_modules(model):
-            own = {name: originals.get(id(param)) for name, param in module._parameters.items()}
-            if any(original is not None for original in own.values()):
-                hook = module.register_state_dict_post_hook(_hand_out(own))
+        for each in held.values():
+            for module, name in each.places:
+                hook = module.register_state_dict_post_hook(_hand_out(name, each.original))
                 self._hooks.callback(hook.remove)
 
     def release(self) -> None:
@@ -93,7 +103,7 @@ class HeldWeights:
             TalosRuntimeError: a weight was written while it was held. All are given back first, so
                 that what was written is gone.
         """
-        written = [n for n, each in self._held.items() if each.param._version != each.version]
+        written = [name for name, each in self._held.items() if each.written]
         while self._held:
             _, each = self._held.popitem()
             each.give_back()
@@ -120,13 +130,12 @@ class HeldWeights:
                 raise
 
 
-def _hand_out(originals: Mapping[str, Tensor | None]) -> Callable[..., None]:
-    """A hook that puts a module's fp32 weights into the state that it saves."""
+def _hand_out(name: str, original: nn.Parameter) -> Callable[..., None]:
+    """A hook that puts the fp32 values into the state that a module saves."""
 
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-        for name, original in originals.items():
-            if original is not None and f"{prefix}{name}" in state:
-                state[f"{prefix}{name}"] = original
+        if f"{prefix}{name}" in state:
+            state[f"{prefix}{name}"] = original.detach()
 
     return hook
 
@@ -147,8 +156,9 @@ def hold_frozen(
     While they are held,
     - the model must run under `torch.autocast` of this dtype; without, torch refuses mixed dtypes;
     - `state_dict()` has the fp32 weights (on the CPU, of a model that is elsewhere);
-    - they must not be written or unfrozen: call `release` before `load_state_dict`, before
-      `TaskVector.apply_`, and before `SparseAdam.release`.
+    - other parameters stand for them: they must not be written or unfrozen by the model's means,
+      so call `release` before `load_state_dict` and `TaskVector.apply_`;
+    - code that was compiled before is compiled again, for what it finds.
 
     Args:
         model: any module; what requires a gradient, and what the optimizer is to train, is as it
@@ -181,7 +191,7 @@ def hold_frozen(
         if not param.requires_grad and param.dtype == torch.float32 and not param.is_meta
     }
     if not frozen:
-        return HeldWeights(model, {}, {})
+        return HeldWeights({}, {})
     left = _not_its_own(model, frozen)
     trial = Trial(model, forward, dtype)
     watch = Watch({name: param for name, param in frozen.items() if name not in left}, dtype)
@@ -195,8 +205,17 @@ def hold_frozen(
             groups.setdefault(readers, {})[name] = param
         else:
             left.setdefault(name, "is not used by forward")
-    held = _try(trial, groups, dtype, left)
-    return HeldWeights(model, {name: held[name] for name in frozen if name in held}, left)
+    held = _try(trial, groups, _places(model), dtype, left)
+    return HeldWeights({name: held[name] for name in frozen if name in held}, left)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that hold each parameter, and what they call it, by the parameter's id."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, module in named_modules(model):
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(param), []).append((module, name))
+    return places
 
 
 def _not_its_own(model: nn.Module, frozen: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -219,6 +238,7 @@ def _not_its_own(model: nn.Module, frozen: Mapping[str, nn.Parameter]) -> dict[s
 def _try(
     trial: Trial,
     groups: Mapping[frozenset[CodeType], Mapping[str, nn.Parameter]],
+    places: Mapping[int, list[tuple[nn.Module, str]]],
     dtype: torch.dtype,
     left: dict[str, str],
 ) -> dict[str, _Held]:
@@ -229,7 +249,7 @@ def _try(
         for readers, group in sorted(groups.items(), key=lambda each: len(each[0])):
             before = set(held)
             for name, param in group.items():
-                held[name] = _Held.hold(param, dtype)
+                held[name] = _Held.hold(param, places[id(param)], dtype)
             gradients = bool(readers)
             if not trial.repeats(expected[gradients], gradients=gradients):
                 code = ", ".join(sorted(each.co_qualname for each in readers)) or "forward"
