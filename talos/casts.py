@@ -5,14 +5,15 @@ matrix products and of nothing else can be held in autocast's dtype: the cast of
 constant. What a model does with its weights is in its code, not in the types of its modules, so a
 `torch.overrides.TorchFunctionMode` watches every function of torch that a parameter reaches.
 
-One thing that is no use can still tell: reading `weight.dtype`. T5 casts an MLP's hidden states to
-it, which changes nothing, open_clip the residual stream of its text tower, which does. `Watch`
-notes the code that reads; whether that matters is for a `Trial` to say.
+Two things leave doubts. Code may read `weight.dtype`: T5 casts an MLP's hidden states to it, which
+changes nothing, open_clip the residual stream of its text tower, which does. And a product without
+a history may stand in the forward of an `autograd.Function`, whose backward, which is not watched,
+may use the weight as it pleases. `Watch` notes the code; whether it minds is for a `Trial` to say.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import CodeType
 from typing import Any
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .errors import TalosTypeError
+from .errors import TalosRuntimeError, TalosTypeError
 
-__all__ = ["Trial", "Watch"]
+__all__ = ["Trial", "Watch", "same_bits"]
 
 _PRODUCTS = {
     functional.linear,
@@ -65,7 +66,8 @@ class Watch(TorchFunctionMode):
     Attributes:
         used: the ids of those that a matrix product took under autocast.
         others: by id, the name of a function that did something else with the parameter.
-        readers: by id, the code that asked for the parameter's dtype.
+        doubts: by id, the code that asked for the parameter's dtype or multiplied by it without a
+            history.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
@@ -74,7 +76,7 @@ class Watch(TorchFunctionMode):
         self._dtype = dtype
         self.used: set[int] = set()
         self.others: dict[int, str] = {}
-        self.readers: dict[int, set[CodeType]] = {}
+        self.doubts: dict[int, set[CodeType]] = {}
 
     def __torch_function__(
         self,
@@ -88,11 +90,12 @@ class Watch(TorchFunctionMode):
         for tensor in _tensors((args, kwargs)):
             if id(tensor) not in self._ids or func in _SAYS_NO_DTYPE:
                 continue
-            if func in _SAYS_DTYPE:
-                self.readers.setdefault(id(tensor), set()).add(sys._getframe(1).f_code)
-            elif self._is_product(func, tensor, args, kwargs):
+            product = self._is_product(func, tensor, args, kwargs)
+            if func in _SAYS_DTYPE or (product and not torch.is_grad_enabled()):
+                self.doubts.setdefault(id(tensor), set()).add(sys._getframe(1).f_code)
+            if product:
                 self.used.add(id(tensor))
-            else:
+            elif func not in _SAYS_DTYPE:
                 self.others[id(tensor)] = getattr(func, "__name__", str(func))
         return func(*args, **kwargs)
 
@@ -120,7 +123,7 @@ class Trial:
     def __init__(self, model: nn.Module, forward: Callable[[], Any], dtype: torch.dtype) -> None:
         self._forward = forward
         self._dtype = dtype
-        self._device = next(model.parameters()).device
+        self._devices = {param.device for param in model.parameters()}
         self._trained = [param for param in model.parameters() if param.requires_grad]
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
@@ -134,27 +137,28 @@ class Trial:
             gradients: whether to run the backward too.
 
         Returns:
-            The outputs; with `gradients`, also those of the trained parameters, of the sum of all
-            outputs. The parameters' own `.grad` is not touched.
+            The outputs; with `gradients`, also those of the trained parameters, of a weighted sum
+            of the outputs. The parameters' own `.grad` is not touched.
 
         Raises:
             TalosTypeError: the forward returns no tensor.
+            TalosRuntimeError: gradients are asked for and none reaches a trained parameter.
         """
-        devices = [self._device] if self._device.type == "cuda" else []
+        gpus = [device for device in self._devices if device.type == "cuda"]
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.random.fork_rng(gpus))
             stack.enter_context(torch.enable_grad())
             if "torch._dynamo" in sys.modules:  # compiled code would not be seen
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
-                with torch.autocast(self._device.type, self._dtype), watch or nullcontext():
+                with ExitStack() as around:  # not around the backward, as in training
+                    for kind in {device.type for device in self._devices}:
+                        around.enter_context(torch.autocast(kind, self._dtype))
+                    around.enter_context(watch or nullcontext())
                     outputs = list(_tensors(self._forward()))
                 found: list[Tensor | None] = [output.detach() for output in outputs]
-                roots = [output.sum() for output in outputs if output.requires_grad]
-                if gradients and roots:
-                    found += torch.autograd.grad(
-                        roots, self._trained, [torch.ones_like(r) for r in roots], allow_unused=True
-                    )
+                if gradients:
+                    found += self._gradients([each for each in outputs if each.requires_grad])
             finally:
                 with torch.no_grad():
                     for buffer, before in self._buffers:
@@ -164,23 +168,42 @@ class Trial:
             raise TalosTypeError("forward must return tensors, got none; return the loss")
         return found
 
-    def repeats(self, expected: list[Tensor | None], *, gradients: bool = False) -> bool:
-        """Whether another run yields the same bits.
+    def _gradients(self, outputs: list[Tensor]) -> Sequence[Tensor | None]:
+        if not outputs:
+            return []
+        weights = [
+            torch.linspace(1, 2, each.numel(), device=each.device).to(each.dtype).view_as(each)
+            for each in outputs
+        ]
+        grads: Sequence[Tensor | None] = [None]
+        if self._trained:
+            grads = torch.autograd.grad(outputs, self._trained, weights, allow_unused=True)
+        if all(grad is None for grad in grads):  # a reentrant checkpoint hides what is in it
+            raise TalosRuntimeError("no gradient reaches a trained parameter")
+        return grads
+
+    def attempt(self, *, gradients: bool) -> list[Tensor | None] | None:
+        """Run the forward once.
 
         Args:
-            expected: what an earlier run returned.
-            gradients: as in that run.
+            gradients: as of `run`.
 
         Returns:
-            False too where the forward or backward fails.
+            What `run` does, None where the forward or backward fails.
         """
         try:
-            found = self.run(gradients=gradients)
+            return self.run(gradients=gradients)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            return False
-        return len(found) == len(expected) and all(map(_same_bits, found, expected))
+            return None
+
+
+def same_bits(a: Sequence[Tensor | None] | None, b: Sequence[Tensor | None] | None) -> bool:
+    """Whether two runs succeeded and returned the same bits."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(map(_same_bits, a, b))
 
 
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:

@@ -11,7 +11,8 @@ keeps every one of those casts until it has run. Held, a weight of `n` entries c
 
 and every output and gradient keeps its bits: the product sees the same operands. The fp32 originals
 wait: where they are on a CPU, 6n bytes in all, and in page-locked memory of the host where the
-model is on a GPU, from where giving them back copies 4n bytes.
+model is on a GPU, from where giving them back copies 4n bytes. Who else holds such a parameter
+finds it there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .casts import Trial, Watch
+from .casts import Trial, Watch, same_bits
 from .errors import TalosRuntimeError, TalosTypeError
 from .params import named_modules, named_parameters
 
@@ -147,11 +148,12 @@ def hold_frozen(
 
     Which weights these are, a run of `forward` tells: those that matrix products under autocast
     take and nothing else does. So it must do what training will do, in the same modes. The result
-    is tried: `forward` runs again and must return the same bits. Weights whose dtype the model's
-    code reads are held only if the gradients of the trained weights keep their bits too; on devices
-    whose backward does not reproduce, they are left as they are. All this costs three forwards
-    once; where dtypes are read, also a forward and backward, and one more for each set of readers,
-    whose gradients are kept meanwhile. Random states and buffers are as before afterwards.
+    is tried: `forward` runs again and must return the same bits. Where the model's code reads a
+    weight's dtype, or multiplies without a history (`torch.no_grad`, an `autograd.Function`), the
+    gradients of the trained weights must keep their bits too; if they do not, or do not repeat on
+    this device, the weight is left as it is. All this costs three forwards once, and where there
+    are such doubts a forward and backward, and one more for each set of weights that share them;
+    the gradients are kept meanwhile. Random states and buffers are as before afterwards.
 
     While they are held,
     - the model must run under `torch.autocast` of this dtype; without, torch refuses mixed dtypes;
@@ -201,8 +203,8 @@ def hold_frozen(
         if (function := watch.others.get(id(param))) is not None:
             left[name] = f"is used by {function}"
         elif id(param) in watch.used:
-            readers = frozenset(watch.readers.get(id(param), ()))
-            groups.setdefault(readers, {})[name] = param
+            doubts = frozenset(watch.doubts.get(id(param), ()))
+            groups.setdefault(doubts, {})[name] = param
         else:
             left.setdefault(name, "is not used by forward")
     held = _try(trial, groups, _places(model), dtype, left)
@@ -242,20 +244,21 @@ def _try(
     dtype: torch.dtype,
     left: dict[str, str],
 ) -> dict[str, _Held]:
-    """Hold the groups that change nothing, those of which nobody reads the dtype first."""
-    expected = {gradients: trial.run(gradients=gradients) for gradients in {*map(bool, groups)}}
+    """Hold the groups that change nothing, those that leave no doubts first."""
+    expected: dict[bool, list[Tensor | None] | None] = {False: trial.run()}
+    if any(groups):
+        expected[True] = trial.attempt(gradients=True)
     held: dict[str, _Held] = {}
     try:
-        for readers, group in sorted(groups.items(), key=lambda each: len(each[0])):
-            before = set(held)
+        for doubts, group in sorted(groups.items(), key=lambda each: len(each[0])):
             for name, param in group.items():
                 held[name] = _Held.hold(param, places[id(param)], dtype)
-            gradients = bool(readers)
-            if not trial.repeats(expected[gradients], gradients=gradients):
-                code = ", ".join(sorted(each.co_qualname for each in readers)) or "forward"
-                for name in held.keys() - before:
+            gradients = bool(doubts)
+            if not same_bits(trial.attempt(gradients=gradients), expected[gradients]):
+                code = ", ".join(sorted(each.co_qualname for each in doubts)) or "forward"
+                for name in group:
                     held.pop(name).give_back()
-                    left[name] = f"changes results: {code} minds its dtype"
+                    left[name] = f"results do not repeat: {code} may mind its dtype"
     except BaseException:
         for each in held.values():
             each.give_back()
