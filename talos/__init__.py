@@ -22,7 +22,7 @@ from .errors import (
     TalosTypeError,
     TalosValueError,
 )
-from .frozen import HeldWeights, hold_frozen
+from .frozen import hold_frozen
 from .masks import Mask
 from .optim import SparseAdam
 from .task_vectors import ResidentVectors, TaskVector
@@ -31,7 +31,6 @@ from .training import FineTuneFinished, FineTuneStep, fine_tune
 __all__ = [
     "FineTuneFinished",
     "FineTuneStep",
-    "HeldWeights",
     "Mask",
     "ResidentVectors",
     "SparseAdam",

@@ -4,10 +4,10 @@
 only of leaves that require a gradient: a frozen weight is cast anew at each use, and the backward
 keeps every one of those casts until it has run. Held, a weight of `n` entries costs
 
-    bytes                       fp32 under autocast      held in bf16
-    the weight                  4n on the device         2n on the device (see below)
-    of each use, until backward 2n                       0: the weight itself is kept
-    moved for each use          4n read, 2n written      0
+    bytes                            fp32 under autocast    held in bf16
+    the weight                       4n                     2n
+    kept of each use, for backward   2n                     0: the weight itself
+    moved by the cast for each use   4n read, 2n written    0
 
 and every output and gradient keeps its bits: the product sees the same operands. The fp32 originals
 wait: where they are on a CPU, 6n bytes in all, and in page-locked memory of the host where the
@@ -105,9 +105,9 @@ class HeldWeights:
                 that what was written is gone.
         """
         written = [name for name, each in self._held.items() if each.written]
-        while self._held:
-            _, each = self._held.popitem()
-            each.give_back()
+        for name in list(self._held):
+            self._held[name].give_back()
+            del self._held[name]  # what a lack of memory keeps back can be asked for again
         self._hooks.close()
         if written:
             raise TalosRuntimeError(
