@@ -9,8 +9,8 @@ a gradient is compacted the moment it exists, into float32 memory that all steps
   selected entries (the values of a fused QKV need none), and gathers from there, so that autograd
   sees no weight gradient at all.
 
-`param.grad` is a `CompactGradient` then. In code that torch.compile traces, and where the weight is
-reached otherwise, the hook alone does it.
+`param.grad` is a `CompactGradient` then. In code that torch.compile traces, of a weight that has
+hooks of its own, and where a weight is reached otherwise, the hook alone does it.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def _routing_linear(
     if (
         target is None
         or not weight.requires_grad
+        or weight._backward_hooks  # somebody wants to see or change the dense gradient
         or type(input) is not Tensor
         or torch._C._are_functorch_transforms_active()
     ):

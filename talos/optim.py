@@ -283,8 +283,8 @@ class SparseAdam(torch.optim.Optimizer):
         linear layer's weight only the rows with selected entries are computed. `param.grad` is a
         `CompactGradient` then: it accumulates, and clipping, GradScaler and norms work on it. Its
         memory, 4 bytes a selected entry, is used again after `zero_grad`. The gradients of linear
-        layers' weights do not pass autograd: tensor hooks of those do not fire, and
-        `torch.autograd.grad` does not return them.
+        layers' weights do not pass autograd unless such a weight has hooks (`register_hook`), which
+        see them dense; `torch.autograd.grad` does not return them.
 
         Args:
             enabled: False goes back to dense gradients; `release` does too.
@@ -303,7 +303,7 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([1., 2.])
             >>> optimizer.step()
         """
-        if enabled and _several_processes():
+        if enabled and several_processes():
             raise TalosRuntimeError(
                 "compact gradients must be trained in one process, got several: those of linear "
                 "layers do not pass DistributedDataParallel, which would wait for them"
@@ -478,7 +478,8 @@ class SparseAdam(torch.optim.Optimizer):
                     own.copy_(saved[name])
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether torch.distributed runs more than this process."""
     distributed = torch.distributed
     return (
         distributed.is_available()

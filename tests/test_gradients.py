@@ -298,6 +298,22 @@ def test_gradscaler_and_torchs_clipping_work_on_the_compact_gradient() -> None:
     compact.release()
 
 
+def test_hooks_of_a_weight_see_and_change_the_dense_gradient() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    optimizer.compact_gradients()
+    seen = []
+    handle = model.weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    x = torch.randn(3, 8)
+    model(x).sum().backward()
+    handle.remove()
+    (dense,) = seen
+    assert dense.shape == (4, 8)
+    selected = optimizer.mask.to_dense("weight")
+    assert_bit_equal(model.weight.grad.entries, 2 * dense[selected])
+    optimizer.release()
+
+
 def test_the_dense_norm_is_that_of_dense_gradients() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     model, dense, other, compact = both(model, random_mask(model, params="."))

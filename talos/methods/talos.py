@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from talos.masks import Mask
-from talos.optim import SparseAdam
+from talos.optim import SparseAdam, several_processes
 from talos.task_vectors import TaskVector
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase
@@ -74,8 +74,10 @@ class Sparse(Phase):
         self.optimizer.release()  # until the loop begins: a caller may never begin it
 
     def freeze(self) -> None:
-        """Freeze the tensors without a selected entry."""
+        """Freeze the tensors without a selected entry, and keep gradients compact."""
         self.optimizer.freeze()
+        if not several_processes():
+            self.optimizer.compact_gradients()
 
     def release(self) -> None:
         """Give them back."""
