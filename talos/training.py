@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import frozen
 from .batches import default_logits, labels_of
 from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
@@ -95,6 +98,7 @@ def fine_tune(
     label_smoothing: float = 0.0,
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
+    hold_frozen: bool = False,
     loss_fn: LossFunction | None = None,
     logits_fn: LogitsFunction | None = None,
 ) -> Iterator[FineTuneStep | FineTuneFinished]:
@@ -118,6 +122,8 @@ def fine_tune(
         label_smoothing: of the default loss, in [0, 1).
         accumulate: batches a step; their mean loss is minimised.
         autocast: run the forward pass in this dtype where that is safe (torch.bfloat16).
+        hold_frozen: with autocast, hold the frozen weights in its dtype during training, see
+            `talos.hold_frozen`; between the events the model then runs under autocast only.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits. The
             method linearized hands it a `LinearizedModel`, whose `model(batch)` is logits.
         logits_fn: `logits_fn(model, batch)`, `[B, C]`, for the default loss.
@@ -143,6 +149,10 @@ def fine_tune(
     _check(steps, warmup, accumulate, label_smoothing, max_grad_norm)
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
+    if hold_frozen and autocast is None:
+        raise TalosValueError(
+            "hold_frozen must go with autocast, got None; pass autocast=torch.bfloat16"
+        )
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chosen = method_of(method, mask)
@@ -163,6 +173,7 @@ def fine_tune(
         accumulate=accumulate,
         max_norm=math.inf if max_grad_norm is None else max_grad_norm,
         autocast=autocast,
+        hold_frozen=hold_frozen,
     )
     return run.events(model, first)
 
@@ -179,6 +190,7 @@ class _Run:
     accumulate: int
     max_norm: float
     autocast: torch.dtype | None
+    hold_frozen: bool
     taken: int = 0
     start: float = 0.0
 
@@ -198,28 +210,35 @@ class _Run:
 
     def _phase(self, phase: Phase) -> Iterator[FineTuneStep]:
         stream = _endless(self.batches)
-        try:
+        with ExitStack() as stack:
+            stack.callback(phase.release)
             phase.freeze()
-            for step in range(1, self.steps + 1):
-                phase.zero_grad()
-                loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
-                if step == 1:
-                    phase.check_gradients()
-                if not math.isfinite(loss):
-                    raise TalosValueError(
-                        f"the loss of step {self.taken + 1} is {loss}; the weights are those of "
-                        f"step {self.taken}: lower lr, or look for broken samples"
-                    )
-                norm = phase.clip(self.max_norm)
-                rate = self.schedule(step)
-                for group in phase.optimizer.param_groups:
-                    group["lr"] = rate
-                phase.step()
-                self.taken += 1
-                yield FineTuneStep(self.taken, self.total, loss, rate, float(norm), self._seconds())
+            if self.hold_frozen and self.autocast is not None:
+                batch = next(stream)
+                stream = chain([batch], stream)
+                loss = partial(self.loss_fn, phase.module, batch)
+                stack.enter_context(frozen.hold_frozen(phase.module, loss, self.autocast))
+            yield from self._steps(phase, stream)
+
+    def _steps(self, phase: Phase, stream: Iterator[Any]) -> Iterator[FineTuneStep]:
+        for step in range(1, self.steps + 1):
             phase.zero_grad()
-        finally:
-            phase.release()
+            loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
+            if step == 1:
+                phase.check_gradients()
+            if not math.isfinite(loss):
+                raise TalosValueError(
+                    f"the loss of step {self.taken + 1} is {loss}; the weights are those of "
+                    f"step {self.taken}: lower lr, or look for broken samples"
+                )
+            norm = phase.clip(self.max_norm)
+            rate = self.schedule(step)
+            for group in phase.optimizer.param_groups:
+                group["lr"] = rate
+            phase.step()
+            self.taken += 1
+            yield FineTuneStep(self.taken, self.total, loss, rate, float(norm), self._seconds())
+        phase.zero_grad()
 
     def _backward(self, phase: Phase, batch: Any) -> float:
         """Adds a batch's share to the gradient; returns its share of the loss."""
