@@ -17,6 +17,8 @@ from .masks import Mask
 
 __all__ = ["Bucket"]
 
+_MOST_PATTERNS = 64  # experts that are not always reached make many
+
 
 @dataclass(eq=False)
 class Bucket:
@@ -176,6 +178,8 @@ class Bucket:
     def _taken(self, has_grad: tuple[bool, ...]) -> Tensor:
         """1 for each tensor that steps, else 0; uploaded once for each pattern of gradients."""
         if has_grad not in self.patterns:
+            if len(self.patterns) >= _MOST_PATTERNS:
+                self.patterns.clear()
             self.patterns[has_grad] = torch.tensor(has_grad, device=self.index.device).float()
         return self.patterns[has_grad]
 
@@ -222,8 +226,9 @@ class Bucket:
         square = self.compacted[name].dense_square
         if square is None:
             raise TalosRuntimeError(
-                f"the norm of {name}'s dense gradient is not known; call "
-                "compact_gradients(dense_norm=True), and step after each backward"
+                f"the norm of {name}'s dense gradient is not known: it is kept by "
+                "compact_gradients(dense_norm=True), of a gradient of one use in one backward that "
+                "nothing has scaled; call compact_gradients(False) for sums of gradients"
             )
         return square
 

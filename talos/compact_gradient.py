@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from talos_kernels import Index, gather_grad_, scatter_
 
@@ -19,9 +20,7 @@ aten = torch.ops.aten
 # On these the entries stand for the whole gradient: zeros stay zeros and add nothing to a norm.
 _ON_ENTRIES = {
     aten.zero_.default,
-    aten.mul_.Tensor,
     aten.mul_.Scalar,
-    aten.div_.Tensor,
     aten.div_.Scalar,
     aten.neg_.default,
     aten.linalg_vector_norm.default,
@@ -37,9 +36,14 @@ _ON_ENTRIES = {
     aten._foreach_norm.Scalar,
     aten._amp_foreach_non_finite_check_and_unscale_.default,
 }
-# These take a dense operand, of which the selected entries count; the others are never trained.
-_WITH_DENSE = {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor,
-               aten.copy_.default}  # fmt: skip
+# Of the other operand of these the selected entries count; the others are never trained.
+_WITH_OPERAND = {
+    aten.add_.Tensor,
+    aten.sub_.Tensor,
+    aten.mul_.Tensor,
+    aten.div_.Tensor,
+    aten.copy_.default,
+}
 
 
 class CompactGradient(Tensor):
@@ -48,7 +52,7 @@ class CompactGradient(Tensor):
     It has the shape, dtype and device of its parameter, so that it can be `param.grad`, and no
     memory of its own beside `entries`. A dense gradient that is added to it is gathered; norms,
     scaling and GradScaler's check work on the entries. Any other operation gets the dense gradient,
-    made for it; one that would change that in place is refused.
+    made for it; one that would change that in place, or view it, is refused.
 
     Args:
         entries: float32 `[nnz]`, the selected ones in rank order.
@@ -91,9 +95,9 @@ class CompactGradient(Tensor):
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: object) -> Tensor:
         """The dense gradient, with zeros where nothing is selected."""
-        dense = torch.zeros(self.shape, dtype=dtype or self.dtype, device=self.device)
+        dense = torch.zeros(self.shape, device=self.device)
         scatter_([dense], self.selection, self.entries)
-        return dense
+        return dense.to(dtype or self.dtype)
 
     def gathered(self, dense: Tensor) -> Tensor:
         """The selected entries of a tensor of this shape: float32 `[nnz]`."""
@@ -104,7 +108,7 @@ class CompactGradient(Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -116,21 +120,47 @@ class CompactGradient(Tensor):
             return cls(first.entries, first.selection, first)
         if func is aten.clone.default:
             return cls(first.entries.clone(), first.selection, first)
-        if func is aten.add_.Tensor and _is_plain(args[1], first) and not kwargs:
-            gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
-            return first  # what autograd does with every further gradient
-        if func in _WITH_DENSE and isinstance(first, cls):
-            func(first.entries, *(_operand(first, each) for each in args[1:]), **kwargs)
+        written = _written(func, args, kwargs)
+        if func in _WITH_OPERAND and isinstance(first, cls):
+            if func is aten.add_.Tensor and _is_plain(args[1], first) and not kwargs:
+                # what autograd does with every further gradient
+                gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
+            else:
+                func(first.entries, *(_operand(first, each) for each in args[1:]), **kwargs)
+                increment_version(first.entries)
             return first
-        if func in _ON_ENTRIES:
+        whole = func is not aten.linalg_vector_norm.default or len(args) < 3 or args[2] is None
+        if func in _ON_ENTRIES and whole:
             found = func(*map(_entries, args), **kwargs)
+            if written:
+                increment_version([each.entries for each in written])
             return first if isinstance(first, cls) and found is first.entries else found
-        if func._schema.is_mutable:  # type: ignore[attr-defined]
+        view = any(each.alias_info is not None for each in func._schema.returns)
+        if written or (view and not _writes(func)):
             raise TalosTypeError(
-                f"{func} must not change a compact gradient, which holds its selected entries "
-                "only; change grad.entries, or call optimizer.compact_gradients(False)"
+                f"a compact gradient must not be changed or viewed by {func}: it holds its "
+                "selected entries only; use grad.to_dense() to read and grad.entries to write, or call "
+                "optimizer.compact_gradients(False)"
             )
         return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
+
+
+def _writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[CompactGradient]:
+    """The compact gradients that an operation would write."""
+    if not _writes(func):
+        return []
+    found = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        values = value if isinstance(value, list | tuple) else [value]
+        found += [each for each in values if isinstance(each, CompactGradient)]
+    return found
 
 
 def _is_plain(other: object, like: Tensor) -> bool:

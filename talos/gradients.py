@@ -18,17 +18,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.utils.weak import TensorWeakRef
 
 from talos_kernels import Index, gather_grad_
 
 from .compact_gradient import CompactGradient
+from .errors import TalosRuntimeError
 
 __all__ = ["CompactedParam", "compact"]
 
@@ -45,6 +47,7 @@ class CompactedParam:
         whole: whether all rows are multiplied and the dense gradient's norm is kept.
         norm: the sum of squares of the last dense gradient, 0-dim, and the version of `values`
             that was gathered from it.
+        active: whether gradients are still to be compacted.
     """
 
     param: Tensor
@@ -53,12 +56,13 @@ class CompactedParam:
     rows: slice
     whole: bool = False
     norm: tuple[Tensor, int] | None = None
+    active: bool = True
 
     @property
     def dense_square(self) -> Tensor | None:
         """The sum of squares of the dense gradient, 0-dim; None: of this gradient it is not known.
 
-        Of a sum of gradients it is not the sum of theirs.
+        Of a sum of gradients it is not the sum of theirs, nor known of one that was changed.
         """
         known = self.norm is not None and self.norm[1] == self.values._version
         return self.norm[0] if known and self.norm is not None else None
@@ -69,12 +73,13 @@ class CompactedParam:
         if found is not None and not isinstance(found, CompactGradient):
             self.compact()  # somebody assigned a dense one
             found = self.param.grad
-        accumulate = found is not None
-        gather_grad_(self.values, [dense], self.index, accumulate=accumulate)
-        if self.whole and not accumulate:
+        if isinstance(found, CompactGradient):
+            gather_grad_(found.entries, [dense], found.selection, accumulate=True)
+            return
+        gather_grad_(self.values, [dense], self.index)
+        if self.whole:
             self.norm = dense.float().square().sum(), self.values._version
-        if not accumulate:
-            self.param.grad = CompactGradient(self.values, self.index, self.param)
+        self.param.grad = CompactGradient(self.values, self.index, self.param)
 
     def compact(self, _: Tensor | None = None) -> None:
         """Replaces a dense `param.grad` by a compact one; the hook behind the accumulation."""
@@ -88,11 +93,10 @@ class CompactedParam:
 def compact(params: list[CompactedParam]) -> Callable[[], None]:
     """Keeps the gradients of parameters compact until the returned function is called."""
     hooks = [each.param.register_post_accumulate_grad_hook(each.compact) for each in params]
-    matrices = [each for each in params if each.param.dim() == 2]
-    _route(matrices)
+    _route([each for each in params if each.param.dim() == 2])
 
     def stop() -> None:
-        _unroute(matrices)
+        _unroute(params)
         for hook in hooks:
             hook.remove()
 
@@ -101,26 +105,31 @@ def compact(params: list[CompactedParam]) -> Callable[[], None]:
 
 _lock = threading.Lock()
 _routed: dict[int, CompactedParam] = {}
-_linear = functional.linear
-_local = threading.local()  # a thread's scratch and its last cast: autograd has one a device
+_replaced: Callable[..., Tensor] | None = None  # what functional.linear was before
+_scratches: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_last_cast = threading.local()
 
 
 def _route(params: list[CompactedParam]) -> None:
-    global _linear
+    global _replaced
     with _lock:
-        if not _routed and functional.linear is not _routing_linear:
-            _linear = functional.linear
-            functional.linear = _routing_linear
+        if params and _replaced is None:
+            _replaced, functional.linear = functional.linear, _routing_linear
         _routed.update({id(each.param): each for each in params})
 
 
 def _unroute(params: list[CompactedParam]) -> None:
+    global _replaced
     with _lock:
         for each in params:
+            each.active = False
             if _routed.get(id(each.param)) is each:
                 del _routed[id(each.param)]
-        if not _routed and functional.linear is _routing_linear:
-            functional.linear = _linear
+        if _routed:
+            return
+        _scratches.clear()
+        if functional.linear is _routing_linear:  # else somebody has wrapped it, and it stays
+            functional.linear, _replaced = _replaced, None  # type: ignore[assignment]
 
 
 def _routing_linear(
@@ -129,86 +138,112 @@ def _routing_linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` as long as a weight is routed."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _linear(input, weight, bias)
-    target = _routed.get(id(weight))
-    if (
-        target is None
-        or not weight.requires_grad
-        or weight._backward_hooks  # somebody wants to see or change the dense gradient
-        or type(input) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return _linear(input, weight, bias)
-    inputs, cast, cast_bias = input.detach(), weight.detach(), bias
+    target = None if torch.compiler.is_compiling() else _routed.get(id(weight))
+    if target is None or not _plain(input, weight):
+        return (_replaced or torch._C._nn.linear)(input, weight, bias)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        inputs, cast = _shared_cast(input, dtype), cast.to(dtype)
-        cast_bias = None if bias is None else bias.to(dtype)
-    return compact_linear(input, inputs, weight, cast, cast_bias, target)
+    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return _CompactLinear.apply(input, None, weight, None, bias, target)  # type: ignore
+    dtype = torch.get_autocast_dtype(device)
+    bias = None if bias is None else bias.to(dtype)
+    cast = weight.detach().to(dtype)
+    return _CompactLinear.apply(input, _cast(input, dtype), weight, cast, bias, target)  # type: ignore
 
 
-def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` without its history in another dtype: queries, keys and values share one cast."""
-    if x.dtype == dtype:
-        return x.detach()
-    last = getattr(_local, "cast", None)
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is ordinary training, in which nobody asks for the dense gradient."""
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and not weight._backward_hooks
+        and type(x) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` without its history in another dtype: queries, keys and values share one cast.
+
+    Only what autograd has made is shared: a user's tensor may be written unseen.
+    """
+    if x.dtype == dtype or x.grad_fn is None:
+        return x.detach().to(dtype)
+    last = getattr(_last_cast, "refs", None)
     if last is not None:
         source, version, kept = last
-        cast = kept()
+        cast: Tensor | None = kept()
         if source() is x and version == x._version and cast is not None and cast.dtype == dtype:
-            return cast  # type: ignore[no-any-return]
+            return cast
     cast = x.detach().to(dtype)
-    _local.cast = TensorWeakRef(x), x._version, TensorWeakRef(cast)
+    _last_cast.refs = TensorWeakRef(x), x._version, TensorWeakRef(cast)
     return cast
 
 
 def _scratch(weight: Tensor) -> Tensor:
-    """The thread's memory for one dense weight gradient; what it holds is of no meaning."""
-    kept: dict[tuple[torch.device, torch.dtype], Tensor]
-    kept = _local.__dict__.setdefault("scratch", {})
-    key = weight.device, weight.dtype
-    if key not in kept or kept[key].numel() < weight.numel():
-        kept[key] = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
-    return kept[key][: weight.numel()].view(weight.shape)
+    """This thread's memory for one dense weight gradient; what it holds is of no meaning."""
+    key = threading.get_ident(), weight.device, weight.dtype
+    kept = _scratches.get(key)
+    if kept is None or kept.numel() < weight.numel():
+        kept = _scratches[key] = torch.empty_like(weight).view(-1)
+    return kept[: weight.numel()].view(weight.shape)
 
 
 class _CompactLinear(torch.autograd.Function):
     """`linear` whose backward gives the weight's gradient to `target` and none to autograd.
 
-    `x` and `weight` carry the history, `inputs` and `cast` are what is multiplied.
+    Under autocast `inputs` and `cast` are `x` and `weight` in its dtype, without their history.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        inputs: Tensor,
+        inputs: Tensor | None,
         weight: Tensor,
-        cast: Tensor,
+        cast: Tensor | None,
         bias: Tensor | None,
         target: CompactedParam,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, cast)
-        ctx.target, ctx.dtype = target, x.dtype
-        y: Tensor = torch._C._nn.linear(inputs, cast, bias)
+        ctx.target, ctx.dtype, ctx.casts = target, x.dtype, cast is not None
+        inputs, weight = (x if inputs is None else inputs), (weight if cast is None else cast)
+        ctx.save_for_backward(inputs, weight)
+        y: Tensor = torch._C._nn.linear(inputs, weight, bias)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        target: CompactedParam = ctx.target
-        scratch, some = _scratch(weight), slice(None) if target.whole else target.rows
-        torch.mm(rows[:, some].t(), inputs.reshape(-1, inputs.shape[-1]), out=scratch[some])
-        target.receive(scratch)
-        db = rows.sum(0) if ctx.needs_input_grad[4] else None
-        dx = None
-        if ctx.needs_input_grad[0]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (inputs, weight) = grads, ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.casts:
+            raise TalosRuntimeError(
+                "compact gradients cannot be differentiated under autocast (create_graph=True); "
+                "call optimizer.compact_gradients(False), or compute this loss in float32"
+            )
+        rows, inputs = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        needs_x, _, _, _, needs_bias, _ = ctx.needs_input_grad
+        dx = dw = None
+        if needs_x:
             dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtype)
-        return dx, None, None, None, db, None
+        target: CompactedParam = ctx.target
+        if wanted := _wanted(target):
+            plain = target.active and not target.param._backward_hooks
+            if wanted == "returned" or torch.is_grad_enabled() or not plain:
+                dw = (rows.t() @ inputs).to(target.param.dtype)
+            else:
+                scratch = _scratch(weight)
+                some = slice(None) if target.whole else target.rows
+                torch.mm(rows[:, some].t(), inputs, out=scratch[some])
+                target.receive(scratch)
+        return dx, None, dw, None, rows.sum(0) if needs_bias else None, None
 
 
-compact_linear: Callable[..., Tensor] = _CompactLinear.apply
+def _wanted(target: CompactedParam) -> Literal["", "accumulated", "returned"]:
+    """What the engine does with the weight's gradient, if it wants it at all."""
+    node = get_gradient_edge(target.param).node
+    try:
+        return "accumulated" if torch._C._will_engine_execute_node(node) else ""
+    except RuntimeError as error:
+        if "autograd.grad" not in str(error):  # where torch does not tell of a leaf
+            raise
+        return "returned"

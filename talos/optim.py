@@ -118,8 +118,8 @@ class SparseAdam(torch.optim.Optimizer):
             raise TalosTypeError(
                 f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
             )
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise TalosValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise TalosValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
         groups = named_groups(model)
         params = by_name(groups)
         if mask.nnz == 0:

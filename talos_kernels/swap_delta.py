@@ -111,10 +111,11 @@ def swap_delta_(
         return
     check_flat("old_saved", old_saved, old_index, (params[0].dtype,))
     check_flat("saved", saved, index, (params[0].dtype,))
-    if index is not old_index and _share_memory(saved, old_saved):
+    same = index is old_index and saved.data_ptr() == old_saved.data_ptr()
+    if not same and _share_memory(saved, old_saved):
         raise TalosValueError(
-            "saved must have memory of its own where index is not old_index, "
-            "got memory of old_saved; keep one buffer a delta"
+            "saved must have memory of its own, or be old_saved where index is old_index, "
+            "got memory that overlaps old_saved's; keep one buffer a delta"
         )
     if index.nnz == old_index.nnz == 0:
         return

@@ -427,7 +427,7 @@ def test_questions_are_answered_as_by_the_dense_gradient(ask: Callable[[Tensor],
 
 def test_a_change_of_unselected_entries_is_refused() -> None:
     ours, _ = gradient()
-    with pytest.raises(TalosTypeError, match="must not change a compact gradient"):
+    with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
         ours.fill_(1.0)
     assert "3 of 6 entries" in repr(ours)
     assert_bit_equal(copy.deepcopy(ours).to_dense(), ours.to_dense())
@@ -447,3 +447,146 @@ def test_calibration_and_evaluation_go_on_beside_it() -> None:
         model[0].weight.detach()
     )
     optimizer.release()
+
+
+def compacting(**options: Any) -> tuple[nn.Linear, SparseAdam]:
+    model = nn.Linear(6, 4)
+    optimizer = SparseAdam(model, Mask.from_dense({"weight": torch.rand(4, 6) < 0.5}))
+    optimizer.compact_gradients(**options)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("way", ["grad", "backward", "jacobian", "vectorized"])
+def test_the_gradient_of_an_input_alone_leaves_the_weights_alone(way: str) -> None:
+    model, optimizer = compacting()
+    x = torch.ones(2, 6, requires_grad=True)
+    if way == "grad":
+        (found,) = torch.autograd.grad(model(x).sum(), x)
+    elif way == "backward":
+        model(x).sum().backward(inputs=[x])
+        found = x.grad
+    else:
+        found = torch.autograd.functional.jacobian(
+            lambda x: model(x).sum(0), x, vectorize=way == "vectorized"
+        ).sum(0)
+    torch.testing.assert_close(found, model.weight.sum(0).expand(2, 6).detach())
+    assert model.weight.grad is None
+    optimizer.release()
+
+
+def test_autograd_grad_returns_the_dense_gradient_of_a_weight() -> None:
+    model, optimizer = compacting()
+    (found,) = torch.autograd.grad(model(torch.ones(2, 6)).sum(), model.weight)
+    assert_bit_equal(found, torch.full((4, 6), 2.0))
+    assert model.weight.grad is None
+    optimizer.release()
+
+
+def test_a_penalty_on_gradients_trains_as_with_dense_gradients() -> None:
+    gradients = []
+    for compact in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = compacting()
+        if not compact:
+            optimizer.release()
+        x = torch.randn(3, 6, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        grad = model.weight.grad
+        gradients.append(grad.entries if compact else grad[optimizer.mask.to_dense("weight")])
+        optimizer.release()
+    torch.testing.assert_close(*gradients)
+    model, optimizer = compacting()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x).float().tanh().sum()
+    with pytest.raises(TalosRuntimeError, match="cannot be differentiated under autocast"):
+        torch.autograd.grad(y, x, create_graph=True)
+    optimizer.release()
+
+
+def test_what_happens_between_forward_and_backward_counts() -> None:
+    model, optimizer = compacting()
+    y = model(torch.ones(2, 6)).sum()
+    optimizer.release()
+    y.backward()
+    assert type(model.weight.grad) is Tensor
+    optimizer.compact_gradients()
+    model.weight.grad, seen = None, []
+    y = model(torch.ones(2, 6)).sum()
+    handle = model.weight.register_hook(seen.append)
+    y.backward()
+    handle.remove()
+    assert seen[0].shape == (4, 6)
+    assert isinstance(model.weight.grad, CompactGradient)
+    optimizer.release()
+
+
+def test_another_gradient_that_was_assigned_accumulates() -> None:
+    model, optimizer = compacting()
+    model(torch.ones(2, 6)).sum().backward()
+    kept = model.weight.grad.clone()
+    optimizer.zero_grad()
+    model.weight.grad = kept
+    model(torch.ones(2, 6)).sum().backward()
+    assert float(model.weight.grad.to_dense().max()) == 4.0
+    optimizer.release()
+
+
+def test_the_dense_norm_of_a_scaled_gradient_is_not_known() -> None:
+    for change in (
+        lambda grad: grad.mul_(0.5),
+        lambda grad: grad.zero_(),
+        lambda grad: torch._foreach_mul_([grad], 0.5),
+    ):
+        model, optimizer = compacting(dense_norm=True)
+        model(torch.ones(2, 6)).sum().backward()
+        change(model.weight.grad)
+        with pytest.raises(TalosRuntimeError, match="dense gradient is not known"):
+            optimizer.clip_grad_norm_(1.0, dense=True)
+        optimizer.release()
+
+
+def test_a_wrapper_around_linear_survives_compacting_twice() -> None:
+    model, optimizer = compacting()
+    mine = nn.functional.linear
+    nn.functional.linear = lambda *args, **kwargs: mine(*args, **kwargs)
+    try:
+        optimizer.compact_gradients(False)
+        optimizer.compact_gradients()
+        nn.Linear(3, 2)(torch.ones(1, 3))
+        model(torch.ones(2, 6)).sum().backward()
+        assert isinstance(model.weight.grad, CompactGradient)
+    finally:
+        nn.functional.linear = mine
+        optimizer.release()
+
+
+def test_inputs_that_are_written_unseen_are_cast_anew() -> None:
+    model, optimizer = compacting()
+    x = torch.ones(2, 6)
+    memory = x.numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model(x)
+        memory[:] = 2
+        assert not torch.equal(model(x), first)
+    optimizer.release()
+
+
+def test_a_view_is_refused() -> None:
+    ours, dense = gradient()
+    views = (lambda: ours[0], lambda: ours.view(-1), lambda: ours.T, lambda: ours.data[0])
+    for view in views:
+        with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
+            view()
+    with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
+        ours[:, 1] = 0
+    assert torch.equal(ours.to_dense(), dense)
+
+
+def test_dense_tensors_take_it_as_an_operand() -> None:
+    ours, dense = gradient()
+    assert torch.equal(torch.ones(2, 3).mul_(ours), dense)
+    assert torch.equal(torch.zeros(2, 3).add_(ours), dense)
+    assert torch.equal(torch.zeros(2, 3).copy_(ours), dense)
+    assert torch.equal(ours.norm(dim=-1), dense.norm(dim=-1))
+    assert ours.to_dense(torch.float64).dtype == torch.float64

@@ -331,3 +331,9 @@ def test_another_vector_takes_a_model_with_one_on_for_another_base() -> None:
         with pytest.raises(TalosValueError, match="model must be the base"):
             vectors["b"].apply_(model)
     assert fingerprint(model.layers[0]) == base
+
+
+@pytest.mark.parametrize("vectors", [[], ["a"], {"a": 1}, {1: None}], ids=str)
+def test_vectors_are_a_mapping_of_names(vectors: object) -> None:
+    with pytest.raises((TalosTypeError, TalosValueError), match="vectors must"):
+        ResidentVectors(torch.nn.Linear(2, 2), vectors)  # type: ignore[arg-type]

@@ -54,8 +54,10 @@ inline bool find_block(const IndexView& index, int64_t program, Block& b) {
     b.rank = index.starts[start];
     b.count = index.starts[start + 1] - b.rank;
   }
-  if (b.count < 0 || b.count > b.dense_count || b.rank < 0 || b.rank > index.nnz - b.count)
-    return false;
+  // A tensor's selected entries end where the next one's begin.
+  const int64_t end = b.tensor + 1 < index.n_tensors ? row[kColumns + kRank] : index.nnz;
+  if (b.count < 0 || b.count > b.dense_count || end > index.nnz) return false;
+  if (b.rank < row[kRank] || b.rank < 0 || b.rank > end - b.count) return false;
 
   if (b.encoding == kBitmap) {
     const int64_t word = row[kData] + i * kWordsPerBlock;

@@ -100,6 +100,16 @@ inline const float* scaled(const AdamCall& call, const float* in, int64_t n, Scr
   return in;
 }
 
+// The arithmetic, which waits for divisions, fetches the next block a strip at a time: gathering
+// alone would wait for memory.
+constexpr int64_t kStripSize = 64;
+
+template <class T>
+inline void prefetch(const T* dense, int64_t from, int64_t to) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = from / line * line; i < to; i += line) __builtin_prefetch(dense + i);
+}
+
 // `shift` tells which 16 of an entry's 32 bits of noise a moment is rounded with.
 template <class M>
 inline void round_moments(const float* in, const AdamScalars& scalars, int64_t rank, int64_t n,
@@ -121,14 +131,16 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                   [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
                     if (call.grads[b.tensor] == nullptr) return;
                     P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
-                    const G* source = static_cast<const G*>(call.grads[b.tensor]);
-                    if (call.compact_rank[b.tensor] >= 0) {
-                      source += r - call.compact_rank[b.tensor];
-                    } else {
-                      gather(source + b.dense_begin, b, begin, n, grads.entries);
-                      source = grads.entries;
-                    }
-                    const float* g = scaled(call, widen(source, n, wide_grads), n, wide_grads);
+                    const int64_t compact_rank = call.compact_rank[b.tensor];
+                    const bool compact = compact_rank >= 0;
+                    const G* tensor_grads = static_cast<const G*>(call.grads[b.tensor]);
+                    const G* dense_grads = tensor_grads + b.dense_begin;
+                    const G* own_grads = grads.entries;
+                    if (compact)
+                      own_grads = tensor_grads + (r - compact_rank);
+                    else
+                      gather(dense_grads, b, begin, n, grads.entries);
+                    const float* g = scaled(call, widen(own_grads, n, wide_grads), n, wide_grads);
                     gather(static_cast<const P*>(dense), b, begin, n, params.entries);
 
                     float* w = wide_params.entries;
@@ -144,8 +156,16 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                     float* __restrict exp_avg_sq = widen(second_moments, n, wide_exp_avg_sq);
                     float* __restrict weights = w;
                     const float* __restrict gradients = g;
-                    for (int64_t i = 0; i < n; ++i)
-                      adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], scalars);
+                    for (int64_t strip = 0; strip < n; strip += kStripSize) {
+                      const int64_t end = strip + kStripSize < n ? strip + kStripSize : n;
+                      if (b.encoding != kU16) {
+                        const int64_t from = kBlockSize * strip / n, to = kBlockSize * end / n;
+                        prefetch(dense + kBlockSize, from, to);
+                        if (!compact) prefetch(dense_grads + kBlockSize, from, to);
+                      }
+                      for (int64_t i = strip; i < end; ++i)
+                        adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], scalars);
+                    }
 
                     round_moments(exp_avg, scalars, r, n, 0, first_moments);
                     round_moments(exp_avg_sq, scalars, r, n, 16, second_moments);

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from talos.errors import TalosRuntimeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import Edit
 
 from .editing import check_base, check_scale, touched_weights
@@ -71,6 +71,14 @@ class ResidentVectors:
     def __init__(
         self, model: nn.Module, vectors: Mapping[str, TaskVector], *, force: bool = False
     ) -> None:
+        if not isinstance(vectors, Mapping) or not all(
+            isinstance(name, str) and isinstance(vector, TaskVector)
+            for name, vector in vectors.items()
+        ):
+            raise TalosTypeError(
+                "vectors must map names to task vectors, got something else; pass "
+                '{"name": task_vector}'
+            )
         if not vectors:
             raise TalosValueError("vectors must hold at least one task vector, got none")
         touched = {name: touched_weights(model, vector.mask) for name, vector in vectors.items()}

@@ -241,8 +241,9 @@ def sparse_adam_(
     if programs.numel() == 0:
         return
     # A gradient that is as long as its tensor is both: of a full mask the two are the same.
-    compact = [0 < g.numel() < p.numel() for p, g in zip(params, grads, strict=True)]
-    for form in dict.fromkeys(compact):
+    compact = [g.numel() < p.numel() for p, g in zip(params, grads, strict=True)]
+    given = [each for each, grad in zip(compact, grads, strict=True) if grad.numel()]
+    for form in dict.fromkeys(given):
         own = [
             grad if each is form else grad[:0] for each, grad in zip(compact, grads, strict=True)
         ]
