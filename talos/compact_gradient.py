@@ -139,7 +139,7 @@ class CompactGradient(Tensor):
         if written or (view and not _writes(func)):
             raise TalosTypeError(
                 f"a compact gradient must not be changed or viewed by {func}: it holds its "
-                "selected entries only; use grad.to_dense() to read and grad.entries to write, or call "
+                "selected entries only; read grad.to_dense(), write grad.entries, or call "
                 "optimizer.compact_gradients(False)"
             )
         return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
