@@ -16,10 +16,14 @@ from benches.table import OURS
 from tests.cases import assert_bit_equal, assert_close
 
 CHECKED_STEPS = 3
+COMPACT = f"{OURS}, compact gradients"
+MOMENTS = f"{OURS}, compact, bf16 moments"
 BF16 = f"{OURS}, bf16 weights"
 
 FORMS: dict[str, Callable[[ModelShape, torch.device], forms.Form]] = {
     OURS: forms.ours,
+    COMPACT: partial(forms.ours, compact=True),
+    MOMENTS: partial(forms.ours, compact=True, moment_dtype=torch.bfloat16),
     "(a) whole model, fused": forms.whole,
     "(b) frozen, masked, fused": forms.frozen,
     "(c) elementwise": forms.elementwise,
@@ -36,6 +40,10 @@ def check(name: str, form: forms.Form, shape: ModelShape, device: torch.device) 
         selected = mask.to(device)
         if name == BF16:  # it starts from other weights, rounded; only what stays is compared
             assert not torch.equal(form.weights[key][selected], before[key][selected])
+        elif name == MOMENTS:  # each of them up to a bf16 unit off, so is the quotient
+            moved = (wanted[key] - before[key][selected]).abs().max()
+            off = (form.weights[key][selected] - wanted[key]).abs().max()
+            assert off < 0.05 * moved
         else:
             assert_close(form.weights[key][selected], wanted[key])
         if not name.startswith("(a)"):

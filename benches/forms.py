@@ -66,14 +66,30 @@ def sector_share(density: float, itemsize: int) -> float:
     return 1 - (1 - density) ** (SECTOR_BYTES // itemsize)
 
 
-def ours(shape: ModelShape, device: torch.device, dtype: torch.dtype = torch.float32) -> Form:
+def ours(
+    shape: ModelShape,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compact: bool = False,
+    moment_dtype: torch.dtype = torch.float32,
+) -> Form:
     named = parameters(shape.touched, device, dtype)
     mask = talos.Mask.from_dense(shape.masks())
-    optimizer = talos.SparseAdam(list(named.items()), mask, lr=LR, betas=BETAS, eps=EPS)
-    itemsize = dtype.itemsize
-    touched = sector_share(mask.nnz / shape.touched_numel, itemsize) * shape.touched_numel
-    state = 16 if dtype == torch.float32 else 16 + 8  # moments [and masters], read and written
-    moved = int(touched * 3 * itemsize) + mask.nnz * state + mask.nbytes
+    optimizer = talos.SparseAdam(
+        list(named.items()), mask, lr=LR, betas=BETAS, eps=EPS, moment_dtype=moment_dtype
+    )
+    if compact:
+        optimizer.compact_gradients()
+        for parameter in named.values():
+            gradient, parameter.grad = parameter.grad, None
+            (parameter * gradient).sum().backward()  # whose gradient this is
+    touched = sector_share(mask.nnz / shape.touched_numel, dtype.itemsize) * shape.touched_numel
+    moments = 4 * moment_dtype.itemsize  # read and written, as the masters of 16-bit weights
+    masters = 0 if dtype == torch.float32 else 8
+    gradients = 4 * mask.nnz if compact else touched * dtype.itemsize
+    moved = int(touched * 2 * dtype.itemsize + gradients)
+    moved += mask.nnz * (moments + masters) + mask.nbytes
     return Form(
         optimizer.step,
         {name: parameter.data for name, parameter in named.items()},
