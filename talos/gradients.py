@@ -106,7 +106,7 @@ def compact(params: list[CompactedParam]) -> Callable[[], None]:
 _lock = threading.Lock()
 _routed: dict[int, CompactedParam] = {}
 _replaced: Callable[..., Tensor] | None = None  # what functional.linear was before
-_scratches: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_scratches: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 _last_cast = threading.local()
 
 
@@ -143,11 +143,11 @@ def _routing_linear(
         return (_replaced or torch._C._nn.linear)(input, weight, bias)
     device = input.device.type
     if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-        return _CompactLinear.apply(input, None, weight, None, bias, target)  # type: ignore
+        return _CompactLinear.apply(input, None, weight, None, bias, target)  # type: ignore[no-any-return, no-untyped-call]
     dtype = torch.get_autocast_dtype(device)
     bias = None if bias is None else bias.to(dtype)
     cast = weight.detach().to(dtype)
-    return _CompactLinear.apply(input, _cast(input, dtype), weight, cast, bias, target)  # type: ignore
+    return _CompactLinear.apply(input, _cast(input, dtype), weight, cast, bias, target)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
@@ -182,11 +182,16 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scratch(weight: Tensor) -> Tensor:
-    """This thread's memory for one dense weight gradient; what it holds is of no meaning."""
-    key = threading.get_ident(), weight.device, weight.dtype
+    """Memory for one dense weight gradient; what it holds is of no meaning.
+
+    Each thread and stream has its own, so that nobody writes what another still reads.
+    """
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    key = threading.get_ident(), stream, weight.device, weight.dtype
     kept = _scratches.get(key)
     if kept is None or kept.numel() < weight.numel():
-        kept = _scratches[key] = torch.empty_like(weight).view(-1)
+        kept = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
+        _scratches[key] = kept
     return kept[: weight.numel()].view(weight.shape)
 
 
