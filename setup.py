@@ -18,7 +18,12 @@ HINT = (
 CXX_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11: the oldest this loads into
     *("-O3", "-g0", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # see csrc/adam.h
+    *(
+        f"-ffile-prefix-map={Path.cwd()}/=",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ),  # see csrc/adam.h
 ]
 
 

@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-from ._ops import use_compiled_cuda
+from ._ops import compiled_library, use_compiled_cuda
 from .add_delta import add_delta_, revert_delta_
 from .errors import (
     TalosError,
@@ -33,6 +33,7 @@ __all__ = [
     "TensorIndex",
     "Threshold",
     "add_delta_",
+    "compiled_library",
     "fisher_diag_",
     "fisher_diag_embedding_",
     "fisher_diag_vector_",
