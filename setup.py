@@ -17,13 +17,8 @@ HINT = (
 )
 CXX_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11: the oldest this loads into
-    *("-O3", "-g0", "-fvisibility=hidden"),
-    *(
-        f"-ffile-prefix-map={Path.cwd()}/=",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-    ),  # see csrc/adam.h
+    *("-O3", "-g0", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # see csrc/adam.h
 ]
 
 

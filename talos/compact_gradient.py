@@ -54,16 +54,15 @@ class CompactGradient(Tensor):
     scaling and GradScaler's check work on the entries. Any other operation gets the dense gradient,
     made for it; one that would change that in place, or view it, is refused.
 
-    Args:
+    Attributes:
         entries: float32 `[nnz]`, the selected ones in rank order.
         selection: which those are, of one tensor.
-        param: the parameter.
 
     Example:
         >>> from talos_kernels import TensorIndex
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
         >>> index = Index.pack([TensorIndex.encode(torch.eye(2) > 0)])
-        >>> weight.grad = CompactGradient(torch.zeros(2), index, weight)
+        >>> weight.grad = CompactGradient.of(weight, index, torch.zeros(2))
         >>> (weight * torch.tensor([[3.0, 1.0], [1.0, 4.0]])).sum().backward()
         >>> weight.grad.entries
         tensor([3., 4.])
@@ -77,19 +76,22 @@ class CompactGradient(Tensor):
     entries: Tensor
     selection: Index
 
-    @staticmethod
-    def __new__(cls, entries: Tensor, selection: Index, param: Tensor) -> CompactGradient:
-        """An empty shell of the parameter's shape."""
+    @classmethod
+    def of(cls, param: Tensor, selection: Index, entries: Tensor) -> CompactGradient:
+        """The gradient of a parameter.
+
+        Args:
+            param: the parameter.
+            selection: its selected entries, of one tensor.
+            entries: float32 `[nnz]`, the gradient there, in rank order; kept, not copied.
+        """
         made: CompactGradient = Tensor._make_wrapper_subclass(
             cls, param.shape, dtype=param.dtype, device=param.device
         )
         made.entries, made.selection = entries, selection
         return made
 
-    def __init__(self, entries: Tensor, selection: Index, param: Tensor) -> None:
-        pass
-
-    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
         """Its size: printing the entries would make it dense."""
         return f"CompactGradient({self.entries.numel()} of {self.numel()} entries, {self.dtype})"
 
@@ -106,43 +108,46 @@ class CompactGradient(Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> Any:
         """Runs an operation on the entries where that is the same, else on the dense gradient."""
-        kwargs = kwargs or {}
-        first = args[0]
-        if func in (aten.detach.default, aten.alias.default):
-            return cls(first.entries, first.selection, first)
-        if func is aten.clone.default:
-            return cls(first.entries.clone(), first.selection, first)
-        written = _written(func, args, kwargs)
-        if func in _WITH_OPERAND and isinstance(first, cls):
-            if func is aten.add_.Tensor and _is_plain(args[1], first) and not kwargs:
-                # what autograd does with every further gradient
-                gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
-            else:
-                func(first.entries, *(_operand(first, each) for each in args[1:]), **kwargs)
-                increment_version(first.entries)
-            return first
-        whole = func is not aten.linalg_vector_norm.default or len(args) < 3 or args[2] is None
-        if func in _ON_ENTRIES and whole:
-            found = func(*map(_entries, args), **kwargs)
-            if written:
-                increment_version([each.entries for each in written])
-            return first if isinstance(first, cls) and found is first.entries else found
-        view = any(each.alias_info is not None for each in func._schema.returns)
-        if written or (view and not _writes(func)):
-            raise TalosTypeError(
-                f"a compact gradient must not be changed or viewed by {func}: it holds its "
-                "selected entries only; read grad.to_dense(), write grad.entries, or call "
-                "optimizer.compact_gradients(False)"
-            )
-        return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
+        return _dispatch(*args, **kwargs)
+
+
+def _dispatch(
+    func: Any,
+    types: Sequence[type],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    kwargs = kwargs or {}
+    first = args[0]
+    if func in (aten.detach.default, aten.alias.default):
+        return CompactGradient.of(first, first.selection, first.entries)
+    if func is aten.clone.default:
+        return CompactGradient.of(first, first.selection, first.entries.clone())
+    written = _written(func, args, kwargs)
+    if func in _WITH_OPERAND and isinstance(first, CompactGradient):
+        if func is aten.add_.Tensor and _is_plain(args[1], first) and not kwargs:
+            # what autograd does with every further gradient
+            gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
+        else:
+            func(first.entries, *(_operand(first, each) for each in args[1:]), **kwargs)
+            increment_version(first.entries)
+        return first
+    whole = func is not aten.linalg_vector_norm.default or len(args) < 3 or args[2] is None
+    if func in _ON_ENTRIES and whole:
+        found = func(*map(_entries, args), **kwargs)
+        if written:
+            increment_version([each.entries for each in written])
+        return first if isinstance(first, CompactGradient) and found is first.entries else found
+    view = any(each.alias_info is not None for each in func._schema.returns)
+    if written or (view and not _writes(func)):
+        raise TalosTypeError(
+            f"a compact gradient must not be changed or viewed by {func}: it holds its "
+            "selected entries only; read grad.to_dense(), write grad.entries, or call "
+            "optimizer.compact_gradients(False)"
+        )
+    return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
 
 
 def _writes(func: Any) -> bool:

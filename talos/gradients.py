@@ -79,7 +79,7 @@ class CompactedParam:
         gather_grad_(self.values, [dense], self.index)
         if self.whole:
             self.norm = dense.float().square().sum(), self.values._version
-        self.param.grad = CompactGradient(self.values, self.index, self.param)
+        self.param.grad = CompactGradient.of(self.param, self.index, self.values)
 
     def compact(self, _: Tensor | None = None) -> None:
         """Replaces a dense `param.grad` by a compact one; the hook behind the accumulation."""
@@ -103,6 +103,7 @@ def compact(params: list[CompactedParam]) -> Callable[[], None]:
     return stop
 
 
+_FUNCTION = "linear"
 _lock = threading.Lock()
 _routed: dict[int, CompactedParam] = {}
 _replaced: Callable[..., Tensor] | None = None  # what functional.linear was before
@@ -114,7 +115,8 @@ def _route(params: list[CompactedParam]) -> None:
     global _replaced
     with _lock:
         if params and _replaced is None:
-            _replaced, functional.linear = functional.linear, _routing_linear
+            _replaced = functional.linear
+            setattr(functional, _FUNCTION, _routing_linear)
         _routed.update({id(each.param): each for each in params})
 
 
@@ -129,25 +131,26 @@ def _unroute(params: list[CompactedParam]) -> None:
             return
         _scratches.clear()
         if functional.linear is _routing_linear:  # else somebody has wrapped it, and it stays
-            functional.linear, _replaced = _replaced, None  # type: ignore[assignment]
+            setattr(functional, _FUNCTION, _replaced)
+            _replaced = None
 
 
-def _routing_linear(
-    input: Tensor,  # noqa: A002, torch's name
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _routing_linear(*args: Any, **kwargs: Any) -> Tensor:
     """`torch.nn.functional.linear` as long as a weight is routed."""
+    operands: list[Any] = [
+        args[place] if place < len(args) else kwargs.get(name)
+        for place, name in enumerate(("input", "weight", "bias"))
+    ]
+    x, weight, bias = operands
     target = None if torch.compiler.is_compiling() else _routed.get(id(weight))
-    if target is None or not _plain(input, weight):
-        return (_replaced or torch._C._nn.linear)(input, weight, bias)
-    device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-        return _CompactLinear.apply(input, None, weight, None, bias, target)  # type: ignore[no-any-return, no-untyped-call]
+    if target is None or not _plain(x, weight):
+        return (_replaced or torch._C._nn.linear)(*args, **kwargs)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return compact_linear(x, None, weight, None, bias, target)
     dtype = torch.get_autocast_dtype(device)
     bias = None if bias is None else bias.to(dtype)
-    cast = weight.detach().to(dtype)
-    return _CompactLinear.apply(input, _cast(input, dtype), weight, cast, bias, target)  # type: ignore[no-any-return, no-untyped-call]
+    return compact_linear(x, _cast(x, dtype), weight, weight.detach().to(dtype), bias, target)
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
@@ -252,3 +255,6 @@ def _wanted(target: CompactedParam) -> Literal["", "accumulated", "returned"]:
         if "autograd.grad" not in str(error):  # where torch does not tell of a leaf
             raise
         return "returned"
+
+
+compact_linear: Callable[..., Tensor] = _CompactLinear.apply

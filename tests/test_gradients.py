@@ -384,7 +384,7 @@ def gradient() -> tuple[CompactGradient, Tensor]:
     entries = torch.tensor([3.0, -4.0, 12.0])
     dense = torch.zeros(2, 3)
     dense[selected] = entries
-    return CompactGradient(entries, index, weight), dense
+    return CompactGradient.of(weight, index, entries), dense
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,6 @@ def test_another_vector_takes_a_model_with_one_on_for_another_base() -> None:
 
 
 @pytest.mark.parametrize("vectors", [[], ["a"], {"a": 1}, {1: None}], ids=str)
-def test_vectors_are_a_mapping_of_names(vectors: object) -> None:
+def test_vectors_are_a_mapping_of_names(vectors: Any) -> None:
     with pytest.raises((TalosTypeError, TalosValueError), match="vectors must"):
-        ResidentVectors(torch.nn.Linear(2, 2), vectors)  # type: ignore[arg-type]
+        ResidentVectors(torch.nn.Linear(2, 2), vectors)

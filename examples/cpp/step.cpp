@@ -85,7 +85,8 @@ using SparseAdam = void(at::TensorList params, at::TensorList grads, at::TensorL
                         const Tensor& steps, const Tensor& lr, double beta1, double beta2,
                         double eps, double weight_decay, bool maximize,
                         const std::optional<Tensor>& grad_scale,
-                        const std::optional<Tensor>& found_inf);
+                        const std::optional<Tensor>& found_inf,
+                        const std::optional<Tensor>& clip_factor, int64_t seed);
 
 // Numbers that look random and are the same everywhere, in (-1, 1).
 Tensor pattern(at::IntArrayRef shape, int64_t seed) {
@@ -122,7 +123,8 @@ int main(int argc, char** argv) {
   for (int step = 1; step <= n_steps; ++step) {
     const Tensor steps = at::full({static_cast<int64_t>(params.size())}, step, at::kFloat);
     sparse_adam.call(params, grads, index.buffers, exp_avg, exp_avg_sq, std::nullopt, steps, rate,
-                     beta1, beta2, eps, weight_decay, false, std::nullopt, std::nullopt);
+                     beta1, beta2, eps, weight_decay, false, std::nullopt, std::nullopt,
+                     std::nullopt, 0);
   }
 
   // The same in plain arithmetic, in double, one entry after another.
