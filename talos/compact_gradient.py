@@ -91,7 +91,7 @@ class CompactGradient(Tensor):
         made.entries, made.selection = entries, selection
         return made
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         """Its size: printing the entries would make it dense."""
         return f"CompactGradient({self.entries.numel()} of {self.numel()} entries, {self.dtype})"
 
