@@ -1,0 +1,30 @@
+"""What a training iteration costs, by method: time, memory, launches, beside the paper's numbers.
+
+`make_workload` makes a published architecture with random weights and a batch, `measure` runs forms
+of fine-tuning on it side by side, `talos.costs.results` makes files and tables of what was found.
+"""
+
+from .forms import BASELINE, COMPILED, FORMS, OURS
+from .measure import Cost, Memory, measure
+from .paper import PAPER, Reported
+from .running import Form, Running
+from .workload import LAYERS, MODELS, Workload, library_model, make_workload
+
+__all__ = [
+    "BASELINE",
+    "COMPILED",
+    "FORMS",
+    "LAYERS",
+    "MODELS",
+    "OURS",
+    "PAPER",
+    "Cost",
+    "Form",
+    "Memory",
+    "Reported",
+    "Running",
+    "Workload",
+    "library_model",
+    "make_workload",
+    "measure",
+]

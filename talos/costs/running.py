@@ -1,0 +1,189 @@
+"""One form of fine-tuning, ready to iterate: what is called, and the memory that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talos.compact_gradient import CompactGradient
+from talos.masks import Mask
+from talos.methods import LogitsFunction, Phase
+
+from .meters import held_bytes
+from .workload import Workload
+
+__all__ = ["HYPER", "Form", "Running", "tensors_in"]
+
+HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+"""Of every form's AdamW; without weight decay, so that a masked gradient keeps a weight."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to fine-tune.
+
+    Attributes:
+        name: in files.
+        title: for people.
+        start: prepares a workload's model, in place, and returns what iterates.
+        missing: why it cannot be measured on a workload; None: it can.
+    """
+
+    name: str
+    title: str
+    start: Callable[[Workload], Running]
+    missing: Callable[[Workload], str | None] = lambda _: None
+
+
+@dataclass
+class Running:
+    """A form at work; `close` gives the model back with what training changed in it.
+
+    Attributes:
+        workload: what is trained.
+        module: what the loss is computed of.
+        logits_fn: how its logits are had.
+        optimizer: what holds the state.
+        update: the step, with all that it needs after the backward.
+        allowed: the entries that may move; None: all.
+        bytes_moved: by a step at least, by its model; None where there is none.
+        own_state: what is kept from step to step beside the optimizer's state.
+        index_bytes: of the compressed selection.
+        finish: called at the end.
+    """
+
+    workload: Workload
+    module: nn.Module
+    logits_fn: LogitsFunction
+    optimizer: torch.optim.Optimizer
+    update: Callable[[], object]
+    allowed: Callable[[], Mask | None] = lambda: None
+    bytes_moved: int | None = None
+    own_state: Any = ()
+    index_bytes: int = 0
+    finish: Callable[[], object] = lambda: None
+
+    @classmethod
+    def of_phase(cls, workload: Workload, phase: Phase, **about: Any) -> Running:
+        """What a method's phase does in the training loop.
+
+        Args:
+            workload: what is trained.
+            phase: not begun.
+            **about: further attributes.
+
+        Returns:
+            The form at work.
+        """
+        phase.freeze()
+        about = {"update": phase.step, "finish": phase.release} | about
+        return cls(workload, phase.module, phase.logits_fn, phase.optimizer, **about)
+
+    def forward_backward(self) -> Tensor:
+        """Drops all gradients and makes new ones.
+
+        Returns:
+            The loss, 0-dim.
+        """
+        self.zero_grad()
+        loss = self.workload.loss(self.module, self.logits_fn)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for param in self.module.parameters():
+            param.grad = None
+
+    def weight_bytes(self, before: Iterable[Tensor]) -> int:
+        """Memory of all weights and buffers.
+
+        Args:
+            before: those that the workload's model had before the form began.
+
+        Returns:
+            Bytes; what is held elsewhere than on the workload's device is none.
+        """
+        found = [*before, *self.module.parameters(), *self.module.buffers()]
+        return held_bytes(found, self.workload.device)
+
+    def state_bytes(self) -> int:
+        """Memory kept from step to step.
+
+        Returns:
+            Bytes of the optimizer's state, of the selection, and of what the form adds.
+        """
+        kept = [*tensors_in(self.optimizer.state), *tensors_in(self.own_state)]
+        return held_bytes(kept, self.workload.device) + self.index_bytes
+
+    def gradient_bytes(self) -> tuple[int, int]:
+        """Memory of the gradients after a backward.
+
+        Returns:
+            Bytes that the backward allocated, and bytes that are held all the time: the entries of
+            compact gradients, and the scratch in which one after the other is dense.
+        """
+        grads = [param.grad for param in self.module.parameters() if param.grad is not None]
+        device = self.workload.device
+        dense = held_bytes((g for g in grads if not isinstance(g, CompactGradient)), device)
+        compact = [each for each in grads if isinstance(each, CompactGradient)]
+        held = held_bytes((each.entries for each in compact), device)
+        scratch = max((each.numel() for each in compact), default=0)
+        return dense, held + scratch * self.workload.dtype.itemsize
+
+    def selected_gradient(self) -> Tensor | None:
+        """The gradient at the workload's selected entries.
+
+        Returns:
+            float32 `[nnz]` on the CPU; None where the form trains another selection.
+        """
+        if self.allowed() is not self.workload.mask:
+            return None
+        params = dict(self.workload.model.named_parameters())
+        found = []
+        for name in self.workload.mask.names:
+            grad = params[name].grad
+            if grad is None:
+                return None
+            if isinstance(grad, CompactGradient):
+                found.append(grad.entries.cpu())
+            else:
+                found.append(grad.cpu()[self.workload.mask.to_dense(name).cpu()].float())
+        return torch.cat(found)
+
+    def close(self) -> None:
+        """Drops the gradients and lets the model's weights be trained again."""
+        self.zero_grad()
+        self.finish()
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested mappings and sequences.
+
+    Args:
+        tree: any.
+
+    Yields:
+        Each; of torchao's quantised ones the parts.
+
+    Example:
+        >>> [each.numel() for each in tensors_in({"a": [torch.zeros(2)], "b": 3})]
+        [2]
+    """
+    if isinstance(tree, Tensor):
+        if hasattr(tree, "__tensor_flatten__"):
+            names, _ = tree.__tensor_flatten__()
+            for name in names:
+                yield from tensors_in(getattr(tree, name))
+        else:
+            yield tree
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for each in tree:
+            yield from tensors_in(each)
