@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benches import measure
-from benches.forms import parameters, sector_share
+from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
+from talos.costs.step_bytes import sector_share
 from talos_kernels import Index, TensorIndex, gather_grad_
 from tests.cases import assert_bit_equal, assert_close
 

@@ -11,9 +11,12 @@ import torch
 from benches import measure
 from benches.results_file import add_result
 from benches.shapes import SHAPES
-from benches.table import Record, table_lines
+from benches.table import METHODS, Record, table_lines
+from talos.costs import Cost
+from talos.costs.results import table_lines as costs_lines
 
 RECORDS = pytest.StashKey[list[Record]]()
+COSTS = pytest.StashKey[list[tuple[str, str, list[dict[str, Any]]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,12 +33,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="layers of a tower that is scored (default: all on a GPU, some on the CPU)",
     )
     parser.addoption(
+        "--dtype",
+        action="append",
+        choices=["fp32", "bf16"],
+        help="of whole iterations, bf16 by autocast; may be given twice (default: both)",
+    )
+    parser.addoption("--batch", type=int, help="images or texts of a whole iteration")
+    parser.addoption("--tokens", type=int, help="of a text of a whole iteration")
+    parser.addoption("--rounds", type=int, default=3, help="turns of each form of an iteration")
+    parser.addoption(
+        "--compile",
+        action="store_true",
+        help="compiled forms of an iteration on the CPU too, where compiling takes minutes",
+    )
+    parser.addoption(
         "--out", type=Path, help="folder for a JSON an op, rewritten as each bench ends"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = []
+    config.stash[COSTS] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -49,6 +67,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("shape", "linear"), pairs, ids=ids, scope="module")
     elif "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names, scope="module")
+    if "trained" in metafunc.fixturenames:
+        trained = given or (sorted(SHAPES) if on_gpu else ["vit-b-32"])
+        dtypes = metafunc.config.getoption("--dtype") or ["fp32", "bf16"]
+        metafunc.parametrize(("trained", "dtype"), [(n, d) for n in trained for d in dtypes])
     if "tower" in metafunc.fixturenames:
         towers = given or (["vit-b-32"] if on_gpu else ["minilm", "vit-b-32"])
         metafunc.parametrize("tower", towers, indirect=True, scope="module")
@@ -73,6 +95,32 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Record], dict[str, object]
         return result
 
     return keep_record
+
+
+@pytest.fixture
+def keep_costs(
+    request: pytest.FixtureRequest,
+) -> Callable[[str, str, list[Cost]], None]:
+    """Keeps the costs of one workload, by model and label, as `keep` does records."""
+    config = request.config
+
+    def keep_them(model: str, label: str, costs: list[Cost]) -> None:
+        config.stash[COSTS].append((model, label, [cost.as_dict() for cost in costs]))
+        for cost in costs:
+            record = Record(
+                op=METHODS,
+                shape=label,
+                form=cost.title,
+                seconds=cost.total,
+                spread=cost.spreads[2],
+                state_bytes=cost.memory.state,
+                peak_bytes=cost.memory.peak,
+            )
+            result = record.as_dict() | {"model": model, "cost": cost.as_dict()}
+            if config.getoption("--out"):
+                add_result(config.getoption("--out"), result | measure.machine())
+
+    return keep_them
 
 
 @pytest.fixture
@@ -120,4 +168,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if records:
         terminalreporter.section("ratios")
         for line in table_lines(records):
+            terminalreporter.write_line(line)
+    for model, label, forms in config.stash[COSTS]:
+        terminalreporter.section(label)
+        for line in costs_lines(forms, model):
             terminalreporter.write_line(line)

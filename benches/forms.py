@@ -18,9 +18,9 @@ import torch
 
 import talos
 from benches.shapes import ModelShape, TensorShape
+from talos.costs.step_bytes import dense_step, masked_step, sparse_step
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
-SECTOR_BYTES = 32  # the smallest transfer of a GPU's memory
 
 Named = dict[str, torch.nn.Parameter]
 
@@ -61,11 +61,6 @@ def nbytes(tree: object) -> int:
     return 0
 
 
-def sector_share(density: float, itemsize: int) -> float:
-    """The share of memory sectors that hold a selected entry, if those lie at random."""
-    return 1 - (1 - density) ** (SECTOR_BYTES // itemsize)
-
-
 def ours(
     shape: ModelShape,
     device: torch.device,
@@ -84,12 +79,10 @@ def ours(
         for parameter in named.values():
             gradient, parameter.grad = parameter.grad, None
             (parameter * gradient).sum().backward()  # whose gradient this is
-    touched = sector_share(mask.nnz / shape.touched_numel, dtype.itemsize) * shape.touched_numel
-    moments = 4 * moment_dtype.itemsize  # read and written, as the masters of 16-bit weights
-    masters = 0 if dtype == torch.float32 else 8
-    gradients = 4 * mask.nnz if compact else touched * dtype.itemsize
-    moved = int(touched * 2 * dtype.itemsize + gradients)
-    moved += mask.nnz * (moments + masters) + mask.nbytes
+    parts = [(tensor.query_key_numel, mask.indices[tensor.name].nnz) for tensor in shape.touched]
+    moved = sparse_step(
+        parts, mask.nbytes, compact=compact, itemsize=dtype.itemsize, moment=moment_dtype.itemsize
+    )
     return Form(
         optimizer.step,
         {name: parameter.data for name, parameter in named.items()},
@@ -106,7 +99,7 @@ def whole(shape: ModelShape, device: torch.device) -> Form:
     return Form(
         optimizer.step,
         {tensor.name: named[tensor.name].data for tensor in shape.touched},
-        28 * shape.numel,
+        dense_step(shape.numel),
         lambda: nbytes(optimizer.state_dict()["state"]),
     )
 
@@ -126,7 +119,7 @@ def frozen(shape: ModelShape, device: torch.device) -> Form:
     return Form(
         step,
         {name: parameter.data for name, parameter in named.items()},
-        (12 + 28) * sum(tensor.numel for tensor in shape.touched),
+        masked_step(sum(tensor.numel for tensor in shape.touched)),
         lambda: nbytes(optimizer.state_dict()["state"]) + nbytes(masks),
     )
 

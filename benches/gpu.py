@@ -24,7 +24,8 @@ import torch
 from benches import measure
 from benches.results_file import all_results, write_json
 from benches.shapes import SHAPES
-from benches.table import Record, table_lines
+from benches.table import METHODS, Record, table_lines
+from talos.costs.results import table_lines as costs_lines
 
 STEPS = ("build", "tests", "benches", "table")
 
@@ -81,12 +82,18 @@ class Run:
 
     def table(self) -> bool:
         fields = Record.__dataclass_fields__
-        records = [
-            Record(**{key: value for key, value in result.items() if key in fields})
-            for result in all_results(self.out)
-        ]
+        records, costs = [], {}
+        for result in all_results(self.out):
+            if result["op"] == METHODS:
+                label = (str(result["model"]), str(result["shape"]))
+                costs.setdefault(label, []).append(result["cost"])
+            else:
+                known = {key: value for key, value in result.items() if key in fields}
+                records.append(Record(**known))
         machine = " | ".join(f"{key} {value}" for key, value in measure.machine().items())
         page = [f"# {measure.device_name()}", "", machine, "", *table_lines(records)]
+        for (model, label), forms in costs.items():
+            page += ["", label, "", *costs_lines(forms, model)]
         (self.out / "table.md").write_text("\n".join(page))
         print("\n".join(page))
         return True

@@ -3,18 +3,42 @@
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from talos.costs.meters import (
+    clock,
+    copy_bandwidth,
+    median_and_spread,
+    median_seconds,
+    peak_bytes,
+    seconds,
+    synchronise,
+)
+
+__all__ = [
+    "ROOT",
+    "clock",
+    "commit",
+    "copy_bandwidth",
+    "device_name",
+    "folder_name",
+    "load",
+    "machine",
+    "matrix_rate",
+    "median_and_spread",
+    "median_seconds",
+    "peak_bytes",
+    "rounds_for",
+    "seconds",
+    "synchronise",
+    "target_device",
+    "triton_version",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
-COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # several times every cache
 MATRIX_WIDTH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -23,53 +47,9 @@ def target_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def clock() -> float:
-    """Seconds, after all work given to the device is done: the timer of every bench."""
-    synchronise()
-    return time.perf_counter()
-
-
-def seconds(work: Callable[[], object], rounds: int) -> list[float]:
-    """The time of each of `rounds` calls of `work`, each call waited for."""
-    times = []
-    for _ in range(rounds):
-        start = clock()
-        work()
-        times.append(clock() - start)
-    return times
-
-
 def rounds_for(first: float) -> int:
     """How often to repeat what took `first` seconds: about 8 seconds of it, 3 to 20 times."""
     return max(3, min(20, int(8 / max(first, 1e-9))))
-
-
-def median_seconds(work: Callable[[], object], rounds: int = 10, warmup: int = 3) -> float:
-    """The median time of one call of `work`, each call waited for."""
-    for _ in range(warmup):
-        work()
-    return median(seconds(work, rounds))
-
-
-def median_and_spread(times: list[float]) -> tuple[float, float]:
-    """The median and the distance between the quartiles, 0 of a single time."""
-    if len(times) == 1:
-        return times[0], 0.0
-    low, middle, high = quantiles(times, method="inclusive")
-    return middle, high - low
-
-
-@cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of one tensor copied into another, reads and writes counted: the roofline."""
-    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
 
 
 @cache
@@ -142,27 +122,3 @@ def machine() -> dict[str, object]:
         "load": load(),
         "commit": commit(),
     }
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Bytes that one call of `work` holds at most beyond what was allocated before.
-
-    On the CPU: of torch's allocator, from its own record of every allocation, in their order.
-    Memory from before the call that `work` gives back is not subtracted there.
-    """
-    if torch.cuda.is_available():
-        synchronise()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        synchronise()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiled:
-        work()
-    events = profiled.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    held = accumulate((event.nbytes() for event in changes), initial=0)
-    return max(held)

@@ -30,8 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import talos
 from benches import measure
-from benches.shapes import SHAPES, library_model
+from benches.shapes import SHAPES
 from benches.table import OURS
+from talos.costs import library_model
 from talos.params import is_norm, select_parameters
 
 CLASSES = 64

@@ -4,19 +4,17 @@ Each model is the list of its parameters with the names its library gives them (
 tower; transformers' T5 and MiniLM), and with the rows that hold selected entries: after the four
 pruning rounds 99 % of the entries lie in Q and K, at a density of about .6 there, and the other
 tensors are frozen as a whole. A test compares the lists with the libraries' own models, which
-`library_model` makes.
+`talos.costs.library_model` makes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import torch
-from torch import nn
 
-QK_DENSITY = 0.6  # of the entries of Q and K, at a density of .1 overall
+from talos.costs.workload import QK_DENSITY
 
 
 @dataclass(frozen=True)
@@ -178,44 +176,3 @@ SHAPES = {
         _t5("t5-large", 1024, inner=4096, layers=24, heads=16, vocabulary=32128, tokens=128),
     )
 }
-
-
-def library_model(name: str, layers: int | None = None) -> nn.Module:
-    """A model of `SHAPES` as its library makes it, with the library's random weights.
-
-    Args:
-        name: its name.
-        layers: layers of each stack, by default all.
-    """
-    layers = layers or SHAPES[name].layers
-    if name in ("minilm", "t5-large"):
-        import transformers
-
-        if name == "minilm":
-            bert = transformers.BertConfig(
-                hidden_size=384,
-                num_hidden_layers=layers,
-                num_attention_heads=12,
-                intermediate_size=1536,
-            )
-            return transformers.BertModel(bert)
-        t5 = transformers.T5Config(
-            d_model=1024, d_ff=4096, d_kv=64, num_layers=layers, num_heads=16
-        )
-        return transformers.T5ForConditionalGeneration(t5)
-    import open_clip
-    from open_clip.transformer import VisionTransformer
-
-    config: dict[str, Any] = open_clip.get_model_config(
-        {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}[name]
-    )
-    vision = config["vision_cfg"]
-    return VisionTransformer(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        width=vision["width"],
-        layers=layers,
-        heads=vision["width"] // vision.get("head_width", 64),
-        mlp_ratio=4.0,
-        output_dim=config["embed_dim"],
-    )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 OURS = "ours"
+METHODS = "methods"  # the op of whole iterations, which have a table of their own
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,14 @@ class _CompactLinear(torch.autograd.Function):
         ctx.target, ctx.dtype, ctx.casts = target, x.dtype, cast is not None
         inputs, weight = (x if inputs is None else inputs), (weight if cast is None else cast)
         ctx.save_for_backward(inputs, weight)
-        y: Tensor = torch._C._nn.linear(inputs, weight, bias)
-        return y
+        if inputs.is_contiguous():
+            y: Tensor = torch._C._nn.linear(inputs, weight, bias)
+            return y
+        # Flat, as torch does it where there is a history: without one it would make a product of
+        # each matrix of the batch, and in bf16 on a CPU copy the weight for every one of them.
+        y = torch.mm(inputs.reshape(-1, inputs.shape[-1]), weight.t())
+        y = y.view(*inputs.shape[:-1], len(weight))
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

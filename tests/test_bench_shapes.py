@@ -4,7 +4,8 @@ import open_clip
 import pytest
 import torch
 
-from benches.shapes import SHAPES, library_model
+from benches.shapes import SHAPES
+from talos.costs import library_model
 
 
 @pytest.mark.parametrize("name", SHAPES)

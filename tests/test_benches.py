@@ -101,12 +101,6 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"records": [1]}
 
 
-def test_byte_model_of_random_positions() -> None:
-    assert forms.sector_share(0.1, 4) == pytest.approx(0.57, abs=0.005)
-    assert forms.sector_share(0.1, 2) == pytest.approx(0.82, abs=0.006)
-    assert forms.sector_share(1.0, 4) == 1.0
-
-
 @pytest.mark.parametrize("form", [forms.ours, forms.whole, forms.frozen, forms.elementwise])
 def test_every_form_steps_as_torch_does(form: object) -> None:
     device = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 
 import talos
 from talos.cli import main
-from talos.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.cli.commands import bench, calibrate, demo, evaluate, inspect, merge, report, train
 from talos.cli.commands.merge import parse_term
 from talos.errors import TalosValueError
 from talos.masks import Mask
@@ -39,6 +39,7 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "report": report,
+    "bench": bench,
 }
 START = "import sys; from talos.cli import main; sys.exit(main())"
 
@@ -112,7 +113,8 @@ def test_examples_parse(
     for name in ("mask", "vector", "dense", "edit", "both"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     (tmp_path / "again.html").write_bytes(b"")
-    (tmp_path / "demo").write_bytes(b"")
+    for folder in ("demo", "bench"):
+        (tmp_path / folder).write_bytes(b"")
     words = shlex.split(example)
     assert words[0] == "talos"
     if words[1] == "eval" and "--vector" not in words:

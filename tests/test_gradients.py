@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import talos
 from talos import Mask, SparseAdam, TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.compact_gradient import CompactGradient
+from talos.costs.meters import peak_bytes
 from talos.params import select_parameters
 from talos_kernels import Index, TensorIndex
 from tests.cases import assert_bit_equal
@@ -231,6 +232,21 @@ def test_under_autocast(name: str) -> None:
             dense = theirs.grad
             assert (ours.grad.to_dense() - dense * mask.to_dense(key)).norm() <= 0.01 * dense.norm()
     compact.release()
+
+
+def test_a_transposed_batch_copies_no_weight() -> None:
+    """As attention with `batch_first` hands it to its projection."""
+    model = nn.Linear(64, 512)
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    optimizer.compact_gradients()
+    x = torch.randn(2, 50, 64, requires_grad=True)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x.transpose(0, 1)).float().sum().backward()
+
+    assert peak_bytes(run) < 20 * model.weight.nbytes
+    optimizer.release()
 
 
 def test_with_bf16_weights_the_compact_gradient_is_float32() -> None:

@@ -44,6 +44,7 @@ ORDER = (
     {"__init__"},
     {"report"},
     {"demo"},
+    {"costs"},
     {"cli"},
 )
 NOT_LOADED_BY_IMPORT_TALOS = ("open_clip", "transformers", "matplotlib", "typer", "rich")

@@ -1,6 +1,6 @@
-"""The command line: `talos demo | calibrate | train | merge | eval | inspect | report`.
+"""The command line: `talos demo | calibrate | train | merge | eval | inspect | report | bench`.
 
-Only this package and `talos.demo`, `talos.report` import typer, rich and matplotlib.
+Only this package and `talos.demo`, `talos.report`, `talos.costs` import typer, rich and matplotlib.
 """
 
 from talos.cli.app import main

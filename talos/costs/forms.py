@@ -89,23 +89,24 @@ def _lota(workload: Workload) -> Running:
     phase = Sparse(workload.model, mask, HYPER, workload.logits, metadata)
     params = named_parameters(workload.model)
     parts = [(params[name].numel(), index.nnz) for name, index in mask.indices.items()]
-    return Running.of_phase(
-        workload,
-        phase,
-        allowed=lambda: mask,
-        bytes_moved=sparse_step(parts, mask.nbytes, compact=False),
-        index_bytes=mask.nbytes,
-    )
+    return _sparsely(workload, phase, parts, compact=True)
 
 
 def _sparse(workload: Workload, *, compact: bool) -> Running:
     mask = workload.mask
-    phase = Talos(mask).start(workload.model, HYPER, workload.logits)
+    phase = Sparse(workload.model, mask, HYPER, workload.logits, Talos(mask).metadata)
     params = named_parameters(workload.model)
     parts = [
         (rows * params[name].shape[1], mask.indices[name].nnz)
         for name, rows in workload.rows.items()
     ]
+    return _sparsely(workload, phase, parts, compact=compact)
+
+
+def _sparsely(
+    workload: Workload, phase: Sparse, parts: list[tuple[int, int]], *, compact: bool
+) -> Running:
+    mask = phase.optimizer.mask
     running = Running.of_phase(
         workload,
         phase,
@@ -113,9 +114,7 @@ def _sparse(workload: Workload, *, compact: bool) -> Running:
         bytes_moved=sparse_step(parts, mask.nbytes, compact=compact),
         index_bytes=mask.nbytes,
     )
-    if compact:
-        assert isinstance(phase, Sparse)
-        phase.optimizer.compact_gradients()
+    phase.optimizer.compact_gradients(compact)
     return running
 
 

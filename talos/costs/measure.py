@@ -159,10 +159,10 @@ def measure(
                     running.forward_backward()
                     running.update()
                 found.times += [_time(running) for _ in range(iterations)]
-                allowed = running.allowed()
+                allowed, separate = running.allowed(), running.separate
             finally:
                 running.close()
-            if number == 0:
+            if number == 0 and not separate:
                 _check_moves(form, workload, initial, allowed)
             del running, before
             _restore(workload, initial)

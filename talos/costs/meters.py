@@ -1,4 +1,4 @@
-"""Clocks and counters: seconds, bytes held, launches, and the bandwidth that all are held against."""
+"""Clocks and counters: seconds, bytes held, launches, and the bandwidth of a copy."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -138,8 +137,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     recorded: Any = profiled.profiler
     changes = [each for each in recorded.kineto_results.events() if each.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
-    held = accumulate((event.nbytes() for event in changes), initial=0)
-    return max(held)
+    return max(accumulate((int(each.nbytes()) for each in changes), initial=0))
 
 
 def held_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
@@ -182,18 +180,18 @@ def launches(work: Callable[[], object]) -> int:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             work()
             synchronise()
-        return sum(each.device_type == DeviceType.CUDA for each in profiled.events() or ())
-    with _Dispatched() as counted:
+        events: Any = profiled.events()
+        return sum(1 for each in events if each.device_type.name == "CUDA")
+    counter: Any = _Dispatched
+    with counter() as counted:
         work()
-    return counted.calls
+    return int(counted.calls)
 
 
 class _Dispatched(TorchDispatchMode):
     """Counts the operators that reach a device."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    calls: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None

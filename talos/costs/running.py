@@ -54,6 +54,7 @@ class Running:
         own_state: what is kept from step to step beside the optimizer's state.
         index_bytes: of the compressed selection.
         finish: called at the end.
+        separate: whether `module` trains a copy of the model, or weights beside it.
     """
 
     workload: Workload
@@ -66,6 +67,7 @@ class Running:
     own_state: Any = ()
     index_bytes: int = 0
     finish: Callable[[], object] = lambda: None
+    separate: bool = False
 
     @classmethod
     def of_phase(cls, workload: Workload, phase: Phase, **about: Any) -> Running:
@@ -91,7 +93,7 @@ class Running:
         """
         self.zero_grad()
         loss = self.workload.loss(self.module, self.logits_fn)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def zero_grad(self) -> None:
@@ -109,7 +111,8 @@ class Running:
         Returns:
             Bytes; what is held elsewhere than on the workload's device is none.
         """
-        found = [*before, *self.module.parameters(), *self.module.buffers()]
+        found = [*self.module.parameters(), *self.module.buffers()]
+        found += [] if self.separate else before  # weights that others stand for
         return held_bytes(found, self.workload.device)
 
     def state_bytes(self) -> int:
@@ -142,7 +145,7 @@ class Running:
         Returns:
             float32 `[nnz]` on the CPU; None where the form trains another selection.
         """
-        if self.allowed() is not self.workload.mask:
+        if self.separate or self.allowed() is not self.workload.mask:
             return None
         params = dict(self.workload.model.named_parameters())
         found = []

@@ -61,15 +61,21 @@ def masked_step(numel: int) -> int:
 
 
 def sparse_step(
-    parts: Iterable[tuple[int, int]], index_bytes: int, *, compact: bool, itemsize: int = 4
+    parts: Iterable[tuple[int, int]],
+    index_bytes: int,
+    *,
+    compact: bool,
+    itemsize: int = 4,
+    moment: int = 4,
 ) -> int:
-    """One step of `SparseAdam` with fp32 moments.
+    """One step of `SparseAdam`.
 
     Args:
         parts: of each tensor, the entries of the rows that hold selected ones, and the selected.
         index_bytes: of the compressed selection.
         compact: whether gradients are compact.
         itemsize: bytes of a weight, and of an entry of a dense gradient.
+        moment: bytes of a moment.
 
     Returns:
         Bytes.
@@ -82,5 +88,5 @@ def sparse_step(
     nnz = sum(selected for _, selected in parts)
     touched = sum(n * sector_share(selected / n, itemsize) for n, selected in parts if n)
     gradient = 4 * nnz if compact else touched * itemsize
-    per_entry = 16 if itemsize == 4 else 16 + 8  # moments [and masters], read and written
+    per_entry = 4 * moment + (0 if itemsize == 4 else 8)  # [and masters], read and written
     return int(2 * touched * itemsize + gradient) + nnz * per_entry + index_bytes

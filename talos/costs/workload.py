@@ -35,6 +35,8 @@ _IDS = (1000, 30000)
 class _Answering(nn.Module):
     """A tower as a function of a whole batch: `[B, C]` through a frozen head, `[B, T, V]` of T5."""
 
+    head: Tensor
+
     def __init__(self, tower: nn.Module, width: int | None) -> None:
         super().__init__()
         self.tower = tower
@@ -147,9 +149,9 @@ def make_workload(
         labels = torch.randint(CLASSES, (batch_size,))
         width: int | None
         if name in _OPEN_CLIP:
-            size: Any = tower.image_size
-            width = int(tower.output_dim)  # type: ignore[arg-type]
-            batch = {"images": torch.randn(batch_size, 3, *size)}
+            vision: Any = tower
+            width = vision.output_dim
+            batch = {"images": torch.randn(batch_size, 3, *vision.image_size)}
         else:
             config: Any = tower.config
             width = config.hidden_size

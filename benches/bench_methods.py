@@ -1,0 +1,57 @@
+"""A whole training iteration, by method: the paper's table of costs, and strong baselines beside.
+
+`talos.costs` measures, and checks each form before it is timed. The ratios to non-linear
+fine-tuning stand beside the paper's. A form that cannot run here is named with its reason.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benches import measure, other_libraries
+from benches.shapes import SHAPES
+from talos.costs import COMPILED, FORMS, Cost, make_workload
+from talos.costs import measure as measure_forms
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCH = {"cpu": 16, "cuda": 128}
+ITERATIONS = {"cpu": 1, "cuda": 10}
+
+
+def bench_methods(
+    trained: str,
+    dtype: str,
+    request: pytest.FixtureRequest,
+    keep_costs: Callable[[str, str, list[Cost]], None],
+) -> None:
+    option = request.config.getoption
+    device = measure.target_device()
+    layers, batch = option("--layers"), option("--batch") or BATCH[device.type]
+    tokens = option("--tokens") if not trained.startswith("vit") else None
+    workload = make_workload(
+        trained,
+        batch_size=batch,
+        tokens=tokens,
+        layers=layers,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
+    compiled = COMPILED if device.type == "cuda" or option("--compile") else ()
+    wanted = [*FORMS, *compiled, *other_libraries.FORMS]
+    reasons = {form.title: form.missing(workload) for form in wanted}
+    for title, why in reasons.items():
+        if why is not None:
+            warnings.warn(f"{title} is left out: {why}", stacklevel=1)
+    costs = measure_forms(
+        workload,
+        [form for form in wanted if reasons[form.title] is None],
+        rounds=option("--rounds"),
+        iterations=ITERATIONS[device.type],
+    )
+    shape = SHAPES[trained]
+    label = f"{trained}, batch {batch}, {tokens or shape.tokens} tokens, {dtype}"
+    if layers not in (None, shape.layers):
+        label += f", {layers} layers"
+    keep_costs(trained, label, costs)
