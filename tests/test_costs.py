@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -53,10 +52,9 @@ def small_model(name: str, layers: int | None = None) -> nn.Module:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "library_model", small_model)
-    monkeypatch.setattr("talos.costs.measure.copy_bandwidth", lambda device: 1e10)
-    yield
+    monkeypatch.setattr("talos.costs.iteration.copy_bandwidth", lambda device: 1e10)
 
 
 def workload(name: str = "vit-b-32", dtype: torch.dtype = torch.float32) -> Workload:

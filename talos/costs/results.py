@@ -23,7 +23,7 @@ from talos.demo.machine import machine, versions
 from talos.files import atomic_write
 
 from .forms import BASELINE
-from .measure import Cost
+from .iteration import Cost
 from .paper import PAPER
 
 __all__ = [
