@@ -1,6 +1,8 @@
 """Everything that a GPU can say about the project, in one command: python -m benches.gpu --out DIR
 
-Builds csrc in place, runs tests/ on the device, then the benches. It needs torch, triton, pytest,
+Builds csrc in place, runs tests/ on the device, then whole iterations by method, then the benches
+of single ops: what matters most comes first, so that a machine that is lent for half an hour and
+taken away has said it. `--only methods` measures iterations alone. It needs torch, triton, pytest,
 pytest-benchmark, transformers and open_clip on the path, no registry and no installed project.
 What it leaves in DIR, each file complete as soon as it is there:
 
@@ -27,7 +29,8 @@ from benches.shapes import SHAPES
 from benches.table import METHODS, Record, table_lines
 from talos.costs.results import table_lines as costs_lines
 
-STEPS = ("build", "tests", "benches", "table")
+STEPS = ("build", "tests", "methods", "benches", "table")
+MODELS = ("vit-b-32", "t5-large", "vit-l-14", "minilm")  # in the order of what they tell
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,14 @@ class Run:
             report = f"--junitxml={self.out / 'tests.xml'}"
             marked = ["-m", self.markers] if self.markers else []
             return [*pytest, "tests", "-W", "default", report, *marked]
+        common = ["-W", "default", f"--out={self.out}"]
+        if step == "methods":
+            shapes = [f"--shape={name}" for name in MODELS if name in self.shapes]
+            return [*pytest, "benches/bench_methods.py", *common, *shapes]
         if step == "benches":
             shapes = [f"--shape={name}" for name in self.shapes]
-            return [*pytest, "benches", "-W", "default", f"--out={self.out}", *shapes]
+            apart = "--ignore=benches/bench_methods.py"
+            return [*pytest, "benches", apart, *common, *shapes]
         return []
 
     def build(self) -> bool:
@@ -75,10 +83,11 @@ class Run:
         report.unlink()
         return code == 0
 
+    def methods(self) -> bool:
+        return self._shown("methods") == 0
+
     def benches(self) -> bool:
-        return (
-            subprocess.run(self.command("benches"), cwd=measure.ROOT, check=False).returncode == 0
-        )
+        return self._shown("benches") == 0
 
     def table(self) -> bool:
         fields = Record.__dataclass_fields__
@@ -97,6 +106,9 @@ class Run:
         (self.out / "table.md").write_text("\n".join(page))
         print("\n".join(page))
         return True
+
+    def _shown(self, step: str) -> int:
+        return subprocess.run(self.command(step), cwd=measure.ROOT, check=False).returncode
 
     def _logged(self, step: str) -> int:
         with (self.out / f"{step}.log").open("w") as log:

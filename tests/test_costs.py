@@ -134,6 +134,28 @@ def test_a_form_of_another_loss_or_gradient_is_told() -> None:
         measure(made, [by_name["talos"], Form("other", "other", other)], rounds=1)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_form_without_memory_is_left_out() -> None:
+    made = workload()
+    by_name = {form.name: form for form in FORMS}
+
+    def large(workload: Workload) -> Running:
+        running = by_name["talos"].start(workload)
+
+        def logits(module: nn.Module, batch: object) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        running.logits_fn = logits
+        return running
+
+    form = Form("large", "large", large)
+    costs = measure(made, [form, by_name["nonlinear"]], rounds=2)
+    assert [cost.form for cost in costs] == ["nonlinear"]
+    assert all(param.requires_grad for param in made.model.parameters())
+    with pytest.raises(TalosRuntimeError, match="smaller batch"):
+        measure(made, [form])
+
+
 @pytest.mark.parametrize("name", ["minilm", "vit-b-32"])
 def test_the_mask_is_that_of_the_benches(name: str) -> None:
     """The rows of queries and keys that the lists of tensors give, of one layer."""

@@ -135,11 +135,12 @@ def measure(
         on_progress: is told of each round of a form.
 
     Returns:
-        The costs, in the order of the forms.
+        The costs, in the order of the forms, without those that ran out of a GPU's memory.
 
     Raises:
         TalosRuntimeError: a form does not do what it claims: its first loss or gradient differs
-            from the others', it moved a weight that it must not, or none.
+            from the others', it moved a weight that it must not, or none. Or no form fits in
+            memory.
     """
     initial = {name: each.detach().to("cpu", copy=True) for name, each in _weights(workload)}
     findings = {form.name: _Findings() for form in forms}
@@ -147,6 +148,8 @@ def measure(
     done = 0
     for number in range(rounds):
         for form in forms:
+            if form.name not in findings:
+                continue
             if on_progress is not None:
                 on_progress(form.title, done, rounds * len(forms))
             found = findings[form.name]
@@ -160,13 +163,20 @@ def measure(
                     running.update()
                 found.times += [_time(running) for _ in range(iterations)]
                 allowed, separate = running.allowed(), running.separate
+            except torch.OutOfMemoryError:
+                del findings[form.name]
             finally:
                 running.close()
-            if number == 0 and not separate:
+            if number == 0 and form.name in findings and not separate:
                 _check_moves(form, workload, initial, allowed)
             del running, before
             _restore(workload, initial)
             done += 1
+    forms = [form for form in forms if form.name in findings]
+    if not forms:
+        raise TalosRuntimeError(
+            "a form must fit in the GPU's memory, got none that does; take a smaller batch"
+        )
     first = findings[forms[0].name].loss
     for form in forms:
         loss = findings[form.name].loss

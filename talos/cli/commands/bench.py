@@ -93,7 +93,7 @@ def bench(
     )
     wanted = [*FORMS, *(COMPILED if compiled else ())]
     left_out = {form.name: why for form in wanted if (why := form.missing(workload))}
-    iterations = 10 if on_gpu else 1
+    iterations = 5 if on_gpu else 1
     with keeping("nothing was written"), Bars() as bars:
         costs = measure(
             workload,
@@ -102,6 +102,8 @@ def bench(
             iterations=iterations,
             on_progress=bars.show,
         )
+    measured = {cost.form for cost in costs} | left_out.keys()
+    left_out |= {each.name: "it ran out of memory" for each in wanted if each.name not in measured}
     settings = {
         "model": model,
         "batch": batch,
@@ -174,7 +176,7 @@ def _show(results: dict[str, Any], left_out: dict[str, str]) -> None:
     console.print(_table(second, [(row[0], *row[11:]) for row in rows]))
     say(console, "x: over non-linear fine-tuning; paper: the same of its authors' machine")
     for name, why in left_out.items():
-        say(console, f"left out: {name}, for {why}")
+        say(console, f"left out: {name} ({why})")
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
