@@ -1,21 +1,22 @@
 """One optimizer step on the entries of Q and K, ours beside three strong baselines.
 
 Every form is checked before it is timed: its selected weights after three steps against torch's
-AdamW in float64, its unselected ones bit for bit against what they were.
+AdamW in float64, its unselected ones bit for bit against what they were. The forms take turns, so
+that what the machine does meanwhile hits all alike.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 
 from benches import forms, measure
 from benches.shapes import ModelShape
-from benches.table import OURS
+from benches.table import OURS, Record
 from tests.cases import assert_bit_equal, assert_close
 
 CHECKED_STEPS = 3
+ROUNDS = 20
 COMPACT = f"{OURS}, compact gradients"
 MOMENTS = f"{OURS}, compact, bf16 moments"
 BF16 = f"{OURS}, bf16 weights"
@@ -50,18 +51,28 @@ def check(name: str, form: forms.Form, shape: ModelShape, device: torch.device) 
             assert_bit_equal(form.weights[key][~selected], before[key][~selected])
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", FORMS)
-def bench_sparse_adam(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+def bench_sparse_adam(
+    shape: ModelShape, keep: Callable[[Record], dict[str, object]], bandwidth: float
+) -> None:
     device = measure.target_device()
-    form = FORMS[name](shape, device)
-    check(name, form, shape, device)
-    measured(
-        form.step,
-        op="sparse_adam_",
-        shape=shape.name,
-        form=name,
-        bytes_moved=form.bytes_moved,
-        state_bytes=form.state_bytes(),
-        comparable=name != BF16,
-    )
+    ready = {}
+    for name, make in FORMS.items():
+        ready[name] = make(shape, device)
+        check(name, ready[name], shape, device)
+    times = measure.alternated({name: form.step for name, form in ready.items()}, ROUNDS)
+    for name, form in ready.items():
+        middle, spread = measure.median_and_spread(times[name])
+        keep(
+            Record(
+                op="sparse_adam_",
+                shape=shape.name,
+                form=name,
+                seconds=middle,
+                spread=spread,
+                bytes_moved=form.bytes_moved,
+                bandwidth=bandwidth,
+                state_bytes=form.state_bytes(),
+                peak_bytes=measure.peak_bytes(form.step),
+                comparable=name != BF16,
+            )
+        )

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from talos.costs.meters import (
 
 __all__ = [
     "ROOT",
+    "alternated",
     "clock",
     "commit",
     "copy_bandwidth",
@@ -50,6 +52,16 @@ def target_device() -> torch.device:
 def rounds_for(first: float) -> int:
     """How often to repeat what took `first` seconds: about 8 seconds of it, 3 to 20 times."""
     return max(3, min(20, int(8 / max(first, 1e-9))))
+
+
+def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call of each, in turns; the call before it, which is not timed, fills caches."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            work()
+            times[name] += seconds(work, 1)
+    return times
 
 
 @cache
