@@ -7,6 +7,7 @@ A frozen linear layer keeps no input, so what an MLP keeps is what its activatio
 approximated (Novikov et al. 2022, "Few-bit backward", arXiv 2202.00441; here on a uniform grid).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import TalosValueError
+from .errors import TalosRuntimeError, TalosValueError
 from .params import named_modules
 from .structure import kind_of
 
@@ -24,7 +25,11 @@ __all__ = ["checkpoint_frozen_mlps", "few_bit_backward"]
 
 _STEPS = 200
 _ZERO = 27
-"""A derivative d is kept as the byte round(200 d) + 27: -.135 to 1.14, 0 and 1 exactly."""
+_NAN = 255
+"""A derivative d is kept as the byte round(200 d) + 27: -.135 to 1.135, 0 and 1 exactly.
+
+255 is NaN.
+"""
 
 _KINDS = {
     "ReLU": "relu",
@@ -45,7 +50,8 @@ def checkpoint_frozen_mlps(model: nn.Module) -> Iterator[tuple[str, ...]]:
     An MLP is a module that holds nothing but the layers that `talos.structure` calls "mlp in" and
     "mlp out", and activation functions; of BERT, whose layer holds the second one itself, the
     module of the first one with its activation. It runs under `torch.utils.checkpoint` (not
-    reentrant), so that only its input is kept. Dropout draws the same numbers again.
+    reentrant), so that only its input is kept. Dropout draws the same numbers again. An MLP with
+    buffers is left out: what it notes in them it would note twice.
 
     Cost: the products into the hidden layer and the activation run once more; the product out of it
     does not, for the recomputation stops when it has what the backward needs. With `n` tokens,
@@ -86,9 +92,11 @@ def few_bit_backward(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Keep derivatives of activation functions in one byte an entry instead of their inputs.
 
     GELU (both forms, and the one of CLIP), SiLU and ReLU, where they are modules of torch,
-    transformers, open_clip or timm. Outputs keep their bits. The gradient of ReLU is exact. The
-    derivative of the others is rounded to a multiple of 1/200: an entry of the gradient is wrong by
-    at most .0025 times the entry that arrives from above, and by the rounding of its dtype.
+    transformers, open_clip or timm and not in place. Outputs keep their bits. The gradient of ReLU
+    is exact. The derivative of the others is rounded to a multiple of 1/200: an entry of the
+    gradient is wrong by at most .0025 times the entry that arrives from above, and by the rounding
+    of its dtype. Where it is NaN, NaN is what arrives. A backward with `create_graph=True` is
+    refused (TalosRuntimeError).
 
     Cost: a pass over the activation's input in the forward, in fp32. Gain, of `n` entries: in bf16
     `n` of the `2n` bytes that torch keeps, in fp32 `3n` of `4n`. Where the next layer is trained,
@@ -114,7 +122,8 @@ def few_bit_backward(model: nn.Module) -> Iterator[tuple[str, ...]]:
     found = {name: module for name, module in named_modules(model) if _kind(module) is not None}
     if not found:
         raise TalosValueError(
-            "model must have an activation function that is a module, GELU, SiLU or ReLU, got none"
+            "model must have an activation function that is a module, GELU, SiLU or ReLU, and not "
+            "in place, got none"
         )
     with _replaced(found, _keeping_bytes):
         yield tuple(found)
@@ -134,6 +143,7 @@ def _frozen_mlps(model: nn.Module) -> dict[str, nn.Module]:
             if next(part.parameters(recurse=False), None) is not None:
                 kinds.add(kind_of(".".join(filter(None, [name, own, "weight"]))))
         frozen = not any(param.requires_grad for param in module.parameters())
+        frozen = frozen and next(module.buffers(), None) is None
         if frozen and "mlp in" in kinds and kinds <= {"mlp in", "mlp out"}:
             found[name] = module
             inside.update(map(id, module.modules()))
@@ -158,7 +168,8 @@ def _replaced(
 
 
 def _kind(module: nn.Module) -> str | None:
-    if type(module).__module__.partition(".")[0] not in _LIBRARIES:
+    foreign = type(module).__module__.partition(".")[0] not in _LIBRARIES
+    if foreign or getattr(module, "inplace", False):
         return None
     kind = _KINDS.get(type(module).__name__)
     return getattr(module, "approximate", kind) if kind == "none" else kind
@@ -167,9 +178,11 @@ def _kind(module: nn.Module) -> str | None:
 def _keeping_bytes(module: nn.Module, forward: Forward) -> Forward:
     kind = _kind(module)
 
-    def keep(x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return forward(x)
+    def keep(*args: Tensor, **named: Tensor) -> Tensor:
+        x, *more = *args, *named.values()
+        in_place = getattr(module, "inplace", False)  # it may have been set meanwhile
+        if more or in_place or not (torch.is_grad_enabled() and x.requires_grad):
+            return forward(*args, **named)
         return _relu(x) if kind == "relu" else _smooth(x, forward, kind)
 
     return keep
@@ -193,16 +206,21 @@ class _Smooth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Forward, kind: str) -> Tensor:
-        steps = _derivative(x, kind).mul_(_STEPS).round_().add_(_ZERO)
+        steps = _derivative(x, kind).mul_(_STEPS).round_().add_(_ZERO).nan_to_num_(_NAN)
         ctx.save_for_backward(steps.to(torch.uint8))
         y: Tensor = forward(x)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise TalosRuntimeError(
+                "gradients of few_bit_backward must not be differentiated, got create_graph=True; "
+                "leave the context for that"
+            )
         (steps,) = ctx.saved_tensors
         wide = torch.promote_types(grads[0].dtype, torch.float32)
-        derivative = steps.to(wide).sub_(_ZERO).div_(_STEPS)
+        derivative = steps.to(wide).sub_(_ZERO).div_(_STEPS).masked_fill_(steps == _NAN, math.nan)
         return derivative.mul_(grads[0]).to(grads[0].dtype), None, None
 
 

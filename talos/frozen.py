@@ -94,7 +94,8 @@ class HeldWeights:
         self._hooks = ExitStack()
         for each in held.values():
             for module, name in each.places:
-                hook = module.register_state_dict_post_hook(_hand_out(name, each.original))
+                hand_out = _HandOut(name, each.original, each.held)
+                hook = module.register_state_dict_post_hook(hand_out)
                 self._hooks.callback(hook.remove)
 
     def release(self) -> None:
@@ -131,14 +132,24 @@ class HeldWeights:
                 raise
 
 
-def _hand_out(name: str, original: nn.Parameter) -> Callable[..., None]:
-    """A hook that puts the fp32 values into the state that a module saves."""
+@dataclass
+class _HandOut:
+    """A hook that puts the fp32 values into the state that a module saves.
 
-    def hook(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-        if f"{prefix}{name}" in state:
-            state[f"{prefix}{name}"] = original.detach()
+    A copy of the module has a copy of it, which does so only until that weight is written.
+    """
 
-    return hook
+    name: str
+    original: nn.Parameter
+    held: nn.Parameter
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+    ) -> None:
+        key = f"{prefix}{self.name}"
+        ours = key in state and module._parameters.get(self.name) is self.held
+        if ours and torch.equal(self.held, self.original.to(self.held)):
+            state[key] = self.original.detach()
 
 
 def hold_frozen(

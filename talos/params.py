@@ -37,6 +37,7 @@ from .projections import (
     PACKED,
     QK_LAYERS,
     SPLIT,
+    has_thirds,
     is_conv1d,
     projections,
 )
@@ -239,7 +240,13 @@ def _qk(name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | Non
     for own, param in module.named_parameters(recurse=False):
         if (linear and leaf in QK_LAYERS) or own in SPLIT[:2]:
             yield param, None
-        elif own in PACKED or (linear and leaf in FUSED_LAYERS and len(param) % 3 == 0):
+        elif own in PACKED or (linear and leaf in FUSED_LAYERS):
+            if linear and not has_thirds(leaf, module):
+                raise TalosValueError(
+                    f"params='qk' must find queries and keys in the first two thirds of {name}, "
+                    f"got {list(param.shape)}, which holds them in another way; take all of it "
+                    f"with params={leaf!r}, or use params='maskable'"
+                )
             yield param, (0, 2 * len(param) // 3)
 
 

@@ -21,13 +21,15 @@ __all__ = [
     "QK_LAYERS",
     "SPLIT",
     "Projection",
+    "has_thirds",
     "is_conv1d",
     "projections",
 ]
 
 PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
 SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-FUSED_LAYERS = ("qkv", "Wqkv")
+FUSED_LAYERS = ("qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value")
+_BY_HEADS = ("query_key_value",)  # rows of a head's query, key and value, then of the next head's
 CONV1D_ATTENTION = ("c_attn", "q_attn")
 _LAYERS = {
     "query": ("q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "linear_q"),
@@ -50,7 +52,8 @@ class Projection:
     Attributes:
         name: its name in its module: weight, in_proj_bias, ...
         param: the parameter.
-        roles: of each of the equal parts of its outputs: query, key, value or output.
+        roles: of each of the equal parts of its outputs: query, key, value or output; "fused" of a
+            whole that holds all three in another way.
         transposed: whether a weight is [in, out], as in GPT-2, instead of [out, in].
     """
 
@@ -77,6 +80,19 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether this is the linear layer of GPT-2, whose weight is [in, out]."""
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return kind is not None and isinstance(module, kind)
+
+
+def has_thirds(leaf: str, module: nn.Module) -> bool:
+    """Whether a fused layer's rows are those of the queries, of the keys and of the values.
+
+    Grouped queries have fewer keys and values, and some models go head by head.
+
+    Args:
+        leaf: the layer's own name.
+        module: a linear layer.
+    """
+    outputs, inputs = module.get_parameter("weight").shape
+    return leaf not in _BY_HEADS and outputs == len(_ALL) * inputs
 
 
 def projections(path: str, module: nn.Module) -> Iterator[Projection]:
@@ -109,8 +125,8 @@ def projections(path: str, module: nn.Module) -> Iterator[Projection]:
             roles = _ROLES[leaf]
         elif transposed and leaf in CONV1D_ATTENTION:
             roles = _conv1d_roles(leaf, module)
-        elif layer and leaf in FUSED_LAYERS and len(param) % len(_ALL) == 0:
-            roles = _ALL
+        elif layer and leaf in FUSED_LAYERS:
+            roles = _ALL if has_thirds(leaf, module) else ("fused",)
         elif layer and _OUTPUT.search(path):
             roles = ("output",)
         if roles:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 from talos import checkpoint_frozen_mlps, few_bit_backward, hold_frozen
-from talos.errors import TalosValueError
+from talos.errors import TalosRuntimeError, TalosValueError
 from tests.cases import assert_bit_equal
 from tests.test_families import FAMILIES
 from tests.test_frozen import BF16, assert_same, results, saved, train_only
@@ -185,6 +185,70 @@ def test_relu_in_a_byte_is_exact() -> None:
     with few_bit_backward(model):
         assert_same([model(x), *torch.autograd.grad(model(x), x, dy)], expected)
         assert saved(model, x) == [("", (7,), torch.bool)]
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU])
+def test_activations_in_place_are_left_alone(kind: Callable[..., nn.Module]) -> None:
+    layer, after, late = nn.Linear(8, 8), kind(inplace=True), kind()
+    model, x = nn.ModuleList([layer, after, late]), torch.randn(4, 8)
+
+    def run() -> list[Tensor]:
+        hidden = layer(x)
+        y = after(hidden).sin() + hidden  # the sum is of what is there now
+        other = layer(x)
+        late(other)
+        total = y.sum() + other.square().sum()
+        return [total.detach(), *torch.autograd.grad(total, list(layer.parameters()))]
+
+    expected = run()
+    with few_bit_backward(model) as names:
+        assert names == ("2",)
+        assert_same(run(), expected)
+        late.inplace = True
+        found = run()
+    assert_same(found, run())
+    with (
+        pytest.raises(TalosValueError, match=r"and not in place, got none"),
+        few_bit_backward(nn.Sequential(after)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_is_not_a_number_stays_so(name: str) -> None:
+    module = ACTIVATIONS[name][0]
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    with few_bit_backward(nn.Sequential(module)):
+        (found,) = torch.autograd.grad(module(x).sum(), x)
+    assert expected.isnan().tolist() == [True, True, True, False]
+    assert found.isnan().tolist() == expected.isnan().tolist()
+
+
+def test_a_rounded_gradient_is_not_differentiated_again() -> None:
+    model, x = nn.Sequential(nn.GELU()), torch.randn(4, requires_grad=True)
+    with few_bit_backward(model):
+        total = model(x).sum()
+        with pytest.raises(TalosRuntimeError, match=r"must not be differentiated"):
+            torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_an_activation_may_be_called_by_keyword() -> None:
+    module, x = nn.GELU(), torch.randn(4, requires_grad=True)
+    with few_bit_backward(nn.Sequential(module)):
+        y = module(input=x)
+        assert saved(module, x) == [("", (4,), torch.uint8)]
+    assert_bit_equal(y, module(x))
+
+
+def test_an_mlp_that_counts_in_buffers_is_not_taken() -> None:
+    model, x = block()
+    model.mlp.norm = nn.BatchNorm1d(N // 2, affine=False)
+    with (
+        pytest.raises(TalosValueError, match=r"must have an MLP whose weights are all frozen"),
+        checkpoint_frozen_mlps(model),
+    ):
+        gradient(model, x)
 
 
 def test_an_activation_keeps_a_byte_an_entry() -> None:

@@ -1,6 +1,7 @@
 """Frozen weights in autocast's dtype: the same bits, the same weights afterwards, less kept."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -460,3 +461,14 @@ def test_a_forward_that_returns_nothing_is_refused() -> None:
 def test_a_model_without_frozen_weights_needs_no_forward() -> None:
     model, _ = mlp()
     assert hold_frozen(model.requires_grad_(), lambda: None).names == ()
+
+
+def test_a_copy_made_while_held_lives_on_its_own() -> None:
+    model = nn.Linear(4, 3).requires_grad_(False)
+    held = hold_frozen(model, lambda: model(torch.randn(2, 4)))
+    twin, stored = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    held.release()
+    for each in (twin, stored):
+        assert_bit_equal(each.state_dict()["weight"], model.weight.detach())
+        each.float().load_state_dict({"weight": torch.ones(3, 4), "bias": torch.ones(3)})
+        assert_bit_equal(each.state_dict()["weight"], torch.ones(3, 4))

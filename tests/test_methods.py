@@ -608,3 +608,31 @@ def test_nothing_trainable_is_refused() -> None:
     for method in ("nonlinear", "linearized", "lota"):
         with pytest.raises(TalosValueError, match="requires_grad=True, got none"):
             fine_tune(model, [], method=method, steps=1)
+
+
+HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def attention_of(name: str, rows: int) -> nn.Module:
+    model = nn.Module()
+    model.attn = nn.Module()
+    model.attn.add_module(name, nn.Linear(16, rows))
+    model.attn.out_proj = nn.Linear(16, 16)
+    return model
+
+
+@pytest.mark.parametrize(("name", "rows"), [("qkv", 24), ("qkv_proj", 24), ("query_key_value", 48)])
+def test_what_is_fused_in_another_way_is_not_cut_into_thirds(name: str, rows: int) -> None:
+    model = attention_of(name, rows)
+    with pytest.raises(TalosValueError, match=r"in thirds of its rows"):
+        METHODS["l_lora"]().start(model, HYPER, default_logits)
+    with pytest.raises(TalosValueError, match=r"first two thirds of attn\."):
+        select_parameters(model, "qk")
+    phase = METHODS["attention_only"]().start(model, HYPER, default_logits)
+    trained = {id(p) for group in phase.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()}
+
+
+def test_attention_whose_inputs_are_unknown_is_refused() -> None:
+    with pytest.raises(TalosValueError, match="must have query, key and value projections"):
+        METHODS["attention_only"]().start(attention_of("mixture", 48), HYPER, default_logits)

@@ -170,6 +170,11 @@ def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
             name = chosen.get(id(each.param))
             if name is None or each.param.dim() != 2:
                 continue
+            if "fused" in each.roles:
+                raise TalosValueError(
+                    f"{name} must hold queries, keys and values in thirds of its rows for the "
+                    f"method l_lora, got {list(each.param.shape)}; freeze it to leave it out"
+                )
             del chosen[id(each.param)]  # a tied weight has one adapter
             found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
     if not found:
