@@ -4,7 +4,6 @@
 fine-tuning stand beside the paper's. A form that cannot run here is named with its reason.
 """
 
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,7 @@ from talos.costs import measure as measure_forms
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = {"cpu": 16, "cuda": 128}
 SMALLER = {"vit-l-14": 64, "t5-large": 64}  # on a GPU: what linearized and all of fp32 hold
-ITERATIONS = {"cpu": 1, "cuda": 5}
+ITERATIONS = {"cpu": 4, "cuda": 5}
 
 
 def bench_methods(
@@ -42,10 +41,11 @@ def bench_methods(
     )
     compiled = COMPILED if device.type == "cuda" or option("--compile") else ()
     wanted = [*FORMS, *compiled, *other_libraries.FORMS]
+    say = request.config.pluginmanager.get_plugin("terminalreporter").write_line
     reasons = {form.title: form.missing(workload) for form in wanted}
     for title, why in reasons.items():
         if why is not None:
-            warnings.warn(f"{title} is left out: {why}", stacklevel=1)
+            say(f"{title} is left out: {why}")
     costs = measure_forms(
         workload,
         [form for form in wanted if reasons[form.title] is None],
@@ -54,7 +54,7 @@ def bench_methods(
     )
     tried = {form.title for form in wanted if reasons[form.title] is None}
     for title in sorted(tried - {cost.title for cost in costs}):
-        warnings.warn(f"{title} is left out: it ran out of memory", stacklevel=1)
+        say(f"{title} is left out: it ran out of memory")
     shape = SHAPES[trained]
     label = f"{trained}, batch {batch}, {tokens or shape.tokens} tokens, {dtype}"
     if layers not in (None, shape.layers):
