@@ -12,6 +12,7 @@ may use the weight as it pleases. `Watch` notes the code; whether it minds is fo
 """
 
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .buffers import KeptBuffers, equal_bits
 from .errors import TalosRuntimeError, TalosTypeError
 
 __all__ = ["Trial", "Watch", "same_bits"]
@@ -125,7 +127,7 @@ class Trial:
         self._dtype = dtype
         self._devices = {param.device for param in model.parameters()}
         self._trained = [param for param in model.parameters() if param.requires_grad]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._buffers = KeptBuffers(model)
 
     def run(
         self, watch: AbstractContextManager[Any] | None = None, *, gradients: bool = False
@@ -147,6 +149,7 @@ class Trial:
         gpus = [device for device in self._devices if device.type == "cuda"]
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(gpus))
+            stack.callback(random.setstate, random.getstate())
             stack.enter_context(torch.enable_grad())
             if "torch._dynamo" in sys.modules:  # compiled code would not be seen
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -160,10 +163,7 @@ class Trial:
                 if gradients:
                     found += self._gradients([each for each in outputs if each.requires_grad])
             finally:
-                with torch.no_grad():
-                    for buffer, before in self._buffers:
-                        if not _same_bits(buffer, before):
-                            buffer.copy_(before)
+                self._buffers.restore()
         if not outputs:
             raise TalosTypeError("forward must return tensors, got none; return the loss")
         return found
@@ -209,10 +209,7 @@ def same_bits(a: Sequence[Tensor | None] | None, b: Sequence[Tensor | None] | No
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = (each.to_dense().reshape(-1).view(torch.uint8) for each in (a, b))
-    return torch.equal(a, b)
+    return equal_bits(a, b)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

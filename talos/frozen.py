@@ -9,7 +9,7 @@ keeps every one of those casts until it has run. Held, a weight of `n` entries c
     kept of each use, for backward   2n                     0: the weight itself
     moved by the cast for each use   4n read, 2n written    0
 
-and every output and gradient keeps its bits: the product sees the same operands. The fp32 originals
+and outputs and gradients keep their bits: the product sees the same operands. The fp32 originals
 wait: where they are on a CPU, 6n bytes in all, and in page-locked memory of the host where the
 model is on a GPU, from where giving them back copies 4n bytes. Who else holds such a parameter
 finds it there.
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .buffers import equal_bits
 from .casts import Trial, Watch, same_bits
 from .errors import TalosRuntimeError, TalosTypeError
 from .params import named_modules, named_parameters
@@ -44,6 +45,7 @@ class _Held:
     original: nn.Parameter
     held: nn.Parameter
     version: int
+    dtype: torch.dtype
     places: list[tuple[nn.Module, str]]
 
     @classmethod
@@ -56,18 +58,18 @@ class _Held:
             original.data = aside.pin_memory() if held.is_cuda else aside
         for module, name in places:
             module._parameters[name] = held
-        return cls(original, held, held._version, places)
+        return cls(original, held, held._version, dtype, places)
 
-    @property
-    def written(self) -> bool:
-        there = all(module._parameters.get(name) is self.held for module, name in self.places)
-        return not there or self.held._version != self.version
-
-    def give_back(self) -> None:
+    def give_back(self) -> bool:
+        """Returns whether somebody wrote the held parameter, replaced or unfroze it."""
         if self.original.device != self.held.device:
             self.original.data = self.original.detach().to(self.held.device)
+        there = all(module._parameters.get(name) is self.held for module, name in self.places)
         for module, name in self.places:
             module._parameters[name] = self.original
+        if not there or self.held._version != self.version or self.held.requires_grad:
+            return True
+        return not equal_bits(self.held, self.original.to(self.dtype))  # `.data` has no version
 
 
 class HeldWeights:
@@ -91,6 +93,7 @@ class HeldWeights:
         self.names = tuple(held)
         self.left = dict(left)
         self._held = dict(held)
+        self._written: list[str] = []
         self._hooks = ExitStack()
         for each in held.values():
             for module, name in each.places:
@@ -102,18 +105,19 @@ class HeldWeights:
         """Give the weights back as they were, bit for bit; a second call does nothing.
 
         Raises:
-            TalosRuntimeError: a weight was written while it was held. All are given back first, so
-                that what was written is gone.
+            TalosRuntimeError: a weight was written or unfrozen while it was held. All are given
+                back first, so that what was written is gone.
         """
-        written = [name for name, each in self._held.items() if each.written]
         for name in list(self._held):
-            self._held[name].give_back()
+            if self._held[name].give_back():
+                self._written.append(name)
             del self._held[name]  # what a lack of memory keeps back can be asked for again
         self._hooks.close()
-        if written:
+        if self._written:
+            written, self._written = self._written, []
             raise TalosRuntimeError(
-                f"held weights must not be written, got new values of {', '.join(written[:5])}, "
-                "which are lost; load or edit weights after release"
+                "held weights must not be written or unfrozen, got changes of "
+                f"{', '.join(written[:5])}, which are lost; load, edit or unfreeze after release"
             )
 
     def __enter__(self) -> HeldWeights:
@@ -155,7 +159,7 @@ class _HandOut:
 def hold_frozen(
     model: nn.Module, forward: Callable[[], Any], dtype: torch.dtype = torch.bfloat16
 ) -> HeldWeights:
-    """Hold the frozen weights in autocast's dtype, where that changes no bit of any result.
+    """Hold the frozen weights in autocast's dtype, where a trial shows no bit of a result change.
 
     Which weights these are, a run of `forward` tells: those that matrix products under autocast
     take and nothing else does. So it must do what training will do, in the same modes. The result
@@ -164,7 +168,13 @@ def hold_frozen(
     gradients of the trained weights must keep their bits too; if they do not, or do not repeat on
     this device, the weight is left as it is. All this costs three forwards once, and where there
     are such doubts a forward and backward, and one more for each set of weights that share them;
-    the gradients are kept meanwhile. Random states and buffers are as before afterwards.
+    the gradients are kept meanwhile. Random states (torch's and Python's) and buffers are as before
+    afterwards.
+
+    The trial is one batch. Not seen is what only other batches show (a branch that they take, a
+    value that the weight's dtype rounds), what hooks read of a weight in the backward, and an
+    `autograd.Function` that multiplies under `torch.enable_grad` and uses the weight in another way
+    in its backward: there a held weight, which is rounded, changes results.
 
     While they are held,
     - the model must run under `torch.autocast` of this dtype; without, torch refuses mixed dtypes;

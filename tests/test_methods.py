@@ -505,6 +505,31 @@ def test_the_second_training_of_lota_begins_at_the_base() -> None:
         assert_bit_equal(value, other.state_dict()[key])
 
 
+class Average(nn.Module):
+    """Subtracts a running mean, a buffer that each forward replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.mean = 0.9 * self.mean + y.detach().mean(0)
+        return y * (1 + self.mean)
+
+
+def test_the_second_training_of_lota_begins_with_the_buffers_of_the_first() -> None:
+    model = Average()
+    other, mean = copy.deepcopy(model), model.mean
+    data = [(torch.randn(12, 8), torch.arange(12) % 3)]
+    *_, finished = fine_tune(model, data, method="lota", steps=5, lr=1e-2)
+    list(fine_tune(other, data, finished.task_vector.mask, steps=5, lr=1e-2))
+    for key, value in model.state_dict().items():
+        assert_bit_equal(value, other.state_dict()[key])
+    assert_bit_equal(mean, torch.zeros(3))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_preset_attention_takes_all_projections(name: str) -> None:
     family = FAMILIES[name]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from talos.buffers import KeptBuffers
 from talos.masks import Mask
 from talos.param_groups import check_not_wrapped, check_trainable
 from talos.params import named_parameters
@@ -63,7 +64,7 @@ class _Search(Dense):
             check_trainable(name, param)
         super().__init__(model, params, hyper, logits_fn, method.metadata)
         self.density, self.hyper = method.density, hyper
-        self.buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+        self.buffers = KeptBuffers(model)
 
     @torch.no_grad()
     def following(self) -> Phase:
@@ -72,6 +73,5 @@ class _Search(Dense):
         mask = Mask.from_scores(moved, self.density, select="highest")
         for name, param in self.params.items():
             param.copy_(self.base[name])
-        for buffer, initial in self.buffers.items():
-            buffer.copy_(initial)
+        self.buffers.restore()
         return Sparse(self.module, mask, self.hyper, self.logits_fn, self.metadata)
