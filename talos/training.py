@@ -149,9 +149,10 @@ def fine_tune(
     _check(steps, warmup, accumulate, label_smoothing, max_grad_norm)
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
-    if hold_frozen and autocast is None:
+    if hold_frozen and autocast not in (torch.bfloat16, torch.float16):
         raise TalosValueError(
-            "hold_frozen must go with autocast, got None; pass autocast=torch.bfloat16"
+            "hold_frozen must go with autocast in torch.bfloat16 or torch.float16, got "
+            f"{autocast}; pass autocast=torch.bfloat16"
         )
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -167,7 +168,8 @@ def fine_tune(
     run = _Run(
         batches=batches,
         loss_fn=loss_fn or _cross_entropy(first.logits_fn, label_smoothing),
-        schedule=_cosine(lr, warmup, steps),
+        lr=lr,
+        schedule=partial(_cosine, warmup, steps),
         steps=steps,
         total=steps * chosen.phases,
         accumulate=accumulate,
@@ -184,7 +186,8 @@ class _Run:
 
     batches: Iterable[Any]
     loss_fn: LossFunction
-    schedule: Callable[[int], float]
+    lr: float
+    schedule: Callable[[float, int], float]
     steps: int
     total: int
     accumulate: int
@@ -232,7 +235,7 @@ class _Run:
                     f"step {self.taken}: lower lr, or look for broken samples"
                 )
             norm = phase.clip(self.max_norm)
-            rate = self.schedule(step)
+            rate = self.schedule(self.lr if phase.lr is None else phase.lr, step)
             for group in phase.optimizer.param_groups:
                 group["lr"] = rate
             phase.step()
@@ -267,13 +270,11 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
         epoch += 1
 
 
-def _cosine(lr: float, warmup: int, steps: int) -> Callable[[int], float]:
-    def rate(step: int) -> float:
-        if step <= warmup:
-            return lr * step / max(warmup, 1)
-        return lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
-
-    return rate
+def _cosine(warmup: int, steps: int, lr: float, step: int) -> float:
+    """The learning rate of a step, from 1."""
+    if step <= warmup:
+        return lr * step / max(warmup, 1)
+    return lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
 
 
 def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFunction:

@@ -194,6 +194,14 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("train --data a --out v.safetensors --method l_lora --rank 0", "--rank must be at least"),
         ("train --data a --out v.safetensors --method lota --density 2", "--density must be in"),
+        (
+            "train --data a --out v.safetensors --sparse-lr 0.1",
+            "--sparse-lr must be left out with --method nonlinear, got 0.1; it is for lota",
+        ),
+        (
+            "train --data a --out v.safetensors --method lota --sparse-lr 0",
+            "--sparse-lr must be positive",
+        ),
         ("demo --out new --methods talos,none", "--methods must be all or different names of"),
         ("demo --out new --methods l_lora", "talos among them, got l_lora"),
         ("demo --out new --methods talos,talos", "different names"),
@@ -332,7 +340,7 @@ def test_from_calibration_to_evaluation(
     [
         ("linearized", [], {}),
         ("l_lora", ["--rank", "4"], {"rank": 4, "lora_alpha": 16.0, "method_seed": 0}),
-        ("lota", ["--density", "0.2"], {"density": 0.2}),
+        ("lota", ["--density", "0.2", "--sparse-lr", "0.01"], {"density": 0.2, "sparse_lr": 0.01}),
     ],
 )
 def test_other_methods_train_and_are_evaluated(
@@ -353,7 +361,14 @@ def test_other_methods_train_and_are_evaluated(
     metadata = TaskVector.load(vector).metadata
     assert metadata.items() >= {"method": method, "task": "pets", "seed": 0, **settings}.items()
     assert main(["eval", *common, "--vector", str(vector), *linearized]) == 0
-    assert "edited" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "edited" in shown.out
+    assert "warning" not in shown.err
+    other = [] if linearized else ["--linearized"]
+    assert main(["eval", *common, "--vector", str(vector), *other]) == 0
+    word = "with" if linearized else "without"
+    expected = f"warning: a vector of the method {method} must be evaluated {word} --linearized"
+    assert expected in capsys.readouterr().err
 
 
 def test_the_help_of_train_names_every_method(

@@ -150,6 +150,13 @@ def test_all_methods_stand_beside_each_other(model: Path, tmp_path: Path) -> Non
     entries = {method["name"]: method["trainable"] for method in results["methods"]}
     assert entries["random"] == entries["magnitude"] == entries["talos"]
     assert entries["linearized"] == entries["nonlinear"] > entries["attention_only"]
+    vectors = tmp_path / "out" / "vectors"
+    for name, made in (
+        ("l_lora", {"rank": 16, "method_seed": 0}),
+        ("lota", {"density": settings.density}),
+    ):
+        metadata = TaskVector.load(vectors / f"{name}-{TASKS[0]}.safetensors").metadata
+        assert metadata.items() >= {**made, "method": name, "task": TASKS[0], "seed": 0}.items()
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(page.count(title) > 5 for title in TITLES.values())
     text = io.StringIO()

@@ -598,6 +598,12 @@ MASK = Mask.from_dense({"weight": torch.eye(3) > 0})
         ),
         (lambda: {"method": "l_lora"}, TalosValueError, "params must match a parameter of Linear"),
         (lambda: {"method": "attention_only"}, TalosValueError, "params must match a parameter"),
+        (
+            lambda: {"method": Talos(MASK), "mask": MASK},
+            TalosValueError,
+            r"mask must be left out where method is Talos\(mask\), which has one",
+        ),
+        (lambda: {"method": Talos(None)}, TalosTypeError, "mask must be a talos.Mask, got None"),
         (lambda: {"method": LLora(rank=0)}, TalosValueError, "rank must be an integer of at least"),
         (lambda: {"method": LLora(lora_alpha=-1)}, TalosValueError, "lora_alpha must be positive"),
         (lambda: {"method": Lota(density=0)}, TalosValueError, r"density must lie in \(0, 1\]"),
@@ -626,6 +632,45 @@ def test_what_cannot_be_trained_is_refused_at_the_call(
     data = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(error, match=match):
         fine_tune(**{"model": nn.Linear(3, 3), "batches": data, "steps": 1, **make()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "match"),
+    [
+        *((Lota, {"density": each}, "density must lie") for each in (None, "0.1", True, [0.1])),
+        *((Lota, {"sparse_lr": each}, "sparse_lr must be positive") for each in (0, True, "1")),
+        *((LLora, {"rank": each}, "rank must be an integer") for each in (True, 1.5, None, "4")),
+        *(
+            (LLora, {"lora_alpha": each}, "lora_alpha must be positive and finite")
+            for each in (True, None, "4", torch.nan, torch.inf)
+        ),
+        *(
+            (kind, {"seed": each}, "seed must be an integer of 64 bits")
+            for kind in (LLora, Random)
+            for each in (1.5, True, None, "x", 2**70)
+        ),
+        (Magnitude, {"select": "foo"}, "select must be 'lowest' or 'highest', got 'foo'"),
+    ],
+)
+def test_settings_are_refused_where_they_are_written(
+    kind: type[Method], settings: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(TalosValueError, match=match):
+        kind(**settings)
+
+
+def test_the_second_training_of_lota_may_have_a_rate_of_its_own() -> None:
+    data = [(torch.randn(4, 3), torch.arange(4) % 3)]
+    plain, *others = (
+        list(fine_tune(nn.Linear(3, 3), data, method=method, steps=4, lr=1e-3))
+        for method in (Lota(), Lota(sparse_lr=1e-3), Lota(sparse_lr=1e-1))
+    )
+    rates = [event.lr for event in plain[:-1]]
+    assert [event.lr for event in others[0][:-1]] == rates
+    assert [event.lr for event in others[1][:4]] == rates[:4]
+    assert [event.lr for event in others[1][4:-1]] == pytest.approx([100 * r for r in rates[4:]])
+    assert others[1][-1].task_vector.metadata["sparse_lr"] == 1e-1
+    assert "sparse_lr" not in plain[-1].task_vector.metadata
 
 
 def test_nothing_trainable_is_refused() -> None:

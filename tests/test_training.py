@@ -204,6 +204,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"lr": -1.0}, "Invalid learning rate"),
         ({"steps": 2.5}, "steps must be an integer"),
+        (
+            {"autocast": torch.float32, "hold_frozen": True},
+            "hold_frozen must go with autocast in .* got torch.float32",
+        ),
     ],
 )
 @pytest.mark.parametrize("sparse", [True, False])

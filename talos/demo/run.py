@@ -214,7 +214,7 @@ class _Demo:
                     vector = event.task_vector
         if vector is None:
             raise TalosRuntimeError("fine_tune must end with a task vector, got none")
-        origin = {"model": judge.encoder.name, "task": task.name, "method": method}
+        origin = {**vector.metadata, "model": judge.encoder.name, "task": task.name}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
         # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.
         vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)

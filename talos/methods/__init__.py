@@ -51,7 +51,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     each.name: each
-    for each in (*(Talos, Nonlinear, Linearized, LLora, Lota, AttentionOnly, Random, Magnitude),)
+    for each in (Talos, Nonlinear, Linearized, LLora, Lota, AttentionOnly, Random, Magnitude)
 }
 """Every method by its name."""
 
@@ -80,7 +80,7 @@ def method_of(
         >>> method_of("l_lora", None)
         LLora(rank=16, lora_alpha=16.0, seed=0)
         >>> method_of("lota", None, {"rank": 8, "density": 0.2})
-        Lota(density=0.2)
+        Lota(density=0.2, sparse_lr=None)
     """
     if method is None:
         method = "nonlinear" if mask is None else "talos"
@@ -97,6 +97,11 @@ def method_of(
         method = METHODS[method]()
     if not isinstance(method, Method):
         raise TalosTypeError(f"method must be a name or a Method, got {type(method).__name__}")
+    if mask is not None and isinstance(method, Talos):
+        raise TalosValueError(
+            "mask must be left out where method is Talos(mask), which has one, got another; pass "
+            "mask alone"
+        )
     if mask is not None:
         raise TalosValueError(
             f"mask must be left out with the method {method.name}, got one; only talos trains what "

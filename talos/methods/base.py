@@ -8,10 +8,12 @@ them; nothing here loops.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from numbers import Real
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +39,14 @@ class Phase(ABC):
         logits_fn: how its logits are had.
         optimizer: what takes the steps; its groups' `lr` is set before each.
         others: the parameters that require a gradient and are not trained.
+        lr: the phase's own peak learning rate; None: that of the training.
     """
 
     module: nn.Module
     logits_fn: LogitsFunction
     optimizer: torch.optim.Optimizer
     others: Sequence[nn.Parameter] = ()
+    lr: float | None = None
 
     def freeze(self) -> None:
         """Turn gradients off where nothing is trained; called before the first step."""
@@ -120,9 +124,10 @@ class Method(ABC):
     def metadata(self) -> dict[str, Any]:
         """The method's name and settings, as its task vectors carry them.
 
-        `seed` is called `method_seed` there: beside it a training's own seed is kept.
+        `seed` is called `method_seed` there: beside it a training's own seed is kept. A setting
+        that is None is left out.
         """
-        settings = asdict(self)
+        settings = {key: value for key, value in asdict(self).items() if value is not None}
         if "seed" in settings:
             settings["method_seed"] = settings.pop("seed")
         return {"method": self.name, **settings}
@@ -151,7 +156,24 @@ def check_bare(model: nn.Module, name: str) -> None:
         )
 
 
-def check_density(density: float) -> None:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a real number: no bool, no text, no tensor."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_density(density: object) -> None:
     """Refuse a density outside (0, 1], before anything is done with it."""
-    if isinstance(density, bool | str) or not 0.0 < density <= 1.0:
-        raise TalosValueError(f"density must lie in (0, 1], got {density}")
+    if not (is_number(density) and 0.0 < density <= 1.0):
+        raise TalosValueError(f"density must lie in (0, 1], got {density!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is not a positive, finite number."""
+    if not (is_number(value) and 0 < value < math.inf):
+        raise TalosValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what `torch.Generator.manual_seed` does not take as it is."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise TalosValueError(f"seed must be an integer of 64 bits, got {seed!r}")

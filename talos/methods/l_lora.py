@@ -29,7 +29,15 @@ from talos.params import named_modules, select_parameters
 from talos.projections import Projection, projections
 from talos.task_vectors import TaskVector
 
-from .base import Hyperparameters, LogitsFunction, Method, Phase, untrained
+from .base import (
+    Hyperparameters,
+    LogitsFunction,
+    Method,
+    Phase,
+    check_positive,
+    check_seed,
+    untrained,
+)
 from .nonlinear import clip
 
 __all__ = ["LLora", "first_factor"]
@@ -58,11 +66,11 @@ class LLora(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a rank or a scale out of range."""
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise TalosValueError(f"rank must be an integer of at least 1, got {self.rank}")
-        if not 0 < self.lora_alpha < math.inf:
-            raise TalosValueError(f"lora_alpha must be positive and finite, got {self.lora_alpha}")
+        """Refuse a rank, a scale or a seed out of range."""
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise TalosValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
+        check_positive("lora_alpha", self.lora_alpha)
+        check_seed(self.seed)
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""

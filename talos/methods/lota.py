@@ -19,7 +19,15 @@ from talos.masks import Mask
 from talos.param_groups import check_not_wrapped, check_trainable
 from talos.params import named_parameters
 
-from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density, trainable
+from .base import (
+    Hyperparameters,
+    LogitsFunction,
+    Method,
+    Phase,
+    check_density,
+    check_positive,
+    trainable,
+)
 from .nonlinear import Dense
 from .talos import Sparse
 
@@ -32,6 +40,8 @@ class Lota(Method):
 
     Attributes:
         density: the fraction of all trainable weights that the second one trains.
+        sparse_lr: the second one's peak learning rate; None: that of the first. Few weights bear,
+            and want, a larger one than all of them (see `Talos.usual_lr`).
 
     Example:
         >>> Lota(density=0.2).metadata
@@ -42,10 +52,13 @@ class Lota(Method):
     phases = 2
     usual_lr = 5e-5
     density: float = 0.1
+    sparse_lr: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a density out of range before a whole training is spent on it."""
+        """Refuse what is out of range before a whole training is spent on it."""
         check_density(self.density)
+        if self.sparse_lr is not None:
+            check_positive("sparse_lr", self.sparse_lr)
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
@@ -63,15 +76,17 @@ class _Search(Dense):
         for name, param in params.items():
             check_trainable(name, param)
         super().__init__(model, params, hyper, logits_fn, method.metadata)
-        self.density, self.hyper = method.density, hyper
+        self.method, self.hyper = method, hyper
         self.buffers = KeptBuffers(model)
 
     @torch.no_grad()
     def following(self) -> Phase:
         """Give the model its initial weights and train where they moved most."""
         moved = {n: (p - self.base[n]).abs_().float() for n, p in self.params.items()}
-        mask = Mask.from_scores(moved, self.density, select="highest")
+        mask = Mask.from_scores(moved, self.method.density, select="highest")
         for name, param in self.params.items():
             param.copy_(self.base[name])
         self.buffers.restore()
-        return Sparse(self.module, mask, self.hyper, self.logits_fn, self.metadata)
+        phase = Sparse(self.module, mask, self.hyper, self.logits_fn, self.metadata)
+        phase.lr = self.method.sparse_lr
+        return phase

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.params import select_parameters
 
@@ -37,8 +38,10 @@ class Magnitude(Method):
     select: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
-        """Refuse a density out of range."""
+        """Refuse a density or a selection out of range."""
         check_density(self.density)
+        if self.select not in ("lowest", "highest"):
+            raise TalosValueError(f"select must be 'lowest' or 'highest', got {self.select!r}")
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""

@@ -10,7 +10,7 @@ from torch import nn
 from talos.masks import Mask
 from talos.params import select_parameters
 
-from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density
+from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density, check_seed
 from .talos import Sparse
 
 __all__ = ["Random"]
@@ -37,8 +37,9 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a density out of range."""
+        """Refuse a density or a seed out of range."""
         check_density(self.density)
+        check_seed(self.seed)
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""

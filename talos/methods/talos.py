@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from talos.errors import TalosTypeError
 from talos.masks import Mask
 from talos.optim import SparseAdam, several_processes
 from talos.task_vectors import TaskVector
@@ -37,6 +38,14 @@ class Talos(Method):
     name = "talos"
     usual_lr = 1e-3
     mask: Mask
+
+    def __post_init__(self) -> None:
+        """Refuse what is no mask."""
+        if not isinstance(self.mask, Mask):
+            raise TalosTypeError(
+                f"mask must be a talos.Mask, got {type(self.mask).__name__}; find one with "
+                "talos.calibrate"
+            )
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""

@@ -1,10 +1,12 @@
 """`talos eval`: accuracy before and after an edit."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -75,6 +77,8 @@ def evaluate(
     console = stdout()
     with keeping("there was nothing to write"), Bars() as bars:
         edit = TaskVector.load(vector) if vector is not None else None
+        if edit is not None:
+            _check_expansion(edit.metadata, linearized)
         tasks = [load_data(each) for each in data]
         stems = [task.name for task in tasks]
         if twice := {stem for stem in stems if stems.count(stem) > 1}:
@@ -156,6 +160,22 @@ def _parse_scale(scale: str) -> float | None:
     if not math.isfinite(value):
         raise TalosValueError(f"--scale must be a finite number or grid, got {scale}")
     return value
+
+
+def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
+    """Warns where a vector's method, or one in its sum, does not go with --linearized."""
+    from talos.task_vectors.sums import sources
+
+    origins = [source["of"] for source in sources([(1.0, metadata)])]
+    methods = {str(of["method"]) for of in origins if isinstance(of, dict) and "method" in of}
+    wrong = sorted(name for name in methods if (name == "linearized") != linearized)
+    if wrong:
+        where = "without --linearized, got it" if linearized else "with --linearized, got none"
+        say(
+            Console(stderr=True, highlight=False),
+            f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
+            "accuracy below is that of another function than was trained",
+        )
 
 
 def _show_grid(grid: list[float], points: list[float], chosen: float) -> None:

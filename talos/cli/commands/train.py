@@ -71,6 +71,13 @@ def train(
             "train, by default 0.1.",
         ),
     ] = None,
+    sparse_lr: Annotated[
+        float | None,
+        typer.Option(
+            "--sparse-lr",
+            help="Peak learning rate of lota's second, sparse training, by default that of --lr.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 80,
     lr: Annotated[
         float | None,
@@ -91,7 +98,7 @@ def train(
     attention_only the projections of attention; random and magnitude as many weights as talos,
     drawn or the smallest ones.
     """
-    method = _checked_method(method, mask, rank, density)
+    method = _checked_method(method, mask, rank, density, sparse_lr)
     check_at_least("--steps", steps, 1)
     check_at_least("--batch-size", batch_size, 1)
     check_at_least("--max-length", max_length, 3)
@@ -110,7 +117,7 @@ def train(
     from talos.training import FineTuneFinished, FineTuneStep, fine_tune
 
     with keeping("nothing was written"), Bars() as bars:
-        given = {"rank": rank, "density": density}
+        given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
         chosen = method_of(
             method,
             Mask.load(mask) if mask is not None else None,
@@ -154,7 +161,11 @@ def train(
 
 
 def _checked_method(
-    method: str | None, mask: Path | None, rank: int | None, density: float | None
+    method: str | None,
+    mask: Path | None,
+    rank: int | None,
+    density: float | None,
+    sparse_lr: float | None,
 ) -> str:
     """The method's name, after a look at the options that go with it."""
     if method is None:
@@ -166,7 +177,11 @@ def _checked_method(
         )
     if method != "talos" and mask is not None:
         raise TalosValueError(f"--mask must be left out with --method {method}, got {mask}")
-    for option, value, takers in (("--rank", rank, _RANKED), ("--density", density, _DENSE)):
+    for option, value, takers in (
+        ("--rank", rank, _RANKED),
+        ("--density", density, _DENSE),
+        ("--sparse-lr", sparse_lr, ("lota",)),
+    ):
         if value is not None and method not in takers:
             raise TalosValueError(
                 f"{option} must be left out with --method {method}, got {value}; it is for "
@@ -176,4 +191,6 @@ def _checked_method(
         check_at_least("--rank", rank, 1)
     if density is not None:
         check_density(density)
+    if sparse_lr is not None:
+        check_positive("--sparse-lr", sparse_lr)
     return method
