@@ -18,7 +18,7 @@ A tensor without a selected entry has no program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -155,24 +155,20 @@ class Index:
 
     def split(self) -> list[Index]:
         """One index a tensor; the bitmaps and positions are views of this one's."""
-        rows = self.table.tolist()  # a host sync on a GPU
         parts = []
-        for row, numel, nnz in zip(rows, self.numels, self.nnzs, strict=True):
-            encoding = ENCODINGS[row[Column.ENCODING]]
-            data, first = row[Column.DATA], row[Column.STARTS]
-            blocks = blocks_of(numel, SEGMENT_SIZE if encoding == "u16" else BLOCK_SIZE)
-            words = blocks * (BLOCK_SIZE // WORD_SIZE) if encoding == "bitmap" else 0
-            starts = 0 if encoding == "full" else blocks + 1
-            alone = [numel, row[Column.ENCODING], 0, 0, 0, 0]
+        for part in _parts(self.buffers, self.numels, self.nnzs):  # a host sync on a GPU
+            alone = [part.numel, ENCODINGS.index(part.encoding), 0, 0, 0, 0]
+            size = SEGMENT_SIZE if part.encoding == "u16" else BLOCK_SIZE
+            programs = blocks_of(part.numel, size) if part.nnz else 0
             parts.append(
                 Index(
-                    (numel,),
-                    (nnz,),
-                    self.words.narrow(0, data if words else 0, words),
-                    self.positions.narrow(0, *((data, nnz) if encoding == "u16" else (0, 0))),
-                    self.starts.narrow(0, first, starts) - row[Column.RANK],
+                    (part.numel,),
+                    (part.nnz,),
+                    part.words,
+                    part.positions,
+                    part.starts,
                     torch.tensor([alone], dtype=torch.int64).to(self.device),
-                    torch.zeros(blocks if nnz else 0, dtype=torch.int32, device=self.device),
+                    torch.zeros(programs, dtype=torch.int32, device=self.device),
                 )
             )
         return parts
@@ -184,27 +180,7 @@ class Index:
 
     def unpack(self) -> list[TensorIndex]:
         """One `TensorIndex` a tensor, on the CPU."""
-        words, positions, starts, table = (buffer.cpu() for buffer in self.buffers[:4])
-        parts = []
-        for row, numel, nnz in zip(table.tolist(), self.numels, self.nnzs, strict=True):
-            encoding = ENCODINGS[row[Column.ENCODING]]
-            data, first = row[Column.DATA], row[Column.STARTS]
-            size = SEGMENT_SIZE if encoding == "u16" else BLOCK_SIZE
-            blocks = blocks_of(numel, size)
-            word_count = blocks * BLOCK_SIZE // 32 if encoding == "bitmap" else 0
-            position_count = nnz if encoding == "u16" else 0
-            start_count = 0 if encoding == "full" else blocks + 1
-            parts.append(
-                TensorIndex(
-                    numel,
-                    nnz,
-                    encoding,
-                    words[data : data + word_count] if word_count else words[:0],
-                    positions[data : data + position_count] if position_count else positions[:0],
-                    starts[first : first + start_count] - row[Column.RANK],
-                )
-            )
-        return parts
+        return list(_parts([buffer.cpu() for buffer in self.buffers], self.numels, self.nnzs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the positions as int16: torch pickles no uint16 storage."""
@@ -231,6 +207,28 @@ class Index:
                     f"{name}[{i}] must be on the index's device {self.device}, "
                     f"got {tensor.device}; move one with .to()"
                 )
+
+
+def _parts(
+    buffers: Sequence[Tensor], numels: Sequence[int], nnzs: Sequence[int]
+) -> Iterator[TensorIndex]:
+    """Each tensor's own index, where the buffers lie; its words and positions are views."""
+    words, positions, starts, table, _ = buffers
+    for row, numel, nnz in zip(table.tolist(), numels, nnzs, strict=True):
+        encoding = ENCODINGS[row[Column.ENCODING]]
+        data, first = row[Column.DATA], row[Column.STARTS]
+        blocks = blocks_of(numel, SEGMENT_SIZE if encoding == "u16" else BLOCK_SIZE)
+        word_count = blocks * (BLOCK_SIZE // WORD_SIZE) if encoding == "bitmap" else 0
+        position_count = nnz if encoding == "u16" else 0
+        start_count = 0 if encoding == "full" else blocks + 1
+        yield TensorIndex(
+            numel,
+            nnz,
+            encoding,
+            words[data : data + word_count] if word_count else words[:0],
+            positions[data : data + position_count] if position_count else positions[:0],
+            starts[first : first + start_count] - row[Column.RANK],
+        )
 
 
 def _restore(
