@@ -114,7 +114,8 @@ def _sparsely(
         bytes_moved=sparse_step(parts, mask.nbytes, compact=compact),
         index_bytes=mask.nbytes,
     )
-    phase.optimizer.compact_gradients(compact)
+    if not compact:  # the phase has seen to it else
+        phase.optimizer.compact_gradients(False)
     return running
 
 
