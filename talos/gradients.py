@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
-from torch.utils.weak import TensorWeakRef
 
 from talos_kernels import Index, gather_grad_
 
 from .compact_gradient import CompactGradient
 from .errors import TalosRuntimeError
+from .shared_cast import SharedCast
 
 __all__ = ["CompactedParam", "compact"]
 
@@ -108,7 +108,16 @@ _lock = threading.Lock()
 _routed: dict[int, CompactedParam] = {}
 _replaced: Callable[..., Tensor] | None = None  # what functional.linear was before
 _scratches: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
-_last_cast = threading.local()
+
+
+class _Local(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.cast = SharedCast()
+
+
+_local = _Local()
 
 
 def _route(params: list[CompactedParam]) -> None:
@@ -171,17 +180,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     Only what autograd has made is shared: a user's tensor may be written unseen.
     """
-    if x.dtype == dtype or x.grad_fn is None:
-        return x.detach().to(dtype)
-    last = getattr(_last_cast, "refs", None)
-    if last is not None:
-        source, version, kept = last
-        cast: Tensor | None = kept()
-        if source() is x and version == x._version and cast is not None and cast.dtype == dtype:
-            return cast
-    cast = x.detach().to(dtype)
-    _last_cast.refs = TensorWeakRef(x), x._version, TensorWeakRef(cast)
-    return cast
+    return x.detach().to(dtype) if x.grad_fn is None else _local.cast(x, dtype)
 
 
 def _scratch(weight: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ a table that is looked up in. Their backward computes the gradient of the input 
 listener dY, and hands none to the parameters.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .layouts import Use
 
-__all__ = ["Part", "SharedCast", "Sink", "copies", "linear", "look_up", "norm"]
+__all__ = ["Part", "Sink", "copies", "linear", "look_up", "norm"]
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,6 @@ class Part:
     def narrowed(self, rows: slice) -> "Part":
         """Some of its rows, counted from its start."""
         return Part(self.name, self.param, self.start + rows.start, self.start + rows.stop)
-
-
-class SharedCast:
-    """The last input without its history in another dtype: layers that share it share the cast."""
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Casts `x`, or finds that this was done before."""
-        if self._last is not None:
-            source, version, cast = self._last
-            if source() is x and version == x._version and cast.dtype == dtype:
-                return cast
-        cast = x.detach().to(dtype)
-        self._last = (weakref.ref(x), x._version, cast)
-        return cast
 
 
 @dataclass(frozen=True)

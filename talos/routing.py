@@ -31,9 +31,10 @@ from torch.nn import functional
 
 from . import listeners
 from .layouts import Origin, Use, leading
-from .listeners import Part, SharedCast, Sink
+from .listeners import Part, Sink
 from .params import Selection, is_norm
 from .patches import unfolded
+from .shared_cast import SharedCast
 
 __all__ = ["Router"]
 
