@@ -35,6 +35,11 @@ struct IndexView {
 
 TALOS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A tensor's selected entries end where the next one's begin. Reads the table: on its device only.
+TALOS_HOST_DEVICE inline int64_t end_of_ranks(const IndexView& index, int64_t tensor) {
+  return tensor + 1 < index.n_tensors ? index.table[(tensor + 1) * kColumns + kRank] : index.nnz;
+}
+
 TALOS_HOST_DEVICE constexpr int64_t entries_per_program(int64_t encoding) {
   return encoding == kU16 ? kSegmentSize : kBlockSize;
 }

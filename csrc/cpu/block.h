@@ -54,8 +54,7 @@ inline bool find_block(const IndexView& index, int64_t program, Block& b) {
     b.rank = index.starts[start];
     b.count = index.starts[start + 1] - b.rank;
   }
-  // A tensor's selected entries end where the next one's begin.
-  const int64_t end = b.tensor + 1 < index.n_tensors ? row[kColumns + kRank] : index.nnz;
+  const int64_t end = end_of_ranks(index, b.tensor);
   if (b.count < 0 || b.count > b.dense_count || end > index.nnz) return false;
   if (b.rank < row[kRank] || b.rank < 0 || b.rank > end - b.count) return false;
 

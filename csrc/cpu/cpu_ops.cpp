@@ -49,14 +49,13 @@ void check_numels(const IndexView& index, const TensorList& tensors, const char*
   }
 }
 
-// Where each compact gradient begins in rank order; -1 for a dense one. A tensor's selected entries
-// end where the next one's begin.
+// Where each compact gradient begins in rank order; -1 for a dense one.
 std::vector<int64_t> compact_ranks(const IndexView& index, const TensorList& grads) {
   std::vector<int64_t> ranks(index.n_tensors, -1);
   for (int64_t i = 0; i < index.n_tensors; ++i) {
     const int64_t* row = index.table + i * kColumns;
     if (grads.numel[i] == 0 || grads.numel[i] == row[kNumel]) continue;
-    const int64_t end = i + 1 < index.n_tensors ? row[kColumns + kRank] : index.nnz;
+    const int64_t end = end_of_ranks(index, i);
     STD_TORCH_CHECK(grads.numel[i] == end - row[kRank], "grads[", i, "] must have ", row[kNumel],
                     " elements or, of the selected entries, ", end - row[kRank], ", got ",
                     grads.numel[i], "; gather it by the same index");
