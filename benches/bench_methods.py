@@ -17,7 +17,6 @@ from talos.costs import measure as measure_forms
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = {"cpu": 16, "cuda": 128}
 SMALLER = {"vit-l-14": 64, "t5-large": 64}  # on a GPU: what linearized and all of fp32 hold
-ITERATIONS = {"cpu": 4, "cuda": 5}
 
 
 def bench_methods(
@@ -50,7 +49,6 @@ def bench_methods(
         workload,
         [form for form in wanted if reasons[form.title] is None],
         rounds=option("--rounds"),
-        iterations=ITERATIONS[device.type],
     )
     tried = {form.title for form in wanted if reasons[form.title] is None}
     for title in sorted(tried - {cost.title for cost in costs}):

@@ -139,7 +139,6 @@ class Bucket:
             name: CompactedParam(
                 param,
                 index,
-                torch.zeros(index.nnz, device=index.device),
                 _rows(param, index),
                 whole,
             )
@@ -223,7 +222,7 @@ class Bucket:
     def _dense_square(self, name: str, grad: Tensor) -> Tensor:
         if not isinstance(grad, CompactGradient):
             return grad.float().square().sum()
-        square = self.compacted[name].dense_square
+        square = self.compacted[name].dense_square(grad)
         if square is None:
             raise TalosRuntimeError(
                 f"the norm of {name}'s dense gradient is not known: it is kept by "

@@ -1,7 +1,7 @@
 """Weight gradients that are never dense, or only one at a time.
 
 Autograd makes the dense gradient of every weight that is trained and keeps it until the step. Here
-a gradient is compacted the moment it exists, into float32 memory that all steps share:
+a gradient is compacted the moment it exists, into 4 bytes a selected entry:
 
 - a hook behind autograd's accumulation gathers what it has made and drops it;
 - `torch.nn.functional.linear`, by which most layers reach their weight, is routed for the selected
@@ -16,6 +16,7 @@ hooks of its own, and where a weight is reached otherwise, the hook alone does i
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,30 +43,30 @@ class CompactedParam:
     Attributes:
         param: the parameter.
         index: its selected entries, on its device.
-        values: float32 `[nnz]`, where its gradient goes.
         rows: of dimension 0, those from the first to behind the last with a selected entry.
         whole: whether all rows are multiplied and the dense gradient's norm is kept.
-        norm: the sum of squares of the last dense gradient, 0-dim, and the version of `values`
-            that was gathered from it.
+        norm: the sum of squares of the last dense gradient, 0-dim, the entries that were gathered
+            from it, and their version then.
         active: whether gradients are still to be compacted.
     """
 
     param: Tensor
     index: Index
-    values: Tensor
     rows: slice
     whole: bool = False
-    norm: tuple[Tensor, int] | None = None
+    norm: tuple[Tensor, weakref.ref[Tensor], int] | None = None
     active: bool = True
 
-    @property
-    def dense_square(self) -> Tensor | None:
+    def dense_square(self, gradient: CompactGradient) -> Tensor | None:
         """The sum of squares of the dense gradient, 0-dim; None: of this gradient it is not known.
 
         Of a sum of gradients it is not the sum of theirs, nor known of one that was changed.
         """
-        known = self.norm is not None and self.norm[1] == self.values._version
-        return self.norm[0] if known and self.norm is not None else None
+        if self.norm is None:
+            return None
+        square, entries, version = self.norm
+        known = entries() is gradient.entries and version == gradient.entries._version
+        return square if known else None
 
     def receive(self, dense: Tensor) -> None:
         """Adds a dense gradient to `param.grad`, of which the selected entries are kept."""
@@ -76,10 +77,11 @@ class CompactedParam:
         if isinstance(found, CompactGradient):
             gather_grad_(found.entries, [dense], found.selection, accumulate=True)
             return
-        gather_grad_(self.values, [dense], self.index)
+        entries = torch.empty(self.index.nnz, dtype=torch.float32, device=dense.device)
+        gather_grad_(entries, [dense], self.index)
         if self.whole:
-            self.norm = dense.float().square().sum(), self.values._version
-        self.param.grad = CompactGradient.of(self.param, self.index, self.values)
+            self.norm = dense.float().square().sum(), weakref.ref(entries), entries._version
+        self.param.grad = CompactGradient.of(self.param, self.index, entries)
 
     def compact(self, _: Tensor | None = None) -> None:
         """Replaces a dense `param.grad` by a compact one; the hook behind the accumulation."""

@@ -281,10 +281,10 @@ class SparseAdam(torch.optim.Optimizer):
 
         A gradient is compacted the moment it exists, so that at most one is ever dense, and of a
         linear layer's weight only the rows with selected entries are computed. `param.grad` is a
-        `CompactGradient` then: it accumulates, and clipping, GradScaler and norms work on it. Its
-        memory, 4 bytes a selected entry, is used again after `zero_grad`. The gradients of linear
-        layers' weights do not pass autograd unless such a weight has hooks (`register_hook`), which
-        see them dense; `torch.autograd.grad` does not return them.
+        `CompactGradient` then, 4 bytes a selected entry: it accumulates, and clipping, GradScaler
+        and norms work on it. The gradients of linear layers' weights do not pass autograd unless
+        such a weight has hooks (`register_hook`), which see them dense; `torch.autograd.grad` does
+        not return them.
 
         Args:
             enabled: False goes back to dense gradients; `release` does too.

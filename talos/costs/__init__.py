@@ -5,7 +5,7 @@ of fine-tuning on it side by side, `talos.costs.results` makes files and tables 
 """
 
 from .forms import BASELINE, COMPILED, FORMS, OURS
-from .iteration import Cost, Memory, measure
+from .iteration import ITERATIONS, Cost, Memory, measure
 from .paper import PAPER, Reported
 from .running import Form, Running
 from .workload import LAYERS, MODELS, Workload, library_model, make_workload
@@ -14,6 +14,7 @@ __all__ = [
     "BASELINE",
     "COMPILED",
     "FORMS",
+    "ITERATIONS",
     "LAYERS",
     "MODELS",
     "OURS",

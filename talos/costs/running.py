@@ -130,16 +130,15 @@ class Running:
         """Memory of the gradients after a backward.
 
         Returns:
-            Bytes that the backward allocated, and bytes that are held all the time: the entries of
-            compact gradients, and the scratch in which one after the other is dense.
+            Bytes that the backward allocated, and bytes that are held all the time: the scratch in
+            which one compact gradient after the other is dense.
         """
         grads = [param.grad for param in self.module.parameters() if param.grad is not None]
-        device = self.workload.device
-        dense = held_bytes((g for g in grads if not isinstance(g, CompactGradient)), device)
         compact = [each for each in grads if isinstance(each, CompactGradient)]
-        held = held_bytes((each.entries for each in compact), device)
+        dense = (each for each in grads if not isinstance(each, CompactGradient))
+        made = held_bytes((*dense, *(each.entries for each in compact)), self.workload.device)
         scratch = max((each.numel() for each in compact), default=0)
-        return dense, held + scratch * self.workload.dtype.itemsize
+        return made, scratch * self.workload.dtype.itemsize
 
     def selected_gradient(self) -> Tensor | None:
         """The gradient at the workload's selected entries.

@@ -65,7 +65,7 @@ def bench(
     """
     import torch
 
-    from talos.costs import COMPILED, FORMS, MODELS, make_workload, measure
+    from talos.costs import COMPILED, FORMS, ITERATIONS, MODELS, make_workload, measure
     from talos.costs.figure import memory_bars, time_bars
     from talos.costs.results import results_of, save_results
     from talos.costs.workload import check_sizes
@@ -93,13 +93,11 @@ def bench(
     )
     wanted = [*FORMS, *(COMPILED if compiled else ())]
     left_out = {form.name: why for form in wanted if (why := form.missing(workload))}
-    iterations = 5 if on_gpu else 1
     with keeping("nothing was written"), Bars() as bars:
         costs = measure(
             workload,
             [form for form in wanted if form.name not in left_out],
             rounds=rounds,
-            iterations=iterations,
             on_progress=bars.show,
         )
     measured = {cost.form for cost in costs} | left_out.keys()
@@ -111,7 +109,7 @@ def bench(
         "layers": layers,
         "dtype": dtype,
         "rounds": rounds,
-        "iterations": iterations,
+        "iterations": ITERATIONS[device.type],
         "trainable": sum(param.numel() for param in workload.model.parameters()),
         "selected": workload.mask.nnz,
     }
