@@ -19,6 +19,7 @@ BATCH = {"cpu": 16, "cuda": 128}
 SMALLER = {"vit-l-14": 64, "t5-large": 64}  # on a GPU: what linearized and all of fp32 hold
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # peft's SHiRA
 def bench_methods(
     trained: str,
     dtype: str,

@@ -26,6 +26,8 @@ class Record:
     peak_bytes: int | None = None
     overlaps: dict[str, float] | None = None
     """Shares of kept entries that are those of a reference, by the name of a column."""
+    accuracy: float | None = None
+    """Of a model that the form trained."""
     comparable: bool = True
     """Whether the form does the same work, so that its time over ours is a ratio to quote."""
 
@@ -103,6 +105,7 @@ def _columns(rows: Sequence[Record]) -> list[tuple[str, Callable[[Record], str]]
         ("GFLOP/s", lambda row: _number(row.flops_per_second, "{:.0f}", 1e9)),
         ("of matrix", lambda row: _number(row.matrix_share, "{:.2f}")),
         *((name, overlap(name)) for name in names),
+        ("accuracy", lambda row: _number(row.accuracy, "{:.4f}")),
         ("state MB", lambda row: _number(row.state_bytes, "{:.1f}", 1e6)),
         ("peak MB", lambda row: _number(row.peak_bytes, "{:.1f}", 1e6)),
         ("peak x ours", lambda row: times_ours(row, "peak_bytes")),
