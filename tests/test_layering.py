@@ -18,6 +18,7 @@ ORDER = (
         *("buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"),
         "trees",
     },
+    {"attention"},
     {
         "casts",
         "compact_gradient",

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.params import named_modules, select_parameters
-from talos.projections import Projection, projections
+from talos.params import select_attention
+from talos.projections import Projection
 from talos.task_vectors import TaskVector
 
 from .base import (
@@ -171,20 +171,16 @@ class _Adapted(Phase):
 
 def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
     """An adapter for each query and value projection that requires a gradient."""
-    chosen = {id(each.param): n for n, each in select_parameters(model, "attention").items()}
     found = []
-    for path, module in named_modules(model):
-        for each in projections(path, module):
-            name = chosen.get(id(each.param))
-            if name is None or each.param.dim() != 2:
-                continue
-            if "fused" in each.roles:
-                raise TalosValueError(
-                    f"{name} must hold queries, keys and values in thirds of its rows for the "
-                    f"method l_lora, got {list(each.param.shape)}; freeze it to leave it out"
-                )
-            del chosen[id(each.param)]  # a tied weight has one adapter
-            found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
+    for name, each in select_attention(model).items():
+        if each.param.dim() != 2:
+            continue
+        if "fused" in each.roles:
+            raise TalosValueError(
+                f"{name} must hold queries, keys and values in thirds of its rows for the method "
+                f"l_lora, got {list(each.param.shape)}; freeze it to leave it out"
+            )
+        found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
     if not found:
         raise TalosValueError(
             "model must have query or value projections that require a gradient, got none whose "
