@@ -26,6 +26,7 @@ ORDER = (
         "files",
         "fingerprints",
         "layouts",
+        "linear_backward",
         "matching",
         "params",
     },
