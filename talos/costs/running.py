@@ -134,7 +134,9 @@ class Running:
             Bytes that the backward allocated, and bytes that are held all the time: the entries of
             compact gradients, and the scratch in which one after the other is dense.
         """
-        grads = [param.grad for param in self.module.parameters() if param.grad is not None]
+        groups = self.optimizer.param_groups  # adapters are no part of the module
+        params = {*self.module.parameters(), *(p for group in groups for p in group["params"])}
+        grads = [param.grad for param in params if param.grad is not None]
         device = self.workload.device
         dense = held_bytes((g for g in grads if not isinstance(g, CompactGradient)), device)
         compact = [each for each in grads if isinstance(each, CompactGradient)]
