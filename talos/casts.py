@@ -14,7 +14,7 @@ may use the weight as it pleases. `Watch` notes the code; whether it minds is fo
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import CodeType
 from typing import Any
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from .buffers import KeptBuffers, equal_bits
 from .errors import TalosRuntimeError, TalosTypeError
+from .trees import tensors_in
 
 __all__ = ["Trial", "Watch", "same_bits"]
 
@@ -89,7 +90,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Notes the parameters among the arguments, then calls the function."""
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if id(tensor) not in self._ids or func in _SAYS_NO_DTYPE:
                 continue
             product = self._is_product(func, tensor, args, kwargs)
@@ -158,7 +159,7 @@ class Trial:
                     for kind in {device.type for device in self._devices}:
                         around.enter_context(torch.autocast(kind, self._dtype))
                     around.enter_context(watch or nullcontext())
-                    outputs = list(_tensors(self._forward()))
+                    outputs = list(tensors_in(self._forward()))
                 found: list[Tensor | None] = [output.detach() for output in outputs]
                 if gradients:
                     found += self._gradients([each for each in outputs if each.requires_grad])
@@ -210,14 +211,3 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return equal_bits(a, b)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in nested arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)

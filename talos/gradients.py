@@ -19,19 +19,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional
 
 from talos_kernels import Index, gather_grad_
 
 from .compact_gradient import CompactGradient
-from .errors import TalosRuntimeError
-from .shared_cast import SharedCast
+from .linear_backward import route, unroute
 
 __all__ = ["CompactedParam", "compact"]
 
@@ -68,6 +63,13 @@ class CompactedParam:
         known = entries() is gradient.entries and version == gradient.entries._version
         return square if known else None
 
+    def multiply(self, dy: Tensor, x: Tensor) -> None:
+        """Adds a gradient that was not multiplied: see `Receiver`."""
+        scratch = _scratch(self.param, x.dtype)
+        some = slice(None) if self.whole else self.rows
+        torch.mm(dy[:, some].t(), x, out=scratch[some])
+        self.receive(scratch)
+
     def receive(self, dense: Tensor) -> None:
         """Adds a dense gradient to `param.grad`, of which the selected entries are kept."""
         found = self.param.grad
@@ -95,173 +97,33 @@ class CompactedParam:
 def compact(params: list[CompactedParam]) -> Callable[[], None]:
     """Keeps the gradients of parameters compact until the returned function is called."""
     hooks = [each.param.register_post_accumulate_grad_hook(each.compact) for each in params]
-    _route([each for each in params if each.param.dim() == 2])
+    route([each for each in params if each.param.dim() == 2])
+    _compacted.update(params)
 
     def stop() -> None:
-        _unroute(params)
+        unroute(params)
+        _compacted.difference_update(params)
+        if not _compacted:
+            _scratches.clear()
         for hook in hooks:
             hook.remove()
 
     return stop
 
 
-_FUNCTION = "linear"
-_lock = threading.Lock()
-_routed: dict[int, CompactedParam] = {}
-_replaced: Callable[..., Tensor] | None = None  # what functional.linear was before
+_compacted: set[CompactedParam] = set()
 _scratches: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
 
-class _Local(threading.local):
-    """What each thread has for itself."""
-
-    def __init__(self) -> None:
-        self.cast = SharedCast()
-
-
-_local = _Local()
-
-
-def _route(params: list[CompactedParam]) -> None:
-    global _replaced
-    with _lock:
-        if params and _replaced is None:
-            _replaced = functional.linear
-            setattr(functional, _FUNCTION, _routing_linear)
-        _routed.update({id(each.param): each for each in params})
-
-
-def _unroute(params: list[CompactedParam]) -> None:
-    global _replaced
-    with _lock:
-        for each in params:
-            each.active = False
-            if _routed.get(id(each.param)) is each:
-                del _routed[id(each.param)]
-        if _routed:
-            return
-        _scratches.clear()
-        if functional.linear is _routing_linear:  # else somebody has wrapped it, and it stays
-            setattr(functional, _FUNCTION, _replaced)
-            _replaced = None
-
-
-def _routing_linear(*args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.linear` as long as a weight is routed."""
-    operands: list[Any] = [
-        args[place] if place < len(args) else kwargs.get(name)
-        for place, name in enumerate(("input", "weight", "bias"))
-    ]
-    x, weight, bias = operands
-    target = None if torch.compiler.is_compiling() else _routed.get(id(weight))
-    if target is None or not _plain(x, weight):
-        return (_replaced or torch._C._nn.linear)(*args, **kwargs)
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return compact_linear(x, None, weight, None, bias, target)
-    dtype = torch.get_autocast_dtype(device)
-    bias = None if bias is None else bias.to(dtype)
-    return compact_linear(x, _cast(x, dtype), weight, weight.detach().to(dtype), bias, target)
-
-
-def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is ordinary training, in which nobody asks for the dense gradient."""
-    return (
-        torch.is_grad_enabled()
-        and weight.requires_grad
-        and not weight._backward_hooks
-        and type(x) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
-    )
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` without its history in another dtype: queries, keys and values share one cast.
-
-    Only what autograd has made is shared: a user's tensor may be written unseen.
-    """
-    return x.detach().to(dtype) if x.grad_fn is None else _local.cast(x, dtype)
-
-
-def _scratch(weight: Tensor) -> Tensor:
+def _scratch(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for one dense weight gradient; what it holds is of no meaning.
 
     Each thread and stream has its own, so that nobody writes what another still reads.
     """
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-    key = threading.get_ident(), stream, weight.device, weight.dtype
+    key = threading.get_ident(), stream, weight.device, dtype
     kept = _scratches.get(key)
     if kept is None or kept.numel() < weight.numel():
-        kept = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
+        kept = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
         _scratches[key] = kept
     return kept[: weight.numel()].view(weight.shape)
-
-
-class _CompactLinear(torch.autograd.Function):
-    """`linear` whose backward gives the weight's gradient to `target` and none to autograd.
-
-    Under autocast `inputs` and `cast` are `x` and `weight` in its dtype, without their history.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        inputs: Tensor | None,
-        weight: Tensor,
-        cast: Tensor | None,
-        bias: Tensor | None,
-        target: CompactedParam,
-    ) -> Tensor:
-        ctx.target, ctx.dtype, ctx.casts = target, x.dtype, cast is not None
-        inputs, weight = (x if inputs is None else inputs), (weight if cast is None else cast)
-        ctx.save_for_backward(inputs, weight)
-        if inputs.is_contiguous():
-            y: Tensor = torch._C._nn.linear(inputs, weight, bias)
-            return y
-        # Flat, as torch does it where there is a history: without one it would make a product of
-        # each matrix of the batch, and in bf16 on a CPU copy the weight for every one of them.
-        y = torch.mm(inputs.reshape(-1, inputs.shape[-1]), weight.t())
-        y = y.view(*inputs.shape[:-1], len(weight))
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (inputs, weight) = grads, ctx.saved_tensors
-        if torch.is_grad_enabled() and ctx.casts:
-            raise TalosRuntimeError(
-                "compact gradients cannot be differentiated under autocast (create_graph=True); "
-                "call optimizer.compact_gradients(False), or compute this loss in float32"
-            )
-        rows, inputs = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-        needs_x, _, _, _, needs_bias, _ = ctx.needs_input_grad
-        dx = dw = None
-        if needs_x:
-            dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtype)
-        target: CompactedParam = ctx.target
-        if wanted := _wanted(target):
-            plain = target.active and not target.param._backward_hooks
-            if wanted == "returned" or torch.is_grad_enabled() or not plain:
-                dw = (rows.t() @ inputs).to(target.param.dtype)
-            else:
-                scratch = _scratch(weight)
-                some = slice(None) if target.whole else target.rows
-                torch.mm(rows[:, some].t(), inputs, out=scratch[some])
-                target.receive(scratch)
-        return dx, None, dw, None, rows.sum(0) if needs_bias else None, None
-
-
-def _wanted(target: CompactedParam) -> Literal["", "accumulated", "returned"]:
-    """What the engine does with the weight's gradient, if it wants it at all."""
-    node = get_gradient_edge(target.param).node
-    try:
-        return "accumulated" if torch._C._will_engine_execute_node(node) else ""
-    except RuntimeError as error:
-        if "autograd.grad" not in str(error):  # where torch does not tell of a leaf
-            raise
-        return "returned"
-
-
-compact_linear: Callable[..., Tensor] = _CompactLinear.apply

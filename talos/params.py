@@ -8,9 +8,11 @@ Three presets and any regular expression choose the tensors:
   embeddings of any kind, nothing that is tied to an embedding.
 - `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
   like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`. The `c_attn` of
-  GPT-2 has its queries and keys in columns and is refused.
+  GPT-2 has its queries and keys in columns and is refused, and so is a fused layer whose rows are
+  not three times its inputs or not known to be thirds (`query_key_value`, `qkv_proj`).
 - `"attention"`, the projections to queries, keys and values and the one behind the heads, biases
-  included, every row and column of them (Jin 2025, arXiv 2407.07089).
+  included, every row and column of them (Jin 2025, arXiv 2407.07089). `talos.attention` says what
+  is attention; a module that is known in part is refused.
 - anything else is a regular expression, tried with `re.search` on each name; what it matches is
   taken as it is, heads and embeddings too.
 
@@ -30,17 +32,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .attention import attention_projections
 from .errors import TalosTypeError, TalosValueError
-from .projections import (
-    CONV1D_ATTENTION,
-    FUSED_LAYERS,
-    PACKED,
-    QK_LAYERS,
-    SPLIT,
-    has_thirds,
-    is_conv1d,
-    projections,
-)
+from .projections import PACKED, SPLIT, Projection, is_linear, projections
 
 __all__ = [
     "Selected",
@@ -48,11 +42,13 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "own_parameters",
+    "select_attention",
     "select_parameters",
     "unwrapped",
 ]
 
 Rows = tuple[int, int]
+Modules = dict[str, nn.Module]
 
 _logger = logging.getLogger(__name__)
 
@@ -219,44 +215,46 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
 
 
-def _maskable(_name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
-    """What the preset "maskable" takes of one module's own parameters."""
-    whole = isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module) or is_conv1d(module)
-    for name, param in module.named_parameters(recurse=False):
-        if whole or name in PACKED or name in SPLIT:
-            yield param, None
+def _maskable(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "maskable" takes."""
+    for module in modules.values():
+        whole = is_linear(module) or isinstance(module, nn.Conv2d) or is_norm(module)
+        for name, param in module.named_parameters(recurse=False):
+            if whole or name in PACKED or name in SPLIT:
+                yield param, None
 
 
-def _qk(name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
-    """What the preset "qk" takes of one module's own parameters."""
-    leaf = name.rpartition(".")[2]
-    linear = isinstance(module, nn.Linear)
-    if leaf in CONV1D_ATTENTION and is_conv1d(module):
-        raise TalosValueError(
-            f"params='qk' must find queries and keys in rows of a weight, got {leaf}, a "
-            "transformers.Conv1D, whose columns they are; use params='maskable', or take all of "
-            f"it with params={leaf!r}"
-        )
-    for own, param in module.named_parameters(recurse=False):
-        if (linear and leaf in QK_LAYERS) or own in SPLIT[:2]:
-            yield param, None
-        elif own in PACKED or (linear and leaf in FUSED_LAYERS):
-            if linear and not has_thirds(leaf, module):
-                raise TalosValueError(
-                    f"params='qk' must find queries and keys in the first two thirds of {name}, "
-                    f"got {list(param.shape)}, which holds them in another way; take all of it "
-                    f"with params={leaf!r}, or use params='maskable'"
-                )
-            yield param, (0, 2 * len(param) // 3)
+def _qk(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "qk" takes."""
+    for path, module in modules.items():
+        for each in projections(path, module, modules.get(path.rpartition(".")[0])):
+            parts = sum(role in ("query", "key") for role in each.roles)  # the first
+            if each.roles == ("fused",) or (parts and each.transposed):
+                if each.param.requires_grad:
+                    _refuse_qk(path, each)
+            elif parts:
+                rows = parts * len(each.param) // len(each.roles)
+                yield each.param, None if parts == len(each.roles) else (0, rows)
 
 
-def _attention(name: str, module: nn.Module) -> Iterator[tuple[nn.Parameter, Rows | None]]:
-    """What the preset "attention" takes of one module's own parameters."""
-    for each in projections(name, module):
+def _refuse_qk(path: str, found: Projection) -> None:
+    what = "a transformers.Conv1D, whose columns they are"
+    if not found.transposed:
+        what = f"of shape {list(found.param.shape)}, whose rows are not thirds of them and values"
+    leaf = path.rpartition(".")[2]
+    raise TalosValueError(
+        f"params='qk' must find queries and keys in rows of a weight, got {path}, {what}; use "
+        f"params='maskable', or take all of it with params={leaf!r}"
+    )
+
+
+def _attention(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
+    """What the preset "attention" takes."""
+    for each in attention_projections(modules.items()):
         yield each.param, None
 
 
-_PRESETS: dict[str, Callable[[str, nn.Module], Iterator[tuple[nn.Parameter, Rows | None]]]] = {
+_PRESETS: dict[str, Callable[[Modules], Iterator[tuple[nn.Parameter, Rows | None]]]] = {
     "maskable": _maskable,
     "qk": _qk,
     "attention": _attention,
@@ -282,15 +280,22 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         top = unwrapped(next(iter(children.values())))
 
 
+def _body(model: nn.Module) -> Modules:
+    """The modules of the model by name, without those of its heads."""
+    heads = {id(module) for head in _heads(model) for module in head.modules()}
+    return {name: module for name, module in named_modules(model) if id(module) not in heads}
+
+
 def _preset(model: nn.Module, preset: str) -> dict[int, Rows | None]:
     """The row ranges of the parameters that a preset takes, by the identity of the parameter."""
     left_out = {id(param) for head in _heads(model) for param in head.parameters()}
-    taken: dict[int, Rows | None] = {}
-    for name, module in named_modules(model):
+    modules = _body(model)
+    for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(id, module.parameters()))
-        for param, rows in _PRESETS[preset](name, module):
-            taken.setdefault(id(param), rows)
+    taken: dict[int, Rows | None] = {}
+    for param, rows in _PRESETS[preset](modules):
+        taken.setdefault(id(param), rows)
     return {key: rows for key, rows in taken.items() if key not in left_out}
 
 
@@ -335,7 +340,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
 
     Raises:
         TalosValueError: nothing matches, or all that does has requires_grad=False; "qk" meets a
-            fused projection whose queries and keys are columns.
+            fused projection whose queries and keys are columns, or not told apart; "attention"
+            meets an attention module of which it knows a part.
         TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
 
     Example:
@@ -382,3 +388,28 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             params,
         )
     return selection
+
+
+def select_attention(model: nn.Module) -> dict[str, Projection]:
+    """What the preset "attention" chooses, and what each of it projects to.
+
+    Args:
+        model: any module, wrapped or not.
+
+    Returns:
+        The chosen projections by the names of their parameters.
+
+    Raises:
+        TalosValueError: see `select_parameters`.
+        TalosTypeError: see there.
+
+    Example:
+        >>> chosen = select_attention(nn.TransformerEncoderLayer(8, 2, 16))
+        >>> chosen["self_attn.out_proj.weight"].roles
+        ('output',)
+    """
+    chosen = select_parameters(model, "attention")
+    found: dict[int, Projection] = {}
+    for each in attention_projections(_body(model).items()):
+        found.setdefault(id(each.param), each)
+    return {name: found[id(each.param)] for name, each in chosen.items()}

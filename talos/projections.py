@@ -1,8 +1,13 @@
 """Which weights of a model project to queries, keys and values, and back: by libraries' names.
 
 A projection is a layer of its own (`q_proj`, `query`, `q`, `q_lin`, ...), a part of a fused one
-(`in_proj_weight` of `nn.MultiheadAttention`, `qkv`, `Wqkv`; `c_attn` of GPT-2, in columns), or the
-layer behind the heads (`out_proj`, `o`, `attention.output.dense`, `attn.proj`, ...).
+(`in_proj_weight` of `nn.MultiheadAttention`, `qkv`, `Wqkv`, `kv`; `c_attn` of GPT-2, in columns),
+or the layer behind the heads (`out_proj`, `o`, `proj`, `dense`, ...). A layer behind the heads is
+told from others of its name by the queries, keys and values beside it: see `talos.attention`.
+
+The rows of a fused layer are queries, keys and values in three equal parts where its name and shape
+say so. Where libraries lay out the same name in several ways (`query_key_value` and `qkv_proj` by
+heads, by blocks of heads or with few keys), they are not told apart, and the layer is one whole.
 """
 
 from __future__ import annotations
@@ -14,35 +19,32 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = [
-    "CONV1D_ATTENTION",
-    "FUSED_LAYERS",
-    "PACKED",
-    "QK_LAYERS",
-    "SPLIT",
-    "Projection",
-    "has_thirds",
-    "is_conv1d",
-    "projections",
-]
+__all__ = ["PACKED", "SPLIT", "Projection", "is_conv1d", "is_linear", "projections"]
 
 PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
 SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-FUSED_LAYERS = ("qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value")
-_BY_HEADS = ("query_key_value",)  # rows of a head's query, key and value, then of the next head's
-CONV1D_ATTENTION = ("c_attn", "q_attn")
 _LAYERS = {
-    "query": ("q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "linear_q"),
+    "query": (
+        *("q_proj", "query", "q", "to_q", "wq", "q_lin", "query_proj", "linear_q"),
+        "q_attn",  # beside a `c_attn` of keys and values, in cross-attention
+    ),
     "key": ("k_proj", "key", "k", "to_k", "wk", "k_lin", "key_proj", "linear_k"),
     "value": ("v_proj", "value", "v", "to_v", "wv", "v_lin", "value_proj", "linear_v"),
+    "output": (
+        *("o_proj", "out_proj", "o", "to_out", "wo", "out_lin", "linear_out", "Wo", "out"),
+        *("proj", "c_proj", "dense", "projection", "projection_layer", "output", "output_proj"),
+    ),
 }
-_ROLES = {layer: (role,) for role, layers in _LAYERS.items() for layer in layers}
-QK_LAYERS = _LAYERS["query"] + _LAYERS["key"]
-_OUTPUT = re.compile(
-    r"(^|\.)(o|o_proj|out_proj|out_lin|linear_out)$|attention\.output\.dense$"
-    r"|(attn|attention)\.(proj|c_proj|dense|wo|Wo|to_out\.0)$"
-)
+_ROLES: dict[str, tuple[str, ...]] = {
+    **{layer: (role,) for role, layers in _LAYERS.items() for layer in layers},
+    **dict.fromkeys(("kv", "to_kv"), ("key", "value")),
+    "qk": ("query", "key"),
+}
 _ALL = ("query", "key", "value")
+_IN_THIRDS = ("qkv", "Wqkv", "to_qkv", "c_attn")
+_LAID_OUT_VARIOUSLY = ("query_key_value", "qkv_proj")
+# Where a layer named as in thirds has a head's query, key and value, then those of the next head.
+_BY_HEADS = ("timm.models.maxxvit", "timm.models.tiny_vit", "transformers.models.gpt_bigcode")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,25 +84,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
-def has_thirds(leaf: str, module: nn.Module) -> bool:
-    """Whether a fused layer's rows are those of the queries, of the keys and of the values.
-
-    Grouped queries have fewer keys and values, and some models go head by head.
-
-    Args:
-        leaf: the layer's own name.
-        module: a linear layer.
-    """
-    outputs, inputs = module.get_parameter("weight").shape
-    return leaf not in _BY_HEADS and outputs == len(_ALL) * inputs
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, of torch or of GPT-2."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def projections(path: str, module: nn.Module) -> Iterator[Projection]:
+def projections(
+    path: str, module: nn.Module, owner: nn.Module | None = None
+) -> Iterator[Projection]:
     """The projections among one module's own parameters, biases included.
 
     Args:
         path: the module's name in its model.
         module: the module.
+        owner: what holds the module, by whose library rows are told apart; None: unknown.
 
     Yields:
         A `Projection` a parameter.
@@ -112,30 +109,27 @@ def projections(path: str, module: nn.Module) -> Iterator[Projection]:
         >>> [each.name for each in projections("attn.out_proj", module.out_proj)]
         ['weight', 'bias']
     """
-    leaf = path.rpartition(".")[2]
-    transposed = is_conv1d(module)
-    layer = isinstance(module, nn.Linear) or transposed
+    linear = is_linear(module)
     for name, param in module.named_parameters(recurse=False):
-        roles: tuple[str, ...] = ()
         if name in SPLIT:
-            roles = (_ALL[SPLIT.index(name)],)
+            yield Projection(name, param, (_ALL[SPLIT.index(name)],))
         elif name in PACKED:
-            roles = _ALL
-        elif layer and leaf in _ROLES:
-            roles = _ROLES[leaf]
-        elif transposed and leaf in CONV1D_ATTENTION:
-            roles = _conv1d_roles(leaf, module)
-        elif layer and leaf in FUSED_LAYERS:
-            roles = _ALL if has_thirds(leaf, module) else ("fused",)
-        elif layer and _OUTPUT.search(path):
-            roles = ("output",)
-        if roles:
-            yield Projection(name, param, roles, transposed)
+            yield Projection(name, param, _ALL)
+        elif linear and (roles := _roles(path, module, owner)):
+            yield Projection(name, param, roles, is_conv1d(module))
 
 
-def _conv1d_roles(leaf: str, module: nn.Module) -> tuple[str, ...]:
-    """Beside a `q_attn`, in cross-attention, `c_attn` has keys and values only."""
-    if leaf == "q_attn":
-        return _ALL[:1]
-    inputs, outputs = module.get_parameter("weight").shape
-    return _ALL if outputs == 3 * inputs else _ALL[1:]
+def _roles(path: str, layer: nn.Module, owner: nn.Module | None) -> tuple[str, ...]:
+    """What the equal parts of a linear layer's outputs are; nothing where it is no projection."""
+    leaf = re.sub(r"\bto_out\.0$", "to_out", path).rpartition(".")[2]
+    if leaf in _LAID_OUT_VARIOUSLY:
+        return ("fused",)
+    if leaf not in _IN_THIRDS:
+        return _ROLES.get(leaf, ())
+    outputs, inputs = layer.get_parameter("weight").shape
+    if is_conv1d(layer):
+        inputs, outputs = outputs, inputs
+        if leaf == "c_attn" and outputs == 2 * inputs:  # beside a `q_attn`
+            return _ALL[1:]
+    by_heads = type(owner).__module__.startswith(_BY_HEADS)
+    return ("fused",) if by_heads or outputs != len(_ALL) * inputs else _ALL

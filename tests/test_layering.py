@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of talos imports only parts of the rows above its own, and itself where it is a package.
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
-    {"buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"},
+    {
+        *("buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"),
+        "trees",
+    },
+    {"attention"},
     {
         "casts",
         "compact_gradient",
@@ -22,6 +26,7 @@ ORDER = (
         "files",
         "fingerprints",
         "layouts",
+        "linear_backward",
         "matching",
         "params",
     },

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from talos.compact_gradient import CompactGradient
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Phase
+from talos.trees import tensors_in
 
 from .meters import held_bytes
 from .workload import Workload
 
-__all__ = ["HYPER", "Form", "Running", "tensors_in"]
+__all__ = ["HYPER", "Form", "Running", "stored_in"]
 
 HYPER: dict[str, Any] = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 """Of every form's AdamW; without weight decay, so that a masked gradient keeps a weight, and so
@@ -123,7 +124,7 @@ class Running:
         Returns:
             Bytes of the optimizer's state, of the selection, and of what the form adds.
         """
-        kept = [*tensors_in(self.optimizer.state), *tensors_in(self.own_state)]
+        kept = [*stored_in(self.optimizer.state), *stored_in(self.own_state)]
         return held_bytes(kept, self.workload.device) + self.index_bytes
 
     def gradient_bytes(self) -> tuple[int, int]:
@@ -133,7 +134,9 @@ class Running:
             Bytes that the backward allocated, and bytes that are held all the time: the scratch in
             which one compact gradient after the other is dense.
         """
-        grads = [param.grad for param in self.module.parameters() if param.grad is not None]
+        groups = self.optimizer.param_groups  # adapters are no part of the module
+        params = {*self.module.parameters(), *(p for group in groups for p in group["params"])}
+        grads = [param.grad for param in params if param.grad is not None]
         compact = [each for each in grads if isinstance(each, CompactGradient)]
         dense = (each for each in grads if not isinstance(each, CompactGradient))
         made = held_bytes((*dense, *(each.entries for each in compact)), self.workload.device)
@@ -166,8 +169,8 @@ class Running:
         self.finish()
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested mappings and sequences.
+def stored_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors that nested mappings and sequences keep memory in.
 
     Args:
         tree: any.
@@ -176,18 +179,12 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
         Each; of torchao's quantised ones the parts.
 
     Example:
-        >>> [each.numel() for each in tensors_in({"a": [torch.zeros(2)], "b": 3})]
+        >>> [each.numel() for each in stored_in({"a": [torch.zeros(2)], "b": 3})]
         [2]
     """
-    if isinstance(tree, Tensor):
-        if hasattr(tree, "__tensor_flatten__"):
-            names, _ = tree.__tensor_flatten__()
-            for name in names:
-                yield from tensors_in(getattr(tree, name))
+    for tensor in tensors_in(tree):
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            yield from stored_in([getattr(tensor, name) for name in names])
         else:
-            yield tree
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
-    elif isinstance(tree, list | tuple):
-        for each in tree:
-            yield from tensors_in(each)
+            yield tensor

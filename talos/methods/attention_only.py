@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from talos.errors import TalosValueError
-from talos.params import named_modules, select_parameters
-from talos.projections import projections
+from talos.params import select_attention
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase
 from .nonlinear import Dense
@@ -37,18 +35,5 @@ class AttentionOnly(Method):
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
-        params = {name: each.param for name, each in select_parameters(model, "attention").items()}
-        chosen = {id(param) for param in params.values()}
-        roles = {
-            role
-            for path, module in named_modules(model)
-            for each in projections(path, module)
-            if id(each.param) in chosen
-            for role in each.roles
-        }
-        if roles == {"output"}:
-            raise TalosValueError(
-                "model must have query, key and value projections beside its output projections, "
-                "got none whose names are known; talos.projections lists those that are"
-            )
+        params = {name: each.param for name, each in select_attention(model).items()}
         return Dense(model, params, hyper, logits_fn, self.metadata)

@@ -7,8 +7,10 @@ tasks, and the weights are linear in B,
 
     W(B) = W + (lora_alpha / r) B A0,   grad_B = (lora_alpha / r) grad_W A0^T
 
-so that the model is trained as it is: the gradient of its own query and value weights is projected
-to B's, and after each step they are written again from W and B.
+so that the model is trained as it is, and after each step its own query and value weights are
+written again from W and B. Of a linear layer grad_W = dYᵀX is never made: its backward multiplies
+dYᵀ (X A0ᵀ), whose factor behind has r columns. Where a weight is reached otherwise (Conv1D of
+transformers, compiled code), its gradient is projected and dropped as soon as autograd has made it.
 
 Source: Tang et al. 2024, "Parameter-efficient multi-task model fusion with partial linearization",
 arXiv 2310.04742.
@@ -22,11 +24,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from talos.errors import TalosValueError
+from talos.linear_backward import route, unroute
 from talos.masks import Mask
-from talos.params import named_modules, select_parameters
-from talos.projections import Projection, projections
+from talos.optim import several_processes
+from talos.params import select_attention
+from talos.projections import Projection
 from talos.task_vectors import TaskVector
 
 from .base import (
@@ -104,6 +109,7 @@ class _Adapter:
     def __init__(self, method: LLora, name: str, projection: Projection, role: str) -> None:
         self.name, self.param = name, projection.param
         self._projection, self._role = projection, role
+        self.transposed = projection.transposed
         weight = self.part(self.param.detach())
         a0 = first_factor(name, role, (method.rank, weight.shape[1]), seed=method.seed)
         # At least float32: the weights of a step are rounded once, from W and B.
@@ -115,15 +121,43 @@ class _Adapter:
         """The entries that are adapted, [out, in], a view."""
         return self._projection.part(tensor, self._role)
 
-    def project_gradient(self) -> None:
-        """Make B's gradient of the weight's."""
-        grad = self.param.grad
-        self.b.grad = None if grad is None else self.scale * self.part(grad).to(self.a0) @ self.a0.T
+    def add_gradient(self, dy: Tensor, x: Tensor | None = None) -> None:
+        """Add to B's gradient.
+
+        Args:
+            dy: the gradient of the layer's output, transposed: [out, tokens]; without `x` the
+                gradient of the whole weight, of its shape.
+            x: the layer's input, [tokens, in].
+        """
+        inner = self.a0.T if x is None else x.to(self.a0) @ self.a0.T
+        grad = self.scale * self.part(dy).to(self.a0) @ inner
+        self.b.grad = grad if self.b.grad is None else self.b.grad.add_(grad)
 
     def write(self, base: Tensor) -> None:
         """Write the weight that B stands for."""
         weight = self.part(base).to(self.a0) + self.scale * self.b @ self.a0
         self.part(self.param).copy_(weight)
+
+
+class _Weight:
+    """A weight whose gradient goes to its adapters: a `talos.linear_backward.Receiver`."""
+
+    def __init__(self, adapters: list[_Adapter]) -> None:
+        self.param: Tensor = adapters[0].param
+        self.adapters, self.active = adapters, True
+
+    def multiply(self, dy: Tensor, x: Tensor) -> None:
+        """Take the gradient dyᵀ x, unmultiplied."""
+        for each in self.adapters:
+            each.add_gradient(dy.t(), x)
+
+    @torch.no_grad()
+    def project(self, _: Tensor | None = None) -> None:
+        """Take the dense gradient, if there is one; the hook behind autograd's accumulation."""
+        if self.param.grad is not None:
+            for each in self.adapters:
+                each.add_gradient(self.param.grad)
+            self.param.grad = None
 
 
 class _Adapted(Phase):
@@ -135,9 +169,30 @@ class _Adapted(Phase):
         self.module, self.logits_fn, self.metadata = model, logits_fn, method.metadata
         self._adapters = _adapters(method, model)
         self.params = {each.name: each.param for each in self._adapters}
+        self._weights = [
+            _Weight([each for each in self._adapters if each.name == name]) for name in self.params
+        ]
+        self._hooks: list[RemovableHandle] = []
         self.base = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **hyper)
         self.others = untrained(model, self.params.values())
+
+    def freeze(self) -> None:
+        """Turn gradients off where nothing is trained, and take those of the weights."""
+        super().freeze()
+        if several_processes():  # which average the weights' gradients
+            return
+        for each in self._weights:
+            each.active = True
+            self._hooks.append(each.param.register_post_accumulate_grad_hook(each.project))
+        route([each for each in self._weights if not each.adapters[0].transposed])
+
+    def release(self) -> None:
+        """Give both back."""
+        super().release()
+        unroute(self._weights)
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def zero_grad(self) -> None:
         """Drop the gradients of B and of the weights."""
@@ -148,8 +203,8 @@ class _Adapted(Phase):
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """See `Phase.clip`: the norm is that of B's gradient."""
-        for each in self._adapters:
-            each.project_gradient()
+        for each in self._weights:
+            each.project()
         return clip([each.b for each in self._adapters], max_norm)
 
     @torch.no_grad()
@@ -171,20 +226,16 @@ class _Adapted(Phase):
 
 def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
     """An adapter for each query and value projection that requires a gradient."""
-    chosen = {id(each.param): n for n, each in select_parameters(model, "attention").items()}
     found = []
-    for path, module in named_modules(model):
-        for each in projections(path, module):
-            name = chosen.get(id(each.param))
-            if name is None or each.param.dim() != 2:
-                continue
-            if "fused" in each.roles:
-                raise TalosValueError(
-                    f"{name} must hold queries, keys and values in thirds of its rows for the "
-                    f"method l_lora, got {list(each.param.shape)}; freeze it to leave it out"
-                )
-            del chosen[id(each.param)]  # a tied weight has one adapter
-            found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
+    for name, each in select_attention(model).items():
+        if each.param.dim() != 2:
+            continue
+        if "fused" in each.roles:
+            raise TalosValueError(
+                f"{name} must hold queries, keys and values in thirds of its rows for the method "
+                f"l_lora, got {list(each.param.shape)}; freeze it to leave it out"
+            )
+        found += [_Adapter(method, name, each, role) for role in _ROLES if role in each.roles]
     if not found:
         raise TalosValueError(
             "model must have query or value projections that require a gradient, got none whose "
