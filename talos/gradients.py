@@ -7,7 +7,7 @@ a gradient is compacted the moment it exists, into float32 memory that all steps
 - `torch.nn.functional.linear`, by which most layers reach their weight, is routed for the selected
   weights to a function whose backward multiplies into one reused scratch, only the rows that hold
   selected entries (the values of a fused QKV need none), and gathers from there, so that autograd
-  sees no weight gradient at all.
+  sees no weight gradient at all; or, where that is asked for, computes the selected entries alone.
 
 `param.grad` is a `CompactGradient` then. In code that torch.compile traces, of a weight that has
 hooks of its own, and where a weight is reached otherwise, the hook alone does it.
@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
-from talos_kernels import Index, gather_grad_
+from talos_kernels import Index, gather_grad_, sddmm_
 
 from .compact_gradient import CompactGradient
 from .errors import TalosRuntimeError
@@ -45,6 +45,7 @@ class CompactedParam:
         values: float32 `[nnz]`, where its gradient goes.
         rows: of dimension 0, those from the first to behind the last with a selected entry.
         whole: whether all rows are multiplied and the dense gradient's norm is kept.
+        sampled: whether a linear layer's gradient is made by `sddmm_`, never dense.
         norm: the sum of squares of the last dense gradient, 0-dim, and the version of `values`
             that was gathered from it.
         active: whether gradients are still to be compacted.
@@ -55,6 +56,7 @@ class CompactedParam:
     values: Tensor
     rows: slice
     whole: bool = False
+    sampled: bool = False
     norm: tuple[Tensor, int] | None = None
     active: bool = True
 
@@ -67,18 +69,22 @@ class CompactedParam:
         known = self.norm is not None and self.norm[1] == self.values._version
         return self.norm[0] if known and self.norm is not None else None
 
-    def receive(self, dense: Tensor) -> None:
-        """Adds a dense gradient to `param.grad`, of which the selected entries are kept."""
+    def receive(self, *gradient: Tensor) -> None:
+        """Adds a gradient to `param.grad`, of which the selected entries are kept.
+
+        Args:
+            gradient: the dense one, or `dy` and `x` of `sddmm_`, whose product it is.
+        """
         found = self.param.grad
         if found is not None and not isinstance(found, CompactGradient):
             self.compact()  # somebody assigned a dense one
             found = self.param.grad
         if isinstance(found, CompactGradient):
-            gather_grad_(found.entries, [dense], found.selection, accumulate=True)
+            _write(found.entries, gradient, found.selection, accumulate=True)
             return
-        gather_grad_(self.values, [dense], self.index)
+        _write(self.values, gradient, self.index)
         if self.whole:
-            self.norm = dense.float().square().sum(), self.values._version
+            self.norm = gradient[0].float().square().sum(), self.values._version
         self.param.grad = CompactGradient.of(self.param, self.index, self.values)
 
     def compact(self, _: Tensor | None = None) -> None:
@@ -88,6 +94,16 @@ class CompactedParam:
             return
         self.param.grad = None
         self.receive(dense)
+
+
+def _write(
+    out: Tensor, gradient: tuple[Tensor, ...], index: Index, *, accumulate: bool = False
+) -> None:
+    """Writes or adds the selected entries of a gradient, which is dense or the factors of one."""
+    if len(gradient) == 2:
+        sddmm_(out, *gradient, index, accumulate=accumulate)
+    else:
+        gather_grad_(out, gradient, index, accumulate=accumulate)
 
 
 def compact(params: list[CompactedParam]) -> Callable[[], None]:
@@ -243,6 +259,8 @@ class _CompactLinear(torch.autograd.Function):
             plain = target.active and not target.param._backward_hooks
             if wanted == "returned" or torch.is_grad_enabled() or not plain:
                 dw = (rows.t() @ inputs).to(target.param.dtype)
+            elif target.sampled:
+                target.receive(rows, inputs)
             else:
                 scratch = _scratch(weight)
                 some = slice(None) if target.whole else target.rows
