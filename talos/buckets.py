@@ -133,7 +133,7 @@ class Bucket:
         grads = [param.grad for param in self.params.values()]
         return [each.entries if isinstance(each, CompactGradient) else each for each in grads]
 
-    def compact_gradients(self, whole: bool) -> list[CompactedParam]:
+    def compact_gradients(self, whole: bool, sampled: bool) -> list[CompactedParam]:
         """Where each tensor's gradient goes, made anew."""
         self.compacted = {
             name: CompactedParam(
@@ -141,6 +141,7 @@ class Bucket:
                 index,
                 _rows(param, index),
                 whole,
+                sampled,
             )
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
         }

@@ -7,7 +7,7 @@ a gradient is compacted the moment it exists, into 4 bytes a selected entry:
 - `torch.nn.functional.linear`, by which most layers reach their weight, is routed for the selected
   weights to a function whose backward multiplies into one reused scratch, only the rows that hold
   selected entries (the values of a fused QKV need none), and gathers from there, so that autograd
-  sees no weight gradient at all.
+  sees no weight gradient at all; or, where that is asked for, computes the selected entries alone.
 
 `param.grad` is a `CompactGradient` then. In code that torch.compile traces, of a weight that has
 hooks of its own, and where a weight is reached otherwise, the hook alone does it.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talos_kernels import Index, gather_grad_
+from talos_kernels import Index, gather_grad_, sddmm_
 
 from .compact_gradient import CompactGradient
 from .linear_backward import route, unroute
@@ -40,6 +40,7 @@ class CompactedParam:
         index: its selected entries, on its device.
         rows: of dimension 0, those from the first to behind the last with a selected entry.
         whole: whether all rows are multiplied and the dense gradient's norm is kept.
+        sampled: whether a linear layer's gradient is made by `sddmm_`, never dense.
         norm: the sum of squares of the last dense gradient, 0-dim, the entries that were gathered
             from it, and their version then.
         active: whether gradients are still to be compacted.
@@ -49,6 +50,7 @@ class CompactedParam:
     index: Index
     rows: slice
     whole: bool = False
+    sampled: bool = False
     norm: tuple[Tensor, weakref.ref[Tensor], int] | None = None
     active: bool = True
 
@@ -65,24 +67,31 @@ class CompactedParam:
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
         """Adds a gradient that was not multiplied: see `Receiver`."""
+        if self.sampled:
+            self.receive(dy, x)
+            return
         scratch = _scratch(self.param, x.dtype)
         some = slice(None) if self.whole else self.rows
         torch.mm(dy[:, some].t(), x, out=scratch[some])
         self.receive(scratch)
 
-    def receive(self, dense: Tensor) -> None:
-        """Adds a dense gradient to `param.grad`, of which the selected entries are kept."""
+    def receive(self, *gradient: Tensor) -> None:
+        """Adds a gradient to `param.grad`, of which the selected entries are kept.
+
+        Args:
+            gradient: the dense one, or `dy` and `x` of `sddmm_`, whose product it is.
+        """
         found = self.param.grad
         if found is not None and not isinstance(found, CompactGradient):
             self.compact()  # somebody assigned a dense one
             found = self.param.grad
         if isinstance(found, CompactGradient):
-            gather_grad_(found.entries, [dense], found.selection, accumulate=True)
+            _write(found.entries, gradient, found.selection, accumulate=True)
             return
-        entries = torch.empty(self.index.nnz, dtype=torch.float32, device=dense.device)
-        gather_grad_(entries, [dense], self.index)
+        entries = torch.empty(self.index.nnz, dtype=torch.float32, device=self.index.device)
+        _write(entries, gradient, self.index)
         if self.whole:
-            self.norm = dense.float().square().sum(), weakref.ref(entries), entries._version
+            self.norm = gradient[0].float().square().sum(), weakref.ref(entries), entries._version
         self.param.grad = CompactGradient.of(self.param, self.index, entries)
 
     def compact(self, _: Tensor | None = None) -> None:
@@ -92,6 +101,16 @@ class CompactedParam:
             return
         self.param.grad = None
         self.receive(dense)
+
+
+def _write(
+    out: Tensor, gradient: tuple[Tensor, ...], index: Index, *, accumulate: bool = False
+) -> None:
+    """Writes or adds the selected entries of a gradient, which is dense or the factors of one."""
+    if len(gradient) == 2:
+        sddmm_(out, *gradient, index, accumulate=accumulate)
+    else:
+        gather_grad_(out, gradient, index, accumulate=accumulate)
 
 
 def compact(params: list[CompactedParam]) -> Callable[[], None]:

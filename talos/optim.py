@@ -276,7 +276,9 @@ class SparseAdam(torch.optim.Optimizer):
                 bucket.scale_gradients(coefficient)
         return norm
 
-    def compact_gradients(self, enabled: bool = True, *, dense_norm: bool = False) -> None:
+    def compact_gradients(
+        self, enabled: bool = True, *, dense_norm: bool = False, sampled: bool = False
+    ) -> None:
         """Keep the gradients of the selected entries only, from the next backward on.
 
         A gradient is compacted the moment it exists, so that at most one is ever dense, and of a
@@ -289,8 +291,15 @@ class SparseAdam(torch.optim.Optimizer):
         Args:
             enabled: False goes back to dense gradients; `release` does too.
             dense_norm: keep what `clip_grad_norm_(dense=True)` needs: all rows are computed.
+            sampled: compute the gradients of linear layers' weights at their selected entries only
+                (`talos_kernels.sddmm_`), rounded to no shorter type than float32. On a GPU this
+                saves the scratch that all layers share, as large as the largest such weight, and
+                one dense gradient written and read a layer; its matrix product is Triton's, not the
+                vendor's. It has not been measured on a GPU: `pytest benches/bench_sddmm.py` tells
+                where it is faster. A CPU gains nothing.
 
         Raises:
+            TalosValueError: `sampled` with `dense_norm`, which needs every entry.
             TalosRuntimeError: there are several processes: their gradients would not be averaged.
 
         Example:
@@ -303,6 +312,10 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([1., 2.])
             >>> optimizer.step()
         """
+        if sampled and dense_norm:
+            raise TalosValueError(
+                "sampled must be False with dense_norm=True, got True; leave one of them out"
+            )
         if enabled and several_processes():
             raise TalosRuntimeError(
                 "compact gradients must be trained in one process, got several: those of linear "
@@ -314,7 +327,8 @@ class SparseAdam(torch.optim.Optimizer):
             for bucket in self._buckets:
                 bucket.densify_gradients()
         if enabled:
-            params = [each for b in self._buckets for each in b.compact_gradients(dense_norm)]
+            parts = [b.compact_gradients(dense_norm, sampled) for b in self._buckets]
+            params = [each for part in parts for each in part]
             self._stop_compacting = weakref.finalize(self, compact(params))
             self._stop_compacting.atexit = False
 

@@ -1,6 +1,7 @@
 """Kernels of sparse fine-tuning: tensors and indices, no models. Needs torch and nothing else.
 
-Every op works on many tensors at once, in one launch, on the entries that an `Index` selects.
+Every op works on many tensors at once, in one launch, on the entries that an `Index` selects; only
+`sddmm_`, a matrix product, takes one tensor a call.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from .errors import (
 from .fisher_diag import fisher_diag_, fisher_diag_embedding_, fisher_diag_vector_
 from .gather_grad import gather_grad_, scatter_
 from .index import Index, TensorIndex
+from .sddmm import sddmm_
 from .select_threshold import Threshold, select_threshold
 from .sparse_adam import sparse_adam_
 from .swap_delta import swap_delta_
@@ -40,6 +42,7 @@ __all__ = [
     "gather_grad_",
     "revert_delta_",
     "scatter_",
+    "sddmm_",
     "select_threshold",
     "sparse_adam_",
     "swap_delta_",

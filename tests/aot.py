@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from talos_kernels import Index, TensorIndex
+from talos_kernels.triton import sddmm as products
 from talos_kernels.triton.add_delta import add_delta_
 from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
@@ -74,7 +75,20 @@ def launches() -> dict[str, Callable[[], object]]:
         fisher_diag_(score, rows, rows, 1.0)
         torch.backends.cuda.matmul.allow_tf32 = before
 
+    def sddmm(dtype: torch.dtype, precision: str, size: int = 0, full: bool = False) -> None:
+        dy = torch.zeros(257, 64, dtype=dtype)
+        words, starts = (index.words[:0], index.starts[:0]) if full else (index.words, index.starts)
+        config = products.CONFIGS[precision][size]
+        products.launch(arrays[0], dy, dy, words, starts, full, precision, config)
+
     return {
+        "sddmm-bf16": lambda: sddmm(torch.bfloat16, "half"),
+        "sddmm-bf16-small": lambda: sddmm(torch.bfloat16, "half", 1),
+        "sddmm-bf16-full-accumulate": lambda: sddmm(torch.bfloat16, "half", full=True),
+        "sddmm-tf32": lambda: sddmm(torch.float32, "tf32"),
+        "sddmm-tf32-small": lambda: sddmm(torch.float32, "tf32", 1),
+        "sddmm-fp32": lambda: sddmm(torch.float32, "ieee"),
+        "bitmap": lambda: products.bitmap(index.positions, index.starts),
         "fisher_diag-bf16": lambda: fisher(torch.bfloat16, 257),
         "fisher_diag-bf16-deep": lambda: fisher(torch.bfloat16, 512),
         "fisher_diag-tf32": lambda: fisher(torch.float32, 257, tf32=True),

@@ -19,7 +19,8 @@ INDEXED = tuple(
     for name in KERNELS
     if name.startswith(("sparse_adam", "gather", "scatter", "add_delta", "swap_delta"))
 )
-PRODUCTS = tuple(name for name in KERNELS if name.startswith("fisher_diag"))
+PRODUCTS = tuple(name for name in KERNELS if name.startswith(("fisher_diag", "sddmm")))
+SAMPLED = tuple(name for name in PRODUCTS if name.startswith("sddmm"))
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ def test_arithmetic_is_rounded_as_torch_rounds_it(compiled: Compiled) -> None:
             assert "cvt.rn.bf16" in ptx, name
 
 
-def test_gradients_of_samples_are_matrix_products_of_wide_loads(compiled: Compiled) -> None:
+def test_gradients_are_matrix_products_of_wide_loads(compiled: Compiled) -> None:
     """Tensor cores for all but float32 proper; on NVIDIA 16 bytes a load, past the registers."""
     for name in PRODUCTS:
         products = re.findall(
-            r"arith\.muli %\w+, %\w+ : (?:tensor<\w+x)?(i\d+)", compiled.text(name, "ttir")
+            r"arith\.muli %(\w+?)(?:_\d+)?, %\w+ : (?:tensor<\w+x)?(i\d+)",
+            compiled.text(name, "ttir"),
         )
-        assert set(products) == {"i64"}, (name, products)
+        in_words = {"column", "octets"} if name in SAMPLED else set()  # bits of a word are few
+        assert {kind for of, kind in products if of not in in_words} == {"i64"}, (name, products)
         units = re.findall(
             r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", compiled.assembly(name)
         )
@@ -133,3 +136,19 @@ def test_gradients_of_samples_are_matrix_products_of_wide_loads(compiled: Compil
         assert bool(units) == (not compiled.is_cuda or "fp32" not in name), name
         if compiled.is_cuda and "bf16" in name and "one-token" not in name:
             assert "cp.async.cg.shared.global" in compiled.assembly(name), name
+
+
+def test_sampled_entries_are_written_side_by_side(compiled: Compiled) -> None:
+    """A warp stores neighbours, which lie together in the order of ranks; no other store is."""
+    lanes = 32 if compiled.is_cuda else 64
+    for name in SAMPLED:
+        text = compiled.text(name, "ttgir")
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>", text, re.MULTILINE))
+        stores = re.findall(
+            r"(?:tt\.store|amdg?\w*\.buffer_store) .*tensor<(\d+)x.*?, (#\w+)>", text
+        )
+        assert len(stores) == (2 if name == "sddmm-bf16" or "full" in name else 1), (name, stores)
+        for entries, layout in stores:
+            assert int(entries) <= 8192, name
+            assert f"sizePerThread = [1], threadsPerWarp = [{lanes}]" in layouts[layout], name
+        assert ("popc.b32" if compiled.is_cuda else "v_bcnt_u32") in compiled.assembly(name), name

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 
 import talos
 from benches import bench_estimators as estimators
-from benches import forms, gpu, measure, scoring
+from benches import bench_sddmm, forms, gpu, measure, scoring
 from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, write_json
 from benches.shapes import ModelShape, TensorShape
@@ -240,6 +240,18 @@ def test_every_form_of_the_op(name: str) -> None:
     gradients = torch.einsum("abco,abci->boi", dy.double(), x.double())
     sums = gradients.sum(0) if name.startswith("(c)") else gradients.square().sum(0)
     torch.testing.assert_close(score.double(), 1 + sums, rtol=1e-5, atol=1e-5)
+
+
+def test_both_forms_make_the_same_sampled_gradient() -> None:
+    layers = bench_sddmm.make_layers(TINY, 20, torch.device("cpu"))
+    for form in (
+        lambda: bench_sddmm.sampled(layers),
+        lambda: bench_sddmm.product_and_gather(layers, torch.empty(96 * 32)),
+    ):
+        for layer in layers:
+            layer.out.fill_(torch.nan)
+        form()
+        assert max(map(bench_sddmm.relative_error, layers)) <= 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import talos
 from talos import Mask, SparseAdam, TalosRuntimeError, TalosTypeError, TalosValueError
+from talos import gradients as routed
 from talos.compact_gradient import CompactGradient
 from talos.costs.meters import peak_bytes
 from talos.params import select_parameters
@@ -345,6 +346,43 @@ def test_the_dense_norm_is_that_of_dense_gradients() -> None:
     with pytest.raises(TalosRuntimeError, match="dense gradient is not known"):
         compact.clip_grad_norm_(1.0, dense=True)
     compact.release()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_sampled_gradients_are_those_of_the_product(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(40, 96), nn.Tanh(), nn.Linear(96, 70), nn.LayerNorm(70))
+    mask = random_mask(model, params=".")
+    other = copy.deepcopy(model)
+    product, sampled = SparseAdam(model, mask), SparseAdam(other, mask)
+    batches = torch.randn(2, 3, 5, 40)
+
+    def accumulate(trained: nn.Module) -> None:
+        for x in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = trained(x)
+            y.float().square().sum().backward()
+
+    product.compact_gradients()
+    accumulate(model)
+    product.release()
+    monkeypatch.setattr(routed, "_scratch", pytest.fail)
+    sampled.compact_gradients(sampled=True)
+    accumulate(other)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert isinstance(ours.grad, CompactGradient)
+        difference = (ours.grad.to_dense() - theirs.grad).norm()
+        assert difference <= (1e-2 if autocast else 1e-6) * theirs.grad.norm()
+    sampled.release()
+
+
+def test_the_dense_norm_of_sampled_gradients_is_refused() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = SparseAdam(model, random_mask(model, params="."))
+    with pytest.raises(TalosValueError, match="sampled must be False with dense_norm=True"):
+        optimizer.compact_gradients(sampled=True, dense_norm=True)
+    optimizer.release()
 
 
 def test_copies_and_releases_have_dense_gradients() -> None:

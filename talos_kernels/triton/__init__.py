@@ -1,15 +1,17 @@
 """Triton kernels for NVIDIA and AMD devices. Importing registers them; needs Triton.
 
-One program takes one block of one tensor, one launch all tensors of a call. A launcher returns on
-an empty input, guards the device and starts its kernel; the checks are the public function's.
+One program takes one block of one tensor, or one tile of a product, one launch all tensors of a
+call. A launcher returns on an empty input, guards the device and starts its kernel; the checks are
+the public function's.
 """
 
-from . import add_delta, fisher_diag, gather_grad, select_threshold, sparse_adam, swap_delta
+from . import add_delta, fisher_diag, gather_grad, sddmm, select_threshold, sparse_adam, swap_delta
 
 __all__ = [
     "add_delta",
     "fisher_diag",
     "gather_grad",
+    "sddmm",
     "select_threshold",
     "sparse_adam",
     "swap_delta",

@@ -12,16 +12,19 @@ from ..index import BLOCK_SIZE, SEGMENT_SIZE, Column
 from ..tensor_index import ENCODINGS, WORD_SIZE
 
 __all__ = [
+    "BITS",
     "BLOCK",
     "CHUNK",
     "NUMEL",
     "RANK",
     "SEGMENT",
     "U16",
+    "WORDS",
     "block_at",
     "block_chunk",
     "block_words",
     "encoding_of",
+    "popcount",
     "program_block",
     "segment_chunk",
     "segment_ranks",

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, architecture, device_guard, integer_table
+from .launch import DTYPES, architecture, device_guard, integer_table, processors
 
 __all__ = ["add_slabs_kernel", "fisher_diag_", "fisher_diag_kernel"]
 
@@ -155,13 +155,6 @@ def add_slabs_kernel(table_ptr, partials_ptr, share):
     score_ptr = tl.load(row_ptr + SCORE).to(tl.pointer_type(tl.float32))
     score_ptr += offs // cols * tl.load(row_ptr + SCORE_STRIDE) + offs % cols
     tl.store(score_ptr, tl.load(score_ptr, mask=mask) + share * total, mask=mask)
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in Triton's interpreter."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def fisher_diag_(

@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DTYPES", "address_table", "architecture", "device_guard", "integer_table"]
+__all__ = [
+    "DTYPES",
+    "address_table",
+    "architecture",
+    "device_guard",
+    "integer_table",
+    "processors",
+]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -31,6 +38,13 @@ def architecture() -> tuple[str, int | str]:
         return "interpreter", 0
     target = triton.runtime.driver.active.get_current_target()
     return target.backend, target.arch
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def address_table(*columns: Sequence[Tensor]) -> Tensor:

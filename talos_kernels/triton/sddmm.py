@@ -1,0 +1,277 @@
+"""A weight gradient at its selected entries only: see `talos_kernels.sddmm`.
+
+A program accumulates one tile of dY^T X in registers and stores its selected entries at their
+ranks. A row of a tile is a run of the flattened tensor that begins at any bit of any word: its bits
+are shifted out of two words each, and its first rank is that of its block and the bits of the block
+before it. A tile without a selected entry is not multiplied.
+
+A 16-bit index cannot be asked for a run of entries: it is first made a bitmap, one bit an entry of
+the tensor, by a small kernel. Bits and ranks are then found alike for every encoding.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..index import BLOCK_SIZE, SEGMENT_SIZE
+from ..sddmm import sddmm_reference
+from ..tensor_index import WORD_SIZE
+from .blocks import BITS, BLOCK, CHUNK, SEGMENT, WORDS, popcount, segment_chunk
+from .launch import device_guard, processors
+
+__all__ = ["bitmap", "bitmap_kernel", "sddmm_", "sddmm_kernel"]
+
+
+class Config(NamedTuple):
+    """Sizes of a tile and what a launch needs of them."""
+
+    rows: int
+    cols: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+# By precision, largest first; a launch takes the first one with a tile for each multiprocessor.
+# Chosen from the compiled code, unmeasured: none spills at sm_80, sm_90, sm_100 and gfx942.
+CONFIGS = {
+    "half": (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+    "tf32": (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3)),
+    "ieee": (Config(64, 64, 16, 4, 2),),
+}
+
+# Entries of a tile whose bits, ranks and values are in registers at a time.
+MOST_STORED = tl.constexpr(8192)
+# Ranks inside a tile are counted from its first entry, in 32 bits: 128 rows of fewer columns.
+WIDEST = 1 << 24
+BLOCKS = tl.constexpr(SEGMENT_SIZE // BLOCK_SIZE)
+
+
+@triton.jit
+def first_bits(count):
+    """Words (uint32) whose lowest `count` bits are set: none below 0, all above 31."""
+    some = (1 << tl.minimum(tl.maximum(count, 0), BITS - 1)) - 1
+    return tl.where(count < BITS, some, -1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def run_words(words_ptr, n_words, begins, counts, FULL: tl.constexpr, RUN: tl.constexpr):
+    """The bits of runs of entries: uint32 `[runs, RUN / 32]`.
+
+    `begins`, int64 `[runs]`, is where each begins in the tensor; `counts`, int32 `[runs]`, how many
+    of its RUN entries exist.
+    """
+    column = tl.arange(0, RUN // BITS)[None, :]
+    left = counts[:, None] - column * BITS
+    if FULL:
+        return first_bits(left)
+    at = (begins // BITS)[:, None] + column
+    shift = (begins % BITS).to(tl.int32)[:, None]
+    low = tl.load(words_ptr + at, mask=left > 0, other=0).to(tl.uint32, bitcast=True)
+    both = (left + shift > BITS) & (at + 1 < n_words)
+    high = tl.load(words_ptr + at + 1, mask=both, other=0).to(tl.uint32, bitcast=True)
+    # A shift by 32 is undefined, so the upper word goes left by one and then by 31 - shift.
+    return ((low >> shift) | ((high << 1) << (shift ^ (BITS - 1)))) & first_bits(left)
+
+
+@triton.jit
+def first_ranks(words_ptr, starts_ptr, first, begins, exists, FULL: tl.constexpr):
+    """Ranks of what is selected from `begins` on: those of the blocks, and the bits before in them.
+
+    Returns:
+        int64, the rank of the block of the entry `first`; int32 `[runs]`, the ranks from there.
+    """
+    if FULL:
+        return first, (begins - first).to(tl.int32)
+    start = tl.load(starts_ptr + first // BLOCK)
+    block = begins // BLOCK
+    column = tl.arange(0, WORDS)[None, :]
+    before = (begins % BLOCK).to(tl.int32)[:, None] - column * BITS
+    wanted = exists[:, None] & (before > 0)
+    words = tl.load(words_ptr + block[:, None] * WORDS + column, mask=wanted, other=0)
+    bits = words.to(tl.uint32, bitcast=True) & first_bits(before)
+    starts = tl.load(starts_ptr + block, mask=exists, other=0)
+    return start, (starts - start).to(tl.int32) + tl.sum(popcount(bits), 1)
+
+
+@triton.jit
+def earlier(counts, N: tl.constexpr):
+    """The sum of the counts before each, of few: `[runs, N]`."""
+    column = tl.arange(0, N)
+    before = column[None, None, :] < column[None, :, None]
+    return tl.sum(tl.where(before, counts[:, None, :], 0), 2)
+
+
+@triton.jit
+def store_selected(
+    places, product, first, begins, counts, FULL: tl.constexpr, ACCUMULATE: tl.constexpr
+):
+    """Stores the selected entries of runs of a product, float32 `[runs, RUN]`, at their ranks."""
+    words_ptr, n_words, starts_ptr, out_ptr = places
+    RUN: tl.constexpr = product.shape[1]
+    SIZE: tl.constexpr = product.shape[0] * RUN
+    words = run_words(words_ptr, n_words, begins, counts, FULL, RUN)
+    start, ranks = first_ranks(words_ptr, starts_ptr, first, begins, counts > 0, FULL)
+    ranks = ranks[:, None] + earlier(popcount(words), RUN // BITS)
+    bit = tl.arange(0, BITS)
+    lower_bits = ((1 << bit) - 1).to(tl.uint32, bitcast=True)
+    ranks = ranks[:, :, None] + popcount(words[:, :, None] & lower_bits[None, None, :])
+    selected = ((words[:, :, None] >> bit[None, None, :]) & 1) != 0
+    # Flat: of a 2-D tile whose ranks are not affine the compiler would put columns side by side.
+    ranks, selected = tl.reshape(ranks, (SIZE,)), tl.reshape(selected, (SIZE,))
+    values = tl.reshape(product, (SIZE,))
+    out_ptr += start
+    if ACCUMULATE:
+        values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
+    tl.store(out_ptr + ranks, values, mask=selected)
+
+
+@triton.jit(do_not_specialize=["tokens", "n_words"])
+def sddmm_kernel(
+    words_ptr,
+    starts_ptr,
+    n_words,
+    dy_ptr,
+    x_ptr,
+    out_ptr,
+    tokens,
+    rows,
+    cols,
+    dy_token,
+    x_token,
+    FULL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program computes the selected entries of one tile."""
+    tile = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(cols, BLOCK_I)
+    first_col = tile % tiles * BLOCK_I
+    offs_o = tile // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = first_col + tl.arange(0, BLOCK_I)
+    in_rows, in_cols = offs_o < rows, offs_i < cols
+    begins = offs_o * cols + first_col
+    counts = tl.where(in_rows, tl.minimum(cols - first_col, BLOCK_I), 0).to(tl.int32)
+    words = run_words(words_ptr, n_words, begins, counts, FULL, BLOCK_I)
+    some = tl.max(tl.max(words, 1), 0) != 0
+
+    offs_t = tl.arange(0, BLOCK_T)
+    dy_token, x_token = tl.cast(dy_token, tl.int64), tl.cast(x_token, tl.int64)
+    dy_ptrs = dy_ptr + offs_t[:, None] * dy_token + offs_o[None, :]
+    x_ptrs = x_ptr + offs_t[:, None] * x_token + offs_i[None, :]
+    product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for begin in tl.range(0, tl.where(some, tokens, 0), BLOCK_T):
+        exist = (offs_t < tokens - begin)[:, None]
+        dy = tl.load(dy_ptrs, mask=exist & in_rows[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=exist & in_cols[None, :], other=0.0)
+        product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)
+        dy_ptrs += BLOCK_T * dy_token
+        x_ptrs += BLOCK_T * x_token
+
+    places = words_ptr, n_words, starts_ptr, out_ptr
+    first = tile // tiles * BLOCK_O * cols + first_col
+    HALF: tl.constexpr = BLOCK_I // 2
+    if BLOCK_O * BLOCK_I > MOST_STORED:
+        halves = tl.permute(tl.reshape(product, (BLOCK_O, 2, HALF)), (0, 2, 1))
+        left, right = tl.split(halves)
+        store_selected(places, left, first, begins, counts, FULL, ACCUMULATE)
+        store_selected(places, right, first, begins + HALF, counts - HALF, FULL, ACCUMULATE)
+    else:
+        store_selected(places, product, first, begins, counts, FULL, ACCUMULATE)
+
+
+@triton.jit
+def bitmap_kernel(positions_ptr, starts_ptr, words_ptr, word_starts_ptr):
+    """One program sets the bits of one segment, and stores the first rank of each of its blocks."""
+    segment = tl.program_id(0).to(tl.int64)
+    first = tl.load(starts_ptr + segment)
+    count = (tl.load(starts_ptr + segment + 1) - first).to(tl.int32)
+    block = tl.arange(0, BLOCKS)
+    ranks = tl.zeros((BLOCKS,), tl.int32)
+    words_ptr += segment * (SEGMENT // BITS)
+    done = 0
+    while done < count:
+        offs, selected, _ = segment_chunk(positions_ptr + first, done, count)
+        bits = (1 << (offs % BITS)).to(tl.int32)
+        tl.atomic_or(words_ptr + offs // BITS, bits, mask=selected, sem="relaxed")
+        before = selected[None, :] & (offs[None, :] < (block * BLOCK)[:, None])
+        ranks += tl.sum(before.to(tl.int32), 1)
+        done += CHUNK
+    tl.store(word_starts_ptr + segment * BLOCKS + block, first + ranks)
+
+
+def bitmap(positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """The words and block ranks of a tensor whose selection is given by 16-bit positions.
+
+    Args:
+        positions: uint16 `[nnz]`, ascending inside each segment.
+        starts: int64 `[segments + 1]`, the rank of each segment's first.
+
+    Returns:
+        int32 `[segments * 2048]` and int64 `[segments * 32]`, the last segment filled up with
+        entries that are not selected.
+    """
+    segments = starts.numel() - 1
+    words = starts.new_zeros(segments * (SEGMENT_SIZE // WORD_SIZE), dtype=torch.int32)
+    word_starts = starts.new_empty(segments * BLOCKS.value)
+    bitmap_kernel[(segments,)](positions, starts, words, word_starts, num_warps=4)
+    return words, word_starts
+
+
+def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> Tensor:
+    """Launch one program a tile; the sum of squares is taken of what they wrote."""
+    words, positions, starts, _, programs = index
+    if programs.numel() == 0:
+        return out.new_zeros(())
+    if x.shape[1] >= WIDEST:
+        return sddmm_reference(out, dy, x, index, accumulate)
+    exact = dy.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    precision = "ieee" if exact else "tf32" if dy.dtype == torch.float32 else "half"
+    config = tile_config(precision, dy.shape[1], x.shape[1], processors(out.device))
+    with device_guard(out.device):
+        if positions.numel():
+            words, starts = bitmap(positions, starts)
+        launch(out, dy, x, words, starts, accumulate, precision, config)
+    return torch.linalg.vector_norm(out).square()
+
+
+def tile_config(precision: str, rows: int, cols: int, wanted: int) -> Config:
+    """The largest tile of which there are `wanted`, else the smallest."""
+    *larger, smallest = CONFIGS[precision]
+    for config in larger:
+        if triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols) >= wanted:
+            return config
+    return smallest
+
+
+def launch(
+    out: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    words: Tensor,
+    starts: Tensor,
+    accumulate: bool,
+    precision: str,
+    config: Config,
+) -> None:
+    """One program a tile; without words every entry is selected."""
+    (tokens, rows), cols = dy.shape, x.shape[1]
+    grid = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
+    sddmm_kernel[(grid,)](
+        words, starts, words.numel(), dy, x, out,
+        tokens, rows, cols, dy.stride(0), x.stride(0),
+        FULL=words.numel() == 0, ACCUMULATE=accumulate,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        BLOCK_O=config.rows, BLOCK_I=config.cols, BLOCK_T=config.tokens,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+torch.library.register_kernel("talos::sddmm_", "cuda", sddmm_)
