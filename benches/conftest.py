@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benches import measure
-from benches.results_file import add_result
+from benches.results_file import add_result, draw_costs
 from benches.shapes import SHAPES
 from benches.table import METHODS, Record, table_lines
 from talos.costs import Cost
@@ -101,8 +101,9 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Record], dict[str, object]
 def keep_costs(
     request: pytest.FixtureRequest,
 ) -> Callable[[str, str, list[Cost]], None]:
-    """Keeps the costs of one workload, by model and label, as `keep` does records."""
+    """Keeps the costs of one workload, by model and label, as `keep` does records; draws them."""
     config = request.config
+    out: Path | None = config.getoption("--out")
 
     def keep_them(model: str, label: str, costs: list[Cost]) -> None:
         config.stash[COSTS].append((model, label, [cost.as_dict() for cost in costs]))
@@ -117,8 +118,10 @@ def keep_costs(
                 peak_bytes=cost.memory.peak,
             )
             result = record.as_dict() | {"model": model, "cost": cost.as_dict()}
-            if config.getoption("--out"):
-                add_result(config.getoption("--out"), result | measure.machine())
+            if out is not None:
+                add_result(out, result | measure.machine())
+        if out is not None:
+            draw_costs(out, model, label, [cost.as_dict() for cost in costs])
 
     return keep_them
 

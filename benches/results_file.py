@@ -2,8 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from talos.costs.figure import memory_bars, time_bars
+from talos.costs.results import ratios
 
 KEY = ("op", "shape", "form")
 
@@ -20,6 +25,19 @@ def add_result(folder: Path, record: Mapping[str, object]) -> Path:
     kept = [old for old in read_results(path) if tuple(old[key] for key in KEY) != same]
     write_json(path, {"records": [*kept, dict(record)]})
     return path
+
+
+def draw_costs(folder: Path, model: str, label: str, forms: Sequence[Mapping[str, Any]]) -> None:
+    """Two pictures of one workload's forms, the time and the peak memory of an iteration.
+
+    Where matplotlib is missing, or non-linear fine-tuning was not measured, there are none.
+    """
+    if find_spec("matplotlib") is None or ratios(forms, forms[0]) is None:
+        return
+    pictures = {"time": time_bars, "memory": memory_bars}
+    for name, bars in pictures.items():
+        path = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{name}.svg"
+        path.write_text(bars({"settings": {"model": model}, "forms": forms}), encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,7 +15,7 @@ import talos
 from benches import bench_estimators as estimators
 from benches import bench_sddmm, forms, gpu, measure, scoring
 from benches.bench_fisher_diag import OPS, TOLERANCE
-from benches.results_file import add_result, all_results, write_json
+from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
 from benches.table import METHODS, OURS, Record, table_lines
 from talos.models import ZeroShotClassifier, load_text_encoder
@@ -324,6 +324,21 @@ def test_costs_are_records_with_a_table_of_their_own(
     (row,) = [line for line in page.splitlines() if line.startswith("| TaLoS")]
     assert [cell.strip() for cell in row.split("|")][5:9] == ["0.40", "0.35", "0.50", "0.44"]
     assert "sparse_adam_" in page
+
+
+def test_costs_are_drawn_beside_their_file(tmp_path: Path) -> None:
+    results = sorted(Path(measure.ROOT).glob("benches/results/*/methods.json"))
+    records = json.loads(results[0].read_text())["records"]
+    model, label = records[0]["model"], records[0]["shape"]
+    forms = [each["cost"] for each in records if each["shape"] == label]
+    draw_costs(tmp_path, model, label, [form for form in forms if form["form"] != "nonlinear"])
+    assert not list(tmp_path.iterdir())
+    draw_costs(tmp_path, model, label, forms)
+    assert [path.stem.rpartition("-")[2] for path in sorted(tmp_path.iterdir())] == [
+        "memory",
+        "time",
+    ]
+    assert all("TaLoS" in path.read_text() for path in tmp_path.iterdir())
 
 
 def test_gpu_command_measures_iterations_before_single_ops() -> None:
