@@ -72,18 +72,19 @@ def _bars(
             widths = [part(form) / unit for form in forms]
             axes.barh(range(len(forms)), widths, left=lefts, color=colour, label=label)
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-        for row, left in enumerate(lefts):
-            axes.text(left, row, f" {left:.2f}", va="center", fontsize=8.5)
+        for row, form in enumerate(forms):
+            at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+            axes.text(1.0, row, f"{whole(form) / unit:.2f}", fontsize=8.5, **at)
         if theirs:
             rows, values = zip(*theirs, strict=True)
             axes.plot(values, rows, "D", color=INK, markersize=5, label="paper", linestyle="none")
         axes.set_yticks(range(len(forms)), [form["title"] for form in forms])
         axes.tick_params(length=0)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.15 * max([*lefts, *(value for _, value in theirs)]))
-        axes.set_xlabel(f"{what} of an iteration, non-linear fine-tuning = 1")
+        axes.set_xlim(0, 1.25 * max([*lefts, *(value for _, value in theirs)]))
+        axes.set_xlabel(f"{what}, non-linear = 1")
         axes.spines["left"].set_visible(False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8.5)
+        axes.figure.legend(loc="outside upper left", ncols=3, fontsize=8)
 
     inline = draw(f"costs-{what}", 1.3 + 0.34 * len(forms), paint)
     standalone = 'xmlns="http://www.w3.org/2000/svg" style="background:#fff"'
