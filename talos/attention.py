@@ -3,7 +3,8 @@
 By its name alone a layer says little: a state space model has an `out_proj` and an MLP a `c_proj`.
 Projections are therefore taken by the module that holds them, all or none. Where a module has some
 and the others go by names that nobody here knows, as in multi-head latent attention, it is refused:
-it would be trained in part.
+it would be trained in part. So is one with all four and further ones beside them that are called
+after a role, such as Longformer's `query_global`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ __all__ = ["attention_projections"]
 
 _INPUTS = ("query", "key", "value")
 # Parts of one attention module: `attention.self.query` and `attention.output.dense`, ...
-_PARTS = re.compile(r"(^|\.)(self|output|to_out)$|(?<=attention)\.(attention|att)$")
+_PARTS = re.compile(r"(^|\.)(self|output|to_out)$|(?<=attention)\.(attention|att|self_attention)$")
+_ROLE_IN_NAME = re.compile(r"query|key|value|(^|_)[qkv]+(_|$)", re.IGNORECASE)
 _NAMED_ATTENTION = re.compile(r"(attn|attention)\d*(\.\d+)?$", re.IGNORECASE)
 
 
@@ -39,7 +41,7 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
 
     Raises:
         TalosValueError: an attention module holds some of the projections, one of which requires a
-            gradient, but not all.
+            gradient, but not all, or others that are called after a role.
 
     Example:
         >>> block = nn.TransformerEncoderLayer(4, 2, 8)
@@ -63,18 +65,25 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
         missing, more = _missing(own), any(path.startswith(inside) for path in others)
         if missing == ["output"] and not more:
             missing = []
-        if missing == [*_INPUTS] and not (
-            more and any(map(_NAMED_ATTENTION.search, (holder, kind)))
-        ):
+        called_attention = any(map(_NAMED_ATTENTION.search, (holder, kind)))
+        if (missing == [*_INPUTS] and not more) or ("query" in missing and not called_attention):
             continue
-        if missing and any(each.param.requires_grad for each in own):
+        beside = [path for path in others if _is_part(path, holder)]
+        if (missing or beside) and any(each.param.requires_grad for each in own):
+            lacks = f"without {', '.join(missing)}" if missing else f"beside {', '.join(beside)}"
             raise TalosValueError(
-                "model must have query, key, value and output projections of known names in every "
-                f"attention module, got {holder or kind} without {', '.join(missing)}; freeze it "
-                "to leave it out, or name weights by a regular expression: params="
+                "model must have query, key, value and output projections of known names, and no "
+                f"others, in every attention module, got {holder or kind} {lacks}; freeze it to "
+                "leave it out, or name weights by a regular expression: params="
             )
         taken += own
     return taken
+
+
+def _is_part(path: str, holder: str) -> bool:
+    """Whether a linear layer of an unknown name is called after a role, inside the holder."""
+    parent, _, leaf = path.rpartition(".")
+    return _PARTS.sub("", parent) == holder and _ROLE_IN_NAME.search(leaf) is not None
 
 
 def _missing(own: list[Projection]) -> list[str]:

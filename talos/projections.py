@@ -44,7 +44,10 @@ _ALL = ("query", "key", "value")
 _IN_THIRDS = ("qkv", "Wqkv", "to_qkv", "c_attn")
 _LAID_OUT_VARIOUSLY = ("query_key_value", "qkv_proj")
 # Where a layer named as in thirds has a head's query, key and value, then those of the next head.
-_BY_HEADS = ("timm.models.maxxvit", "timm.models.tiny_vit", "transformers.models.gpt_bigcode")
+_BY_HEADS = (
+    *("timm.models.efficientformer", "timm.models.maxxvit", "timm.models.tiny_vit"),
+    "transformers.models.gpt_bigcode",
+)
 
 
 @dataclass(frozen=True, eq=False)

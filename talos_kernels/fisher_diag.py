@@ -70,7 +70,7 @@ def fisher_diag_(
     Many layers go in one launch. Sums over samples are taken in a fixed order, so two calls give
     the same bits. On the CPU rows of `dys` that are zero, as those of padding are, are passed over
     whatever `xs` has there. float32 inputs are multiplied in float32, or in TF32 where
-    `torch.backends.cuda.matmul.allow_tf32` permits that.
+    `torch.backends.cuda.matmul` permits that.
 
     Args:
         scores: float32 `[O, I]`, one a layer; the columns of a row lie next to each other.

@@ -78,8 +78,8 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
 
     Products are added up in float32 and never rounded to a shorter type. Sums are taken in a fixed
     order, so two calls give the same bits. float32 operands are multiplied in float32, or on a GPU
-    in TF32 where `torch.backends.cuda.matmul.allow_tf32` permits that. On the CPU the product of
-    the rows with selected entries is made and gathered from; a GPU holds none.
+    in TF32 where `torch.backends.cuda.matmul` permits that. On the CPU the product of
+    the rows with selected entries is made and gathered from; a GPU holds none below 2^24 columns.
 
     Args:
         out: float32 `[nnz]`, written in rank order.

@@ -173,6 +173,10 @@ FUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] 
     "GPTBigCode": (lambda: of_transformers("GPTBigCode"), text),
     "MaxViT": (lambda: of_timm("models.maxxvit", "AttentionCl", E, dim_head=4, bias=True), image),
     "TinyViT": (lambda: of_timm("models.tiny_vit", "Attention", E, 4, 4, 1, (1, 1)), image),
+    "EfficientFormer": (
+        lambda: of_timm("models.efficientformer", "Attention", E, 4, 4, 1, 1),
+        image,
+    ),
 }
 
 
@@ -276,6 +280,37 @@ def test_attention_beside_known_attention_is_refused(layers: dict[str, int], mis
         select_parameters(model, "attention")
     model[1].requires_grad_(False)
     assert {key[:7] for key in names(model)} == {"0.attn."}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"query_global": E, "key_global": E},
+        {"pos_q_proj": E},
+        {"layout_value": E},
+        {"w2e_query": E},
+    ],
+)
+def test_complete_attention_with_further_projections_is_refused(others: dict[str, int]) -> None:
+    known = {"query": E, "key": E, "value": E}
+    parts = nn.ModuleDict({**holder("self", **known, **others), **holder("output", dense=E)})
+    model = nn.ModuleDict({"attention": parts})
+    with pytest.raises(TalosValueError, match=f"got attention beside .*{next(iter(others))}"):
+        select_parameters(model, "attention")
+
+
+def test_values_without_queries_are_no_attention() -> None:
+    """A critic's value head, the key and value layers of RWKV's feed-forward."""
+    extra = nn.ModuleDict({**holder("critic", value=1), **holder("feed_forward", key=E, value=E)})
+    model = nn.Sequential(holder("attn", qkv=3 * E, proj=E), extra)
+    assert {key[:7] for key in names(model)} == {"0.attn."}
+
+
+def test_reformers_output_projection_belongs_to_its_heads() -> None:
+    inner = nn.ModuleDict(
+        {**holder("self_attention", query=E, key=E, value=E), **holder("output", dense=E)}
+    )
+    assert "attention.output.dense.weight" in names(nn.ModuleDict({"attention": inner}))
 
 
 def test_output_projections_lie_beside_their_heads_or_one_level_higher() -> None:

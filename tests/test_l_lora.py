@@ -1,7 +1,9 @@
 """L-LoRA's gradient: that of the dense way, without a dense gradient."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -178,7 +180,8 @@ def test_whatever_way_a_weight_is_reached_in(way: str) -> None:
             torch.testing.assert_close(found, grad)
 
 
-def test_the_gradient_of_bfloat16_products_is_multiplied_in_float32() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_gradient_of_bfloat16_products_is_multiplied_in_float32(inside: bool) -> None:
     torch.manual_seed(0)
     model, x = Layers("once"), torch.randn(64, 8)
     exact, dense = copy.deepcopy(model).double(), copy.deepcopy(model)
@@ -186,7 +189,10 @@ def test_the_gradient_of_bfloat16_products_is_multiplied_in_float32() -> None:
         for each in (model, dense):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = each(x).float().square().sum()
-            loss.backward()
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
     exact(x.double()).square().sum().backward()
     for ours, theirs, grad in zip(gradients(phase), expected(dense), expected(exact), strict=True):
         assert ours.dtype == torch.float32
@@ -213,6 +219,19 @@ def test_what_is_not_training_is_as_ever_and_everything_is_given_back() -> None:
     plain(x).sum().backward()
     assert_bit_equal(model.attn["v"].weight.grad, plain.attn["v"].weight.grad)
     assert gradients(phase) == [None, None]
+
+
+def test_a_forgotten_phase_gives_everything_back() -> None:
+    before = F.linear
+    model = Layers("once")
+    phase = METHOD.start(model, HYPER, default_logits)
+    phase.freeze()
+    assert F.linear is not before
+    weight = weakref.ref(model.attn["q"].weight)
+    del model, phase
+    gc.collect()
+    assert weight() is None
+    assert F.linear is before
 
 
 def test_several_processes_average_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

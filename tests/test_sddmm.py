@@ -209,6 +209,23 @@ def test_every_size_of_tile(
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_the_precision_may_be_set_by_either_api(allow_tf32: Callable[[bool], None]) -> None:
+    from talos_kernels.triton.launch import tf32_allowed
+
+    for allowed in (True, False):
+        allow_tf32(allowed)
+        assert tf32_allowed() is allowed
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            assert tf32_allowed() is (precision == "tf32")
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_rows_too_wide_for_ranks_of_32_bits_take_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

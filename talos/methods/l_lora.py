@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -129,8 +131,9 @@ class _Adapter:
                 gradient of the whole weight, of its shape.
             x: the layer's input, [tokens, in].
         """
-        inner = self.a0.T if x is None else x.to(self.a0) @ self.a0.T
-        grad = self.scale * self.part(dy).to(self.a0) @ inner
+        with torch.autocast(dy.device.type, enabled=False):  # a backward may be called inside one
+            inner = self.a0.T if x is None else x.to(self.a0) @ self.a0.T
+            grad = (self.part(dy).to(self.a0) @ inner).mul_(self.scale)
         self.b.grad = grad if self.b.grad is None else self.b.grad.add_(grad)
 
     def write(self, base: Tensor) -> None:
@@ -172,7 +175,7 @@ class _Adapted(Phase):
         self._weights = [
             _Weight([each for each in self._adapters if each.name == name]) for name in self.params
         ]
-        self._hooks: list[RemovableHandle] = []
+        self._stop: Callable[[], object] = lambda: None
         self.base = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **hyper)
         self.others = untrained(model, self.params.values())
@@ -184,15 +187,18 @@ class _Adapted(Phase):
             return
         for each in self._weights:
             each.active = True
-            self._hooks.append(each.param.register_post_accumulate_grad_hook(each.project))
+        hooks = [
+            each.param.register_post_accumulate_grad_hook(each.project) for each in self._weights
+        ]
         route([each for each in self._weights if not each.adapters[0].transposed])
+        stop = weakref.finalize(self, _give_back, self._weights, hooks)  # if it is forgotten
+        stop.atexit = False
+        self._stop = stop
 
     def release(self) -> None:
         """Give both back."""
         super().release()
-        unroute(self._weights)
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._stop()
 
     def zero_grad(self) -> None:
         """Drop the gradients of B and of the weights."""
@@ -210,9 +216,11 @@ class _Adapted(Phase):
     @torch.no_grad()
     def step(self) -> None:
         """Change B, and the weights with it."""
+        for each in self._weights:
+            each.project()
         self.optimizer.step()
-        for each in self._adapters:
-            each.write(self.base[each.name])
+        for adapter in self._adapters:
+            adapter.write(self.base[adapter.name])
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`: of fused weights it has the query and value rows only."""
@@ -222,6 +230,13 @@ class _Adapted(Phase):
             each.part(dense[each.name]).fill_(True)
         mask = Mask.from_dense(dense)
         return TaskVector.from_models(self.base, self.params, mask, metadata=self.metadata)
+
+
+def _give_back(weights: list[_Weight], hooks: list[RemovableHandle]) -> None:
+    """Let autograd have the weights' gradients again."""
+    unroute(weights)
+    for hook in hooks:
+        hook.remove()
 
 
 def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, architecture, device_guard, integer_table, processors
+from .launch import DTYPES, architecture, device_guard, integer_table, processors, tf32_allowed
 
 __all__ = ["add_slabs_kernel", "fisher_diag_", "fisher_diag_kernel"]
 
@@ -187,7 +187,7 @@ def by_sample(rows: Tensor) -> Tensor:
 def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, squared: bool) -> None:
     """One launch for all layers, and one that adds slabs where there are any."""
     _, dy, _ = layers[0]
-    exact = dy.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = dy.dtype == torch.float32 and not tf32_allowed()
     wide = dy.dtype == torch.float32 or squared
     backend, arch = architecture()
     configs = BLACKWELL if backend == "cuda" and int(arch) >= 100 else CONFIGS

@@ -16,6 +16,7 @@ __all__ = [
     "device_guard",
     "integer_table",
     "processors",
+    "tf32_allowed",
 ]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -45,6 +46,12 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may multiply float32 in TF32; `allow_tf32` cannot be read under its new API."""
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"
 
 
 def address_table(*columns: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from ..index import BLOCK_SIZE, SEGMENT_SIZE
 from ..sddmm import sddmm_reference
 from ..tensor_index import WORD_SIZE
 from .blocks import BITS, BLOCK, CHUNK, SEGMENT, WORDS, popcount, segment_chunk
-from .launch import device_guard, processors
+from .launch import device_guard, processors, tf32_allowed
 
 __all__ = ["bitmap", "bitmap_kernel", "sddmm_", "sddmm_kernel"]
 
@@ -232,7 +232,7 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumula
         return out.new_zeros(())
     if x.shape[1] >= WIDEST:
         return sddmm_reference(out, dy, x, index, accumulate)
-    exact = dy.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = dy.dtype == torch.float32 and not tf32_allowed()
     precision = "ieee" if exact else "tf32" if dy.dtype == torch.float32 else "half"
     config = tile_config(precision, dy.shape[1], x.shape[1], processors(out.device))
     with device_guard(out.device):
