@@ -81,7 +81,8 @@ def checkpoint_frozen_mlps(model: nn.Module) -> Iterator[tuple[str, ...]]:
     if not found:
         raise TalosValueError(
             "model must have an MLP whose weights are all frozen, got none; make the optimizer "
-            "first, which freezes what its mask leaves out, or use torch.utils.checkpoint"
+            "first, which freezes what its mask leaves out; a mask of params='qk' leaves out every "
+            "MLP, for others use torch.utils.checkpoint"
         )
     with _replaced(found, lambda _, forward: partial(checkpoint, forward, use_reentrant=False)):
         yield tuple(found)

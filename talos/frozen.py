@@ -17,6 +17,7 @@ finds it there.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -214,6 +215,11 @@ def hold_frozen(
         if not param.requires_grad and param.dtype == torch.float32 and not param.is_meta
     }
     if not frozen:
+        warnings.warn(
+            "no float32 parameter is frozen, so none is held; make the optimizer first, which "
+            "freezes what its mask leaves out",
+            stacklevel=2,
+        )
         return HeldWeights({}, {})
     left = _not_its_own(model, frozen)
     trial = Trial(model, forward, dtype)

@@ -257,12 +257,24 @@ def test_merge_sums_over_the_union(
     assert TaskVector.load(out).values.tolist() == [0.5, -1.0, -4.0]
     text = capsys.readouterr().out
     assert "3 entries" in text
+    assert "in common" not in text
     assert f"talos inspect {out}" in text
     before = out.read_bytes()
     refused(["merge", str(vectors[0]), "--out", str(out)], capsys, "--overwrite", tmp_path)
     assert main(["merge", str(vectors[0]), "--out", str(out), "--overwrite"]) == 0
     assert out.read_bytes() != before
     assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
+
+
+def test_merge_tells_of_vectors_that_share_no_tensor(
+    vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    mask = Mask.from_dense({"somewhere.else": torch.eye(2) > 0})
+    TaskVector(mask, torch.ones(2)).save(other)
+    out = tmp_path / "edit.safetensors"
+    assert main(["merge", str(vectors[0]), str(other), "--out", str(out)]) == 0
+    assert "no two of the vectors have a tensor in common" in capsys.readouterr().out
 
 
 def test_inspect_shows_a_vector(

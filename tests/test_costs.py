@@ -268,6 +268,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "--out", str(out), "--quick", "--layers", "1", "--dtype", "bf16"]) == 0
     text = capsys.readouterr().out
     assert "TaLoS" in text
+    assert "one round: times differ" in text
     assert "next" in text
     assert sorted(path.name for path in out.iterdir()) == ["costs.json", "memory.svg", "time.svg"]
     results = json.loads((out / "costs.json").read_text())

@@ -511,7 +511,8 @@ def test_a_forward_that_returns_nothing_is_refused() -> None:
 
 def test_a_model_without_frozen_weights_needs_no_forward() -> None:
     model, _ = mlp()
-    assert hold_frozen(model.requires_grad_(), lambda: None).names == ()
+    with pytest.warns(UserWarning, match="no float32 parameter is frozen, so none is held"):
+        assert hold_frozen(model.requires_grad_(), lambda: None).names == ()
 
 
 def test_a_copy_made_while_held_lives_on_its_own() -> None:

@@ -255,6 +255,12 @@ def test_dropout_draws_one_mask_for_value_and_change() -> None:
     torch.testing.assert_close(found, value + pushed)
 
 
+def test_an_expansion_is_called_with_a_batch() -> None:
+    linear = LinearizedModel(nn.Linear(6, 3))
+    with pytest.raises(TalosTypeError, match="one batch, got 0 and input_ids, labels;"):
+        linear(input_ids=torch.zeros(1, 6), labels=torch.zeros(1))
+
+
 def test_what_needs_no_gradient_is_no_part_of_the_expansion() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     model[2].requires_grad_(False)

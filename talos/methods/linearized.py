@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
+from talos.errors import TalosTypeError
 from talos.params import named_parameters
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase, check_bare, trainable
@@ -86,6 +87,20 @@ class LinearizedModel(nn.Module):
     def base(self) -> dict[str, Tensor]:
         """theta_0, of the parameters that require a gradient."""
         return {name: self.get_buffer(f"base_{i}") for i, name in enumerate(self._names)}
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Refuses a call as of the model: a loss that it computes is no part of the expansion.
+
+        Raises:
+            TalosTypeError: it is called with anything but one batch.
+        """
+        if len(args) != 1 or inputs:
+            raise TalosTypeError(
+                f"a LinearizedModel must be called with one batch, got {len(args)} and "
+                f"{', '.join(inputs) or 'no keywords'}; it returns logits: let loss_fn compute the "
+                "loss of model(batch) and the batch's labels"
+            )
+        return super().__call__(*args)
 
     def forward(self, batch: Any) -> Tensor:
         """The logits of a batch on the expansion.

@@ -173,6 +173,8 @@ def _show(results: dict[str, Any], left_out: dict[str, str]) -> None:
     console.print("\n[bold]its memory and its step[/bold]")
     console.print(_table(second, [(row[0], *row[11:]) for row in rows]))
     say(console, "x: over non-linear fine-tuning; paper: the same of its authors' machine")
+    if settings["rounds"] == 1:
+        say(console, "one round: times differ by what else the machine did; take more to compare")
     for name, why in left_out.items():
         say(console, f"left out: {name} ({why})")
 

@@ -1,6 +1,8 @@
 """`talos merge`: a weighted sum of task vectors."""
 
 import math
+from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -74,10 +76,20 @@ def merge(
     from talos.report.results import megabytes
     from talos.task_vectors import TaskVector
 
+    names: list[set[str]] = []
+
+    def loaded() -> Iterator[tuple[float, TaskVector]]:
+        for path, scale in parsed:
+            vector = TaskVector.load(path)
+            names.append(set(vector.mask.names))
+            yield scale, vector
+
     with keeping("nothing was written"):
-        edit = TaskVector.combine((scale, TaskVector.load(path)) for path, scale in parsed)
+        edit = TaskVector.combine(loaded())
         edit.save(out, overwrite=overwrite)
     console = stdout()
+    if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
+        say(console, "no two of the vectors have a tensor in common: do they belong to one model?")
     count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
     say(console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}")
     next_step(
