@@ -137,7 +137,7 @@ IndexView checked_index(const std::vector<Tensor>& index, int64_t n_tensors, int
           index[1].numel(),
           index[2].numel(),
           n_tensors,
-          index[4].numel(),
+          index[4].numel() / 2,
           nnz};
 }
 

@@ -17,8 +17,8 @@ constexpr int64_t kWordsPerBlock = kBlockSize / 32;
 
 enum Encoding : int64_t { kFull = 0, kBitmap = 1, kU16 = 2 };
 
-// Columns of the int64 table [n_tensors, 6].
-enum Column : int64_t { kNumel, kEncoding, kRank, kData, kStarts, kProgram, kColumns };
+// Columns of the int64 table [n_tensors, 5].
+enum Column : int64_t { kNumel, kEncoding, kRank, kData, kStarts, kColumns };
 
 enum class DType : uint8_t { f32, bf16, f16 };
 
@@ -28,7 +28,7 @@ struct IndexView {
   const uint16_t* positions;
   const int64_t* starts;
   const int64_t* table;
-  const int32_t* programs;
+  const int32_t* programs;  // [n_programs, 2]: a tensor and a block in it
   int64_t n_words, n_positions, n_starts, n_tensors, n_programs;
   int64_t nnz;  // length of every per-entry array of the call
 };

@@ -17,8 +17,6 @@ from .masks import Mask
 
 __all__ = ["Bucket"]
 
-_MOST_PATTERNS = 64  # experts that are not always reached make many
-
 
 @dataclass(eq=False)
 class Bucket:
@@ -36,7 +34,6 @@ class Bucket:
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
         base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
-        patterns: which tensors step, by which have a gradient, on the device.
         compacted: the parameters whose gradients are kept compact; none where they are not.
     """
 
@@ -51,7 +48,6 @@ class Bucket:
     lr: Tensor
     lr_value: float | None
     base: Tensor
-    patterns: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
     compacted: dict[str, CompactedParam] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,15 +147,10 @@ class Bucket:
         self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One step of the tensors that have a gradient."""
-        grads = self.gradients()
-        taken = self._taken(tuple(grad is not None for grad in grads))
-        if found_inf is not None:
-            taken = taken * (found_inf.to(self.index.device) == 0)
-        self.steps.add_(taken)
         self._upload_lr(group["lr"])
         sparse_adam_(
             list(self.params.values()),
-            grads,
+            self.gradients(),
             self.index,
             self.exp_avg,
             self.exp_avg_sq,
@@ -174,14 +165,6 @@ class Bucket:
             found_inf=found_inf,
             seed=group["seed"],
         )
-
-    def _taken(self, has_grad: tuple[bool, ...]) -> Tensor:
-        """1 for each tensor that steps, else 0; uploaded once for each pattern of gradients."""
-        if has_grad not in self.patterns:
-            if len(self.patterns) >= _MOST_PATTERNS:
-                self.patterns.clear()
-            self.patterns[has_grad] = torch.tensor(has_grad, device=self.index.device).float()
-        return self.patterns[has_grad]
 
     def _upload_lr(self, lr: float | Tensor) -> None:
         if isinstance(lr, Tensor):

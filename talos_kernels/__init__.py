@@ -23,7 +23,6 @@ from .index import Index, TensorIndex
 from .sddmm import sddmm_
 from .select_threshold import Threshold, select_threshold
 from .sparse_adam import sparse_adam_
-from .swap_delta import swap_delta_
 
 __all__ = [
     "Index",
@@ -45,7 +44,6 @@ __all__ = [
     "sddmm_",
     "select_threshold",
     "sparse_adam_",
-    "swap_delta_",
 ]
 
 if torch.cuda.is_available():

@@ -8,12 +8,12 @@ another and adds the launch table, which tells each program of a kernel its tens
 | `words`     | int32 `[W]`          | the bitmaps                                          |
 | `positions` | uint16 `[P]`         | the 16-bit positions                                 |
 | `starts`    | int64 `[S]`          | a tensor's block ranks, counted through all tensors  |
-| `table`     | int64 `[tensors, 6]` | numel, encoding, first rank, first word or position, |
-|             |                      | first block in `starts`, first program               |
-| `programs`  | int32 `[programs]`   | the tensor of each program                           |
+| `table`     | int64 `[tensors, 5]` | numel, encoding, first rank, first word or position, |
+|             |                      | first block in `starts`                              |
+| `programs`  | int32 `[programs, 2]`| the tensor of each program, and its block in it      |
 
 A program takes one block of 2048 dense entries (`full`, `bitmap`) or one segment of 65536 (`u16`).
-A tensor without a selected entry has no program.
+A block without a selected entry has no program: of a fused QKV, the values' third.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Column(IntEnum):
     RANK = 2
     DATA = 3
     STARTS = 4
-    PROGRAM = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,20 +79,17 @@ class Index:
             device: where the packed buffers go.
         """
         rows, programs, starts = [], [], []
-        rank = word = position = block = program = 0
+        rank = word = position = block = 0
         for tensor, part in enumerate(parts):
             data = {"full": 0, "bitmap": word, "u16": position}[part.encoding]
             code = ENCODINGS.index(part.encoding)
-            rows.append([part.numel, code, rank, data, block, program])
-            size = SEGMENT_SIZE if part.encoding == "u16" else BLOCK_SIZE
-            count = blocks_of(part.numel, size) if part.nnz else 0
-            programs.append(torch.full((count,), tensor, dtype=torch.int32))
+            rows.append([part.numel, code, rank, data, block])
+            programs.append(_programs(tensor, part))
             starts.append(part.starts + rank)
             rank += part.nnz
             word += part.words.numel()
             position += part.positions.numel()
             block += part.starts.numel()
-            program += count
 
         def joined(buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
             return torch.cat([torch.zeros(0, dtype=dtype), *buffers]).to(device)
@@ -105,7 +101,7 @@ class Index:
             joined([part.positions for part in parts], torch.uint16),
             joined(starts, torch.int64),
             torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Column)).to(device),
-            joined(programs, torch.int32),
+            joined(programs, torch.int32).view(-1, 2),
         )
 
     @classmethod
@@ -157,9 +153,7 @@ class Index:
         """One index a tensor; the bitmaps and positions are views of this one's."""
         parts = []
         for part in _parts(self.buffers, self.numels, self.nnzs):  # a host sync on a GPU
-            alone = [part.numel, ENCODINGS.index(part.encoding), 0, 0, 0, 0]
-            size = SEGMENT_SIZE if part.encoding == "u16" else BLOCK_SIZE
-            programs = blocks_of(part.numel, size) if part.nnz else 0
+            alone = [part.numel, ENCODINGS.index(part.encoding), 0, 0, 0]
             parts.append(
                 Index(
                     (part.numel,),
@@ -168,7 +162,7 @@ class Index:
                     part.positions,
                     part.starts,
                     torch.tensor([alone], dtype=torch.int64).to(self.device),
-                    torch.zeros(programs, dtype=torch.int32, device=self.device),
+                    _programs(0, part).view(-1, 2).to(self.device),
                 )
             )
         return parts
@@ -207,6 +201,15 @@ class Index:
                     f"{name}[{i}] must be on the index's device {self.device}, "
                     f"got {tensor.device}; move one with .to()"
                 )
+
+
+def _programs(tensor: int, part: TensorIndex) -> Tensor:
+    """A tensor's programs, flat: its number and the number of each block with a selected entry."""
+    if part.encoding == "full":
+        blocks = torch.arange(blocks_of(part.numel, BLOCK_SIZE))
+    else:
+        blocks = part.starts.cpu().diff().nonzero()[:, 0]
+    return torch.stack([torch.full_like(blocks, tensor), blocks], 1).to(torch.int32).flatten()
 
 
 def _parts(

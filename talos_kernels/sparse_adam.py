@@ -3,6 +3,7 @@
 For every selected entry, in float32, with bias corrections in float64 (Loshchilov & Hutter 2019,
 algorithm 2; the order of operations is that of `torch.optim.AdamW`):
 
+    step       <- step + 1                                of a tensor with a gradient
     g          <- g / grad_scale * clip_factor
     w          <- w * (1 - lr * weight_decay)
     exp_avg    <- exp_avg + (1 - beta1) * (g - exp_avg)
@@ -38,9 +39,9 @@ __all__ = ["sparse_adam_", "sparse_adam_reference"]
 
 SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor[] index, Tensor(b!) exp_avg, "
-    "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor steps, Tensor lr, float beta1, float beta2, "
-    "float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor? clip_factor, int seed) -> ()"
+    "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor(e!) steps, Tensor lr, float beta1, "
+    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, "
+    "Tensor? found_inf, Tensor? clip_factor, int seed) -> ()"
 )
 
 
@@ -69,8 +70,9 @@ def sparse_adam_reference(
     packed = Index.from_buffers(index)
     for tensor, (part, entries) in enumerate(zip(packed.unpack(), packed.slices, strict=True)):
         param, grad = params[tensor].view(-1), grads[tensor].view(-1)
-        if part.nnz == 0 or grad.numel() == 0:
+        if grad.numel() == 0:
             continue
+        steps[tensor] += 1
         where = part.positions_int64().to(param.device)
         compact = grad.numel() < param.numel()
         g = grad.float() if compact else grad[where].float()
@@ -91,7 +93,9 @@ def sparse_adam_reference(
             w.mul_(1 - rate * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        # In float64, which rounds it correctly: torch's float32 root on x86 is MKL's, and does not.
+        root = v.double().sqrt().float()
+        denominator = (root / (1 - beta2**step) ** 0.5).add_(eps)
         w.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
         if exp_avg.dtype == torch.bfloat16:
             noise = _noise(seed, int(step), entries, w.device)
@@ -158,7 +162,8 @@ def sparse_adam_(
         index: the selection in `params`, on their device.
         exp_avg: float32 or bfloat16 `[nnz]`, first moment in rank order, updated.
         exp_avg_sq: `[nnz]` of the same dtype, second moment in rank order, updated.
-        steps: float32 `[len(params)]`, the number of this step for each tensor, from 1.
+        steps: float32 `[len(params)]`, how many steps each tensor has taken; counted up for those
+            that have a gradient.
         lr: learning rate; a float64 0-dim tensor on the device is read there without a sync.
         betas: decay rates of the two moments.
         eps: added to the denominator.
@@ -178,10 +183,10 @@ def sparse_adam_(
         >>> from talos_kernels import TensorIndex
         >>> w, g = torch.zeros(4), torch.ones(4)
         >>> index = Index.pack([TensorIndex.encode(torch.tensor([True, False, False, True]))])
-        >>> m, v = torch.zeros(2), torch.zeros(2)
-        >>> sparse_adam_([w], [g], index, m, v, torch.ones(1), lr=0.5)
-        >>> w
-        tensor([-0.5000,  0.0000,  0.0000, -0.5000])
+        >>> m, v, steps = torch.zeros(2), torch.zeros(2), torch.zeros(1)
+        >>> sparse_adam_([w], [g], index, m, v, steps, lr=0.5)
+        >>> w, steps
+        (tensor([-0.5000,  0.0000,  0.0000, -0.5000]), tensor([1.]))
     """
     check_params("params", params, index)
     for i, (param, grad, nnz) in enumerate(zip(params, grads, index.nnzs, strict=False)):
@@ -219,7 +224,7 @@ def sparse_adam_(
     )  # fmt: skip
     with torch.no_grad():
         write_back(params, rows)
-    increment_version(params)
+    increment_version([*params, exp_avg, exp_avg_sq, steps])
 
 
 def _scalar(tensor: Tensor | None, index: Index) -> Tensor | None:

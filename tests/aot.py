@@ -27,7 +27,6 @@ from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
 from talos_kernels.triton.select_threshold import score_histogram
 from talos_kernels.triton.sparse_adam import sparse_adam_
-from talos_kernels.triton.swap_delta import swap_delta_
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 LANGUAGES = ("ttir", "ttgir", "ptx", "amdgcn")
@@ -61,7 +60,6 @@ def launches() -> dict[str, Callable[[], object]]:
     flag = torch.ones(())
     arrays = torch.zeros(3, n).unbind()
     moments = torch.zeros(2, n, dtype=torch.bfloat16).unbind()
-    bits = torch.zeros(2, n, dtype=torch.bfloat16).unbind()
     single, half = [torch.zeros(4096)], [torch.zeros(4096, dtype=torch.bfloat16)]
     numbers = (steps, lr, 0.9, 0.999, 1e-8, 0.1)
     index_ = index.buffers
@@ -115,20 +113,14 @@ def launches() -> dict[str, Callable[[], object]]:
         "score_histogram-bf16": lambda: score_histogram(half, prefix, 0, 10, False),
         "add_delta-fp32": lambda: add_delta_(single, index_, arrays[0], 0.5, arrays[1]),
         "add_delta-bf16": lambda: add_delta_(half, index_, arrays[0], 0.5, None),
-        "swap_delta-fp32": lambda: swap_delta_(
-            single, index_, arrays[0], index_, arrays[1], 0.5, arrays[2]
-        ),
-        "swap_delta-bf16": lambda: swap_delta_(
-            half, index_, bits[0], index_, arrays[1], 0.5, bits[1]
-        ),
     }
 
 
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
+def resources(kernel: Any, name: str, folder: Path) -> dict[str, int]:
     """Registers a thread, bytes of the local memory that spilled registers go to, shared bytes."""
     found = {"shared": int(kernel.metadata.shared)}
     if "cubin" in kernel.asm:
-        path = folder / "kernel.cubin"
+        path = folder / f"{name}.cubin"
         path.write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -141,9 +133,9 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
             "spilled": r"\.vgpr_spill_count:\s+(\d+)",
             "local": r"\.private_segment_fixed_size:\s+(\d+)",
         }
-    for name, pattern in patterns.items():
+    for fact, pattern in patterns.items():
         (count,) = re.findall(pattern, usage)
-        found[name] = int(count)
+        found[fact] = int(count)
     return found
 
 
@@ -162,7 +154,7 @@ def main(target: str, folder: Path) -> None:
         for language in LANGUAGES:
             if language in kernel.asm:
                 (folder / f"{name}.{language}").write_text(kernel.asm[language])
-        facts[name] = resources(kernel, folder)
+        facts[name] = resources(kernel, name, folder)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 

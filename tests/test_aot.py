@@ -15,9 +15,7 @@ from .aot import TARGETS, launches
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = tuple(launches())
 INDEXED = tuple(
-    name
-    for name in KERNELS
-    if name.startswith(("sparse_adam", "gather", "scatter", "add_delta", "swap_delta"))
+    name for name in KERNELS if name.startswith(("sparse_adam", "gather", "scatter", "add_delta"))
 )
 PRODUCTS = tuple(name for name in KERNELS if name.startswith(("fisher_diag", "sddmm")))
 SAMPLED = tuple(name for name in PRODUCTS if name.startswith("sddmm"))

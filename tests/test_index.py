@@ -81,13 +81,13 @@ def test_packing_keeps_every_part(case: Case) -> None:
 def test_programs_cover_every_block_once() -> None:
     sizes = ((2 * BLOCK_SIZE + 1, 0.5), (97, 0.0), (SEGMENT_SIZE + 1, 0.01), (BLOCK_SIZE, 1.0))
     generator = torch.Generator().manual_seed(0)
-    parts = [TensorIndex.encode(dense_mask(n, d, generator)) for n, d in sizes]
-    index = Index.pack(parts)
-    blocks = [
-        (tensor, program - int(index.table[tensor, Column.PROGRAM]))
-        for program, tensor in enumerate(index.programs.tolist())
-    ]
-    assert blocks == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (3, 0)]
+    masks = [dense_mask(n, d, generator) for n, d in sizes]
+    masks[0][BLOCK_SIZE : 2 * BLOCK_SIZE] = False  # empty blocks have no program
+    masks[0][-1] = masks[2][-1] = True
+    index = Index.pack([TensorIndex.encode(mask) for mask in masks])
+    assert index.programs.tolist() == [[0, 0], [0, 2], [2, 0], [2, 1], [3, 0]]
+    alone = [part.programs.tolist() for part in index.split()]
+    assert alone == [[[0, 0], [0, 2]], [], [[0, 0], [0, 1]], [[0, 0]]]
 
 
 def test_copies_and_pickles_are_equal() -> None:

@@ -33,14 +33,14 @@ inline bool positions_agree(const Block& b) {
 // is not the call's. table[:, NUMEL] was compared with the params before.
 inline bool find_block(const IndexView& index, int64_t program, Block& b) {
   b.program = program;
-  b.tensor = index.programs[program];
+  b.tensor = index.programs[2 * program];
   if (b.tensor < 0 || b.tensor >= index.n_tensors) return false;
   const int64_t* row = index.table + b.tensor * kColumns;
   b.encoding = row[kEncoding];
   if (b.encoding < kFull || b.encoding > kU16) return false;
 
   const int64_t size = entries_per_program(b.encoding);
-  const int64_t i = program - row[kProgram];
+  const int64_t i = index.programs[2 * program + 1];
   if (i < 0 || i >= ceil_div(row[kNumel], size)) return false;
   b.dense_begin = i * size;
   b.dense_count = row[kNumel] - b.dense_begin < size ? row[kNumel] - b.dense_begin : size;

@@ -92,7 +92,7 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
   call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
   call.maximize = maximize;
-  const auto* step = static_cast<const float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
+  auto* step = static_cast<float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
   const auto* rate =
       static_cast<const double*>(checked_array(lr, "lr", ScalarType::Double, 1, exp_avg));
   const float* inf = checked_array<const float>(found_inf, "found_inf", kFloat, 1, exp_avg);
@@ -100,6 +100,8 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
 
   std::vector<AdamScalars> scalars(n);
   for (int64_t i = 0; i < n; ++i) {
+    if (g.data[i] == nullptr) continue;
+    step[i] += 1;
     set_first_moment(scalars[i], *rate, step[i], beta1, weight_decay);
     set_second_moment(scalars[i], step[i], beta2, eps);
     scalars[i].noise_key = noise_key(seed, step[i]);
@@ -157,30 +159,6 @@ void add_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& in
   run_programs(kernels().add_delta, call);
 }
 
-void swap_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& old_index,
-                 const Tensor& old_saved, const std::vector<Tensor>& index, const Tensor& values,
-                 double scale, const Tensor& saved) {
-  const TensorList p = checked_params(params, values);
-  const DeltaCall on = checked_delta(p, index, values);
-  const ScalarType dtype = scalar_type_of(p.dtype);
-  SwapCall call{};
-  call.old_index =
-      checked_index(old_index, static_cast<int64_t>(params.size()), old_saved.numel(), values);
-  check_numels(call.old_index, p, "params");
-  call.index = on.index;
-  call.params = on.params;
-  call.old_saved = checked_array(old_saved, "old_saved", dtype, old_saved.numel(), values);
-  call.values = on.values;
-  call.param_dtype = on.param_dtype;
-  call.value_dtype = on.value_dtype;
-  call.scale = static_cast<float>(scale);
-  call.saved = checked_array(saved, "saved", dtype, values.numel(), values);
-  const IndexView &a = call.old_index, &b = call.index;
-  call.same_index = a.words == b.words && a.positions == b.positions && a.starts == b.starts &&
-                    a.table == b.table && a.programs == b.programs && a.nnz == b.nnz;
-  run_programs(kernels().swap_delta, call, b.n_programs + (call.same_index ? 0 : a.n_programs));
-}
-
 }  // namespace
 }  // namespace talos
 
@@ -189,5 +167,4 @@ STABLE_TORCH_LIBRARY_IMPL(talos_C, CPU, m) {
   m.impl("gather_grad_", TORCH_BOX(&talos::gather_grad_));
   m.impl("scatter_", TORCH_BOX(&talos::scatter_));
   m.impl("add_delta_", TORCH_BOX(&talos::add_delta_));
-  m.impl("swap_delta_", TORCH_BOX(&talos::swap_delta_));
 }

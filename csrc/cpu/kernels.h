@@ -50,18 +50,6 @@ struct DeltaCall {
   void* saved;  // or nullptr
 };
 
-// swap_delta_: the programs of `index` first, then those of `old_index` unless it is the same.
-struct SwapCall {
-  IndexView old_index, index;
-  bool same_index;
-  void* const* params;
-  const void* old_saved;
-  const void* values;
-  DType param_dtype, value_dtype;
-  float scale;
-  void* saved;
-};
-
 // The rows of one side of fisher_diag_: [outer, samples, inner, features], strides in elements.
 struct Rows {
   const void* data;
@@ -116,7 +104,6 @@ struct Kernels {
   bool (*gather_grad)(const GatherCall&, int64_t begin, int64_t end);
   bool (*scatter)(const DeltaCall&, int64_t begin, int64_t end);
   bool (*add_delta)(const DeltaCall&, int64_t begin, int64_t end);
-  bool (*swap_delta)(const SwapCall&, int64_t begin, int64_t end);
   void (*fisher_diag)(const SquaresCall&, SquaresGroup&, int64_t begin, int64_t end);
   // Adds the `n` scores from `begin` on to `tables`; returns how many of them are no score.
   int64_t (*score_histogram)(const HistogramCall&, const void* scores, int64_t begin, int64_t n,

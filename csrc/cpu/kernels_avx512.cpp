@@ -32,8 +32,8 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c);
 
 #include "histogram.h"
 
-const Kernels kKernels = {sparse_adam, gather_grad, scatter,        add_delta,
-                          swap_delta,  fisher_diag, score_histogram};
+const Kernels kKernels = {sparse_adam, gather_grad, scatter,
+                          add_delta,   fisher_diag, score_histogram};
 }  // namespace talos::avx512
 
 #ifdef __clang__

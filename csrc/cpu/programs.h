@@ -221,24 +221,11 @@ template <class P, class V>
 inline void write_run(void* param, const Block& b, int64_t begin, int64_t n, const V* values,
                       DeltaScratch<P>& scratch) {
   P* entries = scratch.params.entries;
-  if constexpr (std::is_same_v<P, V>)  // bit for bit, NaN payloads too: this is how a swap reverts
+  if constexpr (std::is_same_v<P, V>)  // bit for bit, NaN payloads too: this is how an edit is
+                                       // reverted
     std::memcpy(entries, values, n * sizeof(P));
   else
     narrow(widen(values, n, scratch.wide_values), n, entries);
-  scatter(static_cast<P*>(param) + b.dense_begin, b, begin, n, static_cast<const P*>(entries));
-}
-
-// params <- base + scale * values, where scratch.params holds the base, which goes to `saved` too
-// unless that is nullptr.
-template <class P, class V>
-inline void add_to_scratch(void* param, const Block& b, int64_t begin, int64_t n, const V* in,
-                           float scale, P* saved, DeltaScratch<P>& scratch) {
-  P* entries = scratch.params.entries;
-  if (saved != nullptr) std::memcpy(saved, entries, n * sizeof(P));
-  float* w = widen(entries, n, scratch.wide_params);
-  const float* values = widen(in, n, scratch.wide_values);
-  for (int64_t i = 0; i < n; ++i) w[i] = w[i] + scale * values[i];
-  narrow(w, n, entries);
   scatter(static_cast<P*>(param) + b.dense_begin, b, begin, n, static_cast<const P*>(entries));
 }
 
@@ -246,8 +233,15 @@ inline void add_to_scratch(void* param, const Block& b, int64_t begin, int64_t n
 template <class P, class V>
 inline void add_run(void* param, const Block& b, int64_t begin, int64_t n, const V* in, float scale,
                     P* saved, DeltaScratch<P>& scratch) {
-  gather(static_cast<const P*>(param) + b.dense_begin, b, begin, n, scratch.params.entries);
-  add_to_scratch(param, b, begin, n, in, scale, saved, scratch);
+  P* dense = static_cast<P*>(param) + b.dense_begin;
+  P* entries = scratch.params.entries;
+  gather(static_cast<const P*>(dense), b, begin, n, entries);
+  if (saved != nullptr) std::memcpy(saved, entries, n * sizeof(P));
+  float* w = widen(entries, n, scratch.wide_params);
+  const float* values = widen(in, n, scratch.wide_values);
+  for (int64_t i = 0; i < n; ++i) w[i] = w[i] + scale * values[i];
+  narrow(w, n, entries);
+  scatter(dense, b, begin, n, static_cast<const P*>(entries));
 }
 
 template <class P, class V>
@@ -269,79 +263,6 @@ bool delta_programs(const DeltaCall& call, int64_t first, int64_t last) {
                     add_run(call.params[b.tensor], b, begin, n,
                             static_cast<const V*>(call.values) + r, call.scale, saved, scratch);
                   });
-}
-
-constexpr int64_t kBlocksPerSegment = kSegmentSize / kBlockSize;
-
-// What an index selects of a tensor in the range of another index's block.
-struct Range {
-  bool agrees = true;
-  int64_t program_size = 0;  // dense entries; 0 where the index has no program for the tensor
-  int64_t count = 0;         // of `blocks`, which are left empty where a program is the larger one
-  Block blocks[kBlocksPerSegment];
-};
-
-inline void find_range(const IndexView& index, const Block& b, Range& range) {
-  const int64_t* row = index.table + b.tensor * kColumns;
-  const int64_t program = row[kProgram];
-  range.agrees = true;
-  range.program_size = range.count = 0;
-  if (program < 0 || program >= index.n_programs || index.programs[program] != b.tensor) return;
-  const int64_t size = range.program_size = entries_per_program(row[kEncoding]);
-  if (size > entries_per_program(b.encoding)) return;
-  const int64_t first = program + b.dense_begin / size;
-  const int64_t last = program + ceil_div(b.dense_begin + b.dense_count, size);
-  range.agrees = last <= index.n_programs;
-  for (int64_t i = first; i < last && range.agrees; ++i) {
-    Block& found = range.blocks[range.count++];
-    range.agrees = find_block(index, i, found) && found.tensor == b.tensor;
-  }
-}
-
-// A range of a tensor belongs to the larger of the two indices' programs in it, to the one of
-// `index` where they are alike: so one thread takes off and then puts on whatever lies in it.
-template <class P, class V>
-bool swap_programs(const SwapCall& call, int64_t first, int64_t last) {
-  DeltaScratch<P> scratch;
-  Range range;
-  const auto take_off = [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
-    write_run(call.params[b.tensor], b, begin, n, static_cast<const P*>(call.old_saved) + r,
-              scratch);
-  };
-  const auto put_on = [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
-    add_run(call.params[b.tensor], b, begin, n, static_cast<const V*>(call.values) + r, call.scale,
-            static_cast<P*>(call.saved) + r, scratch);
-  };
-  if (call.same_index)  // the base is all in `old_saved`: nothing is to be taken off first
-    return for_runs(
-        call.index, first, last, [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
-          std::memcpy(scratch.params.entries, static_cast<const P*>(call.old_saved) + r,
-                      n * sizeof(P));
-          add_to_scratch(call.params[b.tensor], b, begin, n, static_cast<const V*>(call.values) + r,
-                         call.scale, static_cast<P*>(call.saved) + r, scratch);
-        });
-  bool agrees = true;
-  for (int64_t program = first; program < last; ++program) {
-    const bool is_new = program < call.index.n_programs;
-    Block b;
-    if (!(is_new ? find_block(call.index, program, b)
-                 : find_block(call.old_index, program - call.index.n_programs, b))) {
-      agrees = false;
-      continue;
-    }
-    find_range(is_new ? call.old_index : call.index, b, range);
-    const int64_t size = entries_per_program(b.encoding);
-    if (range.program_size > size || (range.program_size == size && !is_new)) continue;
-    if (!range.agrees) {
-      agrees = false;
-      continue;
-    }
-    if (!is_new) for_block(b, take_off);
-    for (int64_t i = 0; i < range.count; ++i)
-      is_new ? for_block(range.blocks[i], take_off) : for_block(range.blocks[i], put_on);
-    if (is_new) for_block(b, put_on);
-  }
-  return agrees;
 }
 
 template <class F>
@@ -379,14 +300,6 @@ bool add_delta(const DeltaCall& call, int64_t first, int64_t last) {
   return with_dtype(call.param_dtype, [&](auto p) {
     return with_dtype(call.value_dtype, [&](auto v) {
       return delta_programs<decltype(p), decltype(v)>(call, first, last);
-    });
-  });
-}
-
-bool swap_delta(const SwapCall& call, int64_t first, int64_t last) {
-  return with_dtype(call.param_dtype, [&](auto p) {
-    return with_dtype(call.value_dtype, [&](auto v) {
-      return swap_programs<decltype(p), decltype(v)>(call, first, last);
     });
   });
 }

@@ -65,13 +65,13 @@ __device__ inline int inclusive_sum(int x) {
 
 __device__ inline bool Selection::find(const IndexView& index, const Slots& slots,
                                        int64_t program) {
-  tensor = index.programs[program];
+  tensor = index.programs[2 * program];
   if (tensor < slots.first || tensor >= slots.first + slots.count) return false;
   const int64_t* row = index.table + tensor * kColumns;
   const int64_t numel = row[kNumel];
   encoding = row[kEncoding];
   const int64_t size = entries_per_program(encoding);
-  const int64_t block = program - row[kProgram];
+  const int64_t block = index.programs[2 * program + 1];
   if (numel != slots.slot[tensor - slots.first].numel) return false;
   if (encoding < kFull || encoding > kU16 || block < 0 || block >= ceil_div(numel, size))
     return false;

@@ -23,11 +23,10 @@ using at::Tensor;
 //   positions  uint16 [P]           of tensors in the encoding `u16`; none here
 //   starts     int64 [S]            rank of the first selected entry of each block of 2048 entries,
 //                                   and behind each tensor's blocks the rank where they end
-//   table      int64 [tensors, 6]   of each tensor: its entries, its encoding (1 is `bitmap`), its
-//                                   first rank, its first word, its first element of `starts`, its
-//                                   first program
-//   programs   int32 [programs]     which tensor a program works on: one program a block, none for
-//                                   a tensor without a selected entry
+//   table      int64 [tensors, 5]   of each tensor: its entries, its encoding (1 is `bitmap`), its
+//                                   first rank, its first word, its first element of `starts`
+//   programs   int32 [programs, 2]  the tensor and the block that a program works on: one program
+//                                   for each block with a selected entry
 //
 // talos_kernels/index.py defines it, with the encodings that this program does without.
 struct Index {
@@ -49,14 +48,10 @@ Index pack_bitmaps(const std::vector<Tensor>& selected) {
   for (size_t tensor = 0; tensor < selected.size(); ++tensor) {
     const bool* chosen = selected[tensor].const_data_ptr<bool>();
     const int64_t numel = selected[tensor].numel();
-    const int64_t row[] = {numel,
-                           kBitmap,
-                           rank,
-                           static_cast<int64_t>(words.size()),
-                           static_cast<int64_t>(starts.size()),
-                           static_cast<int64_t>(programs.size())};
-    const int64_t first_rank = rank;
+    const int64_t row[] = {numel, kBitmap, rank, static_cast<int64_t>(words.size()),
+                           static_cast<int64_t>(starts.size())};
     for (int64_t block = 0; block < numel; block += kBlockSize) {
+      const int64_t first_rank = rank;
       starts.push_back(rank);
       for (int64_t word = block; word < block + kBlockSize; word += 32) {
         uint32_t bits = 0;
@@ -66,15 +61,18 @@ Index pack_bitmaps(const std::vector<Tensor>& selected) {
         }
         words.push_back(static_cast<int32_t>(bits));
       }
+      if (rank > first_rank) {
+        programs.push_back(static_cast<int32_t>(tensor));
+        programs.push_back(static_cast<int32_t>(block / kBlockSize));
+      }
     }
     starts.push_back(rank);
-    if (rank > first_rank) programs.resize(row[5] + (numel + kBlockSize - 1) / kBlockSize, tensor);
-    table.insert(table.end(), row, row + 6);
+    table.insert(table.end(), row, row + 5);
   }
   Index index;
   index.buffers = {tensor_of(words, at::kInt), at::empty({0}, at::kUInt16),
-                   tensor_of(starts, at::kLong), tensor_of(table, at::kLong).view({-1, 6}),
-                   tensor_of(programs, at::kInt)};
+                   tensor_of(starts, at::kLong), tensor_of(table, at::kLong).view({-1, 5}),
+                   tensor_of(programs, at::kInt).view({-1, 2})};
   index.nnz = rank;
   return index;
 }
@@ -120,8 +118,8 @@ int main(int argc, char** argv) {
   const double lr = 0.01, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
   const Tensor rate = at::full({}, lr, at::kDouble);  // a scheduler fills in another
   const int n_steps = 3;
+  const Tensor steps = at::zeros({static_cast<int64_t>(params.size())}, at::kFloat);
   for (int step = 1; step <= n_steps; ++step) {
-    const Tensor steps = at::full({static_cast<int64_t>(params.size())}, step, at::kFloat);
     sparse_adam.call(params, grads, index.buffers, exp_avg, exp_avg_sq, std::nullopt, steps, rate,
                      beta1, beta2, eps, weight_decay, false, std::nullopt, std::nullopt,
                      std::nullopt, 0);

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_, swap_delta_
+from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 
 from .sums import slices_of
 from .vector import TaskVector
@@ -30,7 +30,7 @@ class WeightGroup:
     Attributes:
         params: the weights.
         deltas: packed index and values by the vectors' names.
-        saved: room for the base's bits under the vector that is on, and under the next one.
+        saved: room for the base's bits under the vector that is on.
         on: the vector that is on.
     """
 
@@ -38,43 +38,29 @@ class WeightGroup:
         self.params = params
         self.deltas = deltas
         most = max(index.nnz for index, _ in deltas.values())
-        rooms = min(len(deltas), 2)
-        self.saved = [
-            torch.empty(most, dtype=params[0].dtype, device=params[0].device) for _ in range(rooms)
-        ]
+        self.saved = torch.empty(most, dtype=params[0].dtype, device=params[0].device)
         self.on: Scaled | None = None
 
     def swap(self, wanted: Scaled | None) -> None:
-        """Take off what is on and put on what is wanted, in one launch."""
-        if wanted is None:
-            if self.on is not None:
-                index, _ = self.deltas[self.on.name]
-                revert_delta_(self.params, index, self.saved[0][: index.nnz])
-        elif self.on is None:
+        """Take off what is on, then put on what is wanted: at most two launches.
+
+        One kernel for both was measured 11-12 % faster than the two on a CPU, and was not worth
+        its size.
+        """
+        if self.on is not None:
+            index, _ = self.deltas[self.on.name]
+            revert_delta_(self.params, index, self.saved[: index.nnz])
+            self.on = None
+        if wanted is not None:
             index, values = self.deltas[wanted.name]
-            saved = self.saved[0][: index.nnz]
+            saved = self.saved[: index.nnz]
             add_delta_(self.params, index, values, scale=wanted.scale, saved=saved)
-        else:
-            old_index, _ = self.deltas[self.on.name]
-            index, values = self.deltas[wanted.name]
-            room = 0 if wanted.name == self.on.name else 1
-            swap_delta_(
-                self.params,
-                old_index,
-                self.saved[0][: old_index.nnz],
-                index,
-                values,
-                scale=wanted.scale,
-                saved=self.saved[room][: index.nnz],
-            )
-            if room == 1:
-                self.saved.reverse()
-        self.on = wanted
+            self.on = wanted
 
     def tensors(self) -> list[Tensor]:
         """What is held on the device beside the weights."""
         parts = [[values, *index.buffers] for index, values in self.deltas.values()]
-        return [tensor for part in (*parts, self.saved) for tensor in part]
+        return [tensor for part in (*parts, [self.saved]) for tensor in part]
 
 
 def weight_groups(

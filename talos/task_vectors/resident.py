@@ -1,4 +1,4 @@
-"""Many task vectors resident on one model: one launch puts on, scales anew, exchanges or takes off.
+"""Many task vectors resident on one model: put on, scaled anew, exchanged or taken off in place.
 
 What each vector adds and where lies packed on the model's devices from the start, and so does room
 for the base's bits under the vector that is on. So a search for a scaling coefficient, or an
@@ -28,12 +28,13 @@ __all__ = ["ResidentVectors"]
 class ResidentVectors:
     """Task vectors that lie ready on a model's devices, of which at most one is on at a time.
 
-    The weights are edited in place. Each `swap` is one launch for all weights of one device and
-    dtype. As a context manager it leaves the weights bit for bit as it found them, also after an
-    exception. Inside, everybody may read the weights but nobody else may write, cast, move or
-    replace those that a vector touches: the next `swap` and the end of the block refuse then, with
-    nothing written. A write that torch does not count, through `.data` or NumPy, is not noticed.
-    While a vector is on, the weights count as another base for every other task vector.
+    The weights are edited in place. Each `swap` is two launches for all weights of one device
+    and dtype: one takes off, one puts on. As a context manager it leaves the weights bit for bit as
+    it found them, also after an exception. Inside, everybody may read the weights but nobody else
+    may write, cast, move or replace those that a vector touches: the next `swap` and the end of the
+    block refuse then, with nothing written. A write that torch does not count, through `.data` or
+    NumPy, is not noticed. While a vector is on, the weights count as another base for every other
+    task vector.
 
     Args:
         model: the base, on any devices, in float32, bfloat16 or float16.

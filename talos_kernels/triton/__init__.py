@@ -5,7 +5,7 @@ call. A launcher returns on an empty input, guards the device and starts its ker
 the public function's.
 """
 
-from . import add_delta, fisher_diag, gather_grad, sddmm, select_threshold, sparse_adam, swap_delta
+from . import add_delta, fisher_diag, gather_grad, sddmm, select_threshold, sparse_adam
 
 __all__ = [
     "add_delta",
@@ -14,5 +14,4 @@ __all__ = [
     "sddmm",
     "select_threshold",
     "sparse_adam",
-    "swap_delta",
 ]

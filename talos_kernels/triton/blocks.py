@@ -15,20 +15,13 @@ __all__ = [
     "BITS",
     "BLOCK",
     "CHUNK",
-    "NUMEL",
-    "RANK",
     "SEGMENT",
-    "U16",
     "WORDS",
-    "block_at",
-    "block_chunk",
-    "block_words",
-    "encoding_of",
+    "find_block",
+    "load_chunk",
+    "next_chunk",
     "popcount",
-    "program_block",
     "segment_chunk",
-    "segment_ranks",
-    "segment_search",
     "tensor_pointer",
 ]
 
@@ -36,6 +29,7 @@ BLOCK = tl.constexpr(BLOCK_SIZE)
 SEGMENT = tl.constexpr(SEGMENT_SIZE)
 BITS = tl.constexpr(WORD_SIZE)
 WORDS = tl.constexpr(BLOCK_SIZE // WORD_SIZE)
+FULL = tl.constexpr(ENCODINGS.index("full"))
 BITMAP = tl.constexpr(ENCODINGS.index("bitmap"))
 U16 = tl.constexpr(ENCODINGS.index("u16"))
 COLUMNS = tl.constexpr(len(Column))
@@ -44,7 +38,6 @@ ENCODING = tl.constexpr(int(Column.ENCODING))
 RANK = tl.constexpr(int(Column.RANK))
 DATA = tl.constexpr(int(Column.DATA))
 STARTS = tl.constexpr(int(Column.STARTS))
-PROGRAM = tl.constexpr(int(Column.PROGRAM))
 
 # Entries that a program takes at a time: four a thread, one beside the other's, so that a warp's
 # lanes read one word's entries and one run of the arrays of rank order. Wider loads of the
@@ -54,30 +47,6 @@ PROGRAM = tl.constexpr(int(Column.PROGRAM))
 # spills.
 CHUNK = tl.constexpr(512)
 ROWS = tl.constexpr(CHUNK // BITS)
-
-
-@triton.jit
-def program_block(table_ptr, programs_ptr):
-    """The program's tensor (int64), its row of the table, its encoding, its block (int64)."""
-    return block_at(tl.program_id(0), table_ptr, programs_ptr)
-
-
-@triton.jit
-def block_at(program, table_ptr, programs_ptr):
-    """As `program_block`, for one of the index's programs by its number."""
-    tensor = tl.load(programs_ptr + program).to(tl.int64)
-    row_ptr = table_ptr + tensor * COLUMNS
-    block = program.to(tl.int64) - tl.load(row_ptr + PROGRAM)
-    return tensor, row_ptr, tl.load(row_ptr + ENCODING), block
-
-
-@triton.jit
-def encoding_of(tensor, table_ptr, programs_ptr, n_programs):
-    """A tensor's row of the table and its encoding; U16 if nothing is selected."""
-    row_ptr = table_ptr + tensor * COLUMNS
-    first = tl.load(row_ptr + PROGRAM)
-    owner = tl.load(programs_ptr + first, mask=first < n_programs, other=-1)
-    return row_ptr, tl.where(owner == tensor, tl.load(row_ptr + ENCODING), U16)
 
 
 @triton.jit
@@ -96,49 +65,84 @@ def popcount(words):
 
 
 @triton.jit
-def block_words(words_ptr, starts_ptr, row_ptr, encoding, block):
-    """A block's words, the rank of its first selected entry (int64), its size (int32)."""
-    block_ptr = words_ptr + (tl.load(row_ptr + DATA) + block * WORDS)
-    first = tl.load(
-        starts_ptr + tl.load(row_ptr + STARTS) + block,
-        mask=encoding == BITMAP,
-        other=tl.load(row_ptr + RANK) + block * BLOCK,
-    )
-    left = tl.load(row_ptr + NUMEL) - block * BLOCK
-    return block_ptr, first, tl.minimum(left, BLOCK).to(tl.int32)
-
-
-@triton.jit
-def block_chunk(block_ptr, encoding, done, count):
-    """CHUNK entries of a block of a `bitmap` tensor, or of a `full` one, whose bits are all ones.
+def find_block(words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr):
+    """Find the block or segment that this program works on.
 
     Returns:
-        offsets in the block; which of them are selected; the ranks of those, from 0 in the chunk;
-        the number of selected entries.
+        tensor: int64, which tensor it lies in;
+        begin: int64, its first entry in the tensor;
+        first: int64, the rank of its first selected entry;
+        tensor_first: int64, the rank of the tensor's first selected entry;
+        listed: whether it lists positions, as 16-bit segments do; a kernel walks those apart;
+        source: what `load_chunk` and `next_chunk` read of it.
     """
-    row = tl.arange(0, ROWS)
-    bit = tl.arange(0, BITS)
-    words = tl.load(block_ptr + done // BITS + row, mask=encoding == BITMAP, other=-1)
-    words = words.to(tl.uint32, bitcast=True)
-    counts = popcount(words)
-    before = tl.cumsum(counts, 0) - counts
-    lower_bits = ((1 << bit) - 1).to(tl.uint32, bitcast=True)
-    ranks = before[:, None] + popcount(words[:, None] & lower_bits[None, :])
-    selected = ((words[:, None] >> bit[None, :]) & 1) != 0
-    # Flat: of a 2-D block whose ranks are not affine the compiler would put columns side by side.
-    offs = done + tl.arange(0, CHUNK)
-    selected = tl.reshape(selected, (CHUNK,)) & (offs < count)
-    return offs, selected, tl.reshape(ranks, (CHUNK,)), tl.sum(counts, 0)
+    program_ptr = programs_ptr + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(program_ptr).to(tl.int64)
+    block = tl.load(program_ptr + 1).to(tl.int64)
+    row_ptr = table_ptr + tensor * COLUMNS
+    encoding = tl.load(row_ptr + ENCODING)
+    tensor_first = tl.load(row_ptr + RANK)
+    data = tl.load(row_ptr + DATA)
+    start_ptr = starts_ptr + tl.load(row_ptr + STARTS) + block
+    listed = encoding == U16
+    begin = block * tl.where(listed, SEGMENT, BLOCK)
+    first = tl.load(start_ptr, mask=encoding != FULL, other=tensor_first + begin)
+    end = tl.load(start_ptr + 1, mask=listed, other=0)
+    left = tl.minimum(tl.load(row_ptr + NUMEL) - begin, BLOCK)
+    left = tl.where(listed, end - first, left)
+    words_ptr += data + block * WORDS
+    positions_ptr += data + first - tensor_first
+    source = words_ptr, positions_ptr, encoding, left.to(tl.int32)
+    return tensor, begin, first, tensor_first, listed, source
 
 
 @triton.jit
-def segment_ranks(positions_ptr, starts_ptr, row_ptr, block):
-    """A segment's positions, the rank of its first selected entry (int64), their number (int32)."""
-    start_ptr = starts_ptr + tl.load(row_ptr + STARTS) + block
-    first = tl.load(start_ptr)
-    count = (tl.load(start_ptr + 1) - first).to(tl.int32)
-    segment_ptr = positions_ptr + (tl.load(row_ptr + DATA) + first - tl.load(row_ptr + RANK))
-    return segment_ptr, first, count
+def load_chunk(source, done, LISTED: tl.constexpr):
+    """Load what tells the CHUNK entries from `done` on: listed positions, or words of a bitmap.
+
+    `done` counts selected entries of a segment, dense entries of a block.
+    """
+    words_ptr, positions_ptr, encoding, count = source
+    if LISTED:
+        rank = done + tl.arange(0, CHUNK)
+        chunk = tl.load(positions_ptr + rank, mask=rank < count, other=0)
+    else:
+        row = done // BITS + tl.arange(0, ROWS)
+        # All bits of a `full` tensor are ones, which no memory holds.
+        some = (encoding == BITMAP) & (row * BITS < count)
+        chunk = tl.load(words_ptr + row, mask=some, other=-1)
+    return chunk
+
+
+@triton.jit
+def next_chunk(source, chunk, done, LISTED: tl.constexpr):
+    """Tell the entries of a chunk that `load_chunk` has loaded.
+
+    Returns:
+        offs: int32 [CHUNK], offsets in the block or segment;
+        selected: which of them are selected;
+        ranks: int32 [CHUNK], the ranks of those, from 0 in the chunk;
+        found: how many are selected, the ranks before the next chunk.
+    """
+    count = source[3]
+    lane = tl.arange(0, CHUNK)
+    if LISTED:
+        offs, ranks, found = chunk.to(tl.int32), lane, CHUNK
+        selected = done + lane < count
+    else:
+        bit = tl.arange(0, BITS)
+        words = chunk.to(tl.uint32, bitcast=True)
+        counts = popcount(words)
+        before = tl.cumsum(counts, 0) - counts
+        lower_bits = ((1 << bit) - 1).to(tl.uint32, bitcast=True)
+        ranks = before[:, None] + popcount(words[:, None] & lower_bits[None, :])
+        chosen = ((words[:, None] >> bit[None, :]) & 1) != 0
+        offs, found = done + lane, tl.sum(counts, 0)
+        # Flat: of a 2-D block whose ranks are not affine the compiler would put columns side by
+        # side.
+        ranks = tl.reshape(ranks, (CHUNK,))
+        selected = tl.reshape(chosen, (CHUNK,)) & (offs < count)
+    return offs, selected, ranks, found
 
 
 @triton.jit
@@ -148,18 +152,3 @@ def segment_chunk(segment_ptr, done, count):
     selected = ranks < count
     offs = tl.load(segment_ptr + ranks, mask=selected, other=0).to(tl.int32)
     return offs, selected, ranks
-
-
-@triton.jit
-def segment_search(segment_ptr, count, offs, wanted):
-    """Which of the `wanted` offsets in a segment are among its positions, and their ranks in it."""
-    ranks = tl.zeros_like(offs)
-    left = count
-    while left > 1:  # all positions before a rank are below its offset
-        half = left >> 1
-        positions = tl.load(segment_ptr + ranks + (half - 1), mask=wanted, other=0).to(tl.int32)
-        ranks += tl.where(positions < offs, half, 0)
-        left -= half
-    wanted &= count > 0
-    positions = tl.load(segment_ptr + ranks, mask=wanted, other=0).to(tl.int32)
-    return wanted & (positions == offs), ranks

@@ -7,18 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import (
-    BLOCK,
-    CHUNK,
-    SEGMENT,
-    U16,
-    block_chunk,
-    block_words,
-    program_block,
-    segment_chunk,
-    segment_ranks,
-    tensor_pointer,
-)
+from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
 from .launch import DTYPES, address_table, device_guard
 
 __all__ = ["gather_grad_", "gather_grad_kernel", "scatter_", "scatter_kernel"]
@@ -29,13 +18,21 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def gather(grad_ptr, out_ptr, offs, given, selected, ranks, ACCUMULATE: tl.constexpr):
-    """Gathers the selected entries at `offs` into `out_ptr + ranks`; returns them, 0 elsewhere."""
-    values = tl.load(grad_ptr + offs, mask=selected & given, other=0.0).to(tl.float32)
-    if ACCUMULATE:
-        values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
-    tl.store(out_ptr + ranks, values, mask=selected)
-    return values
+def gather(source, grad_ptr, out_ptr, given, ACCUMULATE: tl.constexpr, LISTED: tl.constexpr):
+    """Gathers a block, of a gradient not given zeros; returns the squares' sums by lane."""
+    squares = tl.zeros((CHUNK,), tl.float32)
+    done, count = 0, source[3]
+    while done < count:
+        chunk = load_chunk(source, done, LISTED)
+        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
+        values = tl.load(grad_ptr + offs, mask=selected & given, other=0.0).to(tl.float32)
+        if ACCUMULATE:
+            values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
+        tl.store(out_ptr + ranks, values, mask=selected)
+        squares += values * values
+        out_ptr += found
+        done += CHUNK
+    return squares
 
 
 @triton.jit
@@ -52,37 +49,29 @@ def gather_grad_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     """One program gathers one block and sums its squares; a gradient not given counts as 0."""
-    tensor, row_ptr, encoding, block = program_block(table_ptr, programs_ptr)
+    tensor, begin, first, _, listed, source = find_block(
+        words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
+    )
     given = tl.load(addresses_ptr + tensor) != 0
-    grad_ptr = tensor_pointer(addresses_ptr + tensor, GRAD_DTYPE)
-    squares = tl.zeros((CHUNK,), tl.float32)
-    if encoding == U16:
-        grad_ptr += block * SEGMENT
-        segment_ptr, first, count = segment_ranks(positions_ptr, starts_ptr, row_ptr, block)
-        done = 0
-        while done < count:
-            offs, selected, ranks = segment_chunk(segment_ptr, done, count)
-            values = gather(grad_ptr, out_ptr + first, offs, given, selected, ranks, ACCUMULATE)
-            squares += values * values
-            done += CHUNK
+    grad_ptr = tensor_pointer(addresses_ptr + tensor, GRAD_DTYPE) + begin
+    if listed:
+        squares = gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=True)
     else:
-        grad_ptr += block * BLOCK
-        block_ptr, first, count = block_words(words_ptr, starts_ptr, row_ptr, encoding, block)
-        done = 0
-        while done < count:
-            offs, selected, ranks, found = block_chunk(block_ptr, encoding, done, count)
-            values = gather(grad_ptr, out_ptr + first, offs, given, selected, ranks, ACCUMULATE)
-            squares += values * values
-            first += found
-            done += CHUNK
+        squares = gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=False)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(squares, 0))
 
 
 @triton.jit
-def scatter(param_ptr, values_ptr, offs, selected, ranks, PARAM_DTYPE: tl.constexpr):
-    """Writes `values_ptr + ranks` to the selected entries at `offs`."""
-    values = tl.load(values_ptr + ranks, mask=selected)
-    tl.store(param_ptr + offs, values.to(PARAM_DTYPE), mask=selected)
+def scatter(source, param_ptr, values_ptr, LISTED: tl.constexpr):
+    """Writes the values of a block to its selected entries."""
+    done, count = 0, source[3]
+    while done < count:
+        chunk = load_chunk(source, done, LISTED)
+        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
+        values = tl.load(values_ptr + ranks, mask=selected)
+        tl.store(param_ptr + offs, values.to(param_ptr.dtype.element_ty), mask=selected)
+        values_ptr += found
+        done += CHUNK
 
 
 @triton.jit
@@ -97,25 +86,14 @@ def scatter_kernel(
     PARAM_DTYPE: tl.constexpr,
 ):
     """One program writes one block."""
-    tensor, row_ptr, encoding, block = program_block(table_ptr, programs_ptr)
-    param_ptr = tensor_pointer(addresses_ptr + tensor, PARAM_DTYPE)
-    if encoding == U16:
-        param_ptr += block * SEGMENT
-        segment_ptr, first, count = segment_ranks(positions_ptr, starts_ptr, row_ptr, block)
-        done = 0
-        while done < count:
-            offs, selected, ranks = segment_chunk(segment_ptr, done, count)
-            scatter(param_ptr, values_ptr + first, offs, selected, ranks, PARAM_DTYPE)
-            done += CHUNK
+    tensor, begin, first, _, listed, source = find_block(
+        words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
+    )
+    param_ptr = tensor_pointer(addresses_ptr + tensor, PARAM_DTYPE) + begin
+    if listed:
+        scatter(source, param_ptr, values_ptr + first, LISTED=True)
     else:
-        param_ptr += block * BLOCK
-        block_ptr, first, count = block_words(words_ptr, starts_ptr, row_ptr, encoding, block)
-        done = 0
-        while done < count:
-            offs, selected, ranks, found = block_chunk(block_ptr, encoding, done, count)
-            scatter(param_ptr, values_ptr + first, offs, selected, ranks, PARAM_DTYPE)
-            first += found
-            done += CHUNK
+        scatter(source, param_ptr, values_ptr + first, LISTED=False)
 
 
 def gather_grad_(
@@ -123,11 +101,11 @@ def gather_grad_(
 ) -> Tensor:
     """Launch one program a block of all tensors; the blocks' sums are added in a fixed order."""
     programs = index[4]
-    if programs.numel() == 0:
+    if programs.shape[0] == 0:
         return out.new_zeros(())
     with device_guard(out.device):
-        partials = torch.empty(programs.numel(), dtype=torch.float32, device=out.device)
-        gather_grad_kernel[(programs.numel(),)](
+        partials = torch.empty(programs.shape[0], dtype=torch.float32, device=out.device)
+        gather_grad_kernel[(programs.shape[0],)](
             *index, address_table(grads), out, partials,
             GRAD_DTYPE=DTYPES[grads[0].dtype], ACCUMULATE=accumulate, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -137,10 +115,10 @@ def gather_grad_(
 def scatter_(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
     """Launch one program a block of all tensors."""
     programs = index[4]
-    if programs.numel() == 0:
+    if programs.shape[0] == 0:
         return
     with device_guard(values.device):
-        scatter_kernel[(programs.numel(),)](
+        scatter_kernel[(programs.shape[0],)](
             *index, address_table(params), values,
             PARAM_DTYPE=DTYPES[params[0].dtype], num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""One task vector exchanged for another on a resident model, ours beside the ways around it.
+"""One task vector exchanged for another on a resident model, ours beside loading the whole model.
 
-- two launches: the old delta reverted, then the new one added with the old bits saved.
+- ours: the old delta reverted, then the new one added with the old bits saved: two launches.
 - load_state_dict: a full fine-tuned state of each task, copied over the whole model.
 
 Each step exchanges the two tasks, whose selections have one density and differ in their entries.
@@ -16,20 +16,20 @@ from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
 from talos.costs.step_bytes import sector_share
-from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_, swap_delta_
+from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 from tests.cases import assert_bit_equal, assert_close
 
 SCALE = 0.5
-FORMS = (OURS, "(a) revert and add, two launches", "(b) load_state_dict of the whole model")
+FORMS = (OURS, "load_state_dict of the whole model")
 
 
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", FORMS)
-def bench_swap_delta(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+def bench_swap(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
     device = measure.target_device()
     first = {key: mask.to(device) for key, mask in shape.masks().items()}
     tasks = (first, {key: mask.flip(1) for key, mask in first.items()})
-    whole = name.startswith("(b)")
+    whole = name != OURS
     named = parameters(shape.tensors if whole else shape.touched, device)
     weights = {key: parameter.data for key, parameter in named.items()}
     grads = {key: named[key].grad for key in first}
@@ -61,25 +61,13 @@ def bench_swap_delta(shape: ModelShape, name: str, measured: Callable[..., None]
         index_bytes = sum(index.nbytes for index in indices)
         compact = 3 * 4 * nnz + index_bytes  # old bits and values read, new old bits written
         held = 2 * 2 * 4 * nnz + index_bytes
-        either, new_only = 1 - (1 - density) ** 2, density * (1 - density)
-        shares = (
-            sector_share(either, 4) + sector_share(new_only, 4)
-            if name == OURS
-            else 3 * sector_share(density, 4)  # written, read, written
-        )
-        moved = int(shares * size) + compact
+        moved = int(3 * sector_share(density, 4) * size) + compact  # written, read, written
 
         def step() -> None:
             nonlocal on
             old, on = on, 1 - on
-            if name == OURS:
-                swap_delta_(
-                    params, indices[old], saved[old], indices[on], values[on],
-                    scale=SCALE, saved=saved[on],
-                )  # fmt: skip
-            else:
-                revert_delta_(params, indices[old], saved[old])
-                add_delta_(params, indices[on], values[on], scale=SCALE, saved=saved[on])
+            revert_delta_(params, indices[old], saved[old])
+            add_delta_(params, indices[on], values[on], scale=SCALE, saved=saved[on])
 
     for _ in tasks:
         step()
@@ -87,6 +75,4 @@ def bench_swap_delta(shape: ModelShape, name: str, measured: Callable[..., None]
             wanted = base[key][mask].double() + SCALE * grads[key][mask].double()
             assert_close(weights[key][mask], wanted)
             assert_bit_equal(weights[key][~mask], base[key][~mask])
-    measured(
-        step, op="swap_delta_", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held
-    )
+    measured(step, op="swap", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held)
