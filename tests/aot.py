@@ -150,11 +150,14 @@ def main(target: str, folder: Path) -> None:
     facts = {}
     for name, launch in launches().items():
         launch()
-        kernel = compiled.pop()
-        for language in LANGUAGES:
-            if language in kernel.asm:
-                (folder / f"{name}.{language}").write_text(kernel.asm[language])
-        facts[name] = resources(kernel, name, folder)
+        *helpers, main_kernel = compiled
+        compiled.clear()
+        own = {kernel.metadata.name.removesuffix("_kernel"): kernel for kernel in helpers}
+        for label, kernel in {**own, name: main_kernel}.items():
+            for language in LANGUAGES:
+                if language in kernel.asm:
+                    (folder / f"{label}.{language}").write_text(kernel.asm[language])
+            facts[label] = resources(kernel, label, folder)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
