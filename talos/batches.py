@@ -13,7 +13,13 @@ from torch.nn import functional
 from .errors import TalosTypeError, TalosValueError
 from .params import unwrapped
 
-__all__ = ["choice_logits", "default_logits", "labels_of", "logits_and_positions"]
+__all__ = [
+    "choice_logits",
+    "default_logits",
+    "known_length",
+    "labels_of",
+    "logits_and_positions",
+]
 
 LABELS = ("labels", "label")
 IGNORED = -100  # a label that does not count, as in torch's cross_entropy
@@ -200,3 +206,24 @@ def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         and labels.dim() > 1
         and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
     )
+
+
+def known_length(batches: Any) -> int | None:
+    """Count batches without going through them.
+
+    A DataLoader of a stream has `__len__`, which raises: asking is the only way to know.
+
+    Args:
+        batches: any iterable.
+
+    Returns:
+        Their number, None where they do not say.
+
+    Example:
+        >>> known_length([1, 2]), known_length(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None

@@ -16,7 +16,7 @@ so a mask does not depend on the batch size.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .batches import logits_and_positions
+from .batches import known_length, logits_and_positions
 from .capture import Capture
 from .errors import TalosRuntimeError, TalosValueError
 from .estimators import Draws, Estimator, Labels, Logits, Target, checked_logits, integer
@@ -181,7 +181,8 @@ def calibrate(
     The mask's metadata tell how stable it is: `stability` is the share of the last round's choice
     that two half-sets of the samples agree on, each choosing by itself, and `stability_by_chance`
     what halves that agree on nothing would share. It is None where there is one batch, or where a
-    single round has an unknown number of batches.
+    single round has an unknown number of batches. `samples` is the number of the samples that each
+    round scored, of unequal ones the least, and `samples_of_rounds` lists them.
 
     Args:
         model: the model, on any device.
@@ -234,7 +235,7 @@ def calibrate(
         raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
     if select not in ("lowest", "highest"):
         raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
-    if rounds > 1 and iter(batches) is batches:
+    if rounds > 1 and isinstance(batches, Iterator):
         raise TalosValueError(
             "batches must be re-iterable, got an iterator, which the first of "
             f"{rounds} rounds would exhaust; pass a list or a DataLoader"
@@ -252,13 +253,14 @@ def calibrate(
     equal = False
     silent: dict[str, Tensor] = {}
     count = entries
+    scored: list[int] = []  # samples of each round
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
         damp_ = stack.enter_context(_damping(selection, soft))
         capture = stack.enter_context(Capture(bare, selection, _SCALE))
         for index in range(rounds):
             capture.reset()
-            samples = progress.score(capture, bare, batches)
+            scored.append(progress.score(capture, bare, batches))
             before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
             choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
             halves = [choose(scores) for scores in progress.halves]
@@ -281,6 +283,14 @@ def calibrate(
             "them; use more varied samples, or leave their layers out with params=",
             stacklevel=2,
         )
+    samples = min(scored)
+    if len(set(scored)) > 1:
+        warnings.warn(
+            f"the rounds scored {', '.join(map(str, scored))} samples: batches yields unequal "
+            "numbers of them each time it is gone through; pass a list or a DataLoader of a fixed "
+            "data set",
+            stacklevel=2,
+        )
     if samples < _FEW_SAMPLES:
         warnings.warn(
             f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
@@ -289,7 +299,8 @@ def calibrate(
     options: dict[str, Any] = {"soft": float(soft), "select": select, "target": target}
     options |= {"draws": estimator.draws, "labels": labels, "seed": estimator.seed}
     options |= {"parity": parity}
-    sizes = {"density": float(density), "rounds": rounds, "samples": samples}
+    sizes: dict[str, Any] = {"density": float(density), "rounds": rounds, "samples": samples}
+    sizes |= {"samples_of_rounds": scored}
     made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
     made |= sizes | options | {"torch": str(torch.__version__)}
     made |= {"stability": _overlap(halves, nnz), "stability_by_chance": nnz / before}
@@ -370,8 +381,7 @@ class _Rounds:
         """The batch with which the second half of the last round begins, where that is known."""
         if self.done + 1 < self.rounds or not self.halving:
             return None
-        count = self.batches or (len(batches) if isinstance(batches, Sized) else 0)
-        return count // 2 or None
+        return (self.batches or known_length(batches) or 0) // 2 or None
 
     def _ask(self, capture: Capture, model: nn.Module, batch: Any) -> Logits:
         capture.forget()

@@ -112,8 +112,9 @@ class Layouts:
             if not allowed:
                 raise TalosValueError(
                     f"{use.name} must see the {samples} samples of a batch in dimension 0 or 1 of "
-                    f"its input, got leading dimensions {list(use.lead)}; leave it out with "
-                    "params= or requires_grad_(False), or turn sequence packing off"
+                    f"its input, got leading dimensions {list(use.lead)}; pass batches of one "
+                    "sample, leave it out with params= or requires_grad_(False), or turn sequence "
+                    "packing off"
                 )
             if len(allowed) == 1:
                 use.outer = next(iter(allowed.values()))
@@ -184,7 +185,8 @@ class Layouts:
             raise TalosRuntimeError(
                 f"the samples of a batch must not influence one another, got rows of {use.name} "
                 "that belong to several; look for statistics over the batch, losses across samples "
-                "or packed sequences, or leave the tensor out with params="
+                "or packed sequences, pass batches of one sample, or leave the tensor out with "
+                "params="
             )
         if len(fitting) == 1 < len(allowed) and len(use.lead) > 1:
             self._kinds[use.key] = next(iter(fitting))

@@ -362,8 +362,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
     for name, param in named.items():
         if id(param) not in taken:
             continue
-        _check_tensor(name, param)
         if param.requires_grad:
+            _check_tensor(name, param)
             selection[name] = Selected(param, taken[id(param)])
         else:
             selection.passed_over += 1
