@@ -12,19 +12,32 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import talos
+from benches import (
+    bench_add_delta,
+    bench_gather_grad,
+    bench_sddmm,
+    bench_select_threshold,
+    bench_sparse_adam,
+    bench_swap,
+    forms,
+    gpu,
+    measure,
+    scoring,
+)
 from benches import bench_estimators as estimators
-from benches import bench_sddmm, forms, gpu, measure, scoring
 from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
 from benches.table import METHODS, OURS, Record, table_lines
 from talos.models import ZeroShotClassifier, load_text_encoder
 from talos.params import select_parameters
+from talos_kernels import compiled_library
 from tests.tiny import save_tiny_encoder
 
 TINY = ModelShape(
     "tiny", (TensorShape("a", (96, 32), 64), TensorShape("b", (7,))), layers=1, tokens=5
 )
+CPU = torch.device("cpu")
 
 
 def record(form: str, seconds: float, **others: object) -> Record:
@@ -112,6 +125,62 @@ def test_every_form_steps_as_torch_does(form: object) -> None:
     torch.testing.assert_close(made.weights["a"][mask].double(), wanted, rtol=2.0**-22, atol=1e-9)
     assert made.bytes_moved > 0
     assert made.state_bytes() > 0
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("name", [forms.TRITON, forms.COMPILED])
+def test_a_density_by_each_backend(name: str, density: float) -> None:
+    device = torch.device("cpu")
+    if name == forms.COMPILED and compiled_library is None:
+        pytest.skip("csrc is not built")
+    with forms.backend(name, "sparse_adam_", device):
+        form = forms.ours(TINY, device, density=density)
+        bench_sparse_adam.check(OURS, form, TINY, device, density)
+    nnz = forms.selection(TINY, density).nnz
+    assert nnz == pytest.approx(density * 64 * 32, rel=0.2)
+    moments = 8 * nnz
+    assert moments <= form.state_bytes() <= moments + 4096
+
+
+def test_another_backend_serves_within_its_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels() -> str:
+        return torch._C._dispatch_dump("talos::sparse_adam_")
+
+    before = kernels()
+    if compiled_library is not None:
+        with forms.backend(forms.COMPILED, "sparse_adam_", torch.device("cpu")):
+            assert kernels() != before
+        assert kernels() == before
+    monkeypatch.setattr(forms, "compiled_library", None)
+    with (
+        pytest.raises(RuntimeError, match="must have sparse_adam_ for CPU"),
+        forms.backend(forms.COMPILED, "sparse_adam_", torch.device("cpu")),
+    ):
+        pass
+    assert kernels() == before
+
+
+MAKERS = {
+    "add_delta": (bench_add_delta, lambda name: bench_add_delta.make(TINY, name, CPU)),
+    "gather_grad": (bench_gather_grad, lambda name: bench_gather_grad.make(TINY, name, CPU)),
+    "swap": (bench_swap, lambda name: bench_swap.make(TINY, name, CPU)),
+    "sddmm": (bench_sddmm, lambda name: bench_sddmm.make(TINY, name, 2, CPU)),
+    "select_threshold": (
+        bench_select_threshold,
+        lambda name: bench_select_threshold.make([torch.randn(10**5).square()], name),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, (module, _) in MAKERS.items() for name in module.FORMS]
+)
+def test_every_form_of_an_op_passes_its_check(op: str, name: str) -> None:
+    work = MAKERS[op][1](name)
+    work.check()
+    work.step()
+    assert work.about["bytes_moved"] > 0
+    assert (work.about["flops"] is None) == (op != "sddmm")
 
 
 def test_machine_names_no_host() -> None:
