@@ -10,9 +10,7 @@ unselected weights alone with it). The strong baselines:
   with dense moments and the mask multiplied into the learning rate: 17 passes, 160 bytes an entry.
 """
 
-import importlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +22,8 @@ import talos
 from benches.shapes import ModelShape, TensorShape
 from talos.costs.step_bytes import dense_step, masked_step, sparse_step
 from talos.costs.workload import QK_DENSITY
-from talos_kernels import compiled_library
+from talos_kernels._ops import CUDA_BACKENDS, cuda_backends
 
-TRITON, COMPILED = "Triton", "CUDA C++"
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 
 Named = dict[str, torch.nn.Parameter]
@@ -63,26 +60,20 @@ def selection(shape: ModelShape, density: float) -> talos.Mask:
 
 
 @contextmanager
-def backend(name: str, op: str, device: torch.device) -> Iterator[None]:
-    """Within it an op is Triton's or the compiled library's on a device, whichever is the usual.
-
-    On a CPU the first is what always serves it.
+def backend(name: str, op: str) -> Iterator[None]:
+    """Within it an op is Triton's ("triton") or the compiled library's ("csrc") on CUDA devices.
 
     Raises:
-        RuntimeError: there is no such kernel.
+        RuntimeError: that one does not serve the op there.
     """
-    key = device.type.upper()
-    with torch.library._scoped_library("talos", "FRAGMENT") as library, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*[Oo]verrid", UserWarning)  # what this is for
-        if name == COMPILED:
-            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-            if compiled_library is None or not has_kernel(f"talos_C::{op}", key):
-                raise RuntimeError(f"the compiled library must have {op} for {key}, got none")
-            library.impl(op, getattr(torch.ops.talos_C, op).default, key, allow_override=True)
-        elif device.type == "cuda":
-            module = importlib.import_module(f"talos_kernels.triton.{op.strip('_')}")
-            library.impl(op, getattr(module, op), key, allow_override=True)
+    if torch.cuda.is_available() and name not in cuda_backends(op):
+        raise RuntimeError(f"{op} must be one of {', '.join(cuda_backends(op))} here, got {name}")
+    usual = CUDA_BACKENDS[op]
+    CUDA_BACKENDS[op] = name
+    try:
         yield
+    finally:
+        CUDA_BACKENDS[op] = usual
 
 
 def nbytes(tree: object) -> int:

@@ -21,6 +21,7 @@ from benches import (
     bench_swap,
     forms,
     gpu,
+    host,
     measure,
     scoring,
 )
@@ -31,7 +32,7 @@ from benches.shapes import ModelShape, TensorShape
 from benches.table import METHODS, OURS, Record, table_lines
 from talos.models import ZeroShotClassifier, load_text_encoder
 from talos.params import select_parameters
-from talos_kernels import compiled_library
+from talos_kernels._ops import CUDA_BACKENDS
 from tests.tiny import save_tiny_encoder
 
 TINY = ModelShape(
@@ -128,36 +129,27 @@ def test_every_form_steps_as_torch_does(form: object) -> None:
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("name", [forms.TRITON, forms.COMPILED])
-def test_a_density_by_each_backend(name: str, density: float) -> None:
-    device = torch.device("cpu")
-    if name == forms.COMPILED and compiled_library is None:
-        pytest.skip("csrc is not built")
-    with forms.backend(name, "sparse_adam_", device):
-        form = forms.ours(TINY, device, density=density)
-        bench_sparse_adam.check(OURS, form, TINY, device, density)
+def test_ours_at_a_density(density: float) -> None:
+    form = forms.ours(TINY, CPU, density=density)
+    bench_sparse_adam.check(OURS, form, TINY, CPU, density)
     nnz = forms.selection(TINY, density).nnz
     assert nnz == pytest.approx(density * 64 * 32, rel=0.2)
-    moments = 8 * nnz
-    assert moments <= form.state_bytes() <= moments + 4096
+    assert 8 * nnz <= form.state_bytes() <= 8 * nnz + 4096
 
 
 def test_another_backend_serves_within_its_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernels() -> str:
-        return torch._C._dispatch_dump("talos::sparse_adam_")
-
-    before = kernels()
-    if compiled_library is not None:
-        with forms.backend(forms.COMPILED, "sparse_adam_", torch.device("cpu")):
-            assert kernels() != before
-        assert kernels() == before
-    monkeypatch.setattr(forms, "compiled_library", None)
+    usual = CUDA_BACKENDS["sparse_adam_"]
+    for name in ("csrc", "triton"):
+        with forms.backend(name, "sparse_adam_"):
+            assert CUDA_BACKENDS["sparse_adam_"] == name
+    assert CUDA_BACKENDS["sparse_adam_"] == usual
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(forms, "cuda_backends", lambda op: ("csrc",))
     with (
-        pytest.raises(RuntimeError, match="must have sparse_adam_ for CPU"),
-        forms.backend(forms.COMPILED, "sparse_adam_", torch.device("cpu")),
+        pytest.raises(RuntimeError, match="must be one of csrc here, got triton"),
+        forms.backend("triton", "sparse_adam_"),
     ):
         pass
-    assert kernels() == before
 
 
 MAKERS = {
@@ -181,6 +173,24 @@ def test_every_form_of_an_op_passes_its_check(op: str, name: str) -> None:
     work.step()
     assert work.about["bytes_moved"] > 0
     assert (work.about["flops"] is None) == (op != "sddmm")
+
+
+@pytest.mark.parametrize("form", host.FORMS.values(), ids=host.FORMS)
+def test_the_host_alone_changes_no_weight_and_the_ops_are_back_afterwards(
+    form: Callable[[int, torch.device], host.Form],
+) -> None:
+    device = torch.device("cpu")
+    with host.no_launches(device):
+        made = form(2, device)
+        before = [param.detach().clone() for param, _ in made.gradients]
+        for work in made.works().values():
+            made.give_gradients()
+            work()
+        assert all(map(torch.equal, before, (param for param, _ in made.gradients)))
+    for param, _ in made.gradients:
+        param.grad = torch.ones_like(param)
+    made.optimizer.step()
+    assert not any(map(torch.equal, before, (param for param, _ in made.gradients)))
 
 
 def test_machine_names_no_host() -> None:
