@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+import triton
 
 from .aot import TARGETS, launches
+from .sass import counts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = tuple(launches())
@@ -104,6 +106,18 @@ def test_a_step_loads_the_next_words_before_it_stores(compiled: Compiled) -> Non
             loop = text.rindex("scf.while", 0, inside)
             assert before < loop, name
             assert "tt.store" not in text[loop:inside], name
+
+
+def test_the_table_of_the_step_is_what_compiles(compiled: Compiled) -> None:
+    """The instructions of the hot loops are committed, so that a change shows what it costs."""
+    table = json.loads((ROOT / "benches/results/compiled/step.json").read_text())["after"]
+    if (compiled.target, triton.__version__) != (table["target"], table["triton"]):
+        pytest.skip("the table is of another target or compiler")
+    found = counts_of(compiled.folder, "sparse_adam")
+    assert {name: json.loads(json.dumps(asdict(each))) for name, each in found.items()} == table[
+        "kernels"
+    ], "python -m tests.sass renews the table"
+    assert not any(sum(each.spills) for each in found.values())
 
 
 def test_a_warp_reads_neighbours(compiled: Compiled) -> None:

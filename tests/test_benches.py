@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 
 import talos
 from benches import bench_estimators as estimators
-from benches import bench_sddmm, forms, measure, scoring
+from benches import bench_sddmm, forms, host, measure, scoring
 from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
@@ -112,6 +112,24 @@ def test_every_form_steps_as_torch_does(form: object) -> None:
     torch.testing.assert_close(made.weights["a"][mask].double(), wanted, rtol=2.0**-22, atol=1e-9)
     assert made.bytes_moved > 0
     assert made.state_bytes() > 0
+
+
+@pytest.mark.parametrize("form", host.FORMS.values(), ids=host.FORMS)
+def test_the_host_alone_changes_no_weight_and_the_ops_are_back_afterwards(
+    form: Callable[[int, torch.device], host.Form],
+) -> None:
+    device = torch.device("cpu")
+    with host.no_launches(device):
+        made = form(2, device)
+        before = [param.detach().clone() for param, _ in made.gradients]
+        for work in made.works().values():
+            made.give_gradients()
+            work()
+        assert all(map(torch.equal, before, (param for param, _ in made.gradients)))
+    for param, _ in made.gradients:
+        param.grad = torch.ones_like(param)
+    made.optimizer.step()
+    assert not any(map(torch.equal, before, (param for param, _ in made.gradients)))
 
 
 def test_machine_names_no_host() -> None:
