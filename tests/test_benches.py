@@ -20,7 +20,6 @@ from benches import (
     bench_sparse_adam,
     bench_swap,
     forms,
-    gpu,
     host,
     measure,
     scoring,
@@ -29,7 +28,7 @@ from benches import bench_estimators as estimators
 from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
-from benches.table import METHODS, OURS, Record, table_lines
+from benches.table import OURS, Record, table_lines
 from talos.models import ZeroShotClassifier, load_text_encoder
 from talos.params import select_parameters
 from talos_kernels._ops import CUDA_BACKENDS
@@ -197,23 +196,6 @@ def test_machine_names_no_host() -> None:
     described = measure.machine()
     assert {"device", "torch", "triton", "commit", "threads"} <= set(described)
     assert measure.folder_name("NVIDIA H200") == "nvidia-h200"
-
-
-def test_gpu_command_lists_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--out", "somewhere", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        *("build", "tests", "methods", "benches", "table")
-    ]
-
-
-def test_gpu_command_without_a_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_peak_memory_is_that_of_the_largest_moment() -> None:
@@ -386,25 +368,6 @@ def test_every_estimator_comes_near_the_exact_scores(
     assert estimators.overlap(masks[32], exact) > 2 * estimators.DENSITY
 
 
-def test_costs_are_records_with_a_table_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    memory = {"weights": 4, "gradients": 4, "state": 8, "activations": 2, "peak": 18}
-    cost = {"form": "nonlinear", "title": "non-linear", "forward_backward": 0.75, "optimizer": 0.25}
-    cost |= {"total": 1.0, "memory": memory, "launches": 3, "bytes_per_second": None, "share": None}
-    ours = cost | {"form": "talos", "title": "TaLoS", "forward_backward": 0.3, "total": 0.5}
-    for each in (cost, ours):
-        made = record(str(each["title"]), 1.0, op=METHODS, bytes_moved=None).as_dict()
-        add_result(tmp_path, made | {"model": "vit-b-32", "cost": each})
-    add_result(tmp_path, record(OURS, 1.0).as_dict())
-    assert gpu.Run(tmp_path, ["vit-b-32"], "").table()
-    page = (tmp_path / "table.md").read_text()
-    assert page == capsys.readouterr().out.removesuffix("\n")
-    (row,) = [line for line in page.splitlines() if line.startswith("| TaLoS")]
-    assert [cell.strip() for cell in row.split("|")][5:9] == ["0.40", "0.35", "0.50", "0.44"]
-    assert "sparse_adam_" in page
-
-
 def test_costs_are_drawn_beside_their_file(tmp_path: Path) -> None:
     results = sorted(Path(measure.ROOT).glob("benches/results/*/methods.json"))
     records = json.loads(results[0].read_text())["records"]
@@ -418,14 +381,3 @@ def test_costs_are_drawn_beside_their_file(tmp_path: Path) -> None:
         "time",
     ]
     assert all("TaLoS" in path.read_text() for path in tmp_path.iterdir())
-
-
-def test_gpu_command_measures_iterations_before_single_ops() -> None:
-    run = gpu.Run(Path("out"), ["minilm", "vit-b-32"], "")
-    methods, benches = run.command("methods"), run.command("benches")
-    assert [each for each in methods if each.startswith("--shape")] == [
-        "--shape=vit-b-32",
-        "--shape=minilm",
-    ]
-    assert "benches/bench_methods.py" in methods
-    assert "--ignore=benches/bench_methods.py" in benches
