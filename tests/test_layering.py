@@ -18,7 +18,7 @@ ORDER = (
         *("buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"),
         "trees",
     },
-    {"attention"},
+    {"attention", "memory"},
     {
         "casts",
         "compact_gradient",

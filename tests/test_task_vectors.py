@@ -570,3 +570,55 @@ def test_what_a_vector_tells() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         hash(vector)
     assert copy.deepcopy(vector) == vector
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_of_wrapped_models_are_those_of_the_model(prefix: str) -> None:
+    base, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
+    wrapped = {prefix + name: each for name, each in tuned.state_dict().items()}
+    bare = TaskVector.from_models(base, tuned)
+    assert torch.equal(TaskVector.from_models(base, wrapped).values, bare.values)
+    other = TaskVector.from_models(
+        {prefix + name: each for name, each in base.state_dict().items()}, tuned
+    )
+    assert other.mask.names == (prefix + "weight", prefix + "bias")
+    other.apply_(base)
+    torch.testing.assert_close(base.weight, tuned.weight)
+
+
+class Chosen(nn.Module):
+    """A head tied to a table, as language models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize("kept", ["table.weight", "head.weight", "both", "clones"])
+def test_a_file_may_hold_any_name_of_a_tied_weight(kept: str) -> None:
+    base, tuned = Chosen(), Chosen()
+    weights = dict(tuned.state_dict())
+    if kept == "clones":
+        weights = {name: each.clone() for name, each in weights.items()}
+    elif kept != "both":
+        weights = {kept: weights[kept]}
+    for source in (base, base.state_dict()):
+        vector = TaskVector.from_models(source, weights)
+        assert vector.mask.names == ("table.weight",)
+        wanted = (tuned.table.weight - base.table.weight).detach().flatten()
+        assert torch.equal(vector.values, wanted)
+    mask = Mask.from_dense({"head.weight": torch.ones(5, 4) > 0})
+    assert TaskVector.from_models(base, weights, mask).mask.names == ("head.weight",)
+
+
+def test_copies_of_a_tied_weight_that_differ_are_refused() -> None:
+    base, tuned = Chosen(), Chosen()
+    weights = {name: each.clone() for name, each in tuned.state_dict().items()}
+    weights["head.weight"] += 1
+    with pytest.raises(
+        TalosValueError, match=r"one value of table.weight.*head.weight, which diff"
+    ):
+        TaskVector.from_models(base, weights)

@@ -17,6 +17,7 @@ from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import Edit
 from talos.masks import Mask
 from talos.matching import match_tensors
+from talos.memory import check_separate
 from talos.params import named_parameters
 from talos_kernels import Index, add_delta_, revert_delta_
 
@@ -141,6 +142,7 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
                 "model must have float32, bfloat16 or float16 weights where it is edited, got "
                 f"{name} of {param.dtype} on {param.device}; convert or load it first"
             )
+    check_separate(touched, "edited weights of the model")
     return touched
 
 

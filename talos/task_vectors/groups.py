@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from talos.memory import place
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 
 from .sums import slices_of
@@ -83,12 +84,14 @@ def weight_groups(
         packed: dict[int, Index] = {}  # vectors of one mask share its index
         deltas = {}
         for key, vector in vectors.items():
-            names = {id(param): name for name, param in touched[key].items()}
+            names = {place(param): name for name, param in touched[key].items()}
             if id(vector.mask) not in packed:
-                selected = [_part(vector, names.get(id(param)), param.numel()) for param in group]
+                selected = [
+                    _part(vector, names.get(place(param)), param.numel()) for param in group
+                ]
                 packed[id(vector.mask)] = Index.pack(selected, device)
             slices = slices_of(vector.mask)
-            own = [names[id(param)] for param in group if id(param) in names]
+            own = [names[place(param)] for param in group if place(param) in names]
             whole = own == list(touched[key])  # no copy then, where the model is on the CPU
             parts = [vector.values[slices[name]] for name in own]
             values = vector.values if whole else torch.cat([vector.values[:0], *parts])
