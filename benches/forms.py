@@ -11,14 +11,18 @@ unselected weights alone with it). The strong baselines:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 import talos
 from benches.shapes import ModelShape, TensorShape
 from talos.costs.step_bytes import dense_step, masked_step, sparse_step
+from talos.costs.workload import QK_DENSITY
+from talos_kernels._ops import CUDA_BACKENDS, cuda_backends
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 
@@ -50,6 +54,28 @@ def parameters(
     return named
 
 
+@lru_cache(maxsize=1)  # a large model's takes seconds, and forms of one density follow each other
+def selection(shape: ModelShape, density: float) -> talos.Mask:
+    return talos.Mask.from_dense(shape.masks(density))
+
+
+@contextmanager
+def backend(name: str, op: str) -> Iterator[None]:
+    """Within it an op is Triton's ("triton") or the compiled library's ("csrc") on CUDA devices.
+
+    Raises:
+        RuntimeError: that one does not serve the op there.
+    """
+    if torch.cuda.is_available() and name not in cuda_backends(op):
+        raise RuntimeError(f"{op} must be one of {', '.join(cuda_backends(op))} here, got {name}")
+    usual = CUDA_BACKENDS[op]
+    CUDA_BACKENDS[op] = name
+    try:
+        yield
+    finally:
+        CUDA_BACKENDS[op] = usual
+
+
 def nbytes(tree: object) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(tree, torch.Tensor):
@@ -68,9 +94,10 @@ def ours(
     *,
     compact: bool = False,
     moment_dtype: torch.dtype = torch.float32,
+    density: float = QK_DENSITY,
 ) -> Form:
     named = parameters(shape.touched, device, dtype)
-    mask = talos.Mask.from_dense(shape.masks())
+    mask = selection(shape, density)
     optimizer = talos.SparseAdam(
         list(named.items()), mask, lr=LR, betas=BETAS, eps=EPS, moment_dtype=moment_dtype
     )
@@ -94,7 +121,13 @@ def ours(
 def whole(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.tensors, device)
     optimizer = torch.optim.AdamW(
-        named.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
+        named.values(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
     )
     return Form(
         optimizer.step,
@@ -106,10 +139,17 @@ def whole(shape: ModelShape, device: torch.device) -> Form:
 
 def frozen(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    masks = [mask.to(device, torch.float32) for mask in shape.masks().values()]
+    mask = selection(shape, QK_DENSITY)
+    masks = [mask.to_dense(name).to(device, torch.float32) for name in mask.names]
     grads = [parameter.grad for parameter in named.values()]
     optimizer = torch.optim.AdamW(
-        named.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
+        named.values(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
     )
 
     def step() -> None:
@@ -126,7 +166,8 @@ def frozen(shape: ModelShape, device: torch.device) -> Form:
 
 def elementwise(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    masks = [mask.to(device, torch.float32) for mask in shape.masks().values()]
+    mask = selection(shape, QK_DENSITY)
+    masks = [mask.to_dense(name).to(device, torch.float32) for name in mask.names]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in named.values()]
     beta1, beta2 = BETAS
     weight_decay = 0.0
@@ -155,12 +196,15 @@ def elementwise(shape: ModelShape, device: torch.device) -> Form:
     )
 
 
-def expected(shape: ModelShape, device: torch.device, steps: int) -> dict[str, torch.Tensor]:
+def expected(
+    shape: ModelShape, device: torch.device, steps: int, density: float = QK_DENSITY
+) -> dict[str, torch.Tensor]:
     """The selected weights after `steps`, by torch's AdamW in float64 on those alone."""
     named = parameters(shape.touched, device)
     results = {}
-    for name, mask in shape.masks().items():
-        selected = mask.to(device)
+    mask = selection(shape, density)
+    for name in mask.names:
+        selected = mask.to_dense(name).to(device)
         weight = torch.nn.Parameter(named[name].detach()[selected].double())
         weight.grad = named[name].grad[selected].double()
         optimizer = torch.optim.AdamW([weight], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)

@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 if torch.cuda.is_available():
+    use_compiled_cuda()
     if importlib.util.find_spec("triton") is not None:
-        importlib.import_module(".triton", __name__)  # registers the ops for CUDA and HIP devices
-    else:
-        use_compiled_cuda()
+        importlib.import_module(".triton", __name__)  # serves the ops on CUDA and HIP devices

@@ -3,8 +3,8 @@
 `define` registers an op's schema, its reference (every device that has nothing better) and its
 fake (shapes for `torch.compile`). The compiled library, where it was built, serves the CPU: it is a
 library of its own, namespace `talos_C`, with the same schemas, so that C++ programs use it without
-Python. On CUDA devices Triton's kernels run where Triton is and the library's where it is not; both
-there, the choice waits for a measurement on a device.
+Python. On CUDA devices Triton's kernels run where Triton is and the library's where it is not;
+where both are, `CUDA_BACKENDS` says which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compiled_library", "define", "increment_version", "use_compiled_cuda"]
+__all__ = [
+    "CUDA_BACKENDS",
+    "compiled_library",
+    "define",
+    "increment_version",
+    "serve_cuda",
+    "use_compiled_cuda",
+]
+
+CUDA_BACKENDS = {
+    "sparse_adam_": "triton",  # unmeasured
+    "add_delta_": "triton",  # unmeasured
+}
+"""Which of "triton" and "csrc" serves an op on CUDA devices, of those that both have; read at each
+call. A result of `benches/` on a device replaces "unmeasured"."""
 
 
 def _load_library() -> Path | None:
@@ -32,6 +46,7 @@ compiled_library = _load_library()
 
 _library = torch.library.Library("talos", "FRAGMENT")
 _defined: list[str] = []
+_on_cuda: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def define(
@@ -57,22 +72,53 @@ def define(
     if cpu is not None:
         _library.impl(name, cpu, "CPU")
     _defined.append(name)
-    _register_compiled(name, "CPU")
+    if (compiled := _compiled(name, "CPU")) is not None:
+        _library.impl(name, compiled, "CPU")
+
+
+def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> None:
+    """Serve the op `talos::name` on CUDA and HIP devices.
+
+    Args:
+        name: the op's name.
+        backend: "triton" or "csrc"; where both serve the op, `CUDA_BACKENDS` chooses.
+        implementation: takes the op's arguments by position.
+    """
+    backends = _on_cuda.setdefault(name, {})
+    backends[backend] = implementation
+    # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
+    if len(backends) == 1:
+        _library.impl(name, lambda *arguments: cuda_implementation(name)(*arguments), "CUDA")
+
+
+def cuda_backends(name: str) -> tuple[str, ...]:
+    """Which of "triton" and "csrc" have an op for CUDA devices."""
+    return tuple(_on_cuda.get(name, ()))
+
+
+def cuda_implementation(name: str) -> Callable[..., Any]:
+    """What serves an op on CUDA devices at this moment."""
+    backends = _on_cuda[name]
+    if len(backends) == 1:
+        return next(iter(backends.values()))
+    return backends[CUDA_BACKENDS[name]]
 
 
 def use_compiled_cuda() -> None:
-    """Let the compiled library serve CUDA devices, where there is no Triton."""
+    """Let the compiled library serve CUDA devices too."""
     for name in _defined:
-        _register_compiled(name, "CUDA")
+        if (compiled := _compiled(name, "CUDA")) is not None:
+            serve_cuda(name, "csrc", compiled)
 
 
-def _register_compiled(name: str, key: str) -> None:
+def _compiled(name: str, key: str) -> Callable[..., Any] | None:
+    """The compiled library's op for the devices of a dispatch key."""
     if compiled_library is None or not hasattr(torch.ops.talos_C, name):
-        return
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"talos_C::{name}", key):
-        compiled = getattr(torch.ops.talos_C, name).default
-        # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
-        _library.impl(name, compiled, key)
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"talos_C::{name}", key):
+        return None
+    op: Callable[..., Any] = getattr(torch.ops.talos_C, name).default
+    return op
 
 
 def increment_version(tensors: Tensor | Sequence[Tensor]) -> None:

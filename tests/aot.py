@@ -5,7 +5,6 @@
 The launchers themselves run, on CPU tensors, under a driver that names the wanted target, and they
 compile instead of launching: signatures, alignment and options are a real launch's. OUT receives
 the intermediate languages of each kernel, and facts.json with registers, spills and shared memory.
-"looped" are the spills inside loops; those outside are stored once a program.
 """
 
 import json
@@ -28,8 +27,6 @@ from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
 from talos_kernels.triton.select_threshold import score_histogram
 from talos_kernels.triton.sparse_adam import sparse_adam_
-
-from .sass import disassemble, loops, spills
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 LANGUAGES = ("ttir", "ttgir", "ptx", "amdgcn")
@@ -131,7 +128,6 @@ def resources(kernel: Any, name: str, folder: Path) -> dict[str, int]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         names = {"registers": "REG", "spilled": "STACK", "local": "LOCAL"}
         patterns = {name: rf"\b{word}:(\d+)" for name, word in names.items()}
-        found["looped"] = sum(map(spills, loops(disassemble(path))))
     else:
         usage = kernel.asm["amdgcn"]
         patterns = {

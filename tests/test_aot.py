@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+import triton
 
 from .aot import TARGETS, launches
+from .sass import counts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = tuple(launches())
@@ -66,18 +68,25 @@ def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
     assert set(compiled.facts) == {*KERNELS, "adam_scalars"}
     for name, facts in compiled.facts.items():
         assert facts["local"] == 0, (name, facts)
-        if compiled.is_cuda and name.startswith("fisher_diag"):
-            # What is kept for after the loop, in a few words of the stack, costs nothing in it.
-            assert facts["looped"] == 0, (name, facts)
-            assert facts["spilled"] <= 48, (name, facts)
-        else:
-            assert facts["spilled"] == 0, (name, facts)
+        # Of a score's tile a few words for after the loop may lie in memory; see the next test.
+        most = 48 if compiled.is_cuda and name.startswith("fisher_diag") else 0
+        assert facts["spilled"] <= most, (name, facts)
         if name not in INDEXED:
             continue
         # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency;
         # five where noise is made for bf16 moments.
         assert facts["registers"] <= (96 if "moments" in name else 80), (name, facts)
         assert facts["shared"] <= 1024, (name, facts)
+
+
+def test_no_loop_touches_spilled_registers(compiled: Compiled) -> None:
+    if not compiled.is_cuda:
+        return
+    found = counts_of(compiled.folder, "fisher_diag") | counts_of(compiled.folder, "sddmm")
+    assert set(found) == set(PRODUCTS)
+    for name, counts in found.items():
+        assert max(counts.loops) > 100, (name, counts)  # the product's
+        assert not any(counts.spills), (name, counts)
 
 
 def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
@@ -119,6 +128,18 @@ def test_a_step_loads_the_next_words_before_it_stores(compiled: Compiled) -> Non
             loop = text.rindex("scf.while", 0, inside)
             assert before < loop, name
             assert "tt.store" not in text[loop:inside], name
+
+
+def test_the_table_of_the_step_is_what_compiles(compiled: Compiled) -> None:
+    """The instructions of the hot loops are committed, so that a change shows what it costs."""
+    table = json.loads((ROOT / "benches/results/compiled/step.json").read_text())["after"]
+    if (compiled.target, triton.__version__) != (table["target"], table["triton"]):
+        pytest.skip("the table is of another target or compiler")
+    found = counts_of(compiled.folder, "sparse_adam")
+    assert {name: json.loads(json.dumps(asdict(each))) for name, each in found.items()} == table[
+        "kernels"
+    ], "python -m tests.sass renews the table"
+    assert not any(sum(each.spills) for each in found.values())
 
 
 def test_a_warp_reads_neighbours(compiled: Compiled) -> None:

@@ -296,6 +296,25 @@ def test_the_compiled_library_is_the_one_beside_the_package() -> None:
     assert built is None or built.parent.name == "talos_kernels"
 
 
+def test_the_table_chooses_among_two_backends_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = {"triton": lambda: "triton's", "csrc": lambda: "the library's"}
+    monkeypatch.setitem(ops._on_cuda, "sparse_adam_", served)
+    monkeypatch.setitem(ops._on_cuda, "add_delta_", {"csrc": served["csrc"]})
+    for backend, implementation in served.items():
+        monkeypatch.setitem(ops.CUDA_BACKENDS, "sparse_adam_", backend)
+        assert ops.cuda_implementation("sparse_adam_") is implementation
+    assert ops.CUDA_BACKENDS["add_delta_"] == "triton"
+    assert ops.cuda_implementation("add_delta_") is served["csrc"]  # the only one there
+
+
+def test_triton_serves_every_op_on_cuda() -> None:
+    pytest.importorskip("talos_kernels.triton")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in ops._defined:
+        assert "triton" in ops._on_cuda[name]
+        assert has_kernel(f"talos::{name}", "CUDA")
+
+
 def step_with(**changes: Any) -> None:
     index = Index.pack([TensorIndex.encode(torch.ones(2, 3) > 0)])
     values: dict[str, Any] = {

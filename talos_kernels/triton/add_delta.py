@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
 from .launch import DTYPES, address_table, device_guard
 
@@ -76,4 +76,4 @@ def add_delta_(
         )  # fmt: skip
 
 
-torch.library.register_kernel("talos::add_delta_", "cuda", add_delta_)
+serve_cuda("add_delta_", "triton", add_delta_)

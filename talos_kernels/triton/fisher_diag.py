@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from .launch import DTYPES, architecture, device_guard, integer_table, processors, tf32_allowed
 
 __all__ = ["add_slabs_kernel", "fisher_diag_", "fisher_diag_kernel"]
@@ -258,4 +259,4 @@ def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, square
         add_slabs_kernel[(add_start,)](on_device, sums, share, num_warps=4)
 
 
-torch.library.register_kernel("talos::fisher_diag_", "cuda", fisher_diag_)
+serve_cuda("fisher_diag_", "triton", fisher_diag_)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
 from .launch import DTYPES, address_table, device_guard
 
@@ -124,5 +125,5 @@ def scatter_(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) 
         )  # fmt: skip
 
 
-torch.library.register_kernel("talos::gather_grad_", "cuda", gather_grad_)
-torch.library.register_kernel("talos::scatter_", "cuda", scatter_)
+serve_cuda("gather_grad_", "triton", gather_grad_)
+serve_cuda("scatter_", "triton", scatter_)

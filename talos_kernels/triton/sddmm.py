@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from ..index import BLOCK_SIZE, SEGMENT_SIZE
 from ..sddmm import sddmm_reference
 from ..tensor_index import WORD_SIZE
@@ -274,4 +275,4 @@ def launch(
     )  # fmt: skip
 
 
-torch.library.register_kernel("talos::sddmm_", "cuda", sddmm_)
+serve_cuda("sddmm_", "triton", sddmm_)

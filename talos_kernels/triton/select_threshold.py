@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from .launch import DTYPES, device_guard, integer_table
 
 __all__ = ["score_histogram", "score_histogram_kernel"]
@@ -104,4 +104,4 @@ def score_histogram(
     return counts, refused
 
 
-torch.library.register_kernel("talos::score_histogram", "cuda", score_histogram)
+serve_cuda("score_histogram", "triton", score_histogram)

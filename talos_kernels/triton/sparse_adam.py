@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
 from .launch import DTYPES, device_guard, integer_table
 
@@ -259,4 +260,4 @@ def sparse_adam_(
             )  # fmt: skip
 
 
-torch.library.register_kernel("talos::sparse_adam_", "cuda", sparse_adam_)
+serve_cuda("sparse_adam_", "triton", sparse_adam_)
