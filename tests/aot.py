@@ -69,7 +69,7 @@ def launches() -> dict[str, Callable[[], object]]:
     def fisher(dtype: torch.dtype, tokens: int, tf32: bool = False) -> None:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        rows = [torch.zeros(1, 16, tokens, 1024, dtype=dtype)]
+        rows = [torch.zeros(1, 100, tokens, 1024, dtype=dtype)]
         fisher_diag_(score, rows, rows, 1.0)
         torch.backends.cuda.matmul.allow_tf32 = before
 
