@@ -88,8 +88,10 @@ def launches() -> dict[str, Callable[[], object]]:
         "sddmm-fp32": lambda: sddmm(torch.float32, "ieee"),
         "bitmap": lambda: products.bitmap(index.positions, index.starts),
         "fisher_diag-bf16": lambda: fisher(torch.bfloat16, 257),
-        "fisher_diag-bf16-deep": lambda: fisher(torch.bfloat16, 512),
+        "fisher_diag-bf16-shallow": lambda: fisher(torch.bfloat16, 96),
+        "fisher_diag-bf16-one-step": lambda: fisher(torch.bfloat16, 50),
         "fisher_diag-tf32": lambda: fisher(torch.float32, 257, tf32=True),
+        "fisher_diag-tf32-one-step": lambda: fisher(torch.float32, 30, tf32=True),
         "fisher_diag-fp32": lambda: fisher(torch.float32, 257),
         "fisher_diag-bf16-one-token": lambda: fisher(torch.bfloat16, 1),
         "sparse_adam-fp32": lambda: sparse_adam_(
