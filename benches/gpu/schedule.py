@@ -50,6 +50,13 @@ STAGES = (
         60,
         "device, versions, copy bandwidth, matrix rates, csrc built for this device",
     ),
+    Stage(
+        "agreement",
+        "benches.gpu.stages.agreement",
+        130,
+        90,
+        "every op against its reference; host syncs, captured steps, streams, launches",
+    ),
 )
 
 
