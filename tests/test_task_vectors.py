@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import talos
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import fingerprint
 from talos.masks import Mask
@@ -622,3 +623,38 @@ def test_copies_of_a_tied_weight_that_differ_are_refused() -> None:
         TalosValueError, match=r"one value of table.weight.*head.weight, which diff"
     ):
         TaskVector.from_models(base, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_edit_that_would_overflow_is_refused(dtype: torch.dtype, sign: float) -> None:
+    """At the largest number and just short of it, and where the base is infinite already."""
+    most = torch.finfo(dtype).max
+    model = nn.Linear(4, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, sign * most, sign * most / 2, math.inf]]))
+    before = model.weight.detach().clone()
+    mask = Mask.from_dense({"weight": torch.tensor([[True, True, True, True]])})
+    values = torch.tensor([1.0, sign, 1.0, 1.0])
+    last_place = most * torch.finfo(dtype).eps / 2
+    fits, breaks = 0.49 * last_place, 0.51 * last_place
+    vector = TaskVector(mask, values)
+    with pytest.raises(
+        TalosValueError, match=r"every weight finite, got .*, with which 1 of weight"
+    ):
+        vector.apply_(model, scale=breaks)
+    with (
+        pytest.raises(TalosValueError, match="every weight finite"),
+        vector.applied(model, scale=breaks),
+    ):
+        pass
+    with talos.ResidentVectors(model, {"a": vector}) as resident:
+        resident.swap("a", scale=fits)
+        on = model.weight.detach().clone()
+        with pytest.raises(TalosValueError, match="every weight finite"):
+            resident.swap("a", scale=breaks)
+        assert torch.equal(model.weight, on)
+        assert resident.active == "a"
+    assert torch.equal(model.weight, before)
+    vector.apply_(model, scale=fits)
+    assert model.weight[0, :3].isfinite().all()

@@ -103,7 +103,7 @@ class ResidentVectors:
             check_base(bases, vector.fingerprints)
         self._vectors = frozenset(vectors)
         with torch.inference_mode(False):  # what is kept outlives the caller's mode
-            self._groups = weight_groups(list(self._params.values()), vectors, touched)
+            self._groups = weight_groups(self._params, vectors, touched)
         self._homes = _homes(model, self._params)
         self._on: Scaled | None = None
         self._states = self._read_states()
@@ -129,7 +129,8 @@ class ResidentVectors:
 
         Raises:
             TalosTypeError: `scale` is no real number.
-            TalosValueError: no vector has the name, or `scale` is not finite.
+            TalosValueError: no vector has the name, `scale` is not finite, or a finite weight
+                would overflow; what was on is on again.
             TalosRuntimeError: somebody else wrote, cast, moved or replaced a weight.
         """
         if name is not None and name not in self._vectors:

@@ -166,7 +166,8 @@ class TaskVector(SparseDelta, VectorSpace):
             force: edit a model whose weights have other fingerprints, too.
 
         Raises:
-            TalosValueError: the model lacks a tensor, has other shapes or another fingerprint.
+            TalosValueError: the model lacks a tensor, has other shapes or another fingerprint, or
+                a finite weight would overflow.
             TalosTypeError: `model` is no module, or its weights have another dtype.
 
         Example:
@@ -178,7 +179,7 @@ class TaskVector(SparseDelta, VectorSpace):
             0.5
         """
         scale = check_scale(scale)
-        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit = self._edit_of(model, force=force)
         edit.put_on(scale, keep=True)
 
     @contextmanager
@@ -216,12 +217,17 @@ class TaskVector(SparseDelta, VectorSpace):
             True
         """
         scale = check_scale(scale)
-        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit = self._edit_of(model, force=force)
         edit.put_on(scale, keep=False)
         try:
             yield model
         finally:
             edit.take_off()
+
+    def _edit_of(self, model: nn.Module, *, force: bool) -> ModelEdit:
+        return ModelEdit(
+            model, self.mask, self.values, self.fingerprints, largest=self.largest, force=force
+        )
 
     def save(
         self,
