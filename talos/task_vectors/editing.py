@@ -166,7 +166,7 @@ def check_sums(
         if lost:
             raise TalosValueError(
                 f"scale must keep every weight finite, got {scale:g}, with which {lost:,} of "
-                f"{name} leave the range of {param.dtype} (up to {torch.finfo(param.dtype).max:g}); "
+                f"{name} leave the range of {param.dtype}, {torch.finfo(param.dtype).max:g}; "
                 "take a smaller one, or convert the model to float32"
             )
 
