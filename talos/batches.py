@@ -156,8 +156,10 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             attention_mask=seen,
             position_ids=(seen.cumsum(1) - 1).clamp_min(0),
         )
-        length, steps = ids.shape[1], torch.arange(answers.shape[1], device=ids.device)
-        last = (seen[:, :length] * torch.arange(length, device=ids.device)).argmax(1)
+        longest = max(ids.shape[1], answers.shape[1])
+        places = torch.arange(longest, dtype=torch.int64, device=ids.device)
+        length, steps = ids.shape[1], places[: answers.shape[1]]
+        last = (seen[:, :length] * places[:length]).argmax(1)
         where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # predict the answer
         logits = output.logits.gather(1, where[..., None].expand(-1, -1, output.logits.shape[-1]))
     losses = functional.cross_entropy(

@@ -308,7 +308,10 @@ def calibrate(
     if released:
         chosen = {id(each.param) for each in selection.values()}
         left = [name for name, param in own_parameters(bare).items() if id(param) not in chosen]
-        dense |= {name: torch.ones(named_parameters(bare)[name].shape) > 0 for name in left}
+        dense |= {
+            name: torch.ones(named_parameters(bare)[name].shape, dtype=torch.bool, device="cpu")
+            for name in left
+        }
     return Mask.from_dense(dense, metadata=made)
 
 
@@ -394,7 +397,9 @@ class _Rounds:
         count = len(logits.values)
         chosen = sorted({0, count // 2, count - 1})
         losses = self._any_losses(logits)
-        only = torch.zeros_like(losses).index_fill_(0, torch.tensor(chosen).to(losses.device), 1.0)
+        only = torch.zeros_like(losses).index_fill_(
+            0, torch.tensor(chosen, dtype=torch.int64, device="cpu").to(losses.device), 1.0
+        )
         capture.backward(losses * only)
         ours = capture.take()
         with capture.plain():

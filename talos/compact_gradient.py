@@ -97,7 +97,7 @@ class CompactGradient(Tensor):
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: object) -> Tensor:
         """The dense gradient, with zeros where nothing is selected."""
-        dense = torch.zeros(self.shape, device=self.device)
+        dense = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
         scatter_([dense], self.selection, self.entries)
         return dense.to(dtype or self.dtype)
 

@@ -89,7 +89,7 @@ class Layouts:
         self._kinds: dict[tuple[str, int], str] = {}
         self._probed = False
         self._half = False
-        self._codes = torch.zeros(0, dtype=torch.int64)
+        self._codes = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def needs_probe(self, uses: Sequence[Use], samples: int) -> bool:
         """Settles the layouts that are known and tells whether the rest wants a probe.
@@ -133,9 +133,17 @@ class Layouts:
         """
         self._half = half
         period, count = _FP16_PERIOD if half else _PERIOD, len(losses)
-        codes = torch.linspace(0, period - 1, count).round()  # far apart where there are few
+        codes = torch.linspace(
+            0, period - 1, count, dtype=torch.float32, device="cpu"
+        ).round()  # far apart where there are few
         if count > period:
-            codes = torch.randint(period, (count,), generator=torch.Generator().manual_seed(0))
+            codes = torch.randint(
+                period,
+                (count,),
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.int64,
+                device="cpu",
+            )
         self._codes = (codes.long() - period // 2).to(losses.device)
         return torch.ldexp(torch.ones_like(losses), self._codes)
 

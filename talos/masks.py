@@ -349,7 +349,7 @@ class Mask:
             numel = prod(shape)
             try:
                 if entry["encoding"] == "u16" and nnz == 0:
-                    none = torch.zeros(0, dtype=torch.int64)
+                    none = torch.zeros(0, dtype=torch.int64, device="cpu")
                     indices[name] = TensorIndex.from_positions(none, numel)
                 else:
                     indices[name] = TensorIndex.from_buffers(

@@ -184,4 +184,8 @@ def _load_forward_derivatives() -> None:
     """Torch loads its rules at the first use, and warns then of its own use of `torch.jit`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+        torch.func.jvp(
+            torch.sin,
+            (torch.zeros((), dtype=torch.float32, device="cpu"),),
+            (torch.ones((), dtype=torch.float32, device="cpu"),),
+        )

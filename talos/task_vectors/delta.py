@@ -69,7 +69,7 @@ class SparseDelta:
         Raises:
             TalosValueError: the mask does not cover `name`.
         """
-        dense = torch.zeros(self.mask.to_dense(name).shape, dtype=self.values.dtype)
+        dense = torch.zeros(self.mask.to_dense(name).shape, dtype=self.values.dtype, device="cpu")
         index = self.mask.indices[name]
         dense.view(-1)[index.positions_int64()] = self.values[slices_of(self.mask)[name]]
         return dense

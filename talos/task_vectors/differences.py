@@ -202,7 +202,7 @@ def _check_outside(
 
 def _every_entry(tensor: Tensor) -> TensorIndex:
     if tensor.numel() == 0:
-        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64), 0)
+        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64, device="cpu"), 0)
     return TensorIndex.from_buffers("full", tensor.numel())
 
 

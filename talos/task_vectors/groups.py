@@ -121,5 +121,5 @@ def weight_groups(
 def _part(vector: TaskVector, name: str | None, numel: int) -> TensorIndex:
     """What a vector selects of one weight: nothing where it does not name it."""
     if name is None:
-        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64), numel)
+        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64, device="cpu"), numel)
     return vector.mask.indices[name]
