@@ -18,7 +18,6 @@ so a mask does not depend on the batch size.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from types import EllipsisType
 from typing import Any, Literal
@@ -26,10 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .batches import known_length, logits_and_positions
+from .batches import logits_and_positions
 from .capture import Capture
-from .errors import TalosRuntimeError, TalosValueError
-from .estimators import Draws, Estimator, Labels, Logits, Target, checked_logits, integer
+from .errors import TalosValueError
+from .estimators import Draws, Estimator, Labels, Target, integer
 from .masks import Mask
 from .params import (
     Rows,
@@ -41,11 +40,11 @@ from .params import (
     select_parameters,
     unwrapped,
 )
+from .rounds import CalibrationProgress, LogitsFn, Rounds
 from .selection import lowest_entries
 
 __all__ = ["CalibrationProgress", "FisherScores", "calibrate", "fisher_diag"]
 
-LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 Parity = Literal["paper", "released"]
 
 _FEW_SAMPLES = 8
@@ -54,23 +53,6 @@ _MANY_DEAD = 0.75  # of the selected weights
 # Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
 # 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
 _SCALE = 2.0**32
-
-
-@dataclass(frozen=True)
-class CalibrationProgress:
-    """How far a calibration is; one comes after every batch.
-
-    Attributes:
-        round: from 1.
-        rounds: how many there are.
-        samples: scored in this round so far.
-        samples_total: of a round, known once the first is over.
-    """
-
-    round: int
-    rounds: int
-    samples: int
-    samples_total: int | None
 
 
 class FisherScores(dict[str, Tensor]):
@@ -148,7 +130,7 @@ def fisher_diag(
     selection = select_parameters(model, params)
     found = FisherScores()
     with _evaluating(model) as bare, Capture(bare, selection) as capture:
-        rounds = _Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
+        rounds = Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
         found.samples = rounds.score(capture, bare, batches)
         found.update(capture.scores)
     found.rows = selection.rows
@@ -249,7 +231,7 @@ def calibrate(
         )
     kept = _selectable(selection)
     asked = logits_fn or logits_and_positions
-    progress = _Rounds(rounds, on_progress, asked, estimator, check, halving=True)
+    progress = Rounds(rounds, on_progress, asked, estimator, check, halving=True)
     equal = False
     silent: dict[str, Tensor] = {}
     count = entries
@@ -326,107 +308,6 @@ def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
         return None
     one, other = halves
     return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
-
-
-@dataclass
-class _Rounds:
-    """Scores round after round: what is asked of the model, how far it is, what halves said.
-
-    Attributes:
-        halving: whether the last round is to be scored in two halves, `halves`, of which the
-            capture then holds the second only.
-        halves: the scores of the first and of the second half of its batches.
-    """
-
-    rounds: int
-    on_progress: Callable[[CalibrationProgress], None] | None
-    logits_fn: LogitsFn
-    estimator: Estimator
-    check: bool
-    halving: bool = False
-    done: int = 0
-    total: int | None = None
-    batches: int = 0
-    halves: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
-        """Adds the scores of every sample of one round and returns their number."""
-        samples = count = 0
-        half = self._half(batches)
-        for batch in batches:
-            if count == half:
-                self.halves = [capture.take()]
-            if self.check and self.done == count == 0:
-                self._test(capture, model, batch)
-            logits = self._ask(capture, model, batch)
-            for losses, share, last in self.estimator.losses(logits, self.done, samples):
-                capture.backward(losses, share, last=last)
-            samples += len(logits.values)
-            count += 1
-            self._report(samples)
-        if samples == 0 and self.done:
-            raise TalosValueError(
-                f"batches must be re-iterable, got none in round {self.done + 1} after "
-                f"{self.total} samples in the first; pass a list or a DataLoader"
-            )
-        if samples == 0:
-            raise TalosValueError(
-                "batches must hold at least one sample, got 0; check the data set"
-            )
-        if self.halves:
-            capture.check(self.halves[0])
-            self.halves.append(capture.scores)
-        capture.check()
-        self.done, self.total, self.batches = self.done + 1, samples, count
-        return samples
-
-    def _half(self, batches: Iterable[Any]) -> int | None:
-        """The batch with which the second half of the last round begins, where that is known."""
-        if self.done + 1 < self.rounds or not self.halving:
-            return None
-        return (self.batches or known_length(batches) or 0) // 2 or None
-
-    def _ask(self, capture: Capture, model: nn.Module, batch: Any) -> Logits:
-        capture.forget()
-        with _refusing_inference_tensors():
-            return checked_logits(self.logits_fn(model, batch))
-
-    def _test(self, capture: Capture, model: nn.Module, batch: Any) -> None:
-        """Compares scores of three samples with those of single backwards, then forgets both."""
-        logits = self._ask(capture, model, batch)
-        count = len(logits.values)
-        chosen = sorted({0, count // 2, count - 1})
-        losses = self._any_losses(logits)
-        only = torch.zeros_like(losses).index_fill_(
-            0, torch.tensor(chosen, dtype=torch.int64, device="cpu").to(losses.device), 1.0
-        )
-        capture.backward(losses * only)
-        ours = capture.take()
-        with capture.plain():
-            logits = self._ask(capture, model, batch)
-            losses = self._any_losses(logits)
-            capture.compare(ours, [losses[row] for row in chosen])
-
-    def _any_losses(self, logits: Logits) -> Tensor:
-        """Losses [B] that reach whatever any draw or class reaches."""
-        return torch.stack([each for each, _, _ in self.estimator.losses(logits, 0, 0)]).sum(0)
-
-    def _report(self, samples: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(CalibrationProgress(self.done + 1, self.rounds, samples, self.total))
-
-
-@contextmanager
-def _refusing_inference_tensors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "inference tensor" not in str(error).lower():
-            raise
-        raise TalosRuntimeError(
-            "batches and model must hold tensors that autograd can use, got some made under "
-            "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
-        ) from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ ORDER = (
     },
     {"buckets", "models", "routing", "task_vectors"},
     {"capture", "metrics"},
+    {"rounds"},
     {"calibration", "optim"},
     {"methods"},
     {"training"},
