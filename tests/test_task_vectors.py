@@ -385,7 +385,8 @@ def test_strided_weights_and_mixed_dtypes() -> None:
 def test_wrappers_and_buffers_are_no_matter() -> None:
     base, tuned = Model(seed=1), Model(seed=2)
     tuned.running_mean += 1
-    vector = TaskVector.from_models(nn.DataParallel(base), tuned)
+    with pytest.warns(UserWarning, match="not in the task vector: running_mean"):
+        vector = TaskVector.from_models(nn.DataParallel(base), tuned)
     assert vector.mask.names == tuple(SHAPES)
     vector.apply_(nn.DataParallel(base))
     for name, param in base.named_parameters():
@@ -658,3 +659,15 @@ def test_an_edit_that_would_overflow_is_refused(dtype: torch.dtype, sign: float)
     assert torch.equal(model.weight, before)
     vector.apply_(model, scale=fits)
     assert model.weight[0, :3].isfinite().all()
+
+
+def test_buffers_that_differ_are_told() -> None:
+    base, tuned = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    assert TaskVector.from_models(base, tuned).metadata == {}
+    tuned(torch.randn(8, 3))
+    moved = ["running_mean", "running_var"]
+    for pair in ((base, tuned), (base, tuned.state_dict()), (base.state_dict(), tuned)):
+        with pytest.warns(UserWarning, match="buffers moved.*running_mean, running_var"):
+            vector = TaskVector.from_models(*pair, metadata={"task": "a"})
+        assert vector.metadata == {"task": "a", "moved_buffers": moved}
+        assert vector.mask.names == ("weight", "bias")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from talos.buffers import moved_buffers
 from talos.errors import TalosTypeError, TalosValueError
 from talos.fingerprints import fingerprints
 from talos.masks import Mask
 from talos.matching import resolve_names
 from talos.memory import check_separate, place
-from talos.params import named_parameters
+from talos.params import named_modules, named_parameters
 from talos_kernels import TensorIndex
 
 from .sums import slices_of
@@ -26,8 +27,12 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 def difference(
     base: Weights, tuned: Weights, mask: Mask | None, *, strict: bool
-) -> tuple[Mask, Tensor, dict[str, str]]:
-    """What `TaskVector.from_models` consists of: mask, values and fingerprints; see there."""
+) -> tuple[Mask, Tensor, dict[str, str], list[str]]:
+    """What `TaskVector.from_models` consists of; see there.
+
+    Returns:
+        Mask, values and fingerprints, and the names of buffers that differ.
+    """
     ours, theirs = _Named.of("base", base), _Named.of("tuned", tuned)
     after = _translated(theirs, ours)
     before = {name: each for name, each in ours.once().items() if name in after}
@@ -52,7 +57,7 @@ def difference(
         whole = index.encoding == "full"
         values[part] = delta if whole else delta[index.positions_int64()]
     touched = {name: tensor for name, tensor in chosen.items() if mask.indices[name].nnz}
-    return mask, values, fingerprints(touched)
+    return mask, values, fingerprints(touched), _moved(ours, theirs)
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,20 @@ class _Named:
 
     what: str
     tensors: dict[str, Tensor]
-    buffers: frozenset[str] = frozenset()
+    buffers: dict[str, Tensor]
 
     @classmethod
     def of(cls, what: str, model: Weights) -> _Named:
         if isinstance(model, nn.Module):
             found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
-            buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+            buffers = {
+                f"{path}.{name}" if path else name: buffer
+                for path, module in named_modules(model)
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            }
         elif isinstance(model, Mapping):
-            found, buffers = model, frozenset()
+            found, buffers = model, {}
         else:
             raise TalosTypeError(
                 f"{what} must be a module or a state dict, got {type(model).__name__}"
@@ -115,6 +125,19 @@ def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
     _refuse_lacking(theirs.what, ours.what, lacking, theirs.tensors)
     _refuse_lacking(ours.what, theirs.what, extra, ours.tensors)
     return found
+
+
+def _moved(ours: _Named, theirs: _Named) -> list[str]:
+    """The buffers that differ, of which a state dict beside a module may hold its own."""
+    before, after = ours.buffers or ours.tensors, theirs.buffers or theirs.tensors
+    names = ours.buffers or theirs.buffers
+    known = resolve_names(names, before), resolve_names(names, after)
+    return moved_buffers(
+        *(
+            {name: found[each] for name, each in named.items()}
+            for named, found in zip(known, (before, after), strict=True)
+        )
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from talos.buffers import warn_of_moved
 from talos.errors import TalosValueError
 from talos.fingerprints import fingerprint
 from talos.masks import Mask
@@ -86,8 +87,9 @@ class TaskVector(SparseDelta, VectorSpace):
             metadata: what made the difference.
 
         Returns:
-            float32 tuned minus base, with the base's fingerprints. Buffers of modules are left out,
-            tied weights come once.
+            float32 tuned minus base, with the base's fingerprints. Tied weights come once. Buffers
+            of modules are left out: a warning and the metadata's `moved_buffers` name those that
+            differ.
 
         Raises:
             TalosValueError: names or shapes differ, a difference is not finite, or an entry outside
@@ -100,8 +102,10 @@ class TaskVector(SparseDelta, VectorSpace):
             >>> torch.allclose(base.weight, tuned.weight)
             True
         """
-        kept, values, found = difference(base, tuned, mask, strict=strict)
-        return cls(kept, values, found, dict(metadata or {}))
+        kept, values, found, moved = difference(base, tuned, mask, strict=strict)
+        warn_of_moved(moved, stacklevel=2)
+        left_out = {"moved_buffers": moved} if moved else {}
+        return cls(kept, values, found, {**(metadata or {}), **left_out})
 
     @classmethod
     def combine(cls, terms: Iterable[tuple[float, TaskVector]]) -> TaskVector:
