@@ -50,6 +50,13 @@ STAGES = (
         60,
         "device, versions, copy bandwidth, matrix rates, csrc built for this device",
     ),
+    Stage(
+        "step",
+        "benches.gpu.stages.step",
+        110,
+        60,
+        "one optimizer step, ours by both backends beside the strong baselines",
+    ),
 )
 
 

@@ -20,6 +20,11 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         "fp32": TIMED | {"flops": int, "flops_per_second": NUMBER},
         "csrc": {"built": bool, "serves": bool, "seconds": NUMBER},
     },
+    "step": {
+        "*": TIMED
+        | {"shape": str, "density": NUMBER, "form": str, "how": str, "share": OPTIONAL}
+        | {"bytes_moved": int, "bytes_per_second": NUMBER, "state_bytes": int},
+    },
 }
 
 
