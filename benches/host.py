@@ -8,6 +8,7 @@ is less than a user of it pays. Clipping by torch is measured with its kernels o
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -49,7 +50,8 @@ def no_launches(device: torch.device) -> Iterator[NotLaunched | None]:
         yield None
         return
     kernel, library = NotLaunched(), torch.library.Library("talos", "IMPL")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*may also be overridden", UserWarning)  # meant so
         stack.callback(library._destroy)
         for module, op, names in (
             (sparse_adam, "sparse_adam_", ("adam_scalars_kernel", "sparse_adam_kernel")),
