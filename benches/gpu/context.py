@@ -94,10 +94,10 @@ class Context:
         self._records[key] = {**values, "status": DONE}
         self._write(ended=False)
 
-    def failed(self, key: str, error: BaseException) -> None:
+    def failed(self, key: str, error: BaseException, **values: object) -> None:
         traceback.print_exception(error)  # whole, in the log
         last = traceback.format_exception_only(error)[-1].strip()
-        self._records[key] = {"status": FAILED, "error": last}
+        self._records[key] = {**values, "status": FAILED, "error": last}
         self._write(ended=False)
 
     def run(self, key: str, work: Callable[[], Mapping[str, object]], needs: float = 0.0) -> None:

@@ -50,6 +50,20 @@ STAGES = (
         60,
         "device, versions, copy bandwidth, matrix rates, csrc built for this device",
     ),
+    Stage(
+        "agreement",
+        "benches.gpu.stages.agreement",
+        130,
+        90,
+        "every op against its reference; host syncs, captured steps, streams, launches",
+    ),
+    Stage(
+        "step",
+        "benches.gpu.stages.step",
+        110,
+        60,
+        "one optimizer step, ours by both backends beside the strong baselines",
+    ),
 )
 
 

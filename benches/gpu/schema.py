@@ -8,6 +8,14 @@ from benches.gpu.context import DONE, FAILED, LATE, RUNNING, StageResult
 NUMBER = (int, float)
 OPTIONAL = (int, float, type(None))
 TIMED = {"seconds": NUMBER, "spread": NUMBER}
+TESTS = {
+    "passed": int,
+    "failed": int,
+    "skipped": int,
+    "by_file": dict,
+    "names": list,
+    "ended": bool,
+}
 
 Fields = Mapping[str, type | tuple[type, ...]]
 
@@ -19,6 +27,18 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         "tf32": TIMED | {"flops": int, "flops_per_second": NUMBER},
         "fp32": TIMED | {"flops": int, "flops_per_second": NUMBER},
         "csrc": {"built": bool, "serves": bool, "seconds": NUMBER},
+    },
+    "agreement": {
+        "tests": TESTS,
+        "no host sync, *": {"operations": list},
+        "captured step, *": {"replays": int},
+        "side stream, *": {"iterations": int},
+        "launches, *": {"launches": dict},
+    },
+    "step": {
+        "*": TIMED
+        | {"shape": str, "density": NUMBER, "form": str, "how": str, "share": OPTIONAL}
+        | {"bytes_moved": int, "bytes_per_second": NUMBER, "state_bytes": int},
     },
 }
 

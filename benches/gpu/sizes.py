@@ -55,7 +55,24 @@ class Sizes:
     calibration: Calibration
     processes: int
     """Of the tests."""
+    tests: tuple[str, ...]
+    """What pytest is given: those in which a device computes, the references there left out."""
+    other_tests: tuple[str, ...]
+    """Those of all others that are run where time is left."""
 
+
+# What a device cannot change, or what needs a compiler or a package for minutes.
+_NO_DEVICE = (
+    *("tests/test_aot.py", "tests/test_csrc.py", "tests/test_house.py", "tests/test_layering.py"),
+    *("tests/test_docs.py", "tests/test_readme.py", "tests/test_gpu_schedule.py"),
+    *(
+        "tests/test_examples.py",
+        "tests/test_demo.py",
+        "tests/test_cli.py",
+        "tests/test_bench_shapes.py",
+    ),
+    *("tests/test_triton.py", "tests/test_ops.py", "tests/gpu"),
+)
 
 FULL = Sizes(
     rounds=20,
@@ -72,6 +89,17 @@ FULL = Sizes(
     threshold=300_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
     processes=12,
+    tests=(
+        "tests/gpu",
+        "tests/test_triton.py",
+        "tests/test_ops.py",
+        "tests/test_fisher_diag.py",
+        "tests/test_sddmm.py",
+        "tests/test_resident_vectors.py",
+        "tests/test_task_vectors.py",
+        *("-k", "gpu or triton or cuda and not reference", "-m", "not slow"),
+    ),
+    other_tests=("tests", "-m", "not slow", *(f"--ignore={path}" for path in _NO_DEVICE)),
 )
 
 _TINY_SHAPE = ModelShape(
@@ -95,5 +123,7 @@ TINY = Sizes(
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
-    processes=2,
+    processes=1,
+    tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
+    other_tests=("tests/test_index.py", "-k", "empty"),
 )
