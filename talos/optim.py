@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import Bucket
+from .clipping import DeferredClip
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprint, fingerprints
 from .gradients import compact
@@ -94,6 +95,9 @@ class SparseAdam(torch.optim.Optimizer):
         "_complete",
         "_moment_dtype",
     )
+
+    # The clipping that the next step does; copies have none, as they have no gradients.
+    _deferred: DeferredClip | None = None
 
     def __init__(
         self,
@@ -228,16 +232,30 @@ class SparseAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_hyperparameters(group)
-        for bucket in self._buckets:
-            bucket.check()
+        checked = [bucket.check() for bucket in self._buckets]
+        factor = self._deferred_factor(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for bucket in self._buckets:
-            bucket.step(self.param_groups[bucket.group], scale, found_inf)
+        for bucket, grads in zip(self._buckets, checked, strict=True):
+            bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and the clipping of them that the step has not done yet.
+
+        Args:
+            set_to_none: False keeps their memory and fills it with zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._deferred = None
 
     @torch.no_grad()
     def clip_grad_norm_(
-        self, max_norm: float, *, dense: bool = False, error_if_nonfinite: bool = False
+        self,
+        max_norm: float,
+        *,
+        dense: bool = False,
+        error_if_nonfinite: bool = False,
+        defer: bool = False,
     ) -> Tensor:
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
@@ -246,6 +264,10 @@ class SparseAdam(torch.optim.Optimizer):
             dense: the norm over all entries of the tensors that are trained, as the method's
                 released code has it; compact gradients must have been asked to keep it.
             error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
+            defer: let the next step scale what it reads, and leave the gradients as they are: of
+                dense ones it saves a pass that costs as much as the step. float32 gradients give
+                the same bits; of 16-bit ones the scaled are not rounded. They must not change
+                before the step: with a GradScaler call `unscale_` first.
 
         Returns:
             The norm before clipping, float32 0-dim.
@@ -253,15 +275,23 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             TalosValueError: `max_norm` is not positive.
             TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set, or the
-                dense norm is not known; no gradient is changed then.
+                dense norm is not known; no gradient is changed then. Or gradients changed since a
+                clipping that was deferred.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> optimizer = SparseAdam(model, Mask.from_dense({"weight": torch.ones(1, 2) > 0}))
+            >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+            >>> optimizer.clip_grad_norm_(1.0, defer=True), model.weight.grad
+            (tensor(5.), tensor([[3., 4.]]))
+            >>> optimizer.step()
         """
         if not max_norm > 0:
             raise TalosValueError(f"max_norm must be positive, got {max_norm}")
-        for bucket in self._buckets:
-            bucket.check()
+        checked = self._settle()
         squares = [
-            bucket.dense_squared_norm() if dense else bucket.squared_norm()
-            for bucket in self._buckets
+            bucket.dense_squared_norm(grads) if dense else bucket.squared_norm(grads)
+            for bucket, grads in zip(self._buckets, checked, strict=True)
         ]
         device = squares[0].device
         norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()
@@ -271,10 +301,43 @@ class SparseAdam(torch.optim.Optimizer):
                 "lower the learning rate, or pass error_if_nonfinite=False to go on"
             )
         if max_norm < math.inf:
-            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for bucket in self._buckets:
-                bucket.scale_gradients(coefficient)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            if defer:
+                self._deferred = DeferredClip(factor, self._given(checked))
+            else:
+                self._scale(checked, factor)
         return norm
+
+    def _given(self, checked: list[list[Tensor]]) -> list[Tensor]:
+        """What holds the gradients of all buckets, without those that are None."""
+        return [
+            grad
+            for bucket, grads in zip(self._buckets, checked, strict=True)
+            for grad in grads
+            if grad is not bucket.absent
+        ]
+
+    def _scale(self, checked: list[list[Tensor]], factor: Tensor) -> None:
+        for bucket, grads in zip(self._buckets, checked, strict=True):
+            bucket.scale_gradients(grads, factor)
+
+    def _deferred_factor(self, checked: list[list[Tensor]]) -> Tensor | None:
+        """What these gradients are still to be multiplied by; it is given once."""
+        deferred = self._deferred
+        if deferred is None:
+            return None
+        belongs = deferred.belongs_to(self._given(checked))
+        self._deferred = None
+        return deferred.factor if belongs else None
+
+    @torch.no_grad()
+    def _settle(self) -> list[list[Tensor]]:
+        """The gradients, checked, and scaled if that was deferred."""
+        checked = [bucket.check() for bucket in self._buckets]
+        factor = self._deferred_factor(checked)
+        if factor is not None:
+            self._scale(checked, factor)
+        return checked
 
     def compact_gradients(
         self, enabled: bool = True, *, dense_norm: bool = False, sampled: bool = False
@@ -322,6 +385,8 @@ class SparseAdam(torch.optim.Optimizer):
                 "layers do not pass DistributedDataParallel, which would wait for them"
             )
         if self._stop_compacting is not None:
+            if self._deferred is not None:
+                self._settle()
             self._stop_compacting()
             self._stop_compacting = None
             for bucket in self._buckets:

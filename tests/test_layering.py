@@ -21,6 +21,7 @@ ORDER = (
     {"attention"},
     {
         "casts",
+        "clipping",
         "compact_gradient",
         "describe",
         "files",
