@@ -13,6 +13,7 @@ from benches import measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
+from benches.work import Work
 from talos.costs.step_bytes import sector_share
 from talos_kernels import Index, TensorIndex, add_delta_
 from tests.cases import assert_bit_equal, assert_close
@@ -21,10 +22,7 @@ SCALE = 0.5
 FORMS = (OURS, "(a) dense delta of the whole model", "(b) index_add_ at positions")
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", FORMS)
-def bench_add_delta(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
-    device = measure.target_device()
+def make(shape: ModelShape, name: str, device: torch.device) -> Work:
     masks = {key: mask.to(device) for key, mask in shape.masks().items()}
     whole = name.startswith("(a)")
     named = parameters(shape.tensors if whole else shape.touched, device)
@@ -58,12 +56,20 @@ def bench_add_delta(shape: ModelShape, name: str, measured: Callable[..., None])
             for key, weight in weights.items():
                 weight.view(-1).index_add_(0, positions[key], deltas[key], alpha=SCALE)
 
-    before = {key: weights[key].clone() for key in masks}
-    step()
-    for key, mask in masks.items():
-        wanted = before[key][mask].double() + SCALE * deltas[key].double()
-        assert_close(weights[key][mask], wanted)
-        assert_bit_equal(weights[key][~mask], before[key][~mask])
-    measured(
-        step, op="add_delta_", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held
-    )
+    def check() -> None:
+        before = {key: weights[key].clone() for key in masks}
+        step()
+        for key, mask in masks.items():
+            wanted = before[key][mask].double() + SCALE * deltas[key].double()
+            assert_close(weights[key][mask], wanted)
+            assert_bit_equal(weights[key][~mask], before[key][~mask])
+
+    return Work(step, check, bytes_moved=moved, state_bytes=held)
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_add_delta(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    work = make(shape, name, measure.target_device())
+    work.check()
+    measured(work.step, op="add_delta_", shape=shape.name, form=name, **work.about)

@@ -13,6 +13,7 @@ from benches import measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
+from benches.work import Work
 from talos.costs.step_bytes import sector_share
 from talos_kernels import Index, TensorIndex, gather_grad_
 from tests.cases import assert_bit_equal, assert_close
@@ -20,10 +21,7 @@ from tests.cases import assert_bit_equal, assert_close
 FORMS = (OURS, "(a) masked_select", "(b) take at positions")
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", FORMS)
-def bench_gather_grad(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
-    device = measure.target_device()
+def make(shape: ModelShape, name: str, device: torch.device) -> Work:
     masks = [mask.to(device) for mask in shape.masks().values()]
     grads = [parameter.grad for parameter in parameters(shape.touched, device).values()]
     wanted = torch.cat([grad[mask] for grad, mask in zip(grads, masks, strict=True)])
@@ -53,9 +51,17 @@ def bench_gather_grad(shape: ModelShape, name: str, measured: Callable[..., None
             compact = torch.cat(pieces)
             return compact, compact.square().sum()
 
-    compact, norm = step()
-    assert_bit_equal(compact, wanted)
-    assert_close(norm, wanted.double().square().sum(), reduction=True)
-    measured(
-        step, op="gather_grad_", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held
-    )
+    def check() -> None:
+        compact, norm = step()
+        assert_bit_equal(compact, wanted)
+        assert_close(norm, wanted.double().square().sum(), reduction=True)
+
+    return Work(step, check, bytes_moved=moved, state_bytes=held)
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_gather_grad(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    work = make(shape, name, measure.target_device())
+    work.check()
+    measured(work.step, op="gather_grad_", shape=shape.name, form=name, **work.about)

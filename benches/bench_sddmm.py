@@ -18,6 +18,7 @@ from torch import Tensor
 from benches import measure
 from benches.shapes import ModelShape
 from benches.table import OURS
+from benches.work import Work
 from talos.costs.step_bytes import sector_share
 from talos_kernels import Index, TensorIndex, gather_grad_, sddmm_
 
@@ -35,9 +36,13 @@ class Layer(NamedTuple):
     out: Tensor
 
 
+def operand_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def make_layers(shape: ModelShape, tokens: int, device: torch.device) -> list[Layer]:
     """Every Q and K weight of a model, in bf16 on a GPU and in fp32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = operand_dtype(device)
     generator = torch.Generator(device).manual_seed(0)
     layers = []
     for tensor, mask in zip(shape.touched, shape.masks().values(), strict=True):
@@ -72,11 +77,7 @@ def relative_error(layer: Layer) -> float:
     return float((found - entries).norm() / entries.norm())
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", FORMS)
-def bench_sddmm(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
-    device = measure.target_device()
-    batch_size = BATCH_SIZE[device.type]
+def make(shape: ModelShape, name: str, batch_size: int, device: torch.device) -> Work:
     tokens = batch_size * shape.tokens
     layers = make_layers(shape, tokens, device)
     dtype, itemsize = layers[0].dy.dtype, layers[0].dy.element_size()
@@ -97,16 +98,27 @@ def bench_sddmm(shape: ModelShape, name: str, measured: Callable[..., None]) -> 
         def step() -> None:
             product_and_gather(layers, scratch)
 
-    step()
-    rounded = name != OURS and dtype != torch.float32
-    assert max(map(relative_error, layers)) <= (1e-2 if rounded else 1e-5)
+    def check() -> None:
+        step()
+        rounded = name != OURS and dtype != torch.float32
+        assert max(map(relative_error, layers)) <= (1e-2 if rounded else 1e-5)
+
+    flops = 2 * tokens * sum(each.rows.stop * each.x.shape[1] for each in layers)
+    return Work(step, check, bytes_moved=moved, flops=flops, state_bytes=held)
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_sddmm(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    device = measure.target_device()
+    batch_size = BATCH_SIZE[device.type]
+    work = make(shape, name, batch_size, device)
+    work.check()
     measured(
-        step,
+        work.step,
         op="sddmm_",
         shape=f"{shape.name}, {batch_size} samples of {shape.tokens} tokens",
         form=name,
-        bytes_moved=moved,
-        flops=2 * tokens * sum(each.rows.stop * each.x.shape[1] for each in layers),
-        matrix_rate=measure.matrix_rate(device, dtype),
-        state_bytes=held,
+        matrix_rate=measure.matrix_rate(device, operand_dtype(device)),
+        **work.about,
     )

@@ -13,6 +13,7 @@ import torch
 from benches import forms, measure
 from benches.shapes import ModelShape
 from benches.table import OURS, Record
+from talos.costs.workload import QK_DENSITY
 from tests.cases import assert_bit_equal, assert_close
 
 CHECKED_STEPS = 3
@@ -32,13 +33,18 @@ FORMS: dict[str, Callable[[ModelShape, torch.device], forms.Form]] = {
 }
 
 
-def check(name: str, form: forms.Form, shape: ModelShape, device: torch.device) -> None:
+def check(
+    name: str,
+    form: forms.Form,
+    shape: ModelShape,
+    device: torch.device,
+    density: float = QK_DENSITY,
+) -> None:
     before = {key: weight.clone() for key, weight in form.weights.items()}
     for _ in range(CHECKED_STEPS):
         form.step()
-    wanted = forms.expected(shape, device, CHECKED_STEPS)
-    for key, mask in shape.masks().items():
-        selected = mask.to(device)
+    wanted = forms.expected(shape, device, CHECKED_STEPS, density)
+    for key, selected in forms.selected(shape, density, device).items():
         if name == BF16:  # it starts from other weights, rounded; only what stays is compared
             assert not torch.equal(form.weights[key][selected], before[key][selected])
         elif name == MOMENTS:  # each of them up to a bf16 unit off, so is the quotient

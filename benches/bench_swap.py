@@ -15,6 +15,7 @@ from benches import measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
+from benches.work import Work
 from talos.costs.step_bytes import sector_share
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 from tests.cases import assert_bit_equal, assert_close
@@ -23,10 +24,7 @@ SCALE = 0.5
 FORMS = (OURS, "load_state_dict of the whole model")
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", FORMS)
-def bench_swap(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
-    device = measure.target_device()
+def make(shape: ModelShape, name: str, device: torch.device) -> Work:
     first = {key: mask.to(device) for key, mask in shape.masks().items()}
     tasks = (first, {key: mask.flip(1) for key, mask in first.items()})
     whole = name != OURS
@@ -69,10 +67,20 @@ def bench_swap(shape: ModelShape, name: str, measured: Callable[..., None]) -> N
             revert_delta_(params, indices[old], saved[old])
             add_delta_(params, indices[on], values[on], scale=SCALE, saved=saved[on])
 
-    for _ in tasks:
-        step()
-        for key, mask in tasks[on].items():
-            wanted = base[key][mask].double() + SCALE * grads[key][mask].double()
-            assert_close(weights[key][mask], wanted)
-            assert_bit_equal(weights[key][~mask], base[key][~mask])
-    measured(step, op="swap", shape=shape.name, form=name, bytes_moved=moved, state_bytes=held)
+    def check() -> None:
+        for _ in tasks:
+            step()
+            for key, mask in tasks[on].items():
+                wanted = base[key][mask].double() + SCALE * grads[key][mask].double()
+                assert_close(weights[key][mask], wanted)
+                assert_bit_equal(weights[key][~mask], base[key][~mask])
+
+    return Work(step, check, bytes_moved=moved, state_bytes=held)
+
+
+@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.parametrize("name", FORMS)
+def bench_swap(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
+    work = make(shape, name, measure.target_device())
+    work.check()
+    measured(work.step, op="swap", shape=shape.name, form=name, **work.about)

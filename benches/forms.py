@@ -11,14 +11,18 @@ unselected weights alone with it). The strong baselines:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 import talos
 from benches.shapes import ModelShape, TensorShape
 from talos.costs.step_bytes import dense_step, masked_step, sparse_step
+from talos.costs.workload import QK_DENSITY
+from talos_kernels._ops import CUDA_BACKENDS, cuda_backends
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 
@@ -50,6 +54,40 @@ def parameters(
     return named
 
 
+@lru_cache(maxsize=1)  # a large model's takes seconds, and forms of one density follow each other
+def selection(shape: ModelShape, density: float) -> talos.Mask:
+    return talos.Mask.from_dense(shape.masks(density))
+
+
+@lru_cache(maxsize=1)
+def selected(shape: ModelShape, density: float, device: torch.device) -> dict[str, torch.Tensor]:
+    """The same as bool tensors on a device."""
+    mask = selection(shape, density)
+    return {name: mask.to_dense(name).to(device) for name in mask.names}
+
+
+@contextmanager
+def backend(name: str | None, op: str) -> Iterator[None]:
+    """Within it an op is Triton's ("triton") or the compiled library's ("csrc") on CUDA devices.
+
+    With None it is the usual one.
+
+    Raises:
+        RuntimeError: that one does not serve the op there.
+    """
+    if name is None:
+        yield
+        return
+    if torch.cuda.is_available() and name not in cuda_backends(op):
+        raise RuntimeError(f"{op} must be one of {', '.join(cuda_backends(op))} here, got {name}")
+    usual = CUDA_BACKENDS[op]
+    CUDA_BACKENDS[op] = name
+    try:
+        yield
+    finally:
+        CUDA_BACKENDS[op] = usual
+
+
 def nbytes(tree: object) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(tree, torch.Tensor):
@@ -68,9 +106,10 @@ def ours(
     *,
     compact: bool = False,
     moment_dtype: torch.dtype = torch.float32,
+    density: float = QK_DENSITY,
 ) -> Form:
     named = parameters(shape.touched, device, dtype)
-    mask = talos.Mask.from_dense(shape.masks())
+    mask = selection(shape, density)
     optimizer = talos.SparseAdam(
         list(named.items()), mask, lr=LR, betas=BETAS, eps=EPS, moment_dtype=moment_dtype
     )
@@ -94,7 +133,13 @@ def ours(
 def whole(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.tensors, device)
     optimizer = torch.optim.AdamW(
-        named.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
+        named.values(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
     )
     return Form(
         optimizer.step,
@@ -106,10 +151,16 @@ def whole(shape: ModelShape, device: torch.device) -> Form:
 
 def frozen(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    masks = [mask.to(device, torch.float32) for mask in shape.masks().values()]
+    masks = [mask.float() for mask in selected(shape, QK_DENSITY, device).values()]
     grads = [parameter.grad for parameter in named.values()]
     optimizer = torch.optim.AdamW(
-        named.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
+        named.values(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
     )
 
     def step() -> None:
@@ -126,7 +177,7 @@ def frozen(shape: ModelShape, device: torch.device) -> Form:
 
 def elementwise(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    masks = [mask.to(device, torch.float32) for mask in shape.masks().values()]
+    masks = [mask.float() for mask in selected(shape, QK_DENSITY, device).values()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in named.values()]
     beta1, beta2 = BETAS
     weight_decay = 0.0
@@ -155,14 +206,15 @@ def elementwise(shape: ModelShape, device: torch.device) -> Form:
     )
 
 
-def expected(shape: ModelShape, device: torch.device, steps: int) -> dict[str, torch.Tensor]:
+def expected(
+    shape: ModelShape, device: torch.device, steps: int, density: float = QK_DENSITY
+) -> dict[str, torch.Tensor]:
     """The selected weights after `steps`, by torch's AdamW in float64 on those alone."""
     named = parameters(shape.touched, device)
     results = {}
-    for name, mask in shape.masks().items():
-        selected = mask.to(device)
-        weight = torch.nn.Parameter(named[name].detach()[selected].double())
-        weight.grad = named[name].grad[selected].double()
+    for name, mask in selected(shape, density, device).items():
+        weight = torch.nn.Parameter(named[name].detach()[mask].double())
+        weight.grad = named[name].grad[mask].double()
         optimizer = torch.optim.AdamW([weight], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
         for _ in range(steps):
             optimizer.step()

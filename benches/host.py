@@ -51,7 +51,8 @@ def no_launches(device: torch.device) -> Iterator[NotLaunched | None]:
         yield None
         return
     kernel, library = NotLaunched(), torch.library.Library("talos", "IMPL")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*may also be overridden", UserWarning)  # meant so
         stack.callback(library._destroy)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")

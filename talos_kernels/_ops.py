@@ -91,6 +91,11 @@ def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> N
         _library.impl(name, lambda *arguments: cuda_implementation(name)(*arguments), "CUDA")
 
 
+def cuda_backends(name: str) -> tuple[str, ...]:
+    """Which of "triton" and "csrc" have an op for CUDA devices."""
+    return tuple(_on_cuda.get(name, ()))
+
+
 def cuda_implementation(name: str) -> Callable[..., Any]:
     """What serves an op on CUDA devices at this moment."""
     backends = _on_cuda[name]

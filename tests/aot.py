@@ -69,7 +69,7 @@ def launches() -> dict[str, Callable[[], object]]:
     def fisher(dtype: torch.dtype, tokens: int, tf32: bool = False) -> None:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        rows = [torch.zeros(1, 16, tokens, 1024, dtype=dtype)]
+        rows = [torch.zeros(1, 100, tokens, 1024, dtype=dtype)]
         fisher_diag_(score, rows, rows, 1.0)
         torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -88,8 +88,10 @@ def launches() -> dict[str, Callable[[], object]]:
         "sddmm-fp32": lambda: sddmm(torch.float32, "ieee"),
         "bitmap": lambda: products.bitmap(index.positions, index.starts),
         "fisher_diag-bf16": lambda: fisher(torch.bfloat16, 257),
-        "fisher_diag-bf16-deep": lambda: fisher(torch.bfloat16, 512),
+        "fisher_diag-bf16-shallow": lambda: fisher(torch.bfloat16, 96),
+        "fisher_diag-bf16-one-step": lambda: fisher(torch.bfloat16, 50),
         "fisher_diag-tf32": lambda: fisher(torch.float32, 257, tf32=True),
+        "fisher_diag-tf32-one-step": lambda: fisher(torch.float32, 30, tf32=True),
         "fisher_diag-fp32": lambda: fisher(torch.float32, 257),
         "fisher_diag-bf16-one-token": lambda: fisher(torch.bfloat16, 1),
         "sparse_adam-fp32": lambda: sparse_adam_(

@@ -40,6 +40,15 @@ class Compiled:
     def text(self, name: str, language: str) -> str:
         return (self.folder / f"{name}.{language}").read_text()
 
+    def loops(self, name: str) -> list[str]:
+        """The loops of the TTGIR, which indents what is inside."""
+        text = self.text(name, "ttgir")
+        found = []
+        for loop in re.finditer(r"^( +)(?:%\S+ = )?scf\.(?:for|while) ", text, re.MULTILINE):
+            end = text.index(f"\n{loop[1]}}} loc", loop.end())
+            found.append(text[loop.start() : end])
+        return found
+
     def assembly(self, name: str) -> str:
         return self.text(name, "ptx" if self.is_cuda else "amdgcn")
 
@@ -58,13 +67,26 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
     assert set(compiled.facts) == {*KERNELS, "adam_scalars"}
     for name, facts in compiled.facts.items():
-        assert facts["spilled"] == facts["local"] == 0, (name, facts)
+        assert facts["local"] == 0, (name, facts)
+        # Of a score's tile a few words for after the loop may lie in memory; see the next test.
+        most = 48 if compiled.is_cuda and name.startswith("fisher_diag") else 0
+        assert facts["spilled"] <= most, (name, facts)
         if name not in INDEXED:
             continue
         # Six programs of 128 threads a multiprocessor, of 65536 registers, hide the loads' latency;
         # five where noise is made for bf16 moments.
         assert facts["registers"] <= (96 if "moments" in name else 80), (name, facts)
         assert facts["shared"] <= 1024, (name, facts)
+
+
+def test_no_loop_touches_spilled_registers(compiled: Compiled) -> None:
+    if not compiled.is_cuda:
+        return
+    found = counts_of(compiled.folder, "fisher_diag") | counts_of(compiled.folder, "sddmm")
+    assert set(found) == set(PRODUCTS)
+    for name, counts in found.items():
+        assert max(counts.loops) > 100, (name, counts)  # the product's
+        assert not any(counts.spills), (name, counts)
 
 
 def test_blocks_are_placed_by_64_bit_multiplications(compiled: Compiled) -> None:
@@ -181,6 +203,20 @@ def test_gradients_are_matrix_products_of_wide_loads(compiled: Compiled) -> None
         assert bool(units) == (not compiled.is_cuda or "fp32" not in name), name
         if compiled.is_cuda and "bf16" in name and "one-token" not in name:
             assert "cp.async.cg.shared.global" in compiled.assembly(name), name
+
+
+def test_a_product_loads_ahead(compiled: Compiled) -> None:
+    """Loads of later steps are under way while one is multiplied."""
+    if not compiled.is_cuda:
+        return
+    for name in PRODUCTS:
+        waits = [
+            int(pending)
+            for loop in compiled.loops(name)
+            for pending in re.findall(r"ttg\.async_wait .*\{num = (\d+)", loop)
+        ]
+        assert waits, name
+        assert min(waits) > 0, (name, waits)
 
 
 def test_sampled_entries_are_written_side_by_side(compiled: Compiled) -> None:

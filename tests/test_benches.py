@@ -12,19 +12,32 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import talos
+from benches import (
+    bench_add_delta,
+    bench_gather_grad,
+    bench_sddmm,
+    bench_select_threshold,
+    bench_sparse_adam,
+    bench_swap,
+    forms,
+    host,
+    measure,
+    scoring,
+)
 from benches import bench_estimators as estimators
-from benches import bench_sddmm, forms, gpu, host, measure, scoring
 from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
-from benches.table import METHODS, OURS, Record, table_lines
+from benches.table import OURS, Record, table_lines
 from talos.models import ZeroShotClassifier, load_text_encoder
 from talos.params import select_parameters
+from talos_kernels._ops import CUDA_BACKENDS
 from tests.tiny import save_tiny_encoder
 
 TINY = ModelShape(
     "tiny", (TensorShape("a", (96, 32), 64), TensorShape("b", (7,))), layers=1, tokens=5
 )
+CPU = torch.device("cpu")
 
 
 def record(form: str, seconds: float, **others: object) -> Record:
@@ -114,6 +127,53 @@ def test_every_form_steps_as_torch_does(form: object) -> None:
     assert made.state_bytes() > 0
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+def test_ours_at_a_density(density: float) -> None:
+    form = forms.ours(TINY, CPU, density=density)
+    bench_sparse_adam.check(OURS, form, TINY, CPU, density)
+    nnz = forms.selection(TINY, density).nnz
+    assert nnz == pytest.approx(density * 64 * 32, rel=0.2)
+    assert 8 * nnz <= form.state_bytes() <= 8 * nnz + 4096
+
+
+def test_another_backend_serves_within_its_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = CUDA_BACKENDS["sparse_adam_"]
+    for name in ("csrc", "triton"):
+        with forms.backend(name, "sparse_adam_"):
+            assert CUDA_BACKENDS["sparse_adam_"] == name
+    assert CUDA_BACKENDS["sparse_adam_"] == usual
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(forms, "cuda_backends", lambda op: ("csrc",))
+    with (
+        pytest.raises(RuntimeError, match="must be one of csrc here, got triton"),
+        forms.backend("triton", "sparse_adam_"),
+    ):
+        pass
+
+
+MAKERS = {
+    "add_delta": (bench_add_delta, lambda name: bench_add_delta.make(TINY, name, CPU)),
+    "gather_grad": (bench_gather_grad, lambda name: bench_gather_grad.make(TINY, name, CPU)),
+    "swap": (bench_swap, lambda name: bench_swap.make(TINY, name, CPU)),
+    "sddmm": (bench_sddmm, lambda name: bench_sddmm.make(TINY, name, 2, CPU)),
+    "select_threshold": (
+        bench_select_threshold,
+        lambda name: bench_select_threshold.make([torch.randn(10**5).square()], name),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, (module, _) in MAKERS.items() for name in module.FORMS]
+)
+def test_every_form_of_an_op_passes_its_check(op: str, name: str) -> None:
+    work = MAKERS[op][1](name)
+    work.check()
+    work.step()
+    assert work.about["bytes_moved"] > 0
+    assert (work.about["flops"] is None) == (op != "sddmm")
+
+
 @pytest.mark.parametrize("form", [form for form in host.FORMS.values() if form is not host.fused])
 def test_the_host_alone_changes_no_weight_and_the_ops_are_back_afterwards(
     form: Callable[[int, torch.device], host.Form],
@@ -136,23 +196,6 @@ def test_machine_names_no_host() -> None:
     described = measure.machine()
     assert {"device", "torch", "triton", "commit", "threads"} <= set(described)
     assert measure.folder_name("NVIDIA H200") == "nvidia-h200"
-
-
-def test_gpu_command_lists_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--out", "somewhere", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        *("build", "tests", "methods", "benches", "table")
-    ]
-
-
-def test_gpu_command_without_a_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_peak_memory_is_that_of_the_largest_moment() -> None:
@@ -325,25 +368,6 @@ def test_every_estimator_comes_near_the_exact_scores(
     assert estimators.overlap(masks[32], exact) > 2 * estimators.DENSITY
 
 
-def test_costs_are_records_with_a_table_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    memory = {"weights": 4, "gradients": 4, "state": 8, "activations": 2, "peak": 18}
-    cost = {"form": "nonlinear", "title": "non-linear", "forward_backward": 0.75, "optimizer": 0.25}
-    cost |= {"total": 1.0, "memory": memory, "launches": 3, "bytes_per_second": None, "share": None}
-    ours = cost | {"form": "talos", "title": "TaLoS", "forward_backward": 0.3, "total": 0.5}
-    for each in (cost, ours):
-        made = record(str(each["title"]), 1.0, op=METHODS, bytes_moved=None).as_dict()
-        add_result(tmp_path, made | {"model": "vit-b-32", "cost": each})
-    add_result(tmp_path, record(OURS, 1.0).as_dict())
-    assert gpu.Run(tmp_path, ["vit-b-32"], "").table()
-    page = (tmp_path / "table.md").read_text()
-    assert page == capsys.readouterr().out.removesuffix("\n")
-    (row,) = [line for line in page.splitlines() if line.startswith("| TaLoS")]
-    assert [cell.strip() for cell in row.split("|")][5:9] == ["0.40", "0.35", "0.50", "0.44"]
-    assert "sparse_adam_" in page
-
-
 def test_costs_are_drawn_beside_their_file(tmp_path: Path) -> None:
     results = sorted(Path(measure.ROOT).glob("benches/results/*/methods.json"))
     records = json.loads(results[0].read_text())["records"]
@@ -357,14 +381,3 @@ def test_costs_are_drawn_beside_their_file(tmp_path: Path) -> None:
         "time",
     ]
     assert all("TaLoS" in path.read_text() for path in tmp_path.iterdir())
-
-
-def test_gpu_command_measures_iterations_before_single_ops() -> None:
-    run = gpu.Run(Path("out"), ["minilm", "vit-b-32"], "")
-    methods, benches = run.command("methods"), run.command("benches")
-    assert [each for each in methods if each.startswith("--shape")] == [
-        "--shape=vit-b-32",
-        "--shape=minilm",
-    ]
-    assert "benches/bench_methods.py" in methods
-    assert "--ignore=benches/bench_methods.py" in benches

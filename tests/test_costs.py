@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +16,7 @@ from talos.cli import main
 from talos.costs import (
     FORMS,
     PAPER,
+    Agreement,
     Form,
     Running,
     Workload,
@@ -29,6 +30,7 @@ from talos.costs.results import paper_ratios, ratios, results_of, save_results, 
 from talos.costs.running import HYPER
 from talos.costs.step_bytes import dense_step, masked_step, sector_share, sparse_step
 from talos.errors import TalosRuntimeError, TalosValueError
+from talos.params import select_parameters
 
 
 def small_model(name: str, layers: int | None = None) -> nn.Module:
@@ -125,13 +127,60 @@ def test_a_form_of_another_loss_or_gradient_is_told() -> None:
 
     def other(workload: Workload) -> Running:
         running = by_name["talos_dense_gradients"].start(workload)
-        running.workload = replace(workload, labels=workload.labels.flip(0))
+
+        def logits(module: nn.Module, batch: object) -> torch.Tensor:
+            found = module(batch)
+            found.register_hook(lambda gradient: 2 * gradient)
+            return found
+
+        running.logits_fn = logits
         return running
 
     with pytest.raises(TalosRuntimeError, match="begin with the loss"):
         measure(made, [by_name["nonlinear"], Form("doubled", "doubled", doubled)], rounds=1)
     with pytest.raises(TalosRuntimeError, match="gradient"):
         measure(made, [by_name["talos"], Form("other", "other", other)], rounds=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_forms_of_several_calls_must_agree() -> None:
+    made, agreement = workload(), Agreement()
+    by_name = {form.name: form for form in FORMS}
+    for name in ("talos", "nonlinear", "masked_adamw"):
+        measure(made, [by_name[name]], rounds=1, iterations=1, agreement=agreement)
+    assert agreement.title == by_name["talos"].title
+    assert agreement.gradient is not None
+    agreement.gradient = agreement.gradient.flip(0)
+    with pytest.raises(TalosRuntimeError, match="gradient"):
+        measure(made, [by_name["masked_adamw"]], rounds=1, agreement=agreement)
+    agreement.loss += 1
+    with pytest.raises(TalosRuntimeError, match="must begin with the loss of TaLoS"):
+        measure(made, [by_name["nonlinear"]], rounds=1, agreement=agreement)
+
+
+@pytest.mark.parametrize("name", ["vit-b-32", "vit-l-14"])
+def test_transformers_has_the_tower_where_open_clip_is_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outline(tower: nn.Module) -> tuple[int, int, tuple[int, int]]:
+        selected = select_parameters(tower, "qk")
+        numel = sum(param.numel() for param in tower.parameters())
+        return numel, sum(each.numel for each in selected.values()), tower.image_size
+
+    usual = library_model(name, 2)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    other = library_model(name, 2)
+    assert type(other) is not type(usual)
+    assert outline(other) == outline(usual)
+    assert other.output_dim == usual.output_dim
+
+
+def test_a_workload_of_transformers_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    made = make_workload("vit-b-32", batch_size=2, layers=1)
+    assert made.logits(made.model, made.batch).shape == (2, 64)
+    assert set(made.rows.values()) == {768}
+    assert len(made.rows) == 2
 
 
 @pytest.mark.usefixtures("small")
@@ -300,6 +349,7 @@ def test_the_command_refuses_before_it_writes(
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    for name in ("open_clip", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(TalosRuntimeError, match=re.escape("pip install 'talos-sparse[clip]'")):
         library_model("vit-b-32", 1)

@@ -152,6 +152,31 @@ def test_samples_are_split_into_slabs_where_tiles_are_few(monkeypatch: pytest.Mo
         assert_close(score, wanted, reduction=True, dtype=torch.float32)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_slabs_fill_whole_waves() -> None:
+    from talos_kernels.triton.fisher_diag import slab_count
+
+    assert slab_count(128, 264 // 64) == 4
+    assert slab_count(128, 264 // 109) == 2  # a third would begin a third wave
+    assert slab_count(128, 264 // 300) == 1
+    for samples in range(1, 20):
+        for wanted in range(25):
+            slabs = slab_count(samples, wanted)
+            assert 1 <= slabs <= max(wanted, 1)
+            assert (slabs - 1) * -(-samples // slabs) < samples  # the last one is not empty
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_a_step_takes_as_many_tokens_as_cost_least() -> None:
+    from talos_kernels.triton.fisher_diag import CONFIGS, token_block
+
+    chosen = {tokens: token_block(tokens, CONFIGS["half"].tokens) for tokens in (1, 16, 17, 50, 64)}
+    assert chosen == {1: 16, 16: 16, 17: 32, 50: 64, 64: 64}  # one step a sample
+    assert [token_block(tokens, CONFIGS["half"].tokens) for tokens in (77, 96, 128, 257)] == [
+        32, 32, 64, 64,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 @pytest.mark.skipif(_ops.compiled_library is None, reason="csrc/ was not built")
 def test_every_instruction_set(capability: str, tmp_path: object) -> None:

@@ -5,7 +5,7 @@ of fine-tuning on it side by side, `talos.costs.results` makes files and tables 
 """
 
 from .forms import BASELINE, COMPILED, FORMS, OURS
-from .iteration import ITERATIONS, Cost, Memory, measure
+from .iteration import ITERATIONS, Agreement, Cost, Memory, measure
 from .paper import PAPER, Reported
 from .running import Form, Running
 from .workload import LAYERS, MODELS, Workload, library_model, make_workload
@@ -19,6 +19,7 @@ __all__ = [
     "MODELS",
     "OURS",
     "PAPER",
+    "Agreement",
     "Cost",
     "Form",
     "Memory",

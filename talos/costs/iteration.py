@@ -20,7 +20,7 @@ from .meters import clock, copy_bandwidth, launches, median_and_spread, peak_byt
 from .running import Form, Running
 from .workload import Workload
 
-__all__ = ["ITERATIONS", "Cost", "Memory", "Progress", "measure"]
+__all__ = ["ITERATIONS", "Agreement", "Cost", "Memory", "Progress", "measure"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a form's title, the iterations done and all."""
@@ -110,6 +110,21 @@ class Cost:
 
 
 @dataclass
+class Agreement:
+    """What the forms of one workload that were examined found, and further ones must find.
+
+    Attributes:
+        title: of the first form, whose the loss is.
+        loss: of its first iteration; None: no form was examined.
+        gradient: of the first form that trains the workload's selection, at its entries.
+    """
+
+    title: str = ""
+    loss: float | None = None
+    gradient: Tensor | None = None
+
+
+@dataclass
 class _Findings:
     """What is known of one form so far."""
 
@@ -127,6 +142,7 @@ def measure(
     rounds: int = 3,
     iterations: int | None = None,
     on_progress: Progress | None = None,
+    agreement: Agreement | None = None,
 ) -> list[Cost]:
     """Measures forms on one workload, whose weights are at the end what they were.
 
@@ -136,6 +152,8 @@ def measure(
         rounds: how often each form is begun anew.
         iterations: timed in each round, after some that are not; by default `ITERATIONS`.
         on_progress: is told of each round of a form.
+        agreement: what other calls with this workload found, filled and compared; by default a
+            call compares its own forms.
 
     Returns:
         The costs, in the order of the forms, without those that ran out of a GPU's memory.
@@ -146,9 +164,9 @@ def measure(
             memory.
     """
     iterations = iterations or ITERATIONS[workload.device.type]
-    initial = {name: each.detach().to("cpu", copy=True) for name, each in _weights(workload)}
+    initial = _copies(workload)
     findings = {form.name: _Findings() for form in forms}
-    gradients: list[Tensor] = []
+    agreement = Agreement() if agreement is None else agreement
     done = 0
     for number in range(rounds):
         for form in forms:
@@ -161,7 +179,7 @@ def measure(
             running = form.start(workload)
             try:
                 if number == 0:
-                    _examine(form, running, found, before, gradients)
+                    _examine(form, running, found, before, agreement)
                 else:
                     running.forward_backward()
                     running.update()
@@ -181,14 +199,6 @@ def measure(
         raise TalosRuntimeError(
             "a form must fit in the GPU's memory, got none that does; take a smaller batch"
         )
-    first = findings[forms[0].name].loss
-    for form in forms:
-        loss = findings[form.name].loss
-        if not abs(loss - first) <= _TOLERANCE[workload.dtype] * abs(first):
-            raise TalosRuntimeError(
-                f"{form.title} must begin with the loss of {forms[0].title}, {first:.6g}, "
-                f"got {loss:.6g}"
-            )
     if on_progress is not None:
         on_progress("all forms", done, done)
     bandwidth = copy_bandwidth(workload.device)
@@ -197,6 +207,16 @@ def measure(
 
 def _weights(workload: Workload) -> list[tuple[str, Tensor]]:
     return list(workload.model.named_parameters())
+
+
+def _copies(workload: Workload) -> dict[str, Tensor]:
+    """All weights, on a GPU where that leaves it nearly all of its memory, else on the CPU."""
+    named, place = _weights(workload), torch.device("cpu")
+    if workload.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(workload.device)
+        few = sum(each.nbytes for _, each in named) < free / 16
+        place = workload.device if few else place
+    return {name: each.detach().to(place, copy=True) for name, each in named}
 
 
 def _time(running: Running) -> tuple[float, float]:
@@ -208,13 +228,14 @@ def _time(running: Running) -> tuple[float, float]:
 
 
 def _examine(
-    form: Form, running: Running, found: _Findings, before: list[Tensor], gradients: list[Tensor]
+    form: Form, running: Running, found: _Findings, before: list[Tensor], agreement: Agreement
 ) -> None:
     """The first iterations: what they hold, launch and compute."""
     losses = []
     weights = running.weight_bytes(before)
     found.loss = float(running.forward_backward())
-    _check_gradient(form, running, gradients)
+    _check_loss(form, running, found.loss, agreement)
+    _check_gradient(form, running, agreement)
     running.update()  # makes the state
     running.zero_grad()
     peak = peak_bytes(lambda: losses.append(float(running.forward_backward())))
@@ -230,14 +251,26 @@ def _examine(
         raise TalosRuntimeError(f"the loss of {form.title} must be finite, got {losses}")
 
 
-def _check_gradient(form: Form, running: Running, gradients: list[Tensor]) -> None:
+def _check_loss(form: Form, running: Running, loss: float, agreement: Agreement) -> None:
+    if agreement.loss is None:
+        agreement.title, agreement.loss = form.title, loss
+    first = agreement.loss
+    if not abs(loss - first) <= _TOLERANCE[running.workload.dtype] * abs(first):
+        raise TalosRuntimeError(
+            f"{form.title} must begin with the loss of {agreement.title}, {first:.6g}, "
+            f"got {loss:.6g}"
+        )
+
+
+def _check_gradient(form: Form, running: Running, agreement: Agreement) -> None:
     """The forms that train the workload's selection have one gradient there."""
     own = running.selected_gradient()
     if own is None:
         return
-    if not gradients:
-        gradients.append(own)
-    error = float((own - gradients[0]).norm() / gradients[0].norm())
+    if agreement.gradient is None:
+        agreement.gradient = own
+    first = agreement.gradient
+    error = float((own - first).norm() / first.norm())
     if not error <= _TOLERANCE[running.workload.dtype]:
         raise TalosRuntimeError(
             f"{form.title} must have the gradient of the form before it, got one that differs by "
@@ -251,9 +284,11 @@ def _check_moves(
     """Something has moved, and nothing that must not."""
     moved = 0
     for name, weight in _weights(workload):
-        changed = weight.detach().cpu() != initial[name]
+        start = initial[name]
+        changed = weight.detach().to(start.device) != start
         if allowed is not None:
-            wrong = changed if name not in allowed.names else changed & ~allowed.to_dense(name)
+            own = allowed.to_dense(name).to(start.device) if name in allowed.names else None
+            wrong = changed if own is None else changed & ~own
             if wrong.any():
                 raise TalosRuntimeError(
                     f"{form.title} must leave the unselected entries of {name} alone, moved "

@@ -8,6 +8,7 @@ leave nearly all of it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ TOKENS = {"minilm": 48, "t5-large": 128}
 QK_DENSITY = 0.6
 CLASSES = 64
 _OPEN_CLIP = {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}
+_CLIP_SIZES: dict[str, dict[str, Any]] = {
+    "vit-b-32": {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 32},
+    "vit-l-14": {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14},
+}
+_CLIP_PROJECTION = {"vit-b-32": 512, "vit-l-14": 768}
 _IDS = (1000, 30000)
 
 
@@ -143,9 +149,10 @@ def make_workload(
     check_sizes(name, batch_size=batch_size, tokens=tokens, layers=layers)
     device = device or torch.device("cpu")
     tokens = tokens or TOKENS.get(name, 0)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        tower = library_model(name, layers)
+        with device:  # a large model's random weights take a CPU longer than all that follows
+            tower = library_model(name, layers)
         labels = torch.randint(CLASSES, (batch_size,))
         width: int | None
         if name in _OPEN_CLIP:
@@ -215,14 +222,19 @@ def library_model(name: str, layers: int | None = None) -> nn.Module:
         layers: layers of each stack, by default all.
 
     Returns:
-        transformers' `BertModel` or `T5ForConditionalGeneration`, open_clip's `VisionTransformer`.
+        transformers' `BertModel` or `T5ForConditionalGeneration`, open_clip's `VisionTransformer`;
+        where open_clip is not installed, transformers' tower of the same shape.
 
     Raises:
         TalosRuntimeError: the library is not installed.
     """
     layers = layers or LAYERS[name]
     try:
-        return _open_clip_tower(name, layers) if name in _OPEN_CLIP else _text_model(name, layers)
+        if name not in _OPEN_CLIP:
+            return _text_model(name, layers)
+        if find_spec("open_clip") is None:
+            return _TransformersTower(name, layers)
+        return _open_clip_tower(name, layers)
     except ImportError as error:
         package, extra = ("open_clip", "clip") if name in _OPEN_CLIP else ("transformers", "hf")
         raise TalosRuntimeError(
@@ -267,3 +279,26 @@ def _open_clip_tower(name: str, layers: int) -> nn.Module:
         output_dim=config["embed_dim"],
     )
     return tower
+
+
+class _TransformersTower(nn.Module):
+    """transformers' visual tower of CLIP, called as open_clip's is: images to features."""
+
+    def __init__(self, name: str, layers: int) -> None:
+        import transformers
+
+        super().__init__()
+        sizes, self.output_dim = _CLIP_SIZES[name], _CLIP_PROJECTION[name]
+        config = transformers.CLIPVisionConfig(
+            num_hidden_layers=layers,
+            intermediate_size=4 * sizes["hidden_size"],
+            projection_dim=self.output_dim,
+            hidden_act="gelu",
+            **sizes,
+        )
+        self.image_size = (config.image_size, config.image_size)
+        self.model = transformers.CLIPVisionModelWithProjection(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.model(pixel_values=images).image_embeds
+        return features

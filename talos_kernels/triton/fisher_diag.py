@@ -1,10 +1,10 @@
 """Squared per-sample weight gradients: see `talos_kernels.fisher_diag`.
 
 A program keeps one tile of a score in registers over its samples: the gradient of a sample is
-accumulated over the sample's tokens, squared, added, and begun again. Loops over samples and tokens
-are one loop, so that loads of the next sample are under way while one is squared. Where a launch
-has too few tiles for the device its samples are split into slabs, whose sums a second kernel adds
-in a fixed order.
+accumulated over the sample's tokens, squared, added, and begun again. Samples and tokens are one
+loop, written so that a step's addresses depend on no product: the next steps' loads are under way
+while one is multiplied, across samples too. Where a launch has too few tiles for the device its
+samples are split into slabs, whose sums a second kernel adds in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ SCORE_STRIDE, DY_SAMPLE, DY_TOKEN, X_SAMPLE, X_TOKEN, COLUMNS = (
 
 ADD_BLOCK = tl.constexpr(1024)  # entries of a program that adds slabs; unmeasured
 
-# Programs wanted for each multiprocessor before samples are split into slabs: two waves, so that
-# the last one is not mostly empty; unmeasured.
+# Where samples are split into slabs, at most this many programs a multiprocessor: each has one to
+# itself, so two full waves; unmeasured.
 PROGRAMS_PER_PROCESSOR = 2
 
 
@@ -47,15 +47,18 @@ class Config:
 
 
 # Chosen from the code compiled for sm_90, unmeasured: the largest tiles whose two fp32 accumulators
-# do not spill. `tokens` are the depths to choose from, by how little of the last one is padding.
+# stay in registers inside the loop, and the fewest stages that load ahead. `tokens` are the depths
+# to choose from.
 CONFIGS = {
-    "half": Config(128, 128, (32, 16), 8, 4),
+    "half": Config(128, 128, (64, 32, 16), 8, 3),
     "tf32": Config(128, 64, (32, 16), 8, 3),
-    "ieee": Config(64, 64, (16,), 4, 2),
+    "ieee": Config(64, 64, (16,), 4, 3),
 }
 BLACKWELL = CONFIGS | {"half": Config(128, 64, (64, 32, 16), 8, 3)}  # sm_100 and later
-# What a step of this depth costs beside its products, as a share of a step of 64; unmeasured.
-STEP_COST = 2
+# What a step costs beside its products, in tokens: of bf16 at sm_90 a step issues about 160
+# instructions a warp at 32 tokens and 190 at 64, where 32 tokens are 256 cycles of the matrix unit
+# and a scheduler has two warps.
+STEP_COST = 27
 
 
 def token_block(tokens: int, depths: Sequence[int]) -> int:
@@ -71,7 +74,7 @@ def fisher_diag_kernel(
     DTYPE: tl.constexpr,
     SQUARED: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     ITEM_SIZE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -81,7 +84,7 @@ def fisher_diag_kernel(
     """One program scores one tile of one layer over one slab of samples.
 
     SQUARED: there is one token a sample, and samples take the place of tokens: the product of the
-    squared inputs is the sum of squares.
+    squared inputs is the sum of squares. ONE_STEP: no sample has more than BLOCK_T tokens.
     """
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr
@@ -93,7 +96,7 @@ def fisher_diag_kernel(
     x_token = tl.multiple_of(tl.load(row_ptr + X_TOKEN), ALIGN)
     dy_sample = tl.multiple_of(tl.load(row_ptr + DY_SAMPLE), ALIGN)
     x_sample = tl.multiple_of(tl.load(row_ptr + X_SAMPLE), ALIGN)
-    tokens, samples = tl.load(row_ptr + TOKENS).to(tl.int32), tl.load(row_ptr + SAMPLES)
+    tokens, samples = tl.load(row_ptr + TOKENS), tl.load(row_ptr + SAMPLES)
     slabs = tl.load(row_ptr + SLABS)
 
     tile = program - tl.load(row_ptr + START)
@@ -112,20 +115,36 @@ def fisher_diag_kernel(
     dy_ptrs = dy_ptr + offs_t[:, None] * dy_token + offs_o[None, :]
     x_ptrs = x_ptr + offs_t[:, None] * x_token + offs_i[None, :]
 
+    steps = 1 if ONE_STEP else tl.cdiv(tokens, BLOCK_T)
+    back = (steps - 1) * BLOCK_T  # from a sample's last step to its first
+    dy_next, x_next = dy_sample - back * dy_token, x_sample - back * x_token
+    tokens = tokens.to(tl.int32)
+    left = tokens
     squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for _ in tl.range(tl.minimum(share_of_slab, samples - first).to(tl.int32), flatten=FLATTEN):
-        gradient = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-        for begin in tl.range(0, tokens, BLOCK_T):
-            in_sample = (offs_t < tokens - begin)[:, None]
-            dy = tl.load(dy_ptrs + begin * dy_token, mask=in_sample & in_rows, other=0.0)
-            x = tl.load(x_ptrs + begin * x_token, mask=in_sample & in_cols, other=0.0)
-            if SQUARED:
-                dy, x = dy.to(tl.float32), x.to(tl.float32)
-                dy, x = dy * dy, x * x
+    gradient = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for _ in tl.range(0, (tl.minimum(share_of_slab, samples - first) * steps).to(tl.int32)):
+        in_sample = (offs_t < left)[:, None]
+        dy = tl.load(dy_ptrs, mask=in_sample & in_rows, other=0.0)
+        x = tl.load(x_ptrs, mask=in_sample & in_cols, other=0.0)
+        if SQUARED:
+            dy, x = dy.to(tl.float32), x.to(tl.float32)
+            dy, x = dy * dy, x * x
+        if ONE_STEP:
+            gradient = tl.dot(tl.trans(dy), x, input_precision=PRECISION)
+            squares += gradient if SQUARED else gradient * gradient
+            dy_ptrs += dy_sample
+            x_ptrs += x_sample
+        else:
             gradient = tl.dot(tl.trans(dy), x, gradient, input_precision=PRECISION)
-        squares += gradient if SQUARED else gradient * gradient
-        dy_ptrs += dy_sample
-        x_ptrs += x_sample
+            # Outside of the branch: addresses that waited for the squares would wait for the
+            # product, and the next loads with them.
+            last = left <= BLOCK_T
+            dy_ptrs += tl.where(last, dy_next, BLOCK_T * dy_token)
+            x_ptrs += tl.where(last, x_next, BLOCK_T * x_token)
+            left = tl.where(last, tokens, left - BLOCK_T)
+            if last:
+                squares += gradient if SQUARED else gradient * gradient
+                gradient = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
 
     mask = (offs_o < rows)[:, None] & (offs_i < cols)[None, :]
     if slabs == 1:
@@ -185,6 +204,12 @@ def by_sample(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1).flatten(1, 2)
 
 
+def slab_count(samples: int, wanted: int) -> int:
+    """At most `wanted` slabs of equally many samples, but for the last one; none of them empty."""
+    share = triton.cdiv(samples, max(wanted, 1))
+    return triton.cdiv(samples, share)
+
+
 def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, squared: bool) -> None:
     """One launch for all layers, and one that adds slabs where there are any."""
     _, dy, _ = layers[0]
@@ -197,14 +222,13 @@ def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, square
         triton.cdiv(score.shape[0], config.rows) * triton.cdiv(score.shape[1], config.cols)
         for score, _, _ in layers
     ]
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(dy.device), sum(tiles))
+    wanted = PROGRAMS_PER_PROCESSOR * processors(dy.device) // sum(tiles)
     table: list[int] = []
     start = partials = add_start = 0
     align = 16 // dy.element_size()
     for (score, dy, x), count in zip(layers, tiles, strict=True):
         samples, tokens = dy.shape[:2]
-        slabs = min(wanted, samples)
-        slabs = triton.cdiv(samples, triton.cdiv(samples, slabs))  # none of them empty
+        slabs = slab_count(samples, wanted)
         table += [start, score.data_ptr(), dy.data_ptr(), x.data_ptr(), *score.shape]
         table += [samples, tokens, slabs, partials, add_start, score.stride(0)]
         table += [*dy.stride()[:2], *x.stride()[:2]]
@@ -222,11 +246,12 @@ def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, square
     table += [0] * (COLUMNS.value - ADD_START.value - 1)
     on_device = integer_table(tuple(table), dy.device)
     sums = torch.empty(partials, dtype=torch.float32, device=dy.device)
-    depth = token_block(max(dy.shape[1] for _, dy, _ in layers), config.tokens)
+    longest = max(dy.shape[1] for _, dy, _ in layers)
+    depth = token_block(longest, config.tokens)
     fisher_diag_kernel[(start,)](
         on_device, sums, share,
         DTYPE=DTYPES[layers[0][1].dtype], SQUARED=squared, PRECISION="ieee" if exact else "tf32",
-        ITEM_SIZE=layers[0][1].element_size(), ALIGN=align, FLATTEN=backend == "cuda",
+        ONE_STEP=longest <= depth, ITEM_SIZE=layers[0][1].element_size(), ALIGN=align,
         BLOCK_O=config.rows, BLOCK_I=config.cols, BLOCK_T=depth,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -42,7 +42,7 @@ class Config(NamedTuple):
 CONFIGS = {
     "half": (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
     "tf32": (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3)),
-    "ieee": (Config(64, 64, 16, 4, 2),),
+    "ieee": (Config(64, 64, 16, 4, 3),),
 }
 
 # Entries of a tile whose bits, ranks and values are in registers at a time.

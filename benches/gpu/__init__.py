@@ -1,0 +1,1 @@
+"""What a GPU can say about the project, in ten minutes: python -m benches.gpu --out DIR"""

@@ -1,0 +1,129 @@
+"""How large everything is, on a device and in a rehearsal, in one place."""
+
+from dataclasses import dataclass
+
+from benches.shapes import SHAPES, ModelShape, TensorShape
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """A whole training iteration: a model of `talos.costs.MODELS` and what it reads."""
+
+    model: str
+    batch: int
+    tokens: int | None = None
+    layers: int | None = None
+    """None: all."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A layer's product [samples, T, O] and [samples, T, I] as the scoring kernel takes them."""
+
+    samples: int
+    rows: int
+    columns: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A whole calibration by a model's own batches."""
+
+    model: str
+    samples: int
+    batch: int
+    rounds: int
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    rounds: int
+    """Of a timing; each is long enough for the clock."""
+    copy_bytes: int
+    matrix_width: int
+    shapes: tuple[ModelShape, ...]
+    """Of the step, the most telling first."""
+    densities: tuple[float, ...]
+    """Of the step, the usual first."""
+    iterations: tuple[Iteration, ...]
+    """Of the table of methods, and of scored batches."""
+    scoring: Scoring
+    threshold: int
+    """Scores."""
+    calibration: Calibration
+    processes: int
+    """Of the tests."""
+    tests: tuple[str, ...]
+    """What pytest is given: those in which a device computes, the references there left out."""
+    other_tests: tuple[str, ...]
+    """Those of all others that are run where time is left."""
+
+
+# What a device cannot change, or what needs a compiler or a package for minutes.
+_NO_DEVICE = (
+    *("tests/test_aot.py", "tests/test_csrc.py", "tests/test_house.py", "tests/test_layering.py"),
+    *("tests/test_docs.py", "tests/test_readme.py", "tests/test_gpu_schedule.py"),
+    *(
+        "tests/test_examples.py",
+        "tests/test_demo.py",
+        "tests/test_cli.py",
+        "tests/test_bench_shapes.py",
+    ),
+    *("tests/test_triton.py", "tests/test_ops.py", "tests/gpu"),
+)
+
+FULL = Sizes(
+    rounds=20,
+    copy_bytes=2 * 2**30,
+    matrix_width=8192,
+    shapes=(SHAPES["vit-l-14"], SHAPES["t5-large"], SHAPES["vit-b-32"]),
+    densities=(0.6, 0.1, 0.01, 0.3, 1.0),
+    iterations=(
+        Iteration("vit-l-14", 128),
+        Iteration("t5-large", 128, tokens=128),
+        Iteration("vit-b-32", 128),
+    ),
+    scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
+    threshold=300_000_000,
+    calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    processes=12,
+    tests=(
+        "tests/gpu",
+        "tests/test_triton.py",
+        "tests/test_ops.py",
+        "tests/test_fisher_diag.py",
+        "tests/test_sddmm.py",
+        "tests/test_resident_vectors.py",
+        "tests/test_task_vectors.py",
+        *("-k", "gpu or triton or cuda and not reference", "-m", "not slow"),
+    ),
+    other_tests=("tests", "-m", "not slow", *(f"--ignore={path}" for path in _NO_DEVICE)),
+)
+
+_TINY_SHAPE = ModelShape(
+    "tiny",
+    (
+        TensorShape("attn.in_proj_weight", (192, 64), 128),
+        TensorShape("q.weight", (64, 64), 64),
+        TensorShape("bias", (64,)),
+    ),
+    layers=1,
+    tokens=5,
+)
+
+TINY = Sizes(
+    rounds=2,
+    copy_bytes=2**20,
+    matrix_width=64,
+    shapes=(_TINY_SHAPE,),
+    densities=(0.6, 0.1, 0.01, 0.3, 1.0),
+    iterations=(Iteration("minilm", 2, tokens=4, layers=1),),
+    scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
+    threshold=10_000,
+    calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
+    processes=1,
+    tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
+    other_tests=("tests/test_index.py", "-k", "empty"),
+)

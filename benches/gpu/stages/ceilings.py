@@ -1,0 +1,154 @@
+"""What the machine is, the rates that every share refers to, and csrc built for its device alone.
+
+The compiler works while the device is measured: both are done when the slower is.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benches import measure
+from benches.gpu.context import Context, stage_main
+from talos_kernels._ops import compiled_library
+
+BUILD_LIMIT = 32.0  # seconds
+PACKAGES = ("open_clip_torch", "timm", "transformers", "peft", "torchao", "bitsandbytes")
+SMI = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
+
+
+def run(context: Context) -> None:
+    build = Build(context)
+    context.run("device", lambda: about(context))
+    context.run("copy", lambda: copy_rate(context))
+    for name, dtype, precision in (
+        ("bf16", torch.bfloat16, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("fp32", torch.float32, "highest"),
+    ):
+        context.run(name, lambda d=dtype, p=precision: matrix_rate(context, d, p))
+    context.run("csrc", build.wait)
+
+
+def about(context: Context) -> dict[str, object]:
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    facts: dict[str, object] = {"name": measure.device_name(), "packages": packages}
+    facts["cores"] = os.cpu_count()
+    if context.device.kind == "cuda":
+        properties = torch.cuda.get_device_properties(context.device.torch)
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["memory_bytes"] = properties.total_memory
+        facts["l2_bytes"] = properties.L2_cache_size
+    return facts | {"driver": driver()}
+
+
+def driver() -> dict[str, str] | None:
+    """What nvidia-smi says; None where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(SMI.split(","), done.stdout.strip().split(", "), strict=False))
+
+
+def copy_rate(context: Context) -> dict[str, object]:
+    source = torch.ones(context.sizes.copy_bytes // 4, device=context.device.torch)
+    target = torch.zeros_like(source)
+    times = context.device.time_eager(lambda: target.copy_(source), context.sizes.rounds)
+    seconds, spread = measure.median_and_spread(times)
+    moved = 2 * source.nbytes
+    return {
+        "seconds": seconds,
+        "spread": spread,
+        "bytes_moved": moved,
+        "bytes_per_second": moved / seconds,
+    }
+
+
+def matrix_rate(context: Context, dtype: torch.dtype, precision: str) -> dict[str, object]:
+    width = context.sizes.matrix_width
+    left, right = (
+        torch.randn(width, width, device=context.device.torch).to(dtype) for _ in range(2)
+    )
+    out = torch.empty_like(left)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        times = context.device.time_eager(
+            lambda: torch.mm(left, right, out=out), context.sizes.rounds
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    seconds, spread = measure.median_and_spread(times)
+    flops = 2 * width**3
+    return {
+        "seconds": seconds,
+        "spread": spread,
+        "flops": flops,
+        "flops_per_second": flops / seconds,
+    }
+
+
+class Build:
+    """csrc for this device's architecture, started at once; where the library serves it, nothing.
+
+    A rehearsal asks setup.py for its version only: it would change the checkout.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._device = context.device.kind
+        self._start, self._process = time.monotonic(), None
+        if not context.todo("csrc") or (library_serves(self._device) and self._device == "cuda"):
+            return
+        arguments, environment = ["--version"], os.environ | {"TALOS_REQUIRE_CSRC": "1"}
+        if self._device == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+            arguments = ["egg_info", "build_ext", "--inplace"]
+        self._process = subprocess.Popen(
+            [sys.executable, "setup.py", *arguments],
+            cwd=measure.ROOT,
+            env=environment,
+        )
+
+    def wait(self) -> dict[str, object]:
+        seconds = 0.0
+        if self._process is not None:
+            try:
+                code = self._process.wait(max(1.0, self._start + BUILD_LIMIT - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                code = None
+            seconds = time.monotonic() - self._start
+            if code != 0:
+                ended = "was killed at its limit" if code is None else f"ended with {code}"
+                raise RuntimeError(f"the build of csrc {ended} after {seconds:.0f} s, see log.txt")
+        built = self._process is not None and self._device == "cuda"
+        if built:
+            for path in Path(measure.ROOT, "talos_kernels").glob("_C*.so"):
+                torch.ops.load_library(path)
+        serves = library_serves(self._device)
+        return {"built": built, "seconds": round(seconds, 1), "serves": serves}
+
+
+def library_serves(device: str) -> bool:
+    """Whether the compiled library that is loaded has kernels for a device."""
+    if compiled_library is None and not hasattr(torch.ops.talos_C, "add_delta_"):
+        return False
+    key = device.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("talos_C::add_delta_", key)
+
+
+if __name__ == "__main__":
+    stage_main(run)

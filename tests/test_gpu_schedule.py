@@ -1,0 +1,199 @@
+"""`python -m benches.gpu`: limits, what a kill leaves, what a resumed run does, what a table says.
+
+The stages here are small files that a test writes; the real ones are rehearsed below.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benches.gpu.__main__ import main
+from benches.gpu.context import Context, read_stage
+from benches.gpu.device import Cpu
+from benches.gpu.schedule import ROOT, STAGES, Stage
+from benches.gpu.sizes import TINY
+
+FAKE = """
+import time
+from pathlib import Path
+from benches.gpu.context import Context, stage_main
+
+def count(name):
+    path = Path({counts!r}) / name
+    path.write_text(path.read_text() + "x" if path.exists() else "x")
+    return {{"seconds": 1.0}}
+
+def broken():
+    count("broken")
+    if not Path({counts!r}, "mended").exists():
+        raise ValueError("the item says why")
+    return {{}}
+
+def slow():
+    time.sleep(0 if Path({counts!r}, "mended").exists() else 60)
+    return count("slow")
+
+def run(context):
+    {work}
+
+stage_main(run)
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage]:
+    """Makes a stage of items that count their calls."""
+    (tmp_path / "fakes").mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fakes'}{os.pathsep}{ROOT}")
+    monkeypatch.setattr("benches.gpu.schedule.GRACE", 0.5)
+
+    def make(name: str, *items: str, limit: float = 60) -> Stage:
+        own = {"slow", "broken"}
+        works = [(item, item if item in own else f"lambda: count({item!r})") for item in items]
+        lines = [f"context.run({item!r}, {work})" for item, work in works]
+        text = FAKE.format(counts=str(tmp_path), work="\n    ".join(lines))
+        (tmp_path / "fakes" / f"fake_{name}.py").write_text(text)
+        return Stage(name, f"fake_{name}", limit, limit, f"title of {name}")
+
+    return make
+
+
+def calls(folder: Path, name: str) -> int:
+    path = folder / name
+    return len(path.read_text()) if path.exists() else 0
+
+
+def statuses(path: Path) -> dict[str, str]:
+    return {key: record["status"] for key, record in read_stage(path).records.items()}
+
+
+def test_dry_run_lists_every_stage_and_ten_minutes_at_most(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [stage.name for stage in STAGES]
+    assert sum(stage.limit_s for stage in STAGES) <= 600
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_without_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--out", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_keeps_what_a_folder_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ceilings.json").write_text("{}")
+    assert main(["--out", str(tmp_path), "--rehearse"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "ceilings.json").read_text() == "{}"
+
+
+def test_a_failed_item_stops_nothing_and_is_done_again(
+    tmp_path: Path, stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, stages = tmp_path / "out", (stage("one", "first", "broken", "last"), stage("two", "more"))
+    command = ["--out", str(out), "--rehearse"]
+    assert main(command, stages) == 1
+    assert statuses(out / "one.json") == {"first": "done", "broken": "failed", "last": "done"}
+    assert statuses(out / "two.json") == {"more": "done"}
+    table = (out / "table.md").read_text()
+    assert "- broken: failed, ValueError: the item says why" in table
+    assert "- one: 1 failed; `python -m benches.gpu" in table
+    assert "the item says why" in (out / "log.txt").read_text()
+
+    (tmp_path / "mended").touch()
+    assert main([*command, "--resume"], stages) == 0
+    assert set(statuses(out / "one.json").values()) == {"done"}
+    counted = {name: calls(tmp_path, name) for name in ("first", "broken", "last", "more")}
+    assert counted == {"first": 1, "broken": 2, "last": 1, "more": 1}
+    assert "What is missing" not in (out / "table.md").read_text()
+    assert len(list(out.iterdir())) == 4
+
+
+def test_a_stage_past_its_limit_is_killed_and_what_is_left_goes_on(
+    tmp_path: Path, stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    stages = (stage("one", "first", "slow", limit=9), stage("two", "more"))
+    start = time.monotonic()
+    assert main(["--out", str(out), "--rehearse"], stages) == 1
+    assert time.monotonic() - start < 45
+    assert statuses(out / "one.json") == {"first": "done", "slow": "running"}
+    assert statuses(out / "two.json") == {"more": "done"}
+    assert "one: killed at its limit of 9 s" in capfd.readouterr().out
+    assert "- one: 1 running, it was cut short" in (out / "table.md").read_text()
+
+
+def test_stages_that_do_not_fit_are_named_with_their_command(
+    tmp_path: Path, stage: Callable[..., Stage]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["--out", str(out), "--rehearse", "--minutes", "0.05"], (stage("one", "x"),)) == 1
+    assert (
+        f"- one: not run; `python -m benches.gpu --out {out} --resume --only one"
+        in (out / "table.md").read_text()
+    )
+
+
+def test_a_killed_run_leaves_whole_files_and_is_taken_up(
+    tmp_path: Path, stage: Callable[..., Stage]
+) -> None:
+    out, stages = tmp_path / "out", (stage("one", "first", "slow", "last"), stage("two", "more"))
+    listed = ", ".join(
+        f"Stage({each.name!r}, {each.module!r}, 60, 60, {each.title!r})" for each in stages
+    )
+    code = (
+        "from benches.gpu.__main__ import main; from benches.gpu.schedule import Stage; "
+        f"main(['--out', {str(out)!r}, '--rehearse'], ({listed}))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    give_up = time.monotonic() + 60
+    while statuses(out / "one.json").get("slow") != "running" and time.monotonic() < give_up:
+        time.sleep(0.1)
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+    time.sleep(2)
+    assert not subprocess.run(["pgrep", "-f", str(out)], capture_output=True, check=False).stdout
+    for path in out.glob("*.json"):
+        json.loads(path.read_text())
+    assert statuses(out / "one.json") == {"first": "done", "slow": "running"}
+
+    (tmp_path / "mended").touch()
+    (out / "one.partial").write_text("what a process killed while it wrote leaves")
+    assert main(["--out", str(out), "--rehearse", "--resume"], stages) == 0
+    assert set(statuses(out / "one.json").values()) == {"done"}
+    # the stage ended with its parent, or it would have gone on and called `last` too
+    assert {name: calls(tmp_path, name) for name in ("first", "slow", "last")} == {
+        "first": 1,
+        "slow": 1,
+        "last": 1,
+    }
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("log.txt", "one.json", "table.md", "two.json")
+    ]
+
+
+def test_an_item_that_needs_more_than_is_left_waits(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    deadline = time.monotonic() + 5
+    context = Context(Cpu(), TINY, tmp_path, deadline, path, machine={})
+    context.run("long", lambda: {"seconds": 1.0}, needs=60)
+    context.run("short", lambda: {"seconds": 1.0})
+    context.end()
+    assert statuses(path) == {"long": "out of time", "short": "done"}
+    assert not read_stage(path).complete
