@@ -11,7 +11,6 @@ is one launch; `optimizer.state[param]` holds views into those arrays.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import Bucket
-from .clipping import DeferredClip
+from .clipping import Clipping
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprint, fingerprints
 from .gradients import compact
@@ -96,9 +95,6 @@ class SparseAdam(torch.optim.Optimizer):
         "_moment_dtype",
     )
 
-    # The clipping that the next step does; copies have none, as they have no gradients.
-    _deferred: DeferredClip | None = None
-
     def __init__(
         self,
         model: nn.Module | NamedParams | Iterable[dict[str, Any]],
@@ -160,6 +156,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._moment_dtype = moment_dtype
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
         self._buckets: list[Bucket] = []
+        self._clipping = Clipping(self._buckets)
         self._incoming: list[Mapping[str, Any]] = []
         self._base_known = True
         self._complete = False
@@ -233,7 +230,7 @@ class SparseAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             check_hyperparameters(group)
         checked = [bucket.check() for bucket in self._buckets]
-        factor = self._deferred_factor(checked)
+        factor = self._clipping.take(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
@@ -246,7 +243,7 @@ class SparseAdam(torch.optim.Optimizer):
             set_to_none: False keeps their memory and fills it with zeros.
         """
         super().zero_grad(set_to_none)
-        self._deferred = None
+        self._clipping.drop()
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -286,58 +283,9 @@ class SparseAdam(torch.optim.Optimizer):
             (tensor(5.), tensor([[3., 4.]]))
             >>> optimizer.step()
         """
-        if not max_norm > 0:
-            raise TalosValueError(f"max_norm must be positive, got {max_norm}")
-        checked = self._settle()
-        squares = [
-            bucket.dense_squared_norm(grads) if dense else bucket.squared_norm(grads)
-            for bucket, grads in zip(self._buckets, checked, strict=True)
-        ]
-        device = squares[0].device
-        norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()
-        if error_if_nonfinite and not bool(torch.isfinite(norm)):
-            raise TalosRuntimeError(
-                f"the gradient norm is {float(norm)}; "
-                "lower the learning rate, or pass error_if_nonfinite=False to go on"
-            )
-        if max_norm < math.inf:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            if defer:
-                self._deferred = DeferredClip(factor, self._given(checked))
-            else:
-                self._scale(checked, factor)
-        return norm
-
-    def _given(self, checked: list[list[Tensor]]) -> list[Tensor]:
-        """What holds the gradients of all buckets, without those that are None."""
-        return [
-            grad
-            for bucket, grads in zip(self._buckets, checked, strict=True)
-            for grad in grads
-            if grad is not bucket.absent
-        ]
-
-    def _scale(self, checked: list[list[Tensor]], factor: Tensor) -> None:
-        for bucket, grads in zip(self._buckets, checked, strict=True):
-            bucket.scale_gradients(grads, factor)
-
-    def _deferred_factor(self, checked: list[list[Tensor]]) -> Tensor | None:
-        """What these gradients are still to be multiplied by; it is given once."""
-        deferred = self._deferred
-        if deferred is None:
-            return None
-        belongs = deferred.belongs_to(self._given(checked))
-        self._deferred = None
-        return deferred.factor if belongs else None
-
-    @torch.no_grad()
-    def _settle(self) -> list[list[Tensor]]:
-        """The gradients, checked, and scaled if that was deferred."""
-        checked = [bucket.check() for bucket in self._buckets]
-        factor = self._deferred_factor(checked)
-        if factor is not None:
-            self._scale(checked, factor)
-        return checked
+        return self._clipping.clip(
+            max_norm, dense=dense, error_if_nonfinite=error_if_nonfinite, defer=defer
+        )
 
     def compact_gradients(
         self, enabled: bool = True, *, dense_norm: bool = False, sampled: bool = False
@@ -385,8 +333,8 @@ class SparseAdam(torch.optim.Optimizer):
                 "layers do not pass DistributedDataParallel, which would wait for them"
             )
         if self._stop_compacting is not None:
-            if self._deferred is not None:
-                self._settle()
+            if self._clipping.pending:
+                self._clipping.settle()
             self._stop_compacting()
             self._stop_compacting = None
             for bucket in self._buckets:
@@ -543,6 +491,7 @@ class SparseAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_names" in state:
             self._stop_compacting = None  # a copy begins with dense gradients
+            self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
         for group in self.param_groups:
             group.setdefault("seed", 0)
         self._incoming = self.__dict__.get("_incoming", [])

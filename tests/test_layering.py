@@ -21,7 +21,6 @@ ORDER = (
     {"attention"},
     {
         "casts",
-        "clipping",
         "compact_gradient",
         "describe",
         "files",
@@ -43,7 +42,7 @@ ORDER = (
         "tasks",
     },
     {"buckets", "models", "routing", "task_vectors"},
-    {"capture", "metrics"},
+    {"capture", "clipping", "metrics"},
     {"calibration", "optim"},
     {"methods"},
     {"training"},
