@@ -16,9 +16,9 @@ from benches.gpu.device import Cpu
 from benches.gpu.predictions import PREDICTIONS
 from benches.gpu.schema import problems
 from benches.gpu.sizes import FULL, TINY, Sizes
-from benches.gpu.stages import step
+from benches.gpu.stages import methods, step
 
-STAGES = {"step": step}
+STAGES = {"step": step, "methods": methods}
 
 Run = Callable[..., StageResult]
 
@@ -79,3 +79,18 @@ def test_a_wrong_step_is_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert result.failed == [key for key in result.records if "elementwise" in key]
     assert all(result.records[key]["status"] == FAILED for key in result.failed)
     assert "seconds" not in result.records[result.failed[0]]
+
+
+def test_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talos.costs.iteration.copy_bandwidth", lambda device: 1e10)
+    minilm = replace(TINY, iterations=(TINY.iterations[1],))
+    result = run(methods, minilm)
+    assert problems("methods", result) == []
+    assert set(result.with_status(DONE)) == set(result.records)
+    keys = [f"minilm, {name}" for name in methods.PAPER]
+    assert list(result.records)[: len(keys)] == keys
+    assert not any("left_out" in result.records[key] for key in keys)
+    left_out = {key for key, record in result.records.items() if "left_out" in record}
+    assert {f"minilm, {form.name}" for form in methods.COMPILED} <= left_out
+    losses = [result.records[key]["loss"] for key in keys]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)

@@ -64,6 +64,13 @@ STAGES = (
         60,
         "one optimizer step, ours by both backends beside the strong baselines",
     ),
+    Stage(
+        "methods",
+        "benches.gpu.stages.methods",
+        150,
+        90,
+        "a whole iteration by method, bf16 autocast",
+    ),
 )
 
 
