@@ -42,7 +42,7 @@ ORDER = (
         "tasks",
     },
     {"buckets", "models", "routing", "task_vectors"},
-    {"capture", "metrics"},
+    {"capture", "clipping", "metrics"},
     {"calibration", "optim"},
     {"methods"},
     {"training"},
