@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -191,6 +193,13 @@ def test_the_host_alone_changes_no_weight_and_the_ops_are_back_afterwards(
         param.grad = torch.ones_like(param)
     made.optimizer.step()
     assert not any(map(torch.equal, before, (param for param, _ in made.gradients)))
+
+
+def test_float32_is_multiplied_in_float32() -> None:
+    assert not torch.backends.cudnn.allow_tf32  # in the tests, and in the benches:
+    code = "import benches.conftest, torch; print(torch.backends.cudnn.allow_tf32)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_machine_names_no_host() -> None:
