@@ -71,6 +71,13 @@ STAGES = (
         90,
         "a whole iteration by method, bf16 autocast",
     ),
+    Stage(
+        "scoring",
+        "benches.gpu.stages.scoring",
+        90,
+        60,
+        "the scoring kernel, threshold, single ops, scored batches, a calibration",
+    ),
 )
 
 
