@@ -57,6 +57,13 @@ STAGES = (
         90,
         "every op against its reference; host syncs, captured steps, streams, launches",
     ),
+    Stage(
+        "rest",
+        "benches.gpu.stages.rest",
+        75,
+        90,
+        "hardware counters, a checker of memory, constants never measured, the other tests",
+    ),
 )
 
 

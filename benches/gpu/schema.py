@@ -35,6 +35,14 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         "side stream, *": {"iterations": int},
         "launches, *": {"launches": dict},
     },
+    "rest": {
+        "counters": {"readable": bool, "reason": (str, type(None)), "kernels": dict},
+        "memory checker": {"readable": bool, "reason": (str, type(None))},
+        "border, *": TIMED | {"bytes_moved": int},
+        "chunk of *": {"seconds": NUMBER},
+        "other tests": TESTS,
+        "* = *": TIMED,
+    },
 }
 
 
