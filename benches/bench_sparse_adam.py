@@ -44,9 +44,7 @@ def check(
     for _ in range(CHECKED_STEPS):
         form.step()
     wanted = forms.expected(shape, device, CHECKED_STEPS, density)
-    mask = forms.selection(shape, density)
-    for key in mask.names:
-        selected = mask.to_dense(key).to(device)
+    for key, selected in forms.selected(shape, density, device).items():
         if name == BF16:  # it starts from other weights, rounded; only what stays is compared
             assert not torch.equal(form.weights[key][selected], before[key][selected])
         elif name == MOMENTS:  # each of them up to a bf16 unit off, so is the quotient

@@ -67,7 +67,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stag
         lines = [f"context.run({item!r}, {work})" for item, work in works]
         text = FAKE.format(counts=str(tmp_path), work="\n    ".join(lines))
         (tmp_path / "fakes" / f"fake_{name}.py").write_text(text)
-        return Stage(name, f"fake_{name}", limit, limit, f"title of {name}")
+        return Stage(name, f"fake_{name}", limit, f"title of {name}", limit)
 
     return make
 
@@ -161,7 +161,7 @@ def test_a_killed_run_leaves_whole_files_and_is_taken_up(
 ) -> None:
     out, stages = tmp_path / "out", (stage("one", "first", "slow", "last"), stage("two", "more"))
     listed = ", ".join(
-        f"Stage({each.name!r}, {each.module!r}, 60, 60, {each.title!r})" for each in stages
+        f"Stage({each.name!r}, {each.module!r}, 60, {each.title!r})" for each in stages
     )
     code = (
         "from benches.gpu.__main__ import main; from benches.gpu.schedule import Stage; "

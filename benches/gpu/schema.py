@@ -35,6 +35,17 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         "side stream, *": {"iterations": int},
         "launches, *": {"launches": dict},
     },
+    "step": {
+        "*": TIMED
+        | {"shape": str, "density": NUMBER, "form": str, "how": str, "share": OPTIONAL}
+        | {"bytes_moved": int, "bytes_per_second": NUMBER, "state_bytes": int},
+    },
+    "methods": {
+        "*, *": {"model": str, "batch": int, "form": str}
+        | dict.fromkeys(("forward_backward", "optimizer", "total", "spread", "loss"), NUMBER)
+        | {"peak_bytes": int, "memory": dict, "launches": int, "bytes_moved": OPTIONAL}
+        | {"bytes_per_second": OPTIONAL, "share": OPTIONAL},
+    },
     "rest": {
         "counters": {"readable": bool, "reason": (str, type(None)), "kernels": dict},
         "memory checker": {"readable": bool, "reason": (str, type(None))},
@@ -47,12 +58,15 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
 
 
 def problems(stage: str, result: StageResult) -> list[str]:
-    """What a stage's result lacks; every record must match a pattern, the first one counts."""
+    """What a stage's result lacks; every record must match a pattern, the first one counts.
+
+    One that says why it was left out says nothing else.
+    """
     found = []
     for key, record in result.records.items():
         if record["status"] not in {DONE, FAILED, RUNNING, LATE}:
             found.append(f"{stage}, {key}: status {record['status']}")
-        if record["status"] != DONE:
+        if record["status"] != DONE or "left_out" in record:
             continue
         fields = next((f for p, f in SCHEMAS[stage].items() if fnmatchcase(key, p)), None)
         if fields is None:

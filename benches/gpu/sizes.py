@@ -84,7 +84,7 @@ FULL = Sizes(
     densities=(0.6, 0.1, 0.01, 0.3, 1.0),
     iterations=(
         Iteration("vit-l-14", 128),
-        Iteration("t5-large", 128, tokens=128),
+        Iteration("t5-large", 64, tokens=128),
         Iteration("vit-b-32", 128),
     ),
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
@@ -122,7 +122,7 @@ TINY = Sizes(
     matrix_width=64,
     shapes=(_TINY_SHAPE,),
     densities=(0.6, 0.1, 0.01, 0.3, 1.0),
-    iterations=(Iteration("minilm", 2, tokens=4, layers=1),),
+    iterations=(Iteration("vit-b-32", 1, layers=1), Iteration("minilm", 2, tokens=4, layers=1)),
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
