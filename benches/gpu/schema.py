@@ -58,6 +58,14 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         | {"extrapolated": bool, "batches_run": int},
         "*": KERNEL | MOVED,
     },
+    "rest": {
+        "counters": {"readable": bool, "reason": (str, type(None)), "kernels": dict},
+        "memory checker": {"readable": bool, "reason": (str, type(None))},
+        "border, *": TIMED | {"bytes_moved": int},
+        "chunk of *": {"seconds": NUMBER},
+        "other tests": TESTS,
+        "* = *": TIMED,
+    },
 }
 
 

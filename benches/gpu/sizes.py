@@ -55,6 +55,8 @@ class Sizes:
     histogram: int
     """Of them, in the first pass alone."""
     calibration: Calibration
+    chunks: tuple[int, ...]
+    """Entries that a Triton program takes at a time, beside those it does."""
     processes: int
     """Of the tests."""
     tests: tuple[str, ...]
@@ -91,6 +93,7 @@ FULL = Sizes(
     threshold=300_000_000,
     histogram=85_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    chunks=(256, 1024),
     processes=12,
     tests=(
         "tests/gpu",
@@ -127,6 +130,7 @@ TINY = Sizes(
     threshold=10_000,
     histogram=5_000,
     calibration=Calibration("minilm", samples=8, batch=4, rounds=2, layers=1),
+    chunks=(256,),
     processes=1,
     tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
     other_tests=("tests/test_index.py", "-k", "empty"),
