@@ -37,6 +37,11 @@ class Clipping:
         self._grads: list[Tensor] = []
         self._versions: list[int] = []
 
+    @property
+    def pending(self) -> bool:
+        """Whether a clipping was deferred and not done yet."""
+        return self._factor is not None
+
     def clip(
         self, max_norm: float, *, dense: bool, error_if_nonfinite: bool, defer: bool
     ) -> Tensor:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 import talos
 from benches import (
     bench_add_delta,
+    bench_fisher_diag,
     bench_gather_grad,
     bench_sddmm,
     bench_select_threshold,
@@ -212,6 +215,13 @@ def test_the_host_alone_changes_no_weight_and_the_ops_are_back_afterwards(
     assert not any(map(torch.equal, before, (param for param, _ in made.gradients)))
 
 
+def test_float32_is_multiplied_in_float32() -> None:
+    assert not torch.backends.cudnn.allow_tf32  # in the tests, and in the benches:
+    code = "import benches.conftest, torch; print(torch.backends.cudnn.allow_tf32)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_machine_names_no_host() -> None:
     described = measure.machine()
     assert {"device", "torch", "triton", "commit", "threads"} <= set(described)
@@ -312,15 +322,13 @@ def test_further_batches_are_timed_one_by_one(
     assert min(times) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_every_form_of_the_op(name: str) -> None:
-    torch.manual_seed(0)
-    dy, x = torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 6)
-    score = torch.ones(4, 6)
-    OPS[name](score, dy, x)
-    gradients = torch.einsum("abco,abci->boi", dy.double(), x.double())
-    sums = gradients.sum(0) if name.startswith("(c)") else gradients.square().sum(0)
-    torch.testing.assert_close(score.double(), 1 + sums, rtol=1e-5, atol=1e-5)
+def test_every_form_of_the_op(name: str, dtype: torch.dtype) -> None:
+    work = bench_fisher_diag.make(name, (4, 6), samples=3, tokens=5, dtype=dtype, device=CPU)
+    work.check()
+    work.step()
+    assert work.flops == 2 * 3 * 5 * 4 * 6
 
 
 def test_both_forms_make_the_same_sampled_gradient() -> None:
