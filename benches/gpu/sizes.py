@@ -75,7 +75,7 @@ _NO_DEVICE = (
         "tests/test_cli.py",
         "tests/test_bench_shapes.py",
     ),
-    *("tests/test_triton.py", "tests/test_ops.py", "tests/gpu"),
+    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py"),
 )
 
 FULL = Sizes(
@@ -97,7 +97,9 @@ FULL = Sizes(
     processes=12,
     tests=(
         "tests/gpu",
+        "--ignore=tests/gpu/test_steps.py",  # the stage runs its checks by itself, one by one
         "tests/test_triton.py",
+        "tests/test_triton_primitives.py",
         "tests/test_ops.py",
         "tests/test_fisher_diag.py",
         "tests/test_sddmm.py",
