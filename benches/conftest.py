@@ -18,6 +18,9 @@ from talos.costs.results import table_lines as costs_lines
 RECORDS = pytest.StashKey[list[Record]]()
 COSTS = pytest.StashKey[list[tuple[str, str, list[dict[str, Any]]]]]()
 
+# cuDNN's default, by which patch convolutions of float32 are not the matrix products beside them.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "vit-b-32" if torch.cuda.is_available() else "minilm"

@@ -59,13 +59,25 @@ def selection(shape: ModelShape, density: float) -> talos.Mask:
     return talos.Mask.from_dense(shape.masks(density))
 
 
+@lru_cache(maxsize=1)
+def selected(shape: ModelShape, density: float, device: torch.device) -> dict[str, torch.Tensor]:
+    """The same as bool tensors on a device."""
+    mask = selection(shape, density)
+    return {name: mask.to_dense(name).to(device) for name in mask.names}
+
+
 @contextmanager
-def backend(name: str, op: str) -> Iterator[None]:
+def backend(name: str | None, op: str) -> Iterator[None]:
     """Within it an op is Triton's ("triton") or the compiled library's ("csrc") on CUDA devices.
+
+    With None it is the usual one.
 
     Raises:
         RuntimeError: that one does not serve the op there.
     """
+    if name is None:
+        yield
+        return
     if torch.cuda.is_available() and name not in cuda_backends(op):
         raise RuntimeError(f"{op} must be one of {', '.join(cuda_backends(op))} here, got {name}")
     usual = CUDA_BACKENDS[op]
@@ -139,8 +151,7 @@ def whole(shape: ModelShape, device: torch.device) -> Form:
 
 def frozen(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    mask = selection(shape, QK_DENSITY)
-    masks = [mask.to_dense(name).to(device, torch.float32) for name in mask.names]
+    masks = [mask.float() for mask in selected(shape, QK_DENSITY, device).values()]
     grads = [parameter.grad for parameter in named.values()]
     optimizer = torch.optim.AdamW(
         named.values(),
@@ -166,8 +177,7 @@ def frozen(shape: ModelShape, device: torch.device) -> Form:
 
 def elementwise(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
-    mask = selection(shape, QK_DENSITY)
-    masks = [mask.to_dense(name).to(device, torch.float32) for name in mask.names]
+    masks = [mask.float() for mask in selected(shape, QK_DENSITY, device).values()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in named.values()]
     beta1, beta2 = BETAS
     weight_decay = 0.0
@@ -202,11 +212,9 @@ def expected(
     """The selected weights after `steps`, by torch's AdamW in float64 on those alone."""
     named = parameters(shape.touched, device)
     results = {}
-    mask = selection(shape, density)
-    for name in mask.names:
-        selected = mask.to_dense(name).to(device)
-        weight = torch.nn.Parameter(named[name].detach()[selected].double())
-        weight.grad = named[name].grad[selected].double()
+    for name, mask in selected(shape, density, device).items():
+        weight = torch.nn.Parameter(named[name].detach()[mask].double())
+        weight.grad = named[name].grad[mask].double()
         optimizer = torch.optim.AdamW([weight], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
         for _ in range(steps):
             optimizer.step()

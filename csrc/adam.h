@@ -15,16 +15,20 @@
 
 namespace talos {
 
-// One tensor's constants of one step, computed in double and rounded to float once.
-struct AdamScalars {
+// What all entries of a step share, computed in double and rounded to float once.
+struct AdamConstants {
   float lerp;  // exp_avg = base + lerp * (g - exp_avg), base = lerp_from_grad ? g : exp_avg
   bool lerp_from_grad;  // torch's lerp starts from the end when the weight is .5 or more
-  float decay;          // 1 - lr * weight_decay; 1 when there is no decay, and w * 1 is w
-  float step_size;      // -lr / (1 - beta1^step)
   float beta2;
   float one_minus_beta2;
-  float bias_correction2_sqrt;
   float eps;
+};
+
+// What the entries of one tensor share besides.
+struct alignas(16) AdamScalars {
+  float decay;      // 1 - lr * weight_decay; 1 when there is no decay, and w * 1 is w
+  float step_size;  // -lr / (1 - beta1^step)
+  float bias_correction2_sqrt;
   uint32_t noise_key;  // of seed and step
 };
 
@@ -55,30 +59,26 @@ TALOS_HOST_DEVICE inline uint16_t rounded_stochastically(float x, uint32_t noise
   return static_cast<uint16_t>((bits + (noise & 0xffffu)) >> 16);
 }
 
-// The two halves may be filled by two threads at once: they touch different fields.
-TALOS_HOST_DEVICE inline void set_first_moment(AdamScalars& s, double lr, double step, double beta1,
-                                               double weight_decay) {
+inline AdamConstants adam_constants(double beta1, double beta2, double eps) {
   const float weight = static_cast<float>(1.0 - beta1);
-  s.lerp_from_grad = !(fabsf(weight) < 0.5f);
-  s.lerp = s.lerp_from_grad ? weight - 1.0f : weight;
-  s.decay = weight_decay == 0.0 ? 1.0f : static_cast<float>(1.0 - lr * weight_decay);
-  s.step_size = static_cast<float>(-(lr / (1.0 - pow(beta1, step))));
+  const bool from_grad = !(fabsf(weight) < 0.5f);
+  return {from_grad ? weight - 1.0f : weight, from_grad, static_cast<float>(beta2),
+          static_cast<float>(1.0 - beta2), static_cast<float>(eps)};
 }
 
-TALOS_HOST_DEVICE inline void set_second_moment(AdamScalars& s, double step, double beta2,
-                                                double eps) {
-  s.beta2 = static_cast<float>(beta2);
-  s.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  s.bias_correction2_sqrt = static_cast<float>(sqrt(1.0 - pow(beta2, step)));
-  s.eps = static_cast<float>(eps);
+TALOS_HOST_DEVICE inline AdamScalars adam_scalars(double lr, double step, double beta1,
+                                                  double beta2, double weight_decay, int64_t seed) {
+  return {weight_decay == 0.0 ? 1.0f : static_cast<float>(1.0 - lr * weight_decay),
+          static_cast<float>(-(lr / (1.0 - pow(beta1, step)))),
+          static_cast<float>(sqrt(1.0 - pow(beta2, step))), noise_key(seed, step)};
 }
 
 TALOS_HOST_DEVICE inline void adam_entry(float g, float& w, float& exp_avg, float& exp_avg_sq,
-                                         const AdamScalars& s) {
-  const float base = s.lerp_from_grad ? g : exp_avg;
-  exp_avg = fmaf(s.lerp, g - exp_avg, base);
-  exp_avg_sq = fmaf(s.one_minus_beta2 * g, g, exp_avg_sq * s.beta2);
-  const float denom = sqrtf(exp_avg_sq) / s.bias_correction2_sqrt + s.eps;
+                                         const AdamConstants& c, const AdamScalars& s) {
+  const float base = c.lerp_from_grad ? g : exp_avg;
+  exp_avg = fmaf(c.lerp, g - exp_avg, base);
+  exp_avg_sq = fmaf(c.one_minus_beta2 * g, g, exp_avg_sq * c.beta2);
+  const float denom = sqrtf(exp_avg_sq) / s.bias_correction2_sqrt + c.eps;
   w = w * s.decay + (s.step_size * exp_avg) / denom;
 }
 

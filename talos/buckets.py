@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from talos_kernels import Index, gather_grad_, sparse_adam_
+from talos_kernels.sparse_adam import sparse_adam_rows_
 
 from .compact_gradient import CompactGradient
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
@@ -16,6 +20,12 @@ from .gradients import CompactedParam
 from .masks import Mask
 
 __all__ = ["Bucket"]
+
+# Lists of these are compared as a whole: one tensor after another would take longer than a launch.
+_look = attrgetter("dtype", "device", "shape", "layout")
+_grad = attrgetter("grad")
+_row_major = Tensor.is_contiguous
+Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
 
 @dataclass(eq=False)
@@ -25,7 +35,7 @@ class Bucket:
     Attributes:
         group: number of their param group.
         params: by name, in the order of the index; one device and dtype.
-        shapes: their shapes when the bucket was made.
+        looks: what each of them was when the bucket was made.
         index: the selected entries, on their device.
         exp_avg: float32 or bfloat16 `[nnz]`, first moment.
         exp_avg_sq: `[nnz]` of the same dtype, second moment.
@@ -35,11 +45,14 @@ class Bucket:
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
         base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
         compacted: the parameters whose gradients are kept compact; none where they are not.
+        absent: stands for a gradient that is None.
+        accepted: the looks of the gradients that `check` has accepted last.
+        uniform: whether those have one dtype, which the step takes as it is.
     """
 
     group: int
     params: dict[str, Tensor]
-    shapes: dict[str, torch.Size]
+    looks: list[Look]
     index: Index
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -48,7 +61,10 @@ class Bucket:
     lr: Tensor
     lr_value: float | None
     base: Tensor
+    absent: Tensor
     compacted: dict[str, CompactedParam] = field(default_factory=dict)
+    accepted: list[Look] = field(default_factory=list)
+    uniform: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: hooks stay with the parameters that have them."""
@@ -72,7 +88,7 @@ class Bucket:
         return cls(
             group,
             params,
-            {name: param.shape for name, param in params.items()},
+            list(map(_look, params.values())),
             index,
             torch.zeros_like(weights, dtype=moment_dtype),
             torch.zeros_like(weights, dtype=moment_dtype),
@@ -81,6 +97,7 @@ class Bucket:
             torch.zeros((), dtype=torch.float64, device=first.device),
             None,
             weights.to("cpu", first.dtype, copy=True),
+            weights.new_empty(0),
         )
 
     def views(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -98,36 +115,63 @@ class Bucket:
                 state[param]["master"] = self.master[entries]
         return state
 
-    def check(self) -> None:
-        """Refuse tensors and gradients that are no longer what the state belongs to."""
-        for name, param in self.params.items():
+    def check(self) -> list[Tensor]:
+        """Refuse tensors and gradients that are no longer what the state belongs to.
+
+        Returns:
+            What holds each tensor's gradient: a dense tensor, the entries of a compact one, or
+            `absent`.
+        """
+        if list(map(_look, self.params.values())) != self.looks:
+            self._refuse_params()
+        grads = list(map(_grad, self.params.values()))
+        if set(map(type, grads)) != {Tensor}:
+            grads = [self._held(name, grad) for name, grad in zip(self.params, grads, strict=True)]
+        looks = list(map(_look, grads))
+        if looks != self.accepted:
+            self._check_gradients(grads)
+            self.accepted = looks
+        return grads
+
+    def _refuse_params(self) -> None:
+        """Say which parameter is no longer what it was."""
+        for (name, param), (_, _, shape, _) in zip(self.params.items(), self.looks, strict=True):
             if param.device != self.index.device or param.dtype != self.base.dtype:
                 raise TalosRuntimeError(
                     f"{name} was {self.base.dtype} on {self.index.device} when the optimizer was "
                     f"made, is {param.dtype} on {param.device}; move or cast the model first"
                 )
-            if param.shape != self.shapes[name]:
+            if param.shape != shape or param.layout != torch.strided:
                 raise TalosRuntimeError(
-                    f"{name} had shape {tuple(self.shapes[name])} when the optimizer was made, "
+                    f"{name} had shape {tuple(shape)} when the optimizer was made, "
                     f"has {tuple(param.shape)}; make a new optimizer"
                 )
-            if isinstance(param.grad, CompactGradient):
-                self._check_compact(name, param.grad)
-            elif param.grad is not None:
-                _check_gradient(name, param, param.grad)
 
-    def _check_compact(self, name: str, grad: CompactGradient) -> None:
+    def _held(self, name: str, grad: Tensor | None) -> Tensor:
+        """What holds a gradient of any kind."""
+        if grad is None:
+            return self.absent
+        if not isinstance(grad, CompactGradient):
+            return grad
         own = self.compacted.get(name)
         if own is None or grad.selection is not own.index:
             raise TalosValueError(
                 f"{name}.grad must be compacted by this optimizer, got the compact gradient of "
                 "another selection; call zero_grad() and compact_gradients() on the one that steps"
             )
+        return grad.entries
 
-    def gradients(self) -> list[Tensor | None]:
-        """Each tensor's gradient, dense or compact."""
-        grads = [param.grad for param in self.params.values()]
-        return [each.entries if isinstance(each, CompactGradient) else each for each in grads]
+    def _check_gradients(self, grads: list[Tensor]) -> None:
+        """Refuse a gradient that is not what its parameter needs."""
+        for (name, param), nnz, grad in zip(
+            self.params.items(), self.index.nnzs, grads, strict=True
+        ):
+            if isinstance(param.grad, CompactGradient):
+                _check_entries(name, grad, torch.Size((nnz,)), self.index.device)
+            elif grad is not self.absent:
+                _check_gradient(name, param, grad)
+        dtypes = {grad.dtype for grad in grads if grad is not self.absent}
+        self.uniform = dtypes <= {self.base.dtype} or dtypes <= {torch.float32}
 
     def compact_gradients(self, whole: bool, sampled: bool) -> list[CompactedParam]:
         """Where each tensor's gradient goes, made anew."""
@@ -144,13 +188,23 @@ class Bucket:
         return list(self.compacted.values())
 
     def step(
-        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        grads: list[Tensor],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip_factor: Tensor | None,
     ) -> None:
-        """One step of the tensors that have a gradient."""
+        """One step of the tensors that have a gradient, which `check` has returned."""
         self._upload_lr(group["lr"])
-        sparse_adam_(
-            list(self.params.values()),
-            self.gradients(),
+        params = list(self.params.values())
+        given: Sequence[Tensor | None] = grads
+        step: Callable[..., None] = sparse_adam_rows_
+        if not (self.uniform and all(map(_row_major, params)) and all(map(_row_major, grads))):
+            step, given = sparse_adam_, [None if each is self.absent else each for each in grads]
+        step(
+            params,
+            given,
             self.index,
             self.exp_avg,
             self.exp_avg_sq,
@@ -163,16 +217,20 @@ class Bucket:
             master=self.master,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            clip_factor=clip_factor,
             seed=group["seed"],
         )
 
     def _upload_lr(self, lr: float | Tensor) -> None:
-        if isinstance(lr, Tensor):
+        """Write the rate to the device: a number when it changed, a tensor of it each time."""
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
             self.lr.copy_(lr.view(()))
             self.lr_value = None
-        elif lr != self.lr_value:
-            self.lr.fill_(lr)
-            self.lr_value = lr
+            return
+        value = lr.item() if isinstance(lr, Tensor) else lr
+        if value != self.lr_value:
+            self.lr.fill_(value)
+            self.lr_value = value
 
     def densify_gradients(self) -> None:
         """Back to dense gradients."""
@@ -181,31 +239,38 @@ class Bucket:
                 param.grad = param.grad.to_dense()
         self.compacted = {}
 
-    def squared_norm(self) -> Tensor:
-        """The sum of squares of the gradients over the selected entries, 0-dim."""
-        grads = [param.grad for param in self.params.values()]
-        compact = [each.entries for each in grads if isinstance(each, CompactGradient)]
-        norms = torch._foreach_norm(compact) if compact else []
-        squares = [norm.square() for norm in norms]
+    def _split(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The entries of compact gradients; each tensor's dense one, None where it has none."""
+        compact = [isinstance(param.grad, CompactGradient) for param in self.params.values()]
+        dense = [
+            None if is_compact or grad is self.absent else grad
+            for grad, is_compact in zip(grads, compact, strict=True)
+        ]
+        return list(compress(grads, compact)), dense
+
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
+        compact, dense = self._split(grads)
+        squares = torch.stack(torch._foreach_norm(compact)).square() if compact else self.absent
         if len(compact) < len(grads):
             out = torch.empty(self.index.nnz, device=self.index.device)
-            dense = [None if isinstance(each, CompactGradient) else each for each in grads]
-            squares.append(gather_grad_(out, dense, self.index))
-        return torch.stack(squares).sum()
+            squares = torch.cat([squares, gather_grad_(out, dense, self.index).view(1)])
+        return squares.sum()
 
-    def dense_squared_norm(self) -> Tensor:
-        """The sum of squares of the gradients over all entries of the tensors, 0-dim."""
-        squares = []
-        for name, param in self.params.items():
-            square = None if param.grad is None else self._dense_square(name, param.grad)
-            if square is not None:
-                squares.append(square)
-        zero = torch.zeros((), device=self.index.device)
-        return torch.stack([zero, *squares]).sum()
+    def dense_squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """The sum of squares over all entries of what `check` has returned, 0-dim."""
+        _, dense = self._split(grads)
+        squares = [
+            self._dense_square(name, param.grad)
+            for name, param in self.params.items()
+            if isinstance(param.grad, CompactGradient)
+        ]
+        if given := [grad for grad in dense if grad is not None]:
+            norms = torch._foreach_norm(given, dtype=torch.float32)
+            squares.append(torch.stack(norms).square().sum())
+        return torch.stack([self.absent.sum(), *squares]).sum()
 
-    def _dense_square(self, name: str, grad: Tensor) -> Tensor:
-        if not isinstance(grad, CompactGradient):
-            return grad.float().square().sum()
+    def _dense_square(self, name: str, grad: CompactGradient) -> Tensor:
         square = self.compacted[name].dense_square(grad)
         if square is None:
             raise TalosRuntimeError(
@@ -215,15 +280,15 @@ class Bucket:
             )
         return square
 
-    def scale_gradients(self, coefficient: Tensor) -> None:
-        """Multiply the gradients by a 0-dim tensor, in place where they own their memory."""
-        for param in self.params.values():
-            dense = not isinstance(param.grad, CompactGradient)
-            if param.grad is not None and dense and 0 in param.grad.stride():
-                param.grad = param.grad.contiguous()  # expanded: its entries share memory
-        grads = [grad for grad in self.gradients() if grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, coefficient.to(self.index.device))
+    def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
+        """Multiply what `check` has returned by a 0-dim tensor, in place.
+
+        A gradient whose entries share memory, an expanded one, is replaced by a copy.
+        """
+        for i, (param, grad) in enumerate(zip(self.params.values(), grads, strict=True)):
+            if not grad.is_contiguous() and 0 in grad.stride():
+                param.grad = grads[i] = grad.contiguous()
+        torch._foreach_mul_(grads, coefficient.to(self.index.device))
 
     def renew(self) -> None:
         """Give the state memory of its own, apart from what `views` handed out so far."""
@@ -267,4 +332,13 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         raise TalosValueError(
             f"{name}.grad must be {tuple(param.shape)} on {param.device}, "
             f"got {tuple(grad.shape)} on {grad.device}"
+        )
+
+
+def _check_entries(name: str, entries: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if _look(entries) != (torch.float32, device, shape, torch.strided):
+        raise TalosValueError(
+            f"{name}.grad.entries must be float32 of shape {tuple(shape)} on {device}, got "
+            f"{entries.dtype} of shape {tuple(entries.shape)} on {entries.device}; "
+            "write them in place"
         )

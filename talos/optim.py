@@ -11,7 +11,6 @@ is one launch; `optimizer.state[param]` holds views into those arrays.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import Bucket
+from .clipping import Clipping
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprint, fingerprints
 from .gradients import compact
@@ -156,6 +156,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._moment_dtype = moment_dtype
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
         self._buckets: list[Bucket] = []
+        self._clipping = Clipping(self._buckets)
         self._incoming: list[Mapping[str, Any]] = []
         self._base_known = True
         self._complete = False
@@ -228,16 +229,30 @@ class SparseAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_hyperparameters(group)
-        for bucket in self._buckets:
-            bucket.check()
+        checked = [bucket.check() for bucket in self._buckets]
+        factor = self._clipping.take(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for bucket in self._buckets:
-            bucket.step(self.param_groups[bucket.group], scale, found_inf)
+        for bucket, grads in zip(self._buckets, checked, strict=True):
+            bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and the clipping of them that the step has not done yet.
+
+        Args:
+            set_to_none: False keeps their memory and fills it with zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._clipping.drop()
 
     @torch.no_grad()
     def clip_grad_norm_(
-        self, max_norm: float, *, dense: bool = False, error_if_nonfinite: bool = False
+        self,
+        max_norm: float,
+        *,
+        dense: bool = False,
+        error_if_nonfinite: bool = False,
+        defer: bool = False,
     ) -> Tensor:
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
@@ -246,6 +261,10 @@ class SparseAdam(torch.optim.Optimizer):
             dense: the norm over all entries of the tensors that are trained, as the method's
                 released code has it; compact gradients must have been asked to keep it.
             error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
+            defer: let the next step scale what it reads, and leave the gradients as they are: of
+                dense ones it saves a pass that costs as much as the step. float32 gradients give
+                the same bits; of 16-bit ones the scaled are not rounded. They must not change
+                before the step: with a GradScaler call `unscale_` first.
 
         Returns:
             The norm before clipping, float32 0-dim.
@@ -253,28 +272,20 @@ class SparseAdam(torch.optim.Optimizer):
         Raises:
             TalosValueError: `max_norm` is not positive.
             TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set, or the
-                dense norm is not known; no gradient is changed then.
+                dense norm is not known; no gradient is changed then. Or gradients changed since a
+                clipping that was deferred.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> optimizer = SparseAdam(model, Mask.from_dense({"weight": torch.ones(1, 2) > 0}))
+            >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+            >>> optimizer.clip_grad_norm_(1.0, defer=True), model.weight.grad
+            (tensor(5.), tensor([[3., 4.]]))
+            >>> optimizer.step()
         """
-        if not max_norm > 0:
-            raise TalosValueError(f"max_norm must be positive, got {max_norm}")
-        for bucket in self._buckets:
-            bucket.check()
-        squares = [
-            bucket.dense_squared_norm() if dense else bucket.squared_norm()
-            for bucket in self._buckets
-        ]
-        device = squares[0].device
-        norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()
-        if error_if_nonfinite and not bool(torch.isfinite(norm)):
-            raise TalosRuntimeError(
-                f"the gradient norm is {float(norm)}; "
-                "lower the learning rate, or pass error_if_nonfinite=False to go on"
-            )
-        if max_norm < math.inf:
-            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for bucket in self._buckets:
-                bucket.scale_gradients(coefficient)
-        return norm
+        return self._clipping.clip(
+            max_norm, dense=dense, error_if_nonfinite=error_if_nonfinite, defer=defer
+        )
 
     def compact_gradients(
         self, enabled: bool = True, *, dense_norm: bool = False, sampled: bool = False
@@ -322,6 +333,8 @@ class SparseAdam(torch.optim.Optimizer):
                 "layers do not pass DistributedDataParallel, which would wait for them"
             )
         if self._stop_compacting is not None:
+            if self._clipping.pending:
+                self._clipping.settle()
             self._stop_compacting()
             self._stop_compacting = None
             for bucket in self._buckets:
@@ -478,6 +491,7 @@ class SparseAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_names" in state:
             self._stop_compacting = None  # a copy begins with dense gradients
+            self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
         for group in self.param_groups:
             group.setdefault("seed", 0)
         self._incoming = self.__dict__.get("_incoming", [])

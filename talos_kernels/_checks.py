@@ -88,7 +88,8 @@ def dense_gradients(
                 f"grads[{i}] must have {numel} entries on {index.device}, "
                 f"got shape {tuple(grad.shape)} on {grad.device}"
             )
-        dense.append(grad.detach().to(dtype).contiguous())
+        plain = grad.dtype == dtype and not grad.requires_grad and grad.is_contiguous()
+        dense.append(grad if plain else grad.detach().to(dtype).contiguous())
     return dense
 
 

@@ -67,7 +67,8 @@ def define(
     """
     op = f"talos::{name}"
     torch.library.define(op, schema)
-    torch.library.register_kernel(op, None, reference)
+    # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
+    _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(op, fake)
     if cpu is not None:
         _library.impl(name, cpu, "CPU")
@@ -86,7 +87,6 @@ def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> N
     """
     backends = _on_cuda.setdefault(name, {})
     backends[backend] = implementation
-    # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
     if len(backends) == 1:
         _library.impl(name, lambda *arguments: cuda_implementation(name)(*arguments), "CUDA")
 

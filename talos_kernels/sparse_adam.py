@@ -214,16 +214,46 @@ def sparse_adam_(
         )
     if not params or index.nnz == 0:
         return
-    rows_or_compact = dense_gradients(grads, index, params[0].dtype, compact=True)
     rows = contiguous(params)
-    rate = torch.as_tensor(lr, dtype=torch.float64, device=index.device)
-    torch.ops.talos.sparse_adam_(
-        rows, rows_or_compact, index.buffers, exp_avg, exp_avg_sq, master, steps, rate, *betas, eps,
-        weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
-        _scalar(clip_factor, index), seed,
+    sparse_adam_rows_(
+        rows, dense_gradients(grads, index, params[0].dtype, compact=True), index, exp_avg,
+        exp_avg_sq, steps, lr=torch.as_tensor(lr, dtype=torch.float64, device=index.device),
+        betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, master=master,
+        grad_scale=grad_scale, found_inf=found_inf, clip_factor=clip_factor, seed=seed,
     )  # fmt: skip
     with torch.no_grad():
         write_back(params, rows)
+
+
+def sparse_adam_rows_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    index: Index,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    *,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    master: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip_factor: Tensor | None,
+    seed: int,
+) -> None:
+    """`sparse_adam_` of what its caller has checked: reading 144 tensors twice costs the host more.
+
+    All tensors are row-major; the gradients have one dtype, the weights' or float32, and an empty
+    one stands for None. `lr` is float64 on the device. Nothing may be recorded by autograd.
+    """
+    torch.ops.talos.sparse_adam_(
+        params, grads, index.buffers, exp_avg, exp_avg_sq, master, steps, lr, *betas, eps,
+        weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
+        _scalar(clip_factor, index), seed,
+    )  # fmt: skip
     increment_version([*params, exp_avg, exp_avg_sq, steps])
 
 

@@ -110,9 +110,9 @@ def launches() -> dict[str, Callable[[], object]]:
         "gather_grad-bf16-accumulate": lambda: gather_grad_(arrays[0], half, index_, True),
         "scatter-fp32": lambda: scatter_(single, index_, arrays[0]),
         "scatter-bf16": lambda: scatter_(half, index_, arrays[0]),
-        "score_histogram-fp32": lambda: score_histogram(single, prefix, 20, 11, False),
-        "score_histogram-fp32-largest": lambda: score_histogram(single, prefix, 10, 10, True),
-        "score_histogram-bf16": lambda: score_histogram(half, prefix, 0, 10, False),
+        "score_histogram-fp32": lambda: score_histogram(single, prefix, 24, 7, False),
+        "score_histogram-fp32-largest": lambda: score_histogram(single, prefix, 16, 8, True),
+        "score_histogram-bf16": lambda: score_histogram(half, prefix, 0, 8, False),
         "add_delta-fp32": lambda: add_delta_(single, index_, arrays[0], 0.5, arrays[1]),
         "add_delta-bf16": lambda: add_delta_(half, index_, arrays[0], 0.5, None),
     }

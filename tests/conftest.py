@@ -5,6 +5,7 @@
   kernel that reads what it never wrote cannot pass by luck.
 - Without a GPU, Triton kernels run in Triton's interpreter: their launchers then take CPU tensors.
   Tests that compile ahead of time start a subprocess with `TRITON_INTERPRET=0`.
+- cuDNN multiplies float32 in TF32 unless it is told not to, which no float64 oracle forgives.
 - Everything under tests/gpu carries the marker `gpu` and is skipped where there is no device.
 """
 
@@ -22,6 +23,7 @@ import torch
 import torch.utils._device
 
 HAS_GPU = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False
 
 if not HAS_GPU:  # read when a kernel is decorated, so before talos_kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"

@@ -361,23 +361,24 @@ def damage(index: Index, buffer: int, where: int, value: int) -> list[Tensor]:
     return buffers
 
 
-@needs_library
-@pytest.mark.parametrize(
-    ("buffer", "where", "value"),
-    [
-        pytest.param(0, 0, -1, id="a bitmap with more bits than its ranks"),
-        pytest.param(1, -1, 65535, id="a position past the end"),
-        pytest.param(2, 0, -5, id="a negative rank"),
-        pytest.param(2, 1, 10**12, id="a rank past the end"),
-        pytest.param(3, 1, 7, id="an unknown encoding"),
-        pytest.param(3, 3, 10**12, id="words elsewhere"),
-        pytest.param(3, 4, -(10**12), id="starts elsewhere"),
-        pytest.param(4, 0, 9, id="a tensor that does not exist"),
-        pytest.param(4, 2, -1, id="a negative tensor"),
-        pytest.param(4, 1, 2, id="a block past the end"),
-        pytest.param(4, 3, -1, id="a negative block"),
-    ],
+# What may be wrong with an index: of which buffer, where, and what stands there.
+DAMAGES = (
+    pytest.param(0, 0, -1, id="a bitmap with more bits than its ranks"),
+    pytest.param(1, -1, 65535, id="a position past the end"),
+    pytest.param(2, 0, -5, id="a negative rank"),
+    pytest.param(2, 1, 10**12, id="a rank past the end"),
+    pytest.param(3, 1, 7, id="an unknown encoding"),
+    pytest.param(3, 3, 10**12, id="words elsewhere"),
+    pytest.param(3, 4, -(10**12), id="starts elsewhere"),
+    pytest.param(4, 0, 9, id="a tensor that does not exist"),
+    pytest.param(4, 2, -1, id="a negative tensor"),
+    pytest.param(4, 1, 2, id="a block past the end"),
+    pytest.param(4, 3, -1, id="a negative block"),
 )
+
+
+@needs_library
+@pytest.mark.parametrize(("buffer", "where", "value"), DAMAGES)
 def test_a_damaged_index_reaches_no_other_memory(buffer: int, where: int, value: int) -> None:
     case = Case("two", (3000, 70000), (0.5, 0.01))
     index = Index.pack([TensorIndex.encode(mask) for mask in case.masks()])
@@ -428,21 +429,24 @@ def _half_state(problem: Problem) -> None:
     problem.exp_avg = problem.exp_avg.half()
 
 
-@needs_library
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_fp64, r"params\[0\] must be float32, bfloat16 or float16, got Double"),
-        (_strided_param, r"params\[1\] must be contiguous"),
-        (_short_grad, r"grads\[1\] must have 97 elements or, of"),
-        (_wrong_grad_dtype, r"grads must have the dtype of params \(Float\) or Float, got Half"),
-        (_swapped, r"params\[0\] must have 2049 elements as in the index, got 65537"),
-        (_missing_grad, r"grads must have one tensor per param \(3\), got 2"),
-        (_missing_tensor, r"index\[3\] \(table\) must have 2 rows of 5 columns, got 15"),
-        (_short_state, r"exp_avg_sq must have \d+ elements, got \d+"),
-        (_half_state, r"exp_avg must be float32 or bfloat16"),
-    ],
+# Refused on every device, and where the index's table can be read before a launch.
+REFUSED = (
+    (_fp64, r"params\[0\] must be float32, bfloat16 or float16, got Double"),
+    (_strided_param, r"params\[1\] must be contiguous"),
+    (_wrong_grad_dtype, r"grads must have the dtype of params \(Float\) or Float, got Half"),
+    (_missing_grad, r"grads must have one tensor per param \(3\), got 2"),
+    (_missing_tensor, r"index\[3\] \(table\) must have 2 rows of 5 columns, got 15"),
+    (_short_state, r"exp_avg_sq must have \d+ elements, got \d+"),
+    (_half_state, r"exp_avg must be float32 or bfloat16"),
 )
+REFUSED_BY_TABLE = (
+    (_short_grad, r"grads\[1\] must have 97 elements or, of"),
+    (_swapped, r"params\[0\] must have 2049 elements as in the index, got 65537"),
+)
+
+
+@needs_library
+@pytest.mark.parametrize(("spoil", "message"), REFUSED + REFUSED_BY_TABLE)
 def test_arguments_are_refused_before_anything_is_written(
     spoil: Callable[[Problem], None], message: str
 ) -> None:
@@ -499,7 +503,7 @@ def test_cuda_compiles_without_spills_links_and_registers(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stdout.splitlines() if "spill stores" in line]
-    assert len(spills) >= 14  # five pairs of dtypes of sparse_adam_, nine of add_delta_
+    assert len(spills) >= 30  # twenty of sparse_adam_, one of its scalars, nine of add_delta_
     assert [
         line for line in spills if " 0 bytes spill stores, 0 bytes spill loads" not in line
     ] == []

@@ -42,7 +42,7 @@ ORDER = (
         "tasks",
     },
     {"buckets", "models", "routing", "task_vectors"},
-    {"capture", "metrics"},
+    {"capture", "clipping", "metrics"},
     {"rounds"},
     {"calibration", "optim"},
     {"methods"},
@@ -216,3 +216,23 @@ print([name for name in {NOT_LOADED_BY_IMPORT_TALOS!r} if name in set(sys.module
 def test_everything_imports_where_triton_is_not() -> None:
     code = "import sys; sys.modules['triton'] = None; import talos_kernels, talos; print('ok')"
     assert run_python(code).strip() == "ok"
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
+def test_an_op_does_not_load_torchs_compiler(compiled: bool) -> None:
+    """It takes seconds to import, at the first call of a process."""
+    code = f"""
+import importlib.util, pathlib, sys, torch
+if not {compiled}:
+    pathlib.Path.glob = lambda *_: iter(())  # finds no compiled library
+import talos_kernels
+assert {compiled} or talos_kernels.compiled_library is None
+if importlib.util.find_spec("triton"):
+    import talos_kernels.triton
+w = torch.zeros(3)
+index = talos_kernels.Index.pack([talos_kernels.TensorIndex.encode(torch.ones(3) > 0)])
+talos_kernels.scatter_([w], index, torch.arange(3.0))
+talos_kernels.select_threshold([w], 2)
+print(w.tolist(), "torch._dynamo" in sys.modules)
+"""
+    assert run_python(code).strip() == "[0.0, 1.0, 2.0] False"

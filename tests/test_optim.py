@@ -682,13 +682,17 @@ def test_masks_that_do_not_fit_the_model() -> None:
         SparseAdam(Weights(), {"weight": ones})
 
 
-@pytest.mark.parametrize("fault", ["cast", "reshape", "sparse", "double", "betas", "eps"])
-def test_changes_behind_its_back_are_refused_before_any_write(fault: str) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("fault", ["cast", "reshape", "sparse", "double", "view", "betas", "eps"])
+def test_changes_behind_its_back_are_refused_before_any_write(fault: str, steps: int) -> None:
     model = Weights()
     named = list(model.named_parameters())
     groups = [{"params": named[:1]}, {"params": named[1:]}]
     optimizer = SparseAdam(groups, full_mask(), lr=1.0)
-    set_grads(model, 0)
+    for step in range(steps):
+        set_grads(model, step)
+        optimizer.step()
+    set_grads(model, steps)
     if fault == "cast":
         model.weight.grad = None
         model.weight.data = model.weight.data.to(torch.bfloat16)
@@ -700,6 +704,8 @@ def test_changes_behind_its_back_are_refused_before_any_write(fault: str) -> Non
     elif fault == "double":
         model.weight.grad = None
         model.weight.data = model.weight.data.double()
+    elif fault == "view":
+        model.weight.grad.data = model.weight.grad.t()
     else:
         optimizer.param_groups[-1][fault] = (0.9,) if fault == "betas" else -1.0
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
@@ -711,6 +717,81 @@ def test_changes_behind_its_back_are_refused_before_any_write(fault: str) -> Non
     before = before[0]
     for name, value in model.state_dict().items():
         assert_bit_equal(value, before[name])
+
+
+def test_parameters_that_move_are_found_where_they_are() -> None:
+    model, optimizer, reference, oracle = pair()
+    for step in range(6):
+        set_grads(model, step)
+        set_grads(reference, step)
+        if step % 2:
+            model.weight.data = model.weight.data.clone()
+            model.bias.data = torch.zeros(62)[::2].copy_(model.bias.data)
+        left = model.bias.data
+        optimizer.step()
+        oracle.step()
+        assert left.data_ptr() == model.bias.data_ptr()
+    assert_follows(model, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_every_kind_take_turns(dtype: torch.dtype) -> None:
+    """Dense, compact, of another layout, of none: what was accepted once binds no later step."""
+    model, reference = Weights(dtype), Weights(dtype)
+    mask = full_mask()
+    optimizer, oracle = SparseAdam(model, mask, lr=0.1), SparseAdam(reference, mask, lr=0.1)
+    for step in range(6):
+        optimizer.compact_gradients(step in (1, 2))
+        optimizer.zero_grad()
+        set_grads(reference, step)
+        for param, other in zip(model.parameters(), reference.parameters(), strict=True):
+            if step == 1:
+                (param * other.grad).sum().backward()
+            else:
+                param.grad = other.grad.clone()
+        if step == 3:
+            model.weight.grad = model.weight.grad.t().contiguous().t()
+        if step == 4:
+            model.embed.grad = reference.embed.grad = None
+        optimizer.step()
+        oracle.step()
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            assert_bit_equal(ours.detach(), theirs.detach())
+
+
+def test_entries_that_were_replaced_are_refused() -> None:
+    model = Weights()
+    optimizer = SparseAdam(model, full_mask())
+    optimizer.compact_gradients()
+    for entries in (None, torch.zeros(3), torch.zeros(31, dtype=torch.float64)):
+        (model.bias * 2.0).sum().backward()
+        if entries is None:
+            optimizer.step()
+            continue
+        model.bias.grad.entries = entries
+        before = model.bias.detach().clone()
+        with pytest.raises(TalosValueError, match=r"bias\.grad\.entries must be float32 of shape"):
+            optimizer.step()
+        assert_bit_equal(model.bias.detach(), before)
+        optimizer.zero_grad()
+
+
+def test_a_rate_on_the_cpu_is_uploaded_when_it_changes() -> None:
+    lr = torch.tensor(0.1)
+    model, optimizer, reference, oracle = pair(lr=lr)
+    (bucket,) = optimizer._buckets
+    versions = []
+    for step in range(4):
+        set_grads(model, step)
+        set_grads(reference, step)
+        if step == 2:
+            lr.fill_(0.01)
+            oracle.param_groups[0]["lr"].fill_(0.01)
+        optimizer.step()
+        oracle.step()
+        versions.append(bucket.lr._version)
+    assert versions == [1, 1, 2, 2]
+    assert_follows(model, reference)
 
 
 def test_zero_size_and_scalar_parameters() -> None:

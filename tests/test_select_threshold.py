@@ -32,6 +32,7 @@ if importlib.util.find_spec("triton") is not None:
     triton = importlib.import_module("talos_kernels.triton.select_threshold")
     HISTOGRAMS["triton"] = triton.score_histogram
 
+module = importlib.import_module("talos_kernels.select_threshold")
 FLOATS = (*DTYPES, torch.float64)
 SIZES = ((3, 5), (), (0,), (97,), (2049,), (0, 4), (1,))
 largest_or_lowest = pytest.mark.parametrize("largest", [False, True], ids=["lowest", "largest"])
@@ -40,8 +41,10 @@ largest_or_lowest = pytest.mark.parametrize("largest", [False, True], ids=["lowe
 @pytest.fixture(params=list(HISTOGRAMS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What counts behind the public function; Triton's kernels in its interpreter."""
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("serves the op on this device")
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("serves the op on this device")
+        monkeypatch.setitem(module.DIGITS, torch.float32, module.GPU_DIGITS)
     histogram = SimpleNamespace(score_histogram=HISTOGRAMS[request.param])
     monkeypatch.setattr(torch.ops, "talos", histogram)
     return str(request.param)
@@ -81,6 +84,15 @@ def test_the_selection_is_that_of_a_stable_sort(
     n = sum(score.numel() for score in scores)
     for k in (0, 1, n // 10, n - 1, n):
         check(scores, k, largest)
+
+
+def test_the_digits_are_all_bits_but_the_sign() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert module._digits(torch.float32, gpu) == module.GPU_DIGITS != module.DIGITS[torch.float32]
+    assert max(module.GPU_DIGITS) <= 8
+    for device in (gpu, cpu):
+        assert sum(module._digits(torch.float32, device)) == 31
+        assert sum(module._digits(torch.float64, device)) == 63
 
 
 def test_the_value_is_kthvalue(backend: str) -> None:
@@ -241,7 +253,7 @@ def test_bad_arguments_are_refused(
 
 def digits(scores: Sequence[Tensor], largest: bool = False) -> Iterator[tuple[object, ...]]:
     """Arguments of the low-level op: each pass, with prefixes that some entries have and none."""
-    for shift, bits in ((20, 11), (10, 10), (0, 10), (3, 0)):
+    for shift, bits in ((20, 11), (10, 10), (0, 10), (24, 7), (16, 8), (0, 8), (3, 0)):
         found = score_histogram_reference(scores, torch.tensor(0), shift + bits, 11, largest)[0]
         for prefix in {0, int(found.argmax()), 1010}:
             yield scores, torch.tensor(prefix), shift, bits, largest

@@ -102,10 +102,9 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   for (int64_t i = 0; i < n; ++i) {
     if (g.data[i] == nullptr) continue;
     step[i] += 1;
-    set_first_moment(scalars[i], *rate, step[i], beta1, weight_decay);
-    set_second_moment(scalars[i], step[i], beta2, eps);
-    scalars[i].noise_key = noise_key(seed, step[i]);
+    scalars[i] = adam_scalars(*rate, step[i], beta1, beta2, weight_decay, seed);
   }
+  call.constants = adam_constants(beta1, beta2, eps);
   call.scalars = scalars.data();
   run_programs(kernels().sparse_adam, call);
 }

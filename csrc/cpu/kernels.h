@@ -24,7 +24,8 @@ struct AdamCall {
   DType param_dtype, grad_dtype, moment_dtype;
   void* exp_avg;
   void* exp_avg_sq;
-  float* master;               // or nullptr
+  float* master;  // or nullptr
+  AdamConstants constants;
   const AdamScalars* scalars;  // [n_tensors]
   const float* grad_scale;     // or nullptr
   const float* clip_factor;    // or nullptr

@@ -149,7 +149,8 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                     else
                       w = widen(params.entries, n, wide_params);
 
-                    const AdamScalars scalars = call.scalars[b.tensor];
+                    const AdamConstants c = call.constants;
+                    const AdamScalars s = call.scalars[b.tensor];
                     M* first_moments = static_cast<M*>(call.exp_avg) + r;
                     M* second_moments = static_cast<M*>(call.exp_avg_sq) + r;
                     float* __restrict exp_avg = widen(first_moments, n, wide_exp_avg);
@@ -164,11 +165,11 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                         if (!compact) prefetch(dense_grads + kBlockSize, from, to);
                       }
                       for (int64_t i = strip; i < end; ++i)
-                        adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], scalars);
+                        adam_entry(gradients[i], weights[i], exp_avg[i], exp_avg_sq[i], c, s);
                     }
 
-                    round_moments(exp_avg, scalars, r, n, 0, first_moments);
-                    round_moments(exp_avg_sq, scalars, r, n, 16, second_moments);
+                    round_moments(exp_avg, s, r, n, 0, first_moments);
+                    round_moments(exp_avg_sq, s, r, n, 16, second_moments);
 
                     if (call.master != nullptr) std::memcpy(call.master + r, w, n * sizeof(float));
                     narrow(w, n, params.entries);

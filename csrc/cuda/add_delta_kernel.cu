@@ -4,9 +4,28 @@
 namespace talos {
 namespace {
 
+template <bool kListed, class P, class V>
+__device__ inline void add(const Selection& s, P* params, const V* values, float scale, P* saved) {
+#pragma unroll 1
+  for (int batch = 0; batch < s.batches; ++batch) {
+    bool active[kUnroll];
+    int dense[kUnroll], local[kUnroll];
+    s.entries<kListed>(batch, active, dense, local);
+    P param[kUnroll];
+    V value[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) param[k] = load(params + dense[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) value[k] = load(values + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) {
+      if (!active[k]) continue;
+      if (saved != nullptr) saved[local[k]] = param[k];
+      params[dense[k]] = from_float<P>(to_float(param[k]) + scale * to_float(value[k]));
+    }
+  }
+}
+
 template <class P, class V>
-__global__ void __launch_bounds__(kThreads)
-    add_delta_kernel(const __grid_constant__ DeltaLaunch a, const __grid_constant__ Slots slots) {
+__global__ void __launch_bounds__(kThreads, 4)
+    add_delta_kernel(const DeltaLaunch __grid_constant__ a, const Slots __grid_constant__ slots) {
   Selection s;
   if (!s.find(a.index, slots, blockIdx.x)) return;
   const Slot& slot = slots.slot[s.tensor - slots.first];
@@ -14,53 +33,27 @@ __global__ void __launch_bounds__(kThreads)
   P* params = static_cast<P*>(slot.param) + s.dense_begin;
   const V* values = static_cast<const V*>(a.values) + s.rank;
   P* saved = a.saved == nullptr ? nullptr : static_cast<P*>(a.saved) + s.rank;
-
-  for (int batch = 0; batch < s.batches; ++batch) {
-    bool active[kUnroll];
-    int dense[kUnroll], local[kUnroll];
-    P old[kUnroll];
-    float value[kUnroll];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      active[k] = s.entry(batch, k, dense[k], local[k]);
-      if (!active[k]) continue;
-      old[k] = params[dense[k]];
-      value[k] = to_float(values[local[k]]);
-    }
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      if (!active[k]) continue;
-      if (saved != nullptr) saved[local[k]] = old[k];
-      params[dense[k]] = from_float<P>(to_float(old[k]) + a.scale * value[k]);
-    }
-  }
+  if (s.positions != nullptr)
+    add<true>(s, params, values, a.scale, saved);
+  else
+    add<false>(s, params, values, a.scale, saved);
 }
 
 template <class P>
-void launch(const DeltaLaunch& a, const Slots& slots, cudaStream_t stream) {
-  const auto programs = static_cast<unsigned>(a.index.n_programs);
-  if (a.value_dtype == DType::f32)
-    add_delta_kernel<P, float><<<programs, kThreads, 0, stream>>>(a, slots);
-  else if (a.value_dtype == DType::bf16)
-    add_delta_kernel<P, __nv_bfloat16><<<programs, kThreads, 0, stream>>>(a, slots);
-  else
-    add_delta_kernel<P, __half><<<programs, kThreads, 0, stream>>>(a, slots);
+const char* launch(const DeltaLaunch& a, const Slots& slots, void* stream) {
+  const auto kernel = a.value_dtype == DType::f32    ? add_delta_kernel<P, float>
+                      : a.value_dtype == DType::bf16 ? add_delta_kernel<P, __nv_bfloat16>
+                                                     : add_delta_kernel<P, __half>;
+  return start(kernel, a.index.n_programs, stream, a, slots);
 }
 
 }  // namespace
 
 const char* launch_add_delta(const DeltaLaunch& a, const Slots& slots, void* stream) {
   if (a.index.n_programs == 0) return nullptr;
-  if (!grid_fits(a.index)) return "index must have at most 2^31 - 1 programs";
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (a.param_dtype == DType::f32)
-    launch<float>(a, slots, cuda_stream);
-  else if (a.param_dtype == DType::bf16)
-    launch<__nv_bfloat16>(a, slots, cuda_stream);
-  else
-    launch<__half>(a, slots, cuda_stream);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (a.param_dtype == DType::f32) return launch<float>(a, slots, stream);
+  if (a.param_dtype == DType::bf16) return launch<__nv_bfloat16>(a, slots, stream);
+  return launch<__half>(a, slots, stream);
 }
 
 }  // namespace talos

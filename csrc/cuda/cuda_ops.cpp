@@ -1,6 +1,7 @@
 // The ops on CUDA devices: checks, then one launch on torch's current stream.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -59,14 +60,17 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   call.exp_avg = checked_array(exp_avg, "exp_avg", moments, nnz, exp_avg);
   call.exp_avg_sq = checked_array(exp_avg_sq, "exp_avg_sq", moments, nnz, exp_avg);
   call.master = checked_array<float>(master, "master", kFloat, nnz, exp_avg);
-  call.steps = static_cast<const float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
+  call.steps = static_cast<float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
   call.lr = static_cast<const double*>(checked_array(lr, "lr", ScalarType::Double, 1, exp_avg));
   call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
   call.found_inf = checked_array<const float>(found_inf, "found_inf", kFloat, 1, exp_avg);
   call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
+  constexpr int64_t kFloats = sizeof(AdamScalars) / sizeof(float);
+  const Tensor scalars = torch::stable::new_empty(exp_avg, {n * kFloats}, kFloat);
+  call.scalars = static_cast<AdamScalars*>(scalars.data_ptr());
+  call.constants = adam_constants(beta1, beta2, eps);
   call.beta1 = beta1;
   call.beta2 = beta2;
-  call.eps = eps;
   call.weight_decay = weight_decay;
   call.maximize = maximize;
   call.seed = seed;

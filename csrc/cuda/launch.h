@@ -2,6 +2,7 @@
 // headers.
 #pragma once
 
+#include "../adam.h"
 #include "../layout.h"
 
 namespace talos {
@@ -30,13 +31,15 @@ struct AdamLaunch {
   DType param_dtype, grad_dtype, moment_dtype;
   void* exp_avg;
   void* exp_avg_sq;
-  float* master;       // or nullptr
-  const float* steps;  // [n_tensors]
+  float* master;         // or nullptr
+  float* steps;          // [n_tensors]
+  AdamScalars* scalars;  // [n_tensors], written before they are read
   const double* lr;
   const float* grad_scale;   // or nullptr
   const float* found_inf;    // or nullptr
   const float* clip_factor;  // or nullptr
-  double beta1, beta2, eps, weight_decay;
+  AdamConstants constants;
+  double beta1, beta2, weight_decay;
   bool maximize;
   int64_t seed;
 };

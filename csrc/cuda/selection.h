@@ -20,6 +20,18 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 
+// The number 1.
+template <class T>
+__device__ inline T one() {
+  if constexpr (std::is_same_v<T, float>) {
+    return 1.0f;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __ushort_as_bfloat16(0x3f80);
+  } else {
+    return __ushort_as_half(0x3c00);
+  }
+}
+
 template <class T>
 __device__ inline T from_float(float x) {
   if constexpr (std::is_same_v<T, float>) {
@@ -31,27 +43,29 @@ __device__ inline T from_float(float x) {
   }
 }
 
-// Everything but `lo`, `hi`, `lo_rank` and `hi_rank` is the same in all threads of the block.
+// Everything but `even`, `odd` and their ranks is the same in all threads of the block.
 struct Selection {
   int64_t tensor;
-  int64_t encoding;
+  int64_t tensor_rank;  // of the tensor's first selected entry
   int64_t dense_begin;  // of the block, in entries of the tensor
   int64_t rank;         // of the block's first selected entry
   int dense_count;
   int count;    // selected entries
   int batches;  // a thread's share is `batches` times kUnroll entries, some of them inactive
-  const uint16_t* positions;
+  const uint16_t* positions;  // or nullptr: the words tell the entries
   // Every warp holds the block's 64 bitmap words, two a lane, and the selected entries before each.
-  uint32_t lo, hi;
-  int lo_rank, hi_rank;
+  uint32_t even, odd;
+  int even_rank, odd_rank;
 
-  // Finds program `program`. False where it belongs to no slot of this launch or the index's
-  // buffers contradict each other; then for all threads of the block.
+  // Finds program `program`. False where it belongs to no slot of this launch, selects nothing, or
+  // the index's buffers contradict each other; then for all threads of the block.
   __device__ bool find(const IndexView& index, const Slots& slots, int64_t program);
 
-  // A thread's entry k of a batch: its place in the block and its rank there, as far as it is
-  // selected. To be called by all lanes of a warp together.
-  __device__ bool entry(int batch, int k, int& dense, int& local) const;
+  // A thread's entries of a batch: the place in the block and the rank there, as far as they are
+  // selected. To be called by all lanes of a warp together, with kListed == (positions != nullptr).
+  template <bool kListed>
+  __device__ void entries(int batch, bool (&active)[kUnroll], int (&dense)[kUnroll],
+                          int (&local)[kUnroll]) const;
 };
 
 __device__ inline int inclusive_sum(int x) {
@@ -63,77 +77,102 @@ __device__ inline int inclusive_sum(int x) {
   return x;
 }
 
+// Loads that do not need each other stand before the checks of what they load.
 __device__ inline bool Selection::find(const IndexView& index, const Slots& slots,
                                        int64_t program) {
   tensor = index.programs[2 * program];
+  const int64_t block = index.programs[2 * program + 1];
   if (tensor < slots.first || tensor >= slots.first + slots.count) return false;
   const int64_t* row = index.table + tensor * kColumns;
-  const int64_t numel = row[kNumel];
-  encoding = row[kEncoding];
+  const int64_t numel = row[kNumel], encoding = row[kEncoding], data = row[kData];
+  const int64_t start = row[kStarts] + block;
+  tensor_rank = row[kRank];
   const int64_t size = entries_per_program(encoding);
-  const int64_t block = index.programs[2 * program + 1];
-  if (numel != slots.slot[tensor - slots.first].numel) return false;
-  if (encoding < kFull || encoding > kU16 || block < 0 || block >= ceil_div(numel, size))
-    return false;
-
   dense_begin = block * size;
+  if (numel != slots.slot[tensor - slots.first].numel) return false;
+  if (encoding < kFull || encoding > kU16 || block < 0 || dense_begin >= numel) return false;
+  if (encoding != kFull && (start < 0 || start + 1 >= index.n_starts)) return false;
+
+  const int lane = threadIdx.x % 32;
+  even = odd = ~0u;
+  if (encoding == kBitmap) {
+    const int64_t word = data + block * kWordsPerBlock;
+    if (word < 0 || word > index.n_words - kWordsPerBlock) return false;
+    even = index.words[word + 2 * lane];
+    odd = index.words[word + 2 * lane + 1];
+  }
   dense_count = static_cast<int>(numel - dense_begin < size ? numel - dense_begin : size);
-  if (encoding == kFull) {
-    rank = row[kRank] + dense_begin;
-    count = dense_count;
-  } else {
-    const int64_t start = row[kStarts] + block;
-    if (start < 0 || start + 1 >= index.n_starts) return false;
+  rank = tensor_rank + dense_begin;
+  count = dense_count;
+  if (encoding != kFull) {
     rank = index.starts[start];
     const int64_t selected = index.starts[start + 1] - rank;
-    if (selected < 0 || selected > dense_count) return false;
+    if (selected < 1 || selected > dense_count) return false;
     count = static_cast<int>(selected);
   }
   if (rank < 0 || rank > index.nnz - count) return false;
 
   if (encoding == kU16) {
-    const int64_t position = row[kData] + rank - row[kRank];
+    const int64_t position = data + rank - tensor_rank;
     if (position < 0 || position > index.n_positions - count) return false;
     positions = index.positions + position;
     batches = static_cast<int>(ceil_div(count, kThreads * kUnroll));
     return true;
   }
+  positions = nullptr;
   batches = static_cast<int>(kBlockSize / (kThreads * kUnroll));
-  if (encoding == kBitmap) {
-    const int64_t word = row[kData] + block * kWordsPerBlock;
-    if (word < 0 || word > index.n_words - kWordsPerBlock) return false;
-    const int lane = threadIdx.x % 32;
-    lo = index.words[word + lane];
-    hi = index.words[word + 32 + lane];
-    const int lo_end = inclusive_sum(__popc(lo));
-    lo_rank = lo_end - __popc(lo);
-    hi_rank = inclusive_sum(__popc(hi)) - __popc(hi) + __shfl_sync(kAllLanes, lo_end, 31);
-  }
+  const int ones = __popc(even);
+  odd_rank = inclusive_sum(ones + __popc(odd)) - __popc(odd);
+  even_rank = odd_rank - ones;
   return true;
 }
 
-__device__ inline bool Selection::entry(int batch, int k, int& dense, int& local) const {
-  if (encoding == kU16) {
-    local = (batch * kUnroll + k) * kThreads + static_cast<int>(threadIdx.x);
-    if (local >= count) return false;
-    dense = positions[local];
-    return dense < dense_count;
+template <bool kListed>
+__device__ inline void Selection::entries(int batch, bool (&active)[kUnroll], int (&dense)[kUnroll],
+                                          int (&local)[kUnroll]) const {
+  if constexpr (kListed) {
+    for (int k = 0; k < kUnroll; ++k) {
+      local[k] = (batch * kUnroll + k) * kThreads + static_cast<int>(threadIdx.x);
+      active[k] = local[k] < count;
+      dense[k] = active[k] ? positions[local[k]] : 0;
+    }
+    for (int k = 0; k < kUnroll; ++k) active[k] = active[k] && dense[k] < dense_count;
+    return;
   }
   // A warp's words are neighbours: word w of the block is entries 32 w .. 32 w + 31, one a lane.
+  static_assert(kUnroll % 2 == 0, "a lane's two words lie in one batch");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int w = (warp * (static_cast<int>(kWordsPerBlock) / kWarps)) + batch * kUnroll + k;
-  dense = w * 32 + lane;
-  if (encoding == kFull) {
-    local = dense;
-    return dense < dense_count;
+  const int first = warp * (static_cast<int>(kWordsPerBlock) / kWarps) + batch * kUnroll;
+  for (int k = 0; k < kUnroll; ++k) {
+    const uint32_t word = __shfl_sync(kAllLanes, k % 2 == 0 ? even : odd, (first + k) / 2);
+    const int before = __shfl_sync(kAllLanes, k % 2 == 0 ? even_rank : odd_rank, (first + k) / 2);
+    dense[k] = (first + k) * 32 + lane;
+    local[k] = before + __popc(word & ((1u << lane) - 1u));
+    active[k] = (word >> lane & 1u) != 0 && dense[k] < dense_count && local[k] < count;
   }
-  const uint32_t word = __shfl_sync(kAllLanes, w < 32 ? lo : hi, w % 32);
-  local = __shfl_sync(kAllLanes, w < 32 ? lo_rank : hi_rank, w % 32) +
-          __popc(word & ((1u << lane) - 1u));
-  return (word >> lane & 1u) != 0 && dense < dense_count && local < count;
 }
 
-// Blocks of one launch; a grid holds 2^31 - 1 programs, which is more entries than memory does.
-inline bool grid_fits(const IndexView& index) { return index.n_programs <= 2147483647; }
+// What is not selected is 1: of 0 the divisions and the root would take their slow paths.
+template <class T>
+__device__ inline T load(const T* from, bool active) {
+  T x = one<T>();
+  if (active) x = *from;
+  return x;
+}
+
+// Starts a kernel of `blocks` thread blocks, which must fit in a grid.
+template <class... Parameters, class... Arguments>
+const char* start(void (*kernel)(Parameters...), int64_t blocks, void* stream,
+                  const Arguments&... arguments) {
+  if (blocks > 2147483647) return "index must have at most 2^31 - 1 programs";
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here, not to whoever asks next
+  return cudaGetErrorString(error);
+}
 
 }  // namespace talos

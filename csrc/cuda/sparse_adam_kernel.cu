@@ -5,105 +5,133 @@
 namespace talos {
 namespace {
 
-// One thread block a program. First the loads of a batch, then the arithmetic: the powers of the
-// bias corrections, in double by two threads, hide behind the first batch's loads.
+// One thread a tensor: counts its step and derives what its entries share, so that the step's
+// kernel holds nothing in double.
+__global__ void __launch_bounds__(kThreads)
+    adam_scalars_kernel(const AdamLaunch __grid_constant__ a, const Slots __grid_constant__ slots) {
+  if (a.found_inf != nullptr && *a.found_inf != 0.0f) return;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= slots.count || slots.slot[i].grad == nullptr) return;
+  const int64_t tensor = slots.first + i;
+  const float step = a.steps[tensor] + 1.0f;
+  a.steps[tensor] = step;
+  a.scalars[tensor] = adam_scalars(*a.lr, step, a.beta1, a.beta2, a.weight_decay, a.seed);
+}
+
 __device__ inline void store_moment(float* to, float x, uint32_t) { *to = x; }
 __device__ inline void store_moment(__nv_bfloat16* to, float x, uint32_t noise) {
   *to = __ushort_as_bfloat16(rounded_stochastically(x, noise));
 }
 
+// Where a block's entries lie, and what all of them share.
 template <class P, class G, class M>
-__global__ void __launch_bounds__(kThreads)
-    sparse_adam_kernel(const __grid_constant__ AdamLaunch a, const __grid_constant__ Slots slots) {
-  __shared__ AdamScalars shared;
-  if (a.found_inf != nullptr && *a.found_inf != 0.0f) return;
+struct Block {
+  P* params;
+  const G* grads;  // as dense as the params, or compact
+  bool compact;
+  M* exp_avgs;
+  M* exp_avg_sqs;
+  float* masters;
+  AdamScalars scalars;
+  float scale, factor;
+};
+
+// All loads of a batch are issued before its arithmetic.
+template <bool kMaster, bool kListed, class P, class G, class M>
+__device__ inline void step(const AdamLaunch& a, const Selection& s, const Block<P, G, M>& b) {
+#pragma unroll 1
+  for (int batch = 0; batch < s.batches; ++batch) {
+    bool active[kUnroll];
+    int dense[kUnroll], local[kUnroll];
+    s.entries<kListed>(batch, active, dense, local);
+    P param[kUnroll];
+    G grad[kUnroll];
+    M exp_avg[kUnroll], exp_avg_sq[kUnroll];
+    float master[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) param[k] = load(b.params + dense[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k)
+      grad[k] = load(b.grads + (b.compact ? local[k] : dense[k]), active[k]);
+    for (int k = 0; k < kUnroll; ++k) exp_avg[k] = load(b.exp_avgs + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) exp_avg_sq[k] = load(b.exp_avg_sqs + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k)
+      if constexpr (kMaster) master[k] = load(b.masters + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) {
+      float g = to_float(grad[k]);
+      if (a.grad_scale != nullptr) g = g / b.scale;
+      float w = to_float(param[k]), m = to_float(exp_avg[k]), v = to_float(exp_avg_sq[k]);
+      // A weight somebody else wrote since the last step wins over its master.
+      if (kMaster && to_float(from_float<P>(master[k])) == w) w = master[k];
+      adam_entry(g * b.factor, w, m, v, a.constants, b.scalars);
+      // The stores' addresses are computed again: kept since the loads, they would spill.
+      asm volatile("" : "+r"(local[k]), "+r"(dense[k]));
+      if (!active[k]) continue;
+      const uint32_t noise =
+          std::is_same_v<M, float> ? 0 : noise_bits(b.scalars.noise_key, s.rank + local[k]);
+      store_moment(b.exp_avgs + local[k], m, noise);
+      store_moment(b.exp_avg_sqs + local[k], v, noise >> 16);
+      if constexpr (kMaster) b.masters[local[k]] = w;
+      b.params[dense[k]] = from_float<P>(w);
+    }
+  }
+}
+
+// One thread block a program, four of them a multiprocessor: 64 registers a thread.
+template <class P, class G, class M, bool kMaster>
+__global__ void __launch_bounds__(kThreads, 4)
+    sparse_adam_kernel(const AdamLaunch __grid_constant__ a, const Slots __grid_constant__ slots) {
+  const float found_inf = a.found_inf != nullptr ? *a.found_inf : 0.0f;
   Selection s;
   if (!s.find(a.index, slots, blockIdx.x)) return;
   const Slot& slot = slots.slot[s.tensor - slots.first];
   if (slot.grad == nullptr || slot.param == nullptr) return;
-
-  if (threadIdx.x == 0) set_first_moment(shared, *a.lr, a.steps[s.tensor], a.beta1, a.weight_decay);
-  if (threadIdx.x == 32) {
-    set_second_moment(shared, a.steps[s.tensor], a.beta2, a.eps);
-    shared.noise_key = noise_key(a.seed, a.steps[s.tensor]);
-  }
-  const float scale = a.grad_scale != nullptr ? *a.grad_scale : 1.0f;
-  M* exp_avgs = static_cast<M*>(a.exp_avg);
-  M* exp_avg_sqs = static_cast<M*>(a.exp_avg_sq);
-  P* params = static_cast<P*>(slot.param) + s.dense_begin;
-  const float clip = a.clip_factor != nullptr ? *a.clip_factor : 1.0f;
-  const float factor = a.maximize ? -clip : clip;
   // A compact gradient begins at its tensor's first rank.
   const bool compact = slot.grad_numel != slot.numel;
-  const int64_t first = compact ? s.rank - a.index.table[s.tensor * kColumns + kRank] : 0;
+  const int64_t first = compact ? s.rank - s.tensor_rank : s.dense_begin;
   if (compact && (first < 0 || first > slot.grad_numel - s.count)) return;
-  const G* grads = static_cast<const G*>(slot.grad) + (compact ? first : s.dense_begin);
+  const float clip = a.clip_factor != nullptr ? *a.clip_factor : 1.0f;
+  const Block<P, G, M> block = {static_cast<P*>(slot.param) + s.dense_begin,
+                                static_cast<const G*>(slot.grad) + first,
+                                compact,
+                                static_cast<M*>(a.exp_avg) + s.rank,
+                                static_cast<M*>(a.exp_avg_sq) + s.rank,
+                                kMaster ? a.master + s.rank : nullptr,
+                                a.scalars[s.tensor],
+                                a.grad_scale != nullptr ? *a.grad_scale : 1.0f,
+                                a.maximize ? -clip : clip};
+  if (found_inf != 0.0f) return;
+  if (s.positions != nullptr)
+    step<kMaster, true>(a, s, block);
+  else
+    step<kMaster, false>(a, s, block);
+}
 
-  for (int batch = 0; batch < s.batches; ++batch) {
-    bool active[kUnroll];
-    int dense[kUnroll], local[kUnroll];
-    float g[kUnroll], w[kUnroll], master[kUnroll], exp_avg[kUnroll], exp_avg_sq[kUnroll];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      active[k] = s.entry(batch, k, dense[k], local[k]);
-      if (!active[k]) continue;
-      const int64_t rank = s.rank + local[k];
-      g[k] = to_float(grads[compact ? local[k] : dense[k]]);
-      w[k] = to_float(params[dense[k]]);
-      exp_avg[k] = to_float(exp_avgs[rank]);
-      exp_avg_sq[k] = to_float(exp_avg_sqs[rank]);
-      master[k] = a.master != nullptr ? a.master[rank] : w[k];
-    }
-    if (batch == 0) __syncthreads();  // `batches` is the block's: all threads come by
-    const AdamScalars scalars = shared;
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      if (!active[k]) continue;
-      const int64_t rank = s.rank + local[k];
-      g[k] = g[k] / scale * factor;
-      // A weight somebody else wrote since the last step wins over its master.
-      if (to_float(from_float<P>(master[k])) == w[k]) w[k] = master[k];
-      adam_entry(g[k], w[k], exp_avg[k], exp_avg_sq[k], scalars);
-      const uint32_t noise = std::is_same_v<M, float> ? 0 : noise_bits(scalars.noise_key, rank);
-      store_moment(exp_avgs + rank, exp_avg[k], noise);
-      store_moment(exp_avg_sqs + rank, exp_avg_sq[k], noise >> 16);
-      if (a.master != nullptr) a.master[rank] = w[k];
-      params[dense[k]] = from_float<P>(w[k]);
-    }
-  }
+template <class P, class G, class M>
+const char* launch(const AdamLaunch& a, const Slots& slots, void* stream) {
+  const auto kernel =
+      a.master != nullptr ? sparse_adam_kernel<P, G, M, true> : sparse_adam_kernel<P, G, M, false>;
+  return start(kernel, a.index.n_programs, stream, a, slots);
 }
 
 template <class P, class G>
-void launch(const AdamLaunch& a, const Slots& slots, cudaStream_t stream) {
-  const auto programs = static_cast<unsigned>(a.index.n_programs);
-  if (a.moment_dtype == DType::f32)
-    sparse_adam_kernel<P, G, float><<<programs, kThreads, 0, stream>>>(a, slots);
-  else
-    sparse_adam_kernel<P, G, __nv_bfloat16><<<programs, kThreads, 0, stream>>>(a, slots);
+const char* launch(const AdamLaunch& a, const Slots& slots, void* stream) {
+  return a.moment_dtype == DType::f32 ? launch<P, G, float>(a, slots, stream)
+                                      : launch<P, G, __nv_bfloat16>(a, slots, stream);
 }
 
 template <class P>
-void launch(const AdamLaunch& a, const Slots& slots, cudaStream_t stream) {
-  if (a.grad_dtype == DType::f32)
-    launch<P, float>(a, slots, stream);
-  else
-    launch<P, P>(a, slots, stream);
+const char* launch(const AdamLaunch& a, const Slots& slots, void* stream) {
+  return a.grad_dtype == DType::f32 ? launch<P, float>(a, slots, stream)
+                                    : launch<P, P>(a, slots, stream);
 }
 
 }  // namespace
 
 const char* launch_sparse_adam(const AdamLaunch& a, const Slots& slots, void* stream) {
-  if (a.index.n_programs == 0) return nullptr;
-  if (!grid_fits(a.index)) return "index must have at most 2^31 - 1 programs";
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (a.param_dtype == DType::f32)
-    launch<float, float>(a, slots, cuda_stream);
-  else if (a.param_dtype == DType::bf16)
-    launch<__nv_bfloat16>(a, slots, cuda_stream);
-  else
-    launch<__half>(a, slots, cuda_stream);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const char* error = start(adam_scalars_kernel, ceil_div(slots.count, kThreads), stream, a, slots);
+  if (error != nullptr || a.index.n_programs == 0) return error;
+  if (a.param_dtype == DType::f32) return launch<float, float>(a, slots, stream);
+  if (a.param_dtype == DType::bf16) return launch<__nv_bfloat16>(a, slots, stream);
+  return launch<__half>(a, slots, stream);
 }
 
 }  // namespace talos

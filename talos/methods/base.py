@@ -64,10 +64,10 @@ class Phase(ABC):
 
     @abstractmethod
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradient so that its norm is at most `max_norm`, infinity: any.
+        """Scale the gradient, at once or in `step`, so that its norm is at most `max_norm`.
 
         Args:
-            max_norm: the largest norm.
+            max_norm: the largest norm; infinity: any.
 
         Returns:
             The norm before, 0-dim.

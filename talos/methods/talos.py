@@ -106,7 +106,7 @@ class Sparse(Phase):
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Phase.clip`: the norm is that of the selected entries."""
-        return self.optimizer.clip_grad_norm_(max_norm)
+        return self.optimizer.clip_grad_norm_(max_norm, defer=True)
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`."""

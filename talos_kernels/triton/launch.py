@@ -84,15 +84,16 @@ def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     kernels, which the graph keeps, into memory of the graph's own pool, and no other call finds the
     table.
     """
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64)
-    if torch.cuda.is_current_stream_capturing():
-        return captured_table(values, device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, *values)
+    on_gpu, stream = device.type == "cuda", 0
+    if on_gpu:
+        if torch.cuda.is_current_stream_capturing():
+            return captured_table(values, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    key = (device.index, stream, *values)
     with _lock:
         table = _tables.pop(key, None)
         if table is None:
-            host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+            host = torch.tensor(values, dtype=torch.int64, pin_memory=on_gpu)
             table = host.to(device, non_blocking=True)
         _tables[key] = table
         if len(_tables) > CACHE_SIZE:

@@ -12,9 +12,9 @@ from .launch import DTYPES, device_guard, integer_table
 __all__ = ["score_histogram", "score_histogram_kernel"]
 
 # Entries counted at a time, and how often a program does that before it adds its counts to those of
-# all: at most 2048 atomic additions in 64 K entries. Unmeasured. Chosen from the code compiled for
-# sm_90: a histogram of 2048 bins keeps 64 of them in each lane's registers, without spills. Loads
-# are of one entry a lane, neighbours side by side: wider ones go through shared memory first.
+# all: at most 256 atomic additions in 64 K entries. Unmeasured. Chosen from the code compiled for
+# sm_90: of 256 bins a lane keeps 8, and takes as many population counts for 32 entries. Loads are
+# of one entry a lane, neighbours side by side: wider ones go through shared memory first.
 BLOCK_SIZE = 1024
 STEPS = 64
 NUM_WARPS = 4

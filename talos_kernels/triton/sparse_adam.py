@@ -5,6 +5,7 @@ one, and division and square root are rounded to nearest, as torch's are on the 
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -239,15 +240,19 @@ def sparse_adam_(
     n_tensors, n_programs = len(params), programs.shape[0]
     if n_tensors == 0:
         return
-    addresses = []
-    for param, grad in zip(params, grads, strict=True):
-        size = grad.numel()
-        addresses += [param.data_ptr(), grad.data_ptr() if size else 0, size < param.numel()]
+    sizes = list(map(Tensor.numel, grads))
+    grad_dtype = next(
+        (grad.dtype for grad, n in zip(grads, sizes, strict=True) if n), torch.float32
+    )
+    addresses = [0] * (n_tensors * COLUMNS.value)
+    addresses[::3] = map(Tensor.data_ptr, params)
+    addresses[1::3] = map(Tensor.data_ptr, grads)  # 0 of an empty one
+    addresses[2::3] = map(operator.lt, sizes, map(Tensor.numel, params))
     table = integer_table(tuple(addresses), programs.device)
     scalars = torch.empty(n_tensors * SCALARS.value, device=programs.device)
     logs = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     with device_guard(programs.device):
-        adam_scalars_kernel[(triton.cdiv(n_tensors, TENSORS),)](
+        adam_scalars_kernel[(-(-n_tensors // TENSORS),)](
             table, n_tensors, steps, lr, found_inf, scalars, seed & 0xFFFFFFFF, *logs,
             weight_decay, BLOCK_SIZE=TENSORS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -255,7 +260,7 @@ def sparse_adam_(
             sparse_adam_kernel[(n_programs,)](
                 *index, table, scalars, exp_avg, exp_avg_sq, master, grad_scale, found_inf,
                 clip_factor, 1 - beta1, beta2, 1 - beta2, eps,
-                PARAM_DTYPE=DTYPES[params[0].dtype], GRAD_DTYPE=DTYPES[grads[0].dtype],
+                PARAM_DTYPE=DTYPES[params[0].dtype], GRAD_DTYPE=DTYPES[grad_dtype],
                 MAXIMIZE=maximize, num_warps=NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""A whole training iteration by method, at the paper's batch sizes, under bf16 autocast.
+
+`talos.costs` measures: a form's loss, and its gradient where it trains the mask, are those of the
+forms before it, and nothing moves that must not. The paper's five methods come first, of all
+models; then the best that torch does by itself, compiled code, and other libraries.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from benches import other_libraries
+from benches.gpu import keys
+from benches.gpu.context import Context, stage_main
+from benches.gpu.sizes import Iteration
+from talos.costs import COMPILED, FORMS, Agreement, Form, Workload, make_workload, measure
+
+PAPER = ("talos", "nonlinear", "lota", "linearized", "l_lora")
+OTHERS = (*(form for form in FORMS if form.name not in PAPER), *other_libraries.FORMS)
+ITERATIONS = {"cpu": 1, "cuda": 5}
+LEAST_SECONDS, COMPILING_SECONDS = 3.0, 40.0
+"""What an item takes at most, and a compiled one: one that cannot end in time is not begun."""
+
+
+def run(context: Context) -> None:
+    by_name = {form.name: form for form in FORMS}
+    models = context.sizes.iterations
+    compiling = COMPILING_SECONDS if context.device.kind == "cuda" else LEAST_SECONDS
+    for forms, iterations, needs in (
+        ([by_name[name] for name in PAPER], models, LEAST_SECONDS),
+        (OTHERS, models, LEAST_SECONDS),
+        (COMPILED, models[::-1], compiling),  # the smallest first
+    ):
+        for iteration in iterations:
+            for form in forms:
+                context.run(
+                    keys.method(iteration.model, form.name),
+                    lambda i=iteration, f=form: cost(context, i, f),
+                    needs,
+                )
+    made.cache_clear()
+
+
+@cache
+def made(iteration: Iteration, device: torch.device) -> tuple[Workload, Agreement]:
+    """A model with what its forms must agree on; all models together are a few GB."""
+    workload = make_workload(
+        iteration.model,
+        batch_size=iteration.batch,
+        tokens=iteration.tokens,
+        layers=iteration.layers,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    return workload, Agreement()
+
+
+def cost(context: Context, iteration: Iteration, form: Form) -> dict[str, Any]:
+    device = context.device
+    about = {"model": iteration.model, "batch": iteration.batch, "form": form.title}
+    if form in COMPILED and device.kind == "cpu":
+        return about | {"left_out": "compiling takes a CPU minutes"}
+    workload, agreement = made(iteration, device.torch)
+    reason = form.missing(workload)
+    if reason is not None:
+        return about | {"left_out": reason}
+    (found,) = measure(
+        workload, [form], rounds=1, iterations=ITERATIONS[device.kind], agreement=agreement
+    )
+    rate = found.bytes_per_second
+    return about | {
+        "forward_backward": found.forward_backward,
+        "optimizer": found.optimizer,
+        "total": found.total,
+        "spread": found.spreads[2],
+        "peak_bytes": found.memory.peak,
+        "memory": found.as_dict()["memory"],
+        "launches": found.launches,
+        "bytes_moved": found.bytes_moved,
+        "bytes_per_second": rate,
+        "share": None if rate is None else context.share("copy", rate),
+        "loss": found.loss,
+    }
+
+
+if __name__ == "__main__":
+    stage_main(run)
