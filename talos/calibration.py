@@ -40,6 +40,7 @@ from .params import (
     select_parameters,
     unwrapped,
 )
+from .reals import as_real
 from .rounds import CalibrationProgress, LogitsFn, Rounds
 from .selection import lowest_entries
 
@@ -210,6 +211,7 @@ def calibrate(
     if released:
         target, soft = "logit", 0.1
     estimator = Estimator(target, draws, labels, seed)
+    density, soft = as_real(density) or 0.0, as_real(soft) or 0.0
     if not 0.0 < density <= 1.0:
         raise TalosValueError(f"density must lie in (0, 1], got {density}")
     rounds = integer("rounds", rounds, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .params import named_parameters
+from .reals import as_real
 
 __all__ = [
     "NamedParams",
@@ -99,14 +100,15 @@ def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = Fals
         _check_number("learning rate", lr.item() if isinstance(lr, Tensor) else lr)
     _check_number("epsilon value", group["eps"])
     _check_number("weight_decay value", group["weight_decay"])
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TalosTypeError(f"betas must be a pair of numbers, got {betas!r}")
+    if not isinstance(betas, Iterable) or len(betas := list(betas)) != 2:
+        raise TalosTypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
     for i, beta in enumerate(betas):
         _check_number(f"beta parameter at index {i}", beta, below=1.0)
 
 
 def _check_number(what: str, value: Any, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    number = as_real(value)
+    if number is None:
         raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
-    if not 0.0 <= value < below:
+    if not 0.0 <= number < below:
         raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")

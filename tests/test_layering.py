@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {
-        *("buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"),
+        *(
+            "buffers",
+            "errors",
+            "patches",
+            "reals",
+            "projections",
+            "selection",
+            "shared_cast",
+            "structure",
+        ),
         "trees",
     },
     {"attention", "memory"},

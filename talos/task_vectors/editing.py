@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from talos.masks import Mask
 from talos.matching import match_tensors
 from talos.memory import check_separate
 from talos.params import named_parameters
+from talos.reals import as_real
 from talos_kernels import Index, add_delta_, revert_delta_
 
 from .sums import slices_of
@@ -135,11 +135,12 @@ def check_scale(scale: object) -> float:
         TalosTypeError: it is no real number.
         TalosValueError: it is NaN or infinite.
     """
-    if not isinstance(scale, Real) or isinstance(scale, bool):
+    number = as_real(scale)
+    if number is None:
         raise TalosTypeError(f"scale must be a real number, got {type(scale).__name__}")
-    if not isfinite(scale):
-        raise TalosValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    if not isfinite(number):
+        raise TalosValueError(f"scale must be finite, got {number}")
+    return number
 
 
 def may_overflow(dtype: torch.dtype, change: float) -> bool:
