@@ -154,6 +154,26 @@ def test_another_backend_serves_within_its_block_only(monkeypatch: pytest.Monkey
         pass
 
 
+def test_the_step_by_the_compiled_library_is_served_by_it_or_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = []
+    form = forms.Form(lambda: served.append(CUDA_BACKENDS["sparse_adam_"]), {}, 0, lambda: 0)
+    monkeypatch.setattr(forms, "ours", lambda shape, device: form)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench_sparse_adam.ours_by_csrc(TINY, CPU).step()
+    assert served == ["csrc"]
+    assert CUDA_BACKENDS["sparse_adam_"] == "triton"
+
+    monkeypatch.setattr(bench_sparse_adam, "cuda_backends", lambda op: ("triton",))
+    missing = bench_sparse_adam.missing
+    assert missing(bench_sparse_adam.CSRC, CPU) == "there is no CUDA device"
+    assert missing(bench_sparse_adam.CSRC, torch.device("cuda")) == "csrc/ was built without CUDA"
+    assert missing(OURS, CPU) is None
+    monkeypatch.setattr(bench_sparse_adam, "cuda_backends", lambda op: ("triton", "csrc"))
+    assert missing(bench_sparse_adam.CSRC, torch.device("cuda")) is None
+
+
 MAKERS = {
     "add_delta": (bench_add_delta, lambda name: bench_add_delta.make(TINY, name, CPU)),
     "gather_grad": (bench_gather_grad, lambda name: bench_gather_grad.make(TINY, name, CPU)),
