@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import measure
+from benches import forms, measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
 from talos.costs.step_bytes import sector_share
-from talos_kernels import Index, TensorIndex, add_delta_
+from talos.costs.workload import QK_DENSITY
+from talos_kernels import add_delta_
 from tests.cases import assert_bit_equal, assert_close
 
 SCALE = 0.5
@@ -23,15 +24,15 @@ FORMS = (OURS, "(a) dense delta of the whole model", "(b) index_add_ at position
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    masks = {key: mask.to(device) for key, mask in shape.masks().items()}
+    selection = forms.selection(shape, QK_DENSITY)
+    masks = forms.selected(shape, QK_DENSITY, device)
     whole = name.startswith("(a)")
     named = parameters(shape.tensors if whole else shape.touched, device)
     weights = {key: parameter.data for key, parameter in named.items()}
     deltas = {key: named[key].grad[mask] for key, mask in masks.items()}
     nnz = sum(delta.numel() for delta in deltas.values())
     if name == OURS:
-        parts = [TensorIndex.encode(mask.flatten().cpu()) for mask in masks.values()]
-        index = Index.pack(parts, device)
+        index = selection.pack(selection.names, device)
         values = torch.cat(list(deltas.values()))
         density = nnz / shape.touched_numel
         touched = 8 * sector_share(density, 4) * shape.touched_numel

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benches import measure, scoring
 from benches.shapes import SHAPES, ModelShape
 from benches.table import OURS, Record
+from benches.work import Work
 from talos_kernels import fisher_diag_
 
 BATCH_SIZE = {"cpu": 16, "cuda": 32}
@@ -130,34 +131,54 @@ OPS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 
 
+def make(
+    name: str,
+    linear: tuple[int, int],
+    samples: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Work:
+    """The op on one layer [O, I]."""
+    generator = torch.Generator(device).manual_seed(0)
+    dy, x = (
+        torch.randn((1, samples, tokens, width), generator=generator, device=device).to(dtype)
+        for width in linear
+    )
+    score = torch.zeros(linear, device=device)
+
+    def step() -> None:
+        OPS[name](score, dy, x)
+
+    def check() -> None:
+        score.zero_()
+        step()
+        sums = torch.zeros(linear, dtype=torch.float64, device=device)
+        for each_dy, each_x in zip(dy[0], x[0], strict=True):
+            gradient = each_dy.double().t() @ each_x.double()
+            sums += gradient if OPS[name] is weight_gradient else gradient.square_()
+        exact_sums = name == OURS or dtype == torch.float32  # others round each gradient to bf16
+        error = scoring.relative_error({"weight": score}, {"weight": sums})
+        assert error <= (TOLERANCE if exact_sums else 1e-2)
+
+    return Work(step, check, flops=2 * samples * tokens * linear[0] * linear[1])
+
+
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", OPS)
 def bench_fisher_diag(
     shape: ModelShape, linear: tuple[int, int], name: str, measured: Callable[..., None]
 ) -> None:
     device = measure.target_device()
-    on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    batch_size, (rows, columns) = BATCH_SIZE[device.type], linear
-    generator = torch.Generator(device).manual_seed(0)
-    dy, x = (
-        torch.randn((1, batch_size, shape.tokens, width), generator=generator, device=device).to(
-            dtype
-        )
-        for width in linear
-    )
-    score = torch.zeros(linear, device=device)
-    OPS[name](score, dy, x)
-    gradients = torch.einsum("abco,abci->boi", dy.double(), x.double())
-    sums = gradients.sum(0) if OPS[name] is weight_gradient else gradients.square().sum(0)
-    exact_sums = name == OURS or not on_gpu  # the others round each gradient to bf16
-    error = scoring.relative_error({"weight": score}, {"weight": sums})
-    assert error <= (TOLERANCE if exact_sums else 1e-2)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    samples, (rows, columns) = BATCH_SIZE[device.type], linear
+    work = make(name, linear, samples, shape.tokens, dtype, device)
+    work.check()
     measured(
-        lambda: OPS[name](score, dy, x),
+        work.step,
         op="fisher_diag_",
-        shape=f"{shape.name}, {rows} x {columns}, {batch_size} samples of {shape.tokens} tokens",
+        shape=f"{shape.name}, {rows} x {columns}, {samples} samples of {shape.tokens} tokens",
         form=name,
-        flops=2 * batch_size * shape.tokens * rows * columns,
         matrix_rate=measure.matrix_rate(device, dtype),
+        **work.about,
     )

@@ -9,26 +9,28 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import measure
+from benches import forms, measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
 from talos.costs.step_bytes import sector_share
-from talos_kernels import Index, TensorIndex, gather_grad_
+from talos.costs.workload import QK_DENSITY
+from talos_kernels import gather_grad_
 from tests.cases import assert_bit_equal
 
 FORMS = (OURS, "(a) masked_select", "(b) take at positions")
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    masks = [mask.to(device) for mask in shape.masks().values()]
+    selection = forms.selection(shape, QK_DENSITY)
+    masks = list(forms.selected(shape, QK_DENSITY, device).values())
     grads = [parameter.grad for parameter in parameters(shape.touched, device).values()]
     wanted = torch.cat([grad[mask] for grad, mask in zip(grads, masks, strict=True)])
     nnz = wanted.numel()
     dense_bytes = 4 * sum(tensor.numel for tensor in shape.touched)
     if name == OURS:
-        index = Index.pack([TensorIndex.encode(mask.flatten().cpu()) for mask in masks], device)
+        index = selection.pack(selection.names, device)
         out = torch.empty_like(wanted)
         touched = 4 * sector_share(nnz / shape.touched_numel, 4) * shape.touched_numel
         moved, held = int(touched) + 4 * nnz + index.nbytes, index.nbytes
@@ -37,14 +39,14 @@ def make(shape: ModelShape, name: str, device: torch.device) -> Work:
             gather_grad_(out, grads, index)
             return out
     elif name.startswith("(a)"):
-        moved, held = int(dense_bytes * 1.25) + 16 * nnz, dense_bytes // 4
+        moved, held = int(dense_bytes * 1.25) + 12 * nnz, dense_bytes // 4
 
         def step() -> torch.Tensor:
             pieces = [grad[mask] for grad, mask in zip(grads, masks, strict=True)]
             return torch.cat(pieces)
     else:
         positions = [mask.flatten().nonzero().squeeze(1) for mask in masks]
-        moved, held = (8 + 4 + 4 + 8 + 4) * nnz, 8 * nnz
+        moved, held = (8 + 4 + 4 + 8) * nnz, 8 * nnz
 
         def step() -> torch.Tensor:
             pieces = [grad.take(where) for grad, where in zip(grads, positions, strict=True)]

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches import measure
+from benches import forms, measure
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
 from talos.costs.step_bytes import sector_share
-from talos_kernels import Index, TensorIndex, gather_grad_, sddmm_
+from talos.costs.workload import QK_DENSITY
+from talos_kernels import Index, gather_grad_, sddmm_
 
 FORMS = (OURS, "(a) product and gather")
 BATCH_SIZE = {"cpu": 16, "cuda": 32}
@@ -45,12 +46,13 @@ def make_layers(shape: ModelShape, tokens: int, device: torch.device) -> list[La
     dtype = operand_dtype(device)
     generator = torch.Generator(device).manual_seed(0)
     layers = []
-    for tensor, mask in zip(shape.touched, shape.masks().values(), strict=True):
+    selection = forms.selection(shape, QK_DENSITY)
+    for tensor in shape.touched:
         dy, x = (
             torch.randn(tokens, width, generator=generator, device=device).to(dtype)
             for width in tensor.shape
         )
-        index = Index.pack([TensorIndex.encode(mask)], device)
+        index = selection.pack([tensor.name], device)
         out = torch.empty(index.nnz, device=device)
         layers.append(Layer(dy, x, index, slice(0, tensor.query_key_rows), out))
     return layers

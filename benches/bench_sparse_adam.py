@@ -6,24 +6,41 @@ that what the machine does meanwhile hits all alike.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 
 from benches import forms, measure
 from benches.shapes import ModelShape
 from benches.table import OURS, Record
 from talos.costs.workload import QK_DENSITY
+from talos_kernels._ops import cuda_backends
 from tests.cases import assert_bit_equal, assert_close
 
 CHECKED_STEPS = 3
 ROUNDS = 20
+CSRC = f"{OURS}, CUDA C++"
 COMPACT = f"{OURS}, compact gradients"
 MOMENTS = f"{OURS}, compact, bf16 moments"
 BF16 = f"{OURS}, bf16 weights"
 
+
+def ours_by_csrc(shape: ModelShape, device: torch.device) -> forms.Form:
+    """The same optimizer, its op served by the compiled library."""
+    form = forms.ours(shape, device)
+
+    def step() -> None:
+        with forms.backend("csrc", "sparse_adam_"):
+            form.step()
+
+    return replace(form, step=step)
+
+
 FORMS: dict[str, Callable[[ModelShape, torch.device], forms.Form]] = {
     OURS: forms.ours,
+    CSRC: ours_by_csrc,
     COMPACT: partial(forms.ours, compact=True),
     MOMENTS: partial(forms.ours, compact=True, moment_dtype=torch.bfloat16),
     "(a) whole model, fused": forms.whole,
@@ -31,6 +48,13 @@ FORMS: dict[str, Callable[[ModelShape, torch.device], forms.Form]] = {
     "(c) elementwise": forms.elementwise,
     BF16: partial(forms.ours, dtype=torch.bfloat16),
 }
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a form cannot run here."""
+    if name != CSRC or "csrc" in cuda_backends("sparse_adam_"):
+        return None
+    return "csrc/ was built without CUDA" if device.type == "cuda" else "there is no CUDA device"
 
 
 def check(
@@ -58,11 +82,18 @@ def check(
 
 
 def bench_sparse_adam(
-    shape: ModelShape, keep: Callable[[Record], dict[str, object]], bandwidth: float
+    shape: ModelShape,
+    keep: Callable[[Record], dict[str, object]],
+    bandwidth: float,
+    request: pytest.FixtureRequest,
 ) -> None:
     device = measure.target_device()
+    say = request.config.pluginmanager.get_plugin("terminalreporter").write_line
     ready = {}
     for name, make in FORMS.items():
+        if (why := missing(name, device)) is not None:
+            say(f"{name} is left out: {why}")
+            continue
         ready[name] = make(shape, device)
         check(name, ready[name], shape, device)
     times = measure.alternated({name: form.step for name, form in ready.items()}, ROUNDS)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import measure
+from benches import forms, measure
 from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
 from talos.costs.step_bytes import sector_share
+from talos.costs.workload import QK_DENSITY
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 from tests.cases import assert_bit_equal, assert_close
 
@@ -25,7 +26,7 @@ FORMS = (OURS, "load_state_dict of the whole model")
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    first = {key: mask.to(device) for key, mask in shape.masks().items()}
+    first = forms.selected(shape, QK_DENSITY, device)
     tasks = (first, {key: mask.flip(1) for key, mask in first.items()})
     whole = name != OURS
     named = parameters(shape.tensors if whole else shape.touched, device)

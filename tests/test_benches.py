@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 import talos
 from benches import (
     bench_add_delta,
+    bench_fisher_diag,
     bench_gather_grad,
     bench_sddmm,
     bench_select_threshold,
@@ -151,6 +152,26 @@ def test_another_backend_serves_within_its_block_only(monkeypatch: pytest.Monkey
         forms.backend("triton", "sparse_adam_"),
     ):
         pass
+
+
+def test_the_step_by_the_compiled_library_is_served_by_it_or_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = []
+    form = forms.Form(lambda: served.append(CUDA_BACKENDS["sparse_adam_"]), {}, 0, lambda: 0)
+    monkeypatch.setattr(forms, "ours", lambda shape, device: form)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench_sparse_adam.ours_by_csrc(TINY, CPU).step()
+    assert served == ["csrc"]
+    assert CUDA_BACKENDS["sparse_adam_"] == "triton"
+
+    monkeypatch.setattr(bench_sparse_adam, "cuda_backends", lambda op: ("triton",))
+    missing = bench_sparse_adam.missing
+    assert missing(bench_sparse_adam.CSRC, CPU) == "there is no CUDA device"
+    assert missing(bench_sparse_adam.CSRC, torch.device("cuda")) == "csrc/ was built without CUDA"
+    assert missing(OURS, CPU) is None
+    monkeypatch.setattr(bench_sparse_adam, "cuda_backends", lambda op: ("triton", "csrc"))
+    assert missing(bench_sparse_adam.CSRC, torch.device("cuda")) is None
 
 
 MAKERS = {
@@ -301,15 +322,13 @@ def test_further_batches_are_timed_one_by_one(
     assert min(times) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_every_form_of_the_op(name: str) -> None:
-    torch.manual_seed(0)
-    dy, x = torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 6)
-    score = torch.ones(4, 6)
-    OPS[name](score, dy, x)
-    gradients = torch.einsum("abco,abci->boi", dy.double(), x.double())
-    sums = gradients.sum(0) if name.startswith("(c)") else gradients.square().sum(0)
-    torch.testing.assert_close(score.double(), 1 + sums, rtol=1e-5, atol=1e-5)
+def test_every_form_of_the_op(name: str, dtype: torch.dtype) -> None:
+    work = bench_fisher_diag.make(name, (4, 6), samples=3, tokens=5, dtype=dtype, device=CPU)
+    work.check()
+    work.step()
+    assert work.flops == 2 * 3 * 5 * 4 * 6
 
 
 def test_both_forms_make_the_same_sampled_gradient() -> None:

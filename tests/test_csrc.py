@@ -503,7 +503,7 @@ def test_cuda_compiles_without_spills_links_and_registers(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stdout.splitlines() if "spill stores" in line]
-    assert len(spills) >= 14  # five pairs of dtypes of sparse_adam_, nine of add_delta_
+    assert len(spills) >= 30  # twenty of sparse_adam_, one of its scalars, nine of add_delta_
     assert [
         line for line in spills if " 0 bytes spill stores, 0 bytes spill loads" not in line
     ] == []

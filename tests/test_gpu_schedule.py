@@ -1,25 +1,31 @@
 """`python -m benches.gpu`: limits, what a kill leaves, what a resumed run does, what a table says.
 
-The stages here are small files that a test writes; the real ones are rehearsed below.
+Stages here are small files that a test writes; the real ones are rehearsed once, all together.
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 
 from benches.gpu.__main__ import main
-from benches.gpu.context import Context, read_stage
+from benches.gpu.context import Context, StageResult, read_stage
 from benches.gpu.device import Cpu
+from benches.gpu.predictions import Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
+from benches.gpu.schema import SCHEMAS, problems
 from benches.gpu.sizes import TINY
+from benches.gpu.stages.agreement import outcomes
+from benches.gpu.stages.rest import read_counters
 
 FAKE = """
 import time
@@ -61,7 +67,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stag
         lines = [f"context.run({item!r}, {work})" for item, work in works]
         text = FAKE.format(counts=str(tmp_path), work="\n    ".join(lines))
         (tmp_path / "fakes" / f"fake_{name}.py").write_text(text)
-        return Stage(name, f"fake_{name}", limit, limit, f"title of {name}")
+        return Stage(name, f"fake_{name}", limit, f"title of {name}", limit)
 
     return make
 
@@ -155,7 +161,7 @@ def test_a_killed_run_leaves_whole_files_and_is_taken_up(
 ) -> None:
     out, stages = tmp_path / "out", (stage("one", "first", "slow", "last"), stage("two", "more"))
     listed = ", ".join(
-        f"Stage({each.name!r}, {each.module!r}, 60, 60, {each.title!r})" for each in stages
+        f"Stage({each.name!r}, {each.module!r}, 60, {each.title!r})" for each in stages
     )
     code = (
         "from benches.gpu.__main__ import main; from benches.gpu.schedule import Stage; "
@@ -197,3 +203,93 @@ def test_an_item_that_needs_more_than_is_left_waits(tmp_path: Path) -> None:
     context.end()
     assert statuses(path) == {"long": "out of time", "short": "done"}
     assert not read_stage(path).complete
+
+
+def test_bars_and_predictions_find_their_measurements() -> None:
+    bar = Prediction("a", "x", "step", "dense", over="ours", least=7.5)
+    records = {"step": {"dense": {"seconds": 8.0}, "ours": {"seconds": 1.0}}}
+    assert bar.measured(records) == 8.0
+    assert bar.verdict(8.0) == "at least 7.5: met"
+    assert bar.verdict(7.0) == "at least 7.5: MISSED"
+    assert bar.verdict(bar.measured({})) == "at least 7.5: not measured"
+    most = Prediction("b", "ms", "step", "ours", most=1.0, scale=1e3)
+    assert most.measured(records) == 1000.0
+    assert most.verdict(1000.0) == "at most 1: MISSED"
+    assert Prediction("c", "us", "step", "ours", predicted=5.0).verdict(4.0) == ""
+
+
+def test_a_schema_finds_what_a_record_lacks() -> None:
+    whole = {"seconds": 1.0, "spread": 0.0, "bytes_moved": 1, "bytes_per_second": 1.0}
+    records = {
+        "copy": {**whole, "status": "done"},
+        "bf16": {"status": "failed", "error": "why"},
+        "unknown": {"status": "done"},
+    }
+    found = problems("ceilings", StageResult(records))
+    assert found == ["ceilings, unknown: no pattern of the schema"]
+    records["copy"]["seconds"] = "1"
+    assert "ceilings, copy: seconds is '1'" in problems("ceilings", StageResult(records))
+
+
+def test_counters_are_those_of_the_last_launch() -> None:
+    printed = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","sparse_adam_kernel","dram__bytes.sum","byte","1"
+"1","sparse_adam_kernel","dram__bytes.sum","byte","2"
+"2","fisher_diag_kernel","dram__bytes.sum","byte","3"
+"""
+    assert read_counters(printed) == {
+        "sparse_adam_kernel": {"dram__bytes.sum": "2"},
+        "fisher_diag_kernel": {"dram__bytes.sum": "3"},
+    }
+    assert read_counters("==ERROR== no permission") == {}
+
+
+def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import time\n"
+        "def test_well(): pass\n"
+        "def test_badly(): assert False\n"
+        "def test_long(): time.sleep(600)\n"
+    )
+    found = outcomes([str(tests)], 0, 15)
+    assert not found["ended"]
+    assert (found["passed"], found["failed"]) == (1, 1)
+    assert [name.split("::")[1] for name in found["names"]] == ["test_badly"]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rehearsal") / "out"
+    command = [sys.executable, "-m", "benches.gpu", "--out", str(out), "--rehearse"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (out / "table.md").read_text()
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_rehearsal_leaves_what_each_schema_asks(rehearsal: Path, stage: Stage) -> None:
+    result = read_stage(rehearsal / f"{stage.name}.json")
+    assert result.complete
+    assert not problems(stage.name, result)
+    missing = [
+        pattern
+        for pattern in SCHEMAS[stage.name]
+        if not any(fnmatchcase(key, pattern) for key in result.records)
+    ]
+    assert not missing
+    assert f"## {stage.name}: " in (rehearsal / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_rehearsal_leaves_eight_files_at_most(
+    rehearsal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [path.name for path in rehearsal.iterdir()]
+    assert len(names) <= 8
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    assert main(["--out", str(rehearsal), "--rehearse", "--resume"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"{stage.name}: nothing is missing" for stage in STAGES]

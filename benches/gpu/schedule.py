@@ -35,8 +35,8 @@ class Stage:
     name: str
     module: str
     limit_s: float
-    rehearse_limit_s: float
     title: str
+    rehearse_limit_s: float = 150
 
     def limit(self, rehearse: bool) -> float:
         return self.rehearse_limit_s if rehearse else self.limit_s
@@ -47,29 +47,31 @@ STAGES = (
         "ceilings",
         "benches.gpu.stages.ceilings",
         40,
-        60,
         "device, versions, copy bandwidth, matrix rates, csrc built for this device",
     ),
     Stage(
         "agreement",
         "benches.gpu.stages.agreement",
         130,
-        90,
         "every op against its reference; host syncs, captured steps, streams, launches",
     ),
     Stage(
         "step",
         "benches.gpu.stages.step",
         110,
-        60,
         "one optimizer step, ours by both backends beside the strong baselines",
     ),
     Stage(
         "methods",
         "benches.gpu.stages.methods",
         150,
-        90,
         "a whole iteration by method, bf16 autocast",
+    ),
+    Stage(
+        "rest",
+        "benches.gpu.stages.rest",
+        75,
+        "hardware counters, a checker of memory, constants never measured, the other tests",
     ),
 )
 

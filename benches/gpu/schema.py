@@ -46,6 +46,14 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         | {"peak_bytes": int, "memory": dict, "launches": int, "bytes_moved": OPTIONAL}
         | {"bytes_per_second": OPTIONAL, "share": OPTIONAL},
     },
+    "rest": {
+        "counters": {"readable": bool, "reason": (str, type(None)), "kernels": dict},
+        "memory checker": {"readable": bool, "reason": (str, type(None))},
+        "border, *": TIMED | {"bytes_moved": int},
+        "chunk of *": {"seconds": NUMBER},
+        "other tests": TESTS,
+        "* = *": TIMED,
+    },
 }
 
 

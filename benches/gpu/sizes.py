@@ -53,6 +53,8 @@ class Sizes:
     threshold: int
     """Scores."""
     calibration: Calibration
+    chunks: tuple[int, ...]
+    """Entries that a Triton program takes at a time, beside those it does."""
     processes: int
     """Of the tests."""
     tests: tuple[str, ...]
@@ -71,7 +73,7 @@ _NO_DEVICE = (
         "tests/test_cli.py",
         "tests/test_bench_shapes.py",
     ),
-    *("tests/test_triton.py", "tests/test_ops.py", "tests/gpu"),
+    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py"),
 )
 
 FULL = Sizes(
@@ -88,10 +90,13 @@ FULL = Sizes(
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
     threshold=300_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    chunks=(256, 1024),
     processes=12,
     tests=(
         "tests/gpu",
+        "--ignore=tests/gpu/test_steps.py",  # the stage runs its checks by itself, one by one
         "tests/test_triton.py",
+        "tests/test_triton_primitives.py",
         "tests/test_ops.py",
         "tests/test_fisher_diag.py",
         "tests/test_sddmm.py",
@@ -123,6 +128,7 @@ TINY = Sizes(
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
+    chunks=(256,),
     processes=1,
     tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
     other_tests=("tests/test_index.py", "-k", "empty"),

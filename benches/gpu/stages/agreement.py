@@ -31,9 +31,10 @@ def run(context: Context) -> None:
 def record_tests(context: Context, key: str, arguments: Sequence[str], limit: float) -> None:
     """Runs tests in many processes; those that failed make it an item that failed."""
     values = outcomes(arguments, context.sizes.processes, limit)
-    if values["failed"] or not values["passed"]:
-        error = AssertionError(f"{values['failed']} tests failed, {values['passed']} passed")
-        context.failed(key, error, **values)
+    if values["failed"] or not values["passed"] or not values["ended"]:
+        cut = "" if values["ended"] else ", the rest was cut at its limit"
+        said = f"{values['failed']} tests failed, {values['passed']} passed{cut}"
+        context.failed(key, AssertionError(said), **values)
     else:
         context.record(key, **values)
 
