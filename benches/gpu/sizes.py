@@ -53,6 +53,8 @@ class Sizes:
     threshold: int
     """Scores."""
     calibration: Calibration
+    queued: Iteration
+    """A batch of a model whose small layers share launches when they are scored."""
     chunks: tuple[int, ...]
     """Entries that a Triton program takes at a time, beside those it does."""
     processes: int
@@ -90,6 +92,7 @@ FULL = Sizes(
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
     threshold=300_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    queued=Iteration("minilm", 16),
     chunks=(256, 1024),
     processes=12,
     tests=(
@@ -128,6 +131,7 @@ TINY = Sizes(
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
+    queued=Iteration("minilm", 2, layers=1),
     chunks=(256,),
     processes=1,
     tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
