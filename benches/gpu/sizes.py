@@ -75,7 +75,7 @@ _NO_DEVICE = (
         "tests/test_cli.py",
         "tests/test_bench_shapes.py",
     ),
-    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py"),
+    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py", "tests/gpu"),
 )
 
 FULL = Sizes(
