@@ -133,6 +133,12 @@ def log_probs(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch)[:, None]
 
 
+def class_logits(model: Scored, batch: Batch) -> Tensor:
+    """Logits over all classes, from which a calibration draws its labels."""
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=model.autocast):
+        return model.logits(batch)
+
+
 def ours(model: Scored, batch: Batch) -> Scores:
     return talos.fisher_diag(model, [batch], logits_fn=log_probs, target="logit")
 

@@ -16,9 +16,9 @@ from benches.gpu.device import Cpu
 from benches.gpu.predictions import PREDICTIONS
 from benches.gpu.schema import problems
 from benches.gpu.sizes import FULL, TINY, Sizes
-from benches.gpu.stages import methods, step
+from benches.gpu.stages import methods, scoring, step
 
-STAGES = {"step": step, "methods": methods}
+STAGES = {"step": step, "methods": methods, "scoring": scoring}
 
 Run = Callable[..., StageResult]
 
@@ -94,3 +94,31 @@ def test_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f"minilm, {form.name}" for form in methods.COMPILED} <= left_out
     losses = [result.records[key]["loss"] for key in keys]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)
+
+
+def test_scoring(run: Run) -> None:
+    minilm = replace(TINY, iterations=(TINY.iterations[1],))
+    result = run(scoring, minilm)
+    assert problems("scoring", result) == []
+    assert set(result.with_status(DONE)) == set(result.records)
+    found = result.records
+    assert found["minilm, scored batch"]["error"] < 1e-4
+    assert found["calibration"]["samples"] == 8
+    assert not found["calibration"]["extrapolated"]
+    assert found["calibration"]["batches_run"] == 4
+    assert found["fisher_diag_, 5, Triton"]["flops"] == 2 * 2 * 5 * 24 * 16
+    assert found["threshold"]["bytes_moved"] == 3 * 4 * TINY.threshold
+    assert found["swap, tiny, Triton"]["how"] == "eager"
+
+
+def test_a_calibration_that_does_not_fit_is_extrapolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "scoring.json"
+    context = Context(Cpu(), TINY, tmp_path, time.monotonic() + 600, path, machine={})
+    lefts = iter([60.0, 60.0, 5.0])
+    monkeypatch.setattr(context, "left", lambda: next(lefts))
+    found = scoring.calibration(context)
+    assert found["extrapolated"]
+    assert found["batches_run"] == 3
+    assert found["seconds"] > 0

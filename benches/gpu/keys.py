@@ -7,6 +7,7 @@ ELEMENTWISE = "elementwise"
 REPLAYED, EAGER = "replayed", "eager"
 PLAIN, SCORED = "plain batch", "scored batch"
 THRESHOLD = "threshold"
+HISTOGRAM = "histogram, first pass"
 CALIBRATION = "calibration"
 
 

@@ -131,10 +131,18 @@ def _predictions() -> Iterator[Prediction]:
         "threshold of 3e8 scores", "ms", "scoring", keys.THRESHOLD, most=3.0, scale=1e3
     )
     yield Prediction(
-        "product and selection of a ViT-B/32 layer beside product, then gather",
+        "histogram of 8.5e7 scores, first pass",
+        "ms",
+        "scoring",
+        keys.HISTOGRAM,
+        predicted=0.1,
+        scale=1e3,
+    )
+    yield Prediction(
+        "sampled product of a ViT-B/32 layer",
         "us",
         "scoring",
-        keys.kernel("sddmm_", "768x768", keys.TRITON),
+        keys.kernel("sddmm_", "vit-b-32 layer", keys.TRITON),
         predicted=14,
         scale=1e6,
     )

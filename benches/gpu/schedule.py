@@ -68,6 +68,12 @@ STAGES = (
         "a whole iteration by method, bf16 autocast",
     ),
     Stage(
+        "scoring",
+        "benches.gpu.stages.scoring",
+        90,
+        "the scoring kernel, threshold, single ops, scored batches, a calibration",
+    ),
+    Stage(
         "rest",
         "benches.gpu.stages.rest",
         75,

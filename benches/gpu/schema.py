@@ -17,6 +17,10 @@ TESTS = {
     "ended": bool,
 }
 
+KERNEL = TIMED | {"how": str}
+MOVED = {"bytes_moved": int, "bytes_per_second": NUMBER, "share": OPTIONAL}
+PRODUCT = {"flops": int, "flops_per_second": NUMBER, "matrix_share": OPTIONAL}
+
 Fields = Mapping[str, type | tuple[type, ...]]
 
 SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
@@ -45,6 +49,14 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         | dict.fromkeys(("forward_backward", "optimizer", "total", "spread", "loss"), NUMBER)
         | {"peak_bytes": int, "memory": dict, "launches": int, "bytes_moved": OPTIONAL}
         | {"bytes_per_second": OPTIONAL, "share": OPTIONAL},
+    },
+    "scoring": {
+        "fisher_diag_*": KERNEL | PRODUCT,
+        "sddmm_*": KERNEL | PRODUCT | MOVED | {"samples": int, "tokens": int},
+        "*, * batch": TIMED | {"samples": int, "samples_per_second": NUMBER, "peak_bytes": int},
+        "calibration": {"model": str, "samples": int, "rounds": int, "seconds": NUMBER}
+        | {"extrapolated": bool, "batches_run": int},
+        "*": KERNEL | MOVED,
     },
     "rest": {
         "counters": {"readable": bool, "reason": (str, type(None)), "kernels": dict},

@@ -52,6 +52,8 @@ class Sizes:
     scoring: Scoring
     threshold: int
     """Scores."""
+    histogram: int
+    """Of them, in the first pass alone."""
     calibration: Calibration
     chunks: tuple[int, ...]
     """Entries that a Triton program takes at a time, beside those it does."""
@@ -89,6 +91,7 @@ FULL = Sizes(
     ),
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
     threshold=300_000_000,
+    histogram=85_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
     chunks=(256, 1024),
     processes=12,
@@ -127,7 +130,8 @@ TINY = Sizes(
     iterations=(Iteration("vit-b-32", 1, layers=1), Iteration("minilm", 2, tokens=4, layers=1)),
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
-    calibration=Calibration("minilm", samples=4, batch=2, rounds=2, layers=1),
+    histogram=5_000,
+    calibration=Calibration("minilm", samples=8, batch=4, rounds=2, layers=1),
     chunks=(256,),
     processes=1,
     tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
