@@ -173,16 +173,10 @@ class Bucket:
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
         self.uniform = dtypes <= {self.base.dtype} or dtypes <= {torch.float32}
 
-    def compact_gradients(self, whole: bool, sampled: bool) -> list[CompactedParam]:
+    def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
         """Where each tensor's gradient goes, made anew."""
         self.compacted = {
-            name: CompactedParam(
-                param,
-                index,
-                _rows(param, index),
-                whole,
-                sampled,
-            )
+            name: CompactedParam(param, index, _rows(param, index), sampled)
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
         }
         return list(self.compacted.values())
@@ -251,34 +245,11 @@ class Bucket:
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
         """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
         compact, dense = self._split(grads)
-        squares = torch.stack(torch._foreach_norm(compact)).square() if compact else self.absent
         if len(compact) < len(grads):
             out = torch.empty(self.index.nnz, device=self.index.device)
-            squares = torch.cat([squares, gather_grad_(out, dense, self.index).view(1)])
-        return squares.sum()
-
-    def dense_squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """The sum of squares over all entries of what `check` has returned, 0-dim."""
-        _, dense = self._split(grads)
-        squares = [
-            self._dense_square(name, param.grad)
-            for name, param in self.params.items()
-            if isinstance(param.grad, CompactGradient)
-        ]
-        if given := [grad for grad in dense if grad is not None]:
-            norms = torch._foreach_norm(given, dtype=torch.float32)
-            squares.append(torch.stack(norms).square().sum())
-        return torch.stack([self.absent.sum(), *squares]).sum()
-
-    def _dense_square(self, name: str, grad: CompactGradient) -> Tensor:
-        square = self.compacted[name].dense_square(grad)
-        if square is None:
-            raise TalosRuntimeError(
-                f"the norm of {name}'s dense gradient is not known: it is kept by "
-                "compact_gradients(dense_norm=True), of a gradient of one use in one backward that "
-                "nothing has scaled; call compact_gradients(False) for sums of gradients"
-            )
-        return square
+            gather_grad_(out, dense, self.index)
+            compact.append(out)
+        return torch.stack(torch._foreach_norm(compact)).square().sum()
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.

@@ -269,16 +269,10 @@ def test_gather_is_the_references(case: Case, accumulate: bool) -> None:
     index, grads = pack(case), poisoned(case.tensors(BF16, seed=2), case)
     before = torch.randn(index.nnz) if accumulate else torch.empty(index.nnz)
     expected, out = before.clone(), before.to(DEVICE, copy=True)
-    squares = gather_grad_reference(expected, grads, index.buffers, accumulate)
+    gather_grad_reference(expected, grads, index.buffers, accumulate)
     on_device = [grad.to(DEVICE) for grad in grads]
-    ours = gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
+    gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
     assert_bit_equal(out.cpu(), expected)
-    assert ours.shape == ()
-    assert_close(ours.cpu(), squares, reduction=True)
-    assert_close(ours.cpu().double(), expected.double().square().sum(), reduction=True, dtype=FP32)
-    if not accumulate and case is ENCODINGS:
-        again = gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
-        assert_bit_equal(again.cpu(), ours.cpu())
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["overwrite", "accumulate"])
@@ -287,12 +281,10 @@ def test_missing_gradient_counts_as_zero(accumulate: bool) -> None:
     grads[2] = torch.zeros(0)
     expected = torch.randn(index.nnz)
     out = expected.to(DEVICE, copy=True)
-    squares = gather_grad_reference(expected, grads, index.buffers, accumulate)
-    ours = gather_grad.gather_grad_(
-        out, [grad.to(DEVICE) for grad in grads], buffers(index), accumulate
-    )
+    gather_grad_reference(expected, grads, index.buffers, accumulate)
+    on_device = [grad.to(DEVICE) for grad in grads]
+    gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
     assert_bit_equal(out.cpu(), expected)
-    assert_close(ours.cpu(), squares, reduction=True)
 
 
 @cases
