@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(talos_C, m) {
       "Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor(e!) steps, Tensor lr, float beta1, "
       "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, "
       "Tensor? found_inf, Tensor? clip_factor, int seed) -> ()");
-  m.def("gather_grad_(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> Tensor");
+  m.def("gather_grad_(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> ()");
   m.def("scatter_(Tensor(a!)[] params, Tensor[] index, Tensor values) -> ()");
   m.def(
       "add_delta_(Tensor(a!)[] params, Tensor[] index, Tensor values, float scale, "

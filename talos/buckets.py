@@ -23,7 +23,7 @@ __all__ = ["Bucket"]
 
 # Lists of these are compared as a whole: one tensor after another would take longer than a launch.
 _look = attrgetter("dtype", "device", "shape", "layout")
-_grad = attrgetter("grad")
+_grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
 Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
@@ -125,7 +125,11 @@ class Bucket:
         if list(map(_look, self.params.values())) != self.looks:
             self._refuse_params()
         grads = list(map(_grad, self.params.values()))
-        if set(map(type, grads)) != {Tensor}:
+        kinds = set(map(type, grads))
+        selections = [own.index for own in self.compacted.values()]
+        if kinds == {CompactGradient} and list(map(_selection, grads)) == selections:
+            grads = list(map(_entries, grads))
+        elif kinds != {Tensor}:
             grads = [self._held(name, grad) for name, grad in zip(self.params, grads, strict=True)]
         looks = list(map(_look, grads))
         if looks != self.accepted:
@@ -173,16 +177,10 @@ class Bucket:
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
         self.uniform = dtypes <= {self.base.dtype} or dtypes <= {torch.float32}
 
-    def compact_gradients(self, whole: bool, sampled: bool) -> list[CompactedParam]:
+    def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
         """Where each tensor's gradient goes, made anew."""
         self.compacted = {
-            name: CompactedParam(
-                param,
-                index,
-                _rows(param, index),
-                whole,
-                sampled,
-            )
+            name: CompactedParam(param, index, _rows(param, index), sampled)
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
         }
         return list(self.compacted.values())
@@ -200,7 +198,7 @@ class Bucket:
         params = list(self.params.values())
         given: Sequence[Tensor | None] = grads
         step: Callable[..., None] = sparse_adam_rows_
-        if not (self.uniform and all(map(_row_major, params)) and all(map(_row_major, grads))):
+        if not (all(map(_row_major, params)) and self._plain(grads)):
             step, given = sparse_adam_, [None if each is self.absent else each for each in grads]
         step(
             params,
@@ -220,6 +218,10 @@ class Bucket:
             clip_factor=clip_factor,
             seed=group["seed"],
         )
+
+    def _plain(self, grads: list[Tensor]) -> bool:
+        """Whether the ops take these gradients as they are."""
+        return self.uniform and all(map(_row_major, grads))
 
     def _upload_lr(self, lr: float | Tensor) -> None:
         """Write the rate to the device: a number when it changed, a tensor of it each time."""
@@ -251,34 +253,14 @@ class Bucket:
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
         """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
         compact, dense = self._split(grads)
-        squares = torch.stack(torch._foreach_norm(compact)).square() if compact else self.absent
         if len(compact) < len(grads):
             out = torch.empty(self.index.nnz, device=self.index.device)
-            squares = torch.cat([squares, gather_grad_(out, dense, self.index).view(1)])
-        return squares.sum()
-
-    def dense_squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """The sum of squares over all entries of what `check` has returned, 0-dim."""
-        _, dense = self._split(grads)
-        squares = [
-            self._dense_square(name, param.grad)
-            for name, param in self.params.items()
-            if isinstance(param.grad, CompactGradient)
-        ]
-        if given := [grad for grad in dense if grad is not None]:
-            norms = torch._foreach_norm(given, dtype=torch.float32)
-            squares.append(torch.stack(norms).square().sum())
-        return torch.stack([self.absent.sum(), *squares]).sum()
-
-    def _dense_square(self, name: str, grad: CompactGradient) -> Tensor:
-        square = self.compacted[name].dense_square(grad)
-        if square is None:
-            raise TalosRuntimeError(
-                f"the norm of {name}'s dense gradient is not known: it is kept by "
-                "compact_gradients(dense_norm=True), of a gradient of one use in one backward that "
-                "nothing has scaled; call compact_gradients(False) for sums of gradients"
-            )
-        return square
+            if not compact and self._plain(grads):
+                torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
+            else:
+                gather_grad_(out, dense, self.index)
+            compact.append(out)
+        return torch.stack(torch._foreach_norm(compact)).square().sum()
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.
@@ -289,6 +271,14 @@ class Bucket:
             if not grad.is_contiguous() and 0 in grad.stride():
                 param.grad = grads[i] = grad.contiguous()
         torch._foreach_mul_(grads, coefficient.to(self.index.device))
+
+    def zero_compact(self) -> bool:
+        """Fill the compact gradients with zeros; whether there are none but those."""
+        grads = [grad for grad in map(_grad, self.params.values()) if grad is not None]
+        compact = [grad.entries for grad in grads if isinstance(grad, CompactGradient)]
+        if compact:
+            torch._foreach_zero_(compact)
+        return len(compact) == len(grads)
 
     def renew(self) -> None:
         """Give the state memory of its own, apart from what `views` handed out so far."""

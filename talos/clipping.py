@@ -42,16 +42,13 @@ class Clipping:
         """Whether a clipping was deferred and not done yet."""
         return self._factor is not None
 
-    def clip(
-        self, max_norm: float, *, dense: bool, error_if_nonfinite: bool, defer: bool
-    ) -> Tensor:
+    def clip(self, max_norm: float, *, error_if_nonfinite: bool, defer: bool) -> Tensor:
         """See `SparseAdam.clip_grad_norm_`."""
         if not max_norm > 0:
             raise TalosValueError(f"max_norm must be positive, got {max_norm}")
         checked = self.settle()
         squares = [
-            bucket.dense_squared_norm(grads) if dense else bucket.squared_norm(grads)
-            for bucket, grads in zip(self._buckets, checked, strict=True)
+            bucket.squared_norm(grads) for bucket, grads in zip(self._buckets, checked, strict=True)
         ]
         device = squares[0].device
         norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()

@@ -16,7 +16,6 @@ hooks of its own, and where a weight is reached otherwise, the hook alone does i
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,31 +38,15 @@ class CompactedParam:
         param: the parameter.
         index: its selected entries, on its device.
         rows: of dimension 0, those from the first to behind the last with a selected entry.
-        whole: whether all rows are multiplied and the dense gradient's norm is kept.
         sampled: whether a linear layer's gradient is made by `sddmm_`, never dense.
-        norm: the sum of squares of the last dense gradient, 0-dim, the entries that were gathered
-            from it, and their version then.
         active: whether gradients are still to be compacted.
     """
 
     param: Tensor
     index: Index
     rows: slice
-    whole: bool = False
     sampled: bool = False
-    norm: tuple[Tensor, weakref.ref[Tensor], int] | None = None
     active: bool = True
-
-    def dense_square(self, gradient: CompactGradient) -> Tensor | None:
-        """The sum of squares of the dense gradient, 0-dim; None: of this gradient it is not known.
-
-        Of a sum of gradients it is not the sum of theirs, nor known of one that was changed.
-        """
-        if self.norm is None:
-            return None
-        square, entries, version = self.norm
-        known = entries() is gradient.entries and version == gradient.entries._version
-        return square if known else None
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
         """Adds a gradient that was not multiplied: see `Receiver`."""
@@ -71,8 +54,7 @@ class CompactedParam:
             self.receive(dy, x)
             return
         scratch = _scratch(self.param, x.dtype)
-        some = slice(None) if self.whole else self.rows
-        torch.mm(dy[:, some].t(), x, out=scratch[some])
+        torch.mm(dy[:, self.rows].t(), x, out=scratch[self.rows])
         self.receive(scratch)
 
     def receive(self, *gradient: Tensor) -> None:
@@ -90,8 +72,6 @@ class CompactedParam:
             return
         entries = torch.empty(self.index.nnz, dtype=torch.float32, device=self.index.device)
         _write(entries, gradient, self.index)
-        if self.whole:
-            self.norm = gradient[0].float().square().sum(), weakref.ref(entries), entries._version
         self.param.grad = CompactGradient.of(self.param, self.index, entries)
 
     def compact(self, _: Tensor | None = None) -> None:

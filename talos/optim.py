@@ -242,15 +242,15 @@ class SparseAdam(torch.optim.Optimizer):
         Args:
             set_to_none: False keeps their memory and fills it with zeros.
         """
-        super().zero_grad(set_to_none)
         self._clipping.drop()
+        if set_to_none or not all(bucket.zero_compact() for bucket in self._buckets):
+            super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def clip_grad_norm_(
         self,
         max_norm: float,
         *,
-        dense: bool = False,
         error_if_nonfinite: bool = False,
         defer: bool = False,
     ) -> Tensor:
@@ -258,8 +258,6 @@ class SparseAdam(torch.optim.Optimizer):
 
         Args:
             max_norm: the largest norm let through; infinity only computes the norm.
-            dense: the norm over all entries of the tensors that are trained, as the method's
-                released code has it; compact gradients must have been asked to keep it.
             error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
             defer: let the next step scale what it reads, and leave the gradients as they are: of
                 dense ones it saves a pass that costs as much as the step. float32 gradients give
@@ -271,9 +269,8 @@ class SparseAdam(torch.optim.Optimizer):
 
         Raises:
             TalosValueError: `max_norm` is not positive.
-            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set, or the
-                dense norm is not known; no gradient is changed then. Or gradients changed since a
-                clipping that was deferred.
+            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set; no
+                gradient is changed then. Or gradients changed since a clipping that was deferred.
 
         Example:
             >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -283,13 +280,9 @@ class SparseAdam(torch.optim.Optimizer):
             (tensor(5.), tensor([[3., 4.]]))
             >>> optimizer.step()
         """
-        return self._clipping.clip(
-            max_norm, dense=dense, error_if_nonfinite=error_if_nonfinite, defer=defer
-        )
+        return self._clipping.clip(max_norm, error_if_nonfinite=error_if_nonfinite, defer=defer)
 
-    def compact_gradients(
-        self, enabled: bool = True, *, dense_norm: bool = False, sampled: bool = False
-    ) -> None:
+    def compact_gradients(self, enabled: bool = True, *, sampled: bool = False) -> None:
         """Keep the gradients of the selected entries only, from the next backward on.
 
         A gradient is compacted the moment it exists, so that at most one is ever dense, and of a
@@ -301,7 +294,6 @@ class SparseAdam(torch.optim.Optimizer):
 
         Args:
             enabled: False goes back to dense gradients; `release` does too.
-            dense_norm: keep what `clip_grad_norm_(dense=True)` needs: all rows are computed.
             sampled: compute the gradients of linear layers' weights at their selected entries only
                 (`talos_kernels.sddmm_`), rounded to no shorter type than float32. On a GPU this
                 saves the scratch that all layers share, as large as the largest such weight, and
@@ -310,7 +302,6 @@ class SparseAdam(torch.optim.Optimizer):
                 where it is faster. A CPU gains nothing.
 
         Raises:
-            TalosValueError: `sampled` with `dense_norm`, which needs every entry.
             TalosRuntimeError: there are several processes: their gradients would not be averaged.
 
         Example:
@@ -323,10 +314,6 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([1., 2.])
             >>> optimizer.step()
         """
-        if sampled and dense_norm:
-            raise TalosValueError(
-                "sampled must be False with dense_norm=True, got True; leave one of them out"
-            )
         if enabled and several_processes():
             raise TalosRuntimeError(
                 "compact gradients must be trained in one process, got several: those of linear "
@@ -340,7 +327,7 @@ class SparseAdam(torch.optim.Optimizer):
             for bucket in self._buckets:
                 bucket.densify_gradients()
         if enabled:
-            parts = [b.compact_gradients(dense_norm, sampled) for b in self._buckets]
+            parts = [b.compact_gradients(sampled) for b in self._buckets]
             params = [each for part in parts for each in part]
             self._stop_compacting = weakref.finalize(self, compact(params))
             self._stop_compacting.atexit = False

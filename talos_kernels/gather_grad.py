@@ -1,9 +1,7 @@
 """Dense gradient -> compact gradient, and back.
 
-    out[rank(t, j)] <- [out[rank(t, j)] +] grads[t][j]      for every selected entry j of tensor t
-    params[t][j]    <- values[rank(t, j)]                   (`scatter_`)
-
-The sum of squares of the compact gradient, which clipping needs, is a by-product.
+out[rank(t, j)] <- [out[rank(t, j)] +] grads[t][j]      for every selected entry j of tensor t
+params[t][j]    <- values[rank(t, j)]                   (`scatter_`)
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ __all__ = ["gather_grad_", "gather_grad_reference", "scatter_", "scatter_referen
 
 def gather_grad_reference(
     out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
-) -> Tensor:
+) -> None:
     """The definition, one tensor after another; an empty gradient counts as zero."""
     packed = Index.from_buffers(index)
     for grad, part, entries in zip(grads, packed.unpack(), packed.slices, strict=True):
@@ -30,7 +28,6 @@ def gather_grad_reference(
             out[entries] = 0
         if grad.numel() and part.nnz:
             out[entries] += grad.view(-1)[part.positions_int64().to(grad.device)].float()
-    return out.square().sum()
 
 
 def scatter_reference(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
@@ -43,8 +40,8 @@ def scatter_reference(params: Sequence[Tensor], index: Sequence[Tensor], values:
 
 def _gather_fake(
     out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
-) -> Tensor:
-    return out.new_empty(())
+) -> None:
+    return None
 
 
 def _scatter_fake(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
@@ -53,7 +50,7 @@ def _scatter_fake(params: Sequence[Tensor], index: Sequence[Tensor], values: Ten
 
 define(
     "gather_grad_",
-    "(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> Tensor",
+    "(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> ()",
     gather_grad_reference,
     _gather_fake,
 )
@@ -67,7 +64,7 @@ define(
 
 def gather_grad_(
     out: Tensor, grads: Sequence[Tensor | None], index: Index, *, accumulate: bool = False
-) -> Tensor:
+) -> None:
     """Gather the selected entries of dense gradients into one compact array, in one launch.
 
     Args:
@@ -75,9 +72,6 @@ def gather_grad_(
         grads: one a tensor of the index, any shapes, None counts as zero.
         index: the selection, on the gradients' device.
         accumulate: add to `out` instead of overwriting it.
-
-    Returns:
-        float32 0-dim, the sum of squares of `out`, on its device.
 
     Raises:
         TalosValueError: a shape, number, device or layout does not fit the index.
@@ -88,16 +82,14 @@ def gather_grad_(
         >>> index = Index.pack([TensorIndex.encode(torch.tensor([True, False, True]))])
         >>> out = torch.empty(2)
         >>> gather_grad_(out, [torch.tensor([3.0, 7.0, 4.0])], index)
-        tensor(25.)
         >>> out
         tensor([3., 4.])
     """
     given = [grad for grad in grads if grad is not None]
     dense = dense_gradients(grads, index, given[0].dtype if given else torch.float32)
     check_flat("out", out, index, (torch.float32,))
-    norm: Tensor = torch.ops.talos.gather_grad_(out, dense, index.buffers, accumulate)
+    torch.ops.talos.gather_grad_(out, dense, index.buffers, accumulate)
     increment_version(out)
-    return norm
 
 
 def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:

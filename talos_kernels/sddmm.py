@@ -27,25 +27,23 @@ __all__ = ["sddmm_", "sddmm_reference"]
 
 def sddmm_reference(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
-) -> Tensor:
+) -> None:
     """The definition: the whole product in float32, then its selected entries."""
     (part,) = Index.from_buffers(index).unpack()
     product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=out.device)
     torch.mm(dy.float().T, x.float(), out=product)  # into `out`: autocast would round it otherwise
     entries = product.flatten()[part.positions_int64().to(out.device)]
     out.copy_(out + entries if accumulate else entries)
-    return out.square().sum()
 
 
 def _product_and_gather(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
-) -> Tensor:
+) -> None:
     """The CPU's: the rows that hold selected entries are multiplied, and gathered from."""
     product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32)
     rows = _selected_rows(index, *product.shape)
     torch.mm(dy[:, rows].float().T, x.float(), out=product[rows])
-    norm: Tensor = torch.ops.talos.gather_grad_(out, [product], index, accumulate)
-    return norm
+    torch.ops.talos.gather_grad_(out, [product], index, accumulate)
 
 
 def _selected_rows(index: Sequence[Tensor], rows: int, cols: int) -> slice:
@@ -60,20 +58,20 @@ def _selected_rows(index: Sequence[Tensor], rows: int, cols: int) -> slice:
     return slice(int(blocks[0]) * size // cols, min(-(-(int(blocks[-1]) + 1) * size // cols), rows))
 
 
-def _fake(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> Tensor:
-    return out.new_empty(())
+def _fake(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> None:
+    return None
 
 
 define(
     "sddmm_",
-    "(Tensor(a!) out, Tensor dy, Tensor x, Tensor[] index, bool accumulate) -> Tensor",
+    "(Tensor(a!) out, Tensor dy, Tensor x, Tensor[] index, bool accumulate) -> ()",
     sddmm_reference,
     _fake,
     cpu=_product_and_gather,
 )
 
 
-def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool = False) -> Tensor:
+def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool = False) -> None:
     """Compute the selected entries of `dy.T @ x`, a linear layer's weight gradient, in one launch.
 
     Products are added up in float32 and never rounded to a shorter type. Sums are taken in a fixed
@@ -89,9 +87,6 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
         index: the selection of one tensor of M * N entries, `[M, N]` in row-major order.
         accumulate: add to `out` instead of overwriting it.
 
-    Returns:
-        float32 0-dim, the sum of squares of `out`, on its device.
-
     Raises:
         TalosValueError: a shape, device or layout does not fit the index, or that holds several
             tensors.
@@ -103,7 +98,6 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
         >>> dy, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> out = torch.empty(2)
         >>> sddmm_(out, dy, x, index)
-        tensor(17.)
         >>> out  # the diagonal of dy.T @ x
         tensor([1., 4.])
     """
@@ -136,11 +130,8 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
         )
     check_flat("out", out, index, (torch.float32,))
     with torch.no_grad():
-        norm: Tensor = torch.ops.talos.sddmm_(
-            out, _dense_rows(dy), _dense_rows(x), index.buffers, accumulate
-        )
+        torch.ops.talos.sddmm_(out, _dense_rows(dy), _dense_rows(x), index.buffers, accumulate)
     increment_version(out)
-    return norm
 
 
 def _dense_rows(rows: Tensor) -> Tensor:

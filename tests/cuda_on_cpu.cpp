@@ -13,9 +13,19 @@ struct DeviceGuard {
 };
 }  // namespace torch::stable::on_cpu
 
+// A device takes a subroutine for the root of what is not an ordinary number.
+extern "C" {
+long slow_roots = 0;
+}
+inline float counted_sqrt(float x) {
+  slow_roots += !(x > 1e-30f && x < 1e30f);
+  return std::sqrt(x);
+}
+
 #define accelerator on_cpu
 #define aoti_torch_get_current_cuda_stream current_stream
 #define CUDA CPU
+#define sqrtf counted_sqrt
 #define talos_C talos_cuda_on_cpu
 
 #include "../csrc/checks.cpp"

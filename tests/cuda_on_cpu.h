@@ -66,16 +66,18 @@ inline std::function<void()> body;
 
 inline void run();
 
+[[noreturn]] inline void disagree() {
+  std::fputs("the lanes of a warp did not come to the same exchanges\n", stderr);
+  std::abort();
+}
+
 // Goes on with the next lane; never returns.
 [[noreturn]] inline void pass_on(int next) {
   lane = next;
   threadIdx.x = first_thread + next;
   Lane& to = lanes[next];
   if (to.state == State::kStarted) _longjmp(to.place, 1);
-  if (to.state == State::kReturned) {
-    std::fputs("the lanes of a warp did not come to the same exchanges\n", stderr);
-    std::abort();
-  }
+  if (to.state == State::kReturned) disagree();
   to.state = State::kStarted;
   getcontext(&to.beginning);
   to.beginning.uc_stack.ss_sp = to.stack;
@@ -90,6 +92,7 @@ inline int following(int i) { return (i + (backwards ? kLanes - 1 : 1)) % kLanes
 inline void run() {
   body();
   lanes[lane].state = State::kReturned;
+  if (lanes[lane].exchanges != lanes[0].exchanges) disagree();
   if (--running == 0) _longjmp(launcher, 1);
   pass_on(following(lane));
 }

@@ -65,16 +65,6 @@ def test_16_bit_gradients_are_clipped_up_to_their_rounding() -> None:
         assert_close(*firsts, dtype=torch.bfloat16)
 
 
-def test_the_dense_norm_clips_too() -> None:
-    (model, optimizer), (other, deferring) = trained(), trained()
-    for each, chosen in ((model, optimizer), (other, deferring)):
-        backward(each)
-        chosen.clip_grad_norm_(0.1, dense=True, defer=chosen is deferring)
-        chosen.step()
-    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
-        assert_bit_equal(ours.detach(), theirs.detach())
-
-
 def again(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     optimizer.clip_grad_norm_(0.01, defer=defer)
 

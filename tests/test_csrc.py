@@ -271,8 +271,8 @@ def test_gather_grad_matches_the_reference(case: Case, dtype: torch.dtype) -> No
     actual, expected = problem.values.clone(), problem.values.clone()
     for accumulate in (False, True):
         arguments = (problem.grads, problem.index.buffers, accumulate)
-        norm = compiled("gather_grad_")(actual, *arguments)
-        assert_close(norm, gather_grad_reference(expected, *arguments), reduction=True)
+        compiled("gather_grad_")(actual, *arguments)
+        gather_grad_reference(expected, *arguments)
         assert_bit_equal(actual, expected)
 
 
@@ -329,9 +329,9 @@ def digest_of_everything() -> str:
             problem.adam(compiled("sparse_adam_"))
             problem.adam(compiled("sparse_adam_"), master=problem.master, beta1=0.3)
             gathered = torch.zeros_like(problem.exp_avg)
-            norm = compiled("gather_grad_")(gathered, problem.grads, problem.index.buffers, True)
+            compiled("gather_grad_")(gathered, problem.grads, problem.index.buffers, True)
             compiled("add_delta_")(problem.params, problem.index.buffers, gathered, 0.7, None)
-            for tensor in (*problem.written(), gathered, norm.reshape(1)):
+            for tensor in (*problem.written(), gathered):
                 data = tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
                 weights = torch.arange(1, data.numel() + 1)
                 total = (total * 31 + int((data.long() * weights).sum())) % (1 << 61)

@@ -3,6 +3,7 @@
 Stages here are small files that a test writes; the real ones are rehearsed once, all together.
 """
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 from benches.gpu.__main__ import main
 from benches.gpu.context import Context, StageResult, read_stage
 from benches.gpu.device import Cpu
-from benches.gpu.predictions import Prediction
+from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
 from benches.gpu.sizes import TINY
@@ -209,13 +210,34 @@ def test_bars_and_predictions_find_their_measurements() -> None:
     bar = Prediction("a", "x", "step", "dense", over="ours", least=7.5)
     records = {"step": {"dense": {"seconds": 8.0}, "ours": {"seconds": 1.0}}}
     assert bar.measured(records) == 8.0
-    assert bar.verdict(8.0) == "at least 7.5: met"
-    assert bar.verdict(7.0) == "at least 7.5: MISSED"
-    assert bar.verdict(bar.measured({})) == "at least 7.5: not measured"
+    assert bar.verdict(8.0) == "at least 7.5 x: met"
+    assert bar.verdict(7.0) == "at least 7.5 x: MISSED"
+    assert bar.verdict(bar.measured({})) == "at least 7.5 x: not measured"
     most = Prediction("b", "ms", "step", "ours", most=1.0, scale=1e3)
     assert most.measured(records) == 1000.0
-    assert most.verdict(1000.0) == "at most 1: MISSED"
+    assert most.verdict(1000.0) == "at most 1 ms: MISSED"
     assert Prediction("c", "us", "step", "ours", predicted=5.0).verdict(4.0) == ""
+
+
+def rows(title: str) -> list[list[str]]:
+    """The cells of a table of docs/gpu.md, by the title of its first column."""
+    lines = (ROOT / "docs" / "gpu.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |")) + 2
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_document_says_what_the_schedule_and_the_predictions_do() -> None:
+    told = [[stage.name, f"{stage.limit_s:.0f}", stage.title] for stage in STAGES]
+    assert rows("stage") == told
+    questions = {figure: (expected, stage) for *_, figure, expected, stage in rows("feature")}
+    assert len(questions) == len(rows("feature"))
+    for each in PREDICTIONS:
+        assert questions.pop(each.name) == (each.expected, each.stage)
+    for figure, (expected, stage) in questions.items():
+        assert figure.startswith("*"), f"{figure} is no prediction's"
+        assert expected
+        assert stage in SCHEMAS
 
 
 def test_a_schema_finds_what_a_record_lacks() -> None:

@@ -332,23 +332,6 @@ def test_hooks_of_a_weight_see_and_change_the_dense_gradient() -> None:
     optimizer.release()
 
 
-def test_the_dense_norm_is_that_of_dense_gradients() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    model, dense, other, compact = both(model, random_mask(model, params="."))
-    compact.compact_gradients(dense_norm=True)
-    x = torch.randn(5, 8)
-    for each in (model, other):
-        each(x).square().sum().backward()
-    wanted = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    for optimizer in (dense, compact):
-        torch.testing.assert_close(optimizer.clip_grad_norm_(torch.inf, dense=True), wanted)
-        assert optimizer.clip_grad_norm_(torch.inf) < wanted
-    other(x).square().sum().backward()
-    with pytest.raises(TalosRuntimeError, match="dense gradient is not known"):
-        compact.clip_grad_norm_(1.0, dense=True)
-    compact.release()
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_sampled_gradients_are_those_of_the_product(
     autocast: bool, monkeypatch: pytest.MonkeyPatch
@@ -376,14 +359,6 @@ def test_sampled_gradients_are_those_of_the_product(
         difference = (ours.grad.to_dense() - theirs.grad).norm()
         assert difference <= (1e-2 if autocast else 1e-6) * theirs.grad.norm()
     sampled.release()
-
-
-def test_the_dense_norm_of_sampled_gradients_is_refused() -> None:
-    model = nn.Linear(8, 4)
-    optimizer = SparseAdam(model, random_mask(model, params="."))
-    with pytest.raises(TalosValueError, match="sampled must be False with dense_norm=True"):
-        optimizer.compact_gradients(sampled=True, dense_norm=True)
-    optimizer.release()
 
 
 def test_copies_and_releases_have_dense_gradients() -> None:
@@ -596,20 +571,6 @@ def test_another_gradient_that_was_assigned_accumulates() -> None:
     model(torch.ones(2, 6)).sum().backward()
     assert float(model.weight.grad.to_dense().max()) == 4.0
     optimizer.release()
-
-
-def test_the_dense_norm_of_a_scaled_gradient_is_not_known() -> None:
-    for change in (
-        lambda grad: grad.mul_(0.5),
-        lambda grad: grad.zero_(),
-        lambda grad: torch._foreach_mul_([grad], 0.5),
-    ):
-        model, optimizer = compacting(dense_norm=True)
-        model(torch.ones(2, 6)).sum().backward()
-        change(model.weight.grad)
-        with pytest.raises(TalosRuntimeError, match="dense gradient is not known"):
-            optimizer.clip_grad_norm_(1.0, dense=True)
-        optimizer.release()
 
 
 def test_a_wrapper_around_linear_survives_compacting_twice() -> None:

@@ -68,13 +68,11 @@ def test_gather_and_scatter_are_indexing(
     for grad, mask in zip(grads, masks, strict=True):
         grad[~mask] = torch.nan
     out = torch.empty(index.nnz, device=device)
-    norm = gather_grad_(out, grads, index)
+    gather_grad_(out, grads, index)
     expected = selected(grads, masks).float()
     assert_bit_equal(out, expected)
-    assert_close(norm, expected.double().square().sum().float(), reduction=True)
-    twice = gather_grad_(out, grads, index, accumulate=True)
+    gather_grad_(out, grads, index, accumulate=True)
     assert_bit_equal(out, expected + expected)
-    assert_close(twice, 4 * norm, reduction=True)
 
     params = [tensor.to(device) for tensor in case.tensors(dtype, seed=2)]
     wanted = [param.clone() for param in params]
@@ -243,8 +241,8 @@ def test_two_runs_are_bit_equal_on_any_number_of_threads(case: Case, device: tor
         m, v = torch.zeros(index.nnz, device=device), torch.zeros(index.nnz, device=device)
         sparse_adam_(params, grads, index, m, v, torch.zeros(len(params), device=device), lr=0.1)
         out = torch.empty(index.nnz, device=device)
-        norm = gather_grad_(out, grads, index)
-        ends.append([*params, m, v, out, norm])
+        gather_grad_(out, grads, index)
+        ends.append([*params, m, v, out])
     torch.set_num_threads(threads)
     for first, second in zip(*ends, strict=True):
         assert_bit_equal(first, second)

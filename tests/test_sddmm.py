@@ -16,14 +16,13 @@ from tests.cases import (
     DTYPES,
     REDUCTION_TOLERANCES,
     assert_bit_equal,
-    assert_close,
     dense_mask,
 )
 
 # Tokens, rows, columns: odd ones, one tile, several, rows that begin inside words and blocks.
 SHAPES = ((5, 7, 11), (33, 70, 200), (64, 128, 64), (1, 1, 1), (3, 100, 257))
 Operands = tuple[Tensor, Tensor, Tensor, Index]
-Op = Callable[[Tensor, Tensor, Tensor, list[Tensor], bool], Tensor]
+Op = Callable[[Tensor, Tensor, Tensor, list[Tensor], bool], None]
 
 
 def operands(
@@ -45,15 +44,14 @@ def by_autograd(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return gradient[mask]
 
 
-def triton(out: Tensor, dy: Tensor, x: Tensor, index: list[Tensor], accumulate: bool) -> Tensor:
+def triton(out: Tensor, dy: Tensor, x: Tensor, index: list[Tensor], accumulate: bool) -> None:
     from talos_kernels.triton.sddmm import sddmm_ as launch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = out.to(device)
     buffers = [buffer.to(device) for buffer in index]
-    norm = launch(there, dy.to(device), x.to(device), buffers, accumulate)
+    launch(there, dy.to(device), x.to(device), buffers, accumulate)
     out.copy_(there)
-    return norm.cpu()
 
 
 BACKENDS: dict[str, Op] = {"reference": sddmm_reference, "op": torch.ops.talos.sddmm_}
@@ -94,14 +92,12 @@ def test_entries_are_those_of_the_gradient(op: Op, density: float, dtype: torch.
         dy, x, mask, index = operands(shape, density, dtype)
         wanted = by_autograd(dy, x, mask)
         out = torch.empty(index.nnz)
-        norm = op(out, dy, x, index.buffers, False)
+        op(out, dy, x, index.buffers, False)
         assert_sum_is_close(out, wanted, shape[0])
-        assert_close(norm, out.double().square().sum(), reduction=True)
         before = torch.randn(index.nnz)
         more = before.clone()
-        norm = op(more, dy, x, index.buffers, True)
+        op(more, dy, x, index.buffers, True)
         assert_bit_equal(more, before + out)
-        assert_close(norm, more.double().square().sum(), reduction=True)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
@@ -109,11 +105,10 @@ def test_no_tokens_and_no_entries(op: Op, density: float) -> None:
     for shape in ((0, 70, 40), (4, 0, 5), (4, 5, 0)):
         dy, x, _, index = operands(shape, density, torch.float32)
         out = torch.empty(index.nnz)
-        assert op(out, dy, x, index.buffers, False) == 0
+        op(out, dy, x, index.buffers, False)
         assert_bit_equal(out, torch.zeros(index.nnz))
         kept = torch.ones(index.nnz)
-        norm = op(kept, dy, x, index.buffers, True)
-        assert float(norm) == pytest.approx(index.nnz, rel=1e-6)
+        op(kept, dy, x, index.buffers, True)
         assert_bit_equal(kept, torch.ones(index.nnz))
 
 
@@ -138,9 +133,8 @@ def test_rows_without_selected_entries_do_not_matter(op: Op) -> None:
     wanted = by_autograd(dy, x, mask)
     dy[:, 64:] = torch.nan
     out = torch.empty(index.nnz)
-    norm = op(out, dy, x, index.buffers, False)
+    op(out, dy, x, index.buffers, False)
     assert_sum_is_close(out, wanted, 4)
-    assert norm.isfinite()
 
 
 def test_autocast_rounds_nothing(op: Op) -> None:
@@ -157,9 +151,9 @@ def test_two_runs_have_the_same_bits(op: Op) -> None:
     for _ in range(2):
         dy, x, _, index = operands(SHAPES[1], 0.3, torch.float32)
         out = torch.empty(index.nnz)
-        runs.append((out, op(out, dy, x, index.buffers, False)))
-    for one, other in zip(*runs, strict=True):
-        assert_bit_equal(one, other)
+        op(out, dy, x, index.buffers, False)
+        runs.append(out)
+    assert_bit_equal(*runs)
 
 
 @given(
@@ -246,9 +240,9 @@ def test_strided_rows_and_operands_that_require_a_gradient() -> None:
     apart[:, 3:13] = dy
     for rows in (apart[:, 3:13], dy.T.contiguous().T, dy.clone().requires_grad_()):
         out = torch.empty(index.nnz)
-        norm = sddmm_(out, rows, x, index)
+        sddmm_(out, rows, x, index)
         assert_sum_is_close(out, wanted, 6)
-        assert not norm.requires_grad
+        assert not out.requires_grad
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")

@@ -236,6 +236,13 @@ def test_tensor_without_gradient_keeps_its_state() -> None:
     assert not torch.equal(after.params[2].cpu(), step.params[2])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_dtype_of_a_missing_gradient_says_nothing(dtype: torch.dtype) -> None:
+    step = Step.of(ENCODINGS, dtype)
+    missing = torch.empty(0, dtype=BF16 if dtype == FP32 else FP32)
+    replace(step, grads=[missing, *step.grads[1:]]).check()
+
+
 def test_full_mask_is_torchs_adamw() -> None:
     case = Case("full", (2049, 97), (1.0, 1.0))
     start = Step.of(case)
@@ -269,30 +276,23 @@ def test_gather_is_the_references(case: Case, accumulate: bool) -> None:
     index, grads = pack(case), poisoned(case.tensors(BF16, seed=2), case)
     before = torch.randn(index.nnz) if accumulate else torch.empty(index.nnz)
     expected, out = before.clone(), before.to(DEVICE, copy=True)
-    squares = gather_grad_reference(expected, grads, index.buffers, accumulate)
+    gather_grad_reference(expected, grads, index.buffers, accumulate)
     on_device = [grad.to(DEVICE) for grad in grads]
-    ours = gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
+    gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
     assert_bit_equal(out.cpu(), expected)
-    assert ours.shape == ()
-    assert_close(ours.cpu(), squares, reduction=True)
-    assert_close(ours.cpu().double(), expected.double().square().sum(), reduction=True, dtype=FP32)
-    if not accumulate and case is ENCODINGS:
-        again = gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
-        assert_bit_equal(again.cpu(), ours.cpu())
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["overwrite", "accumulate"])
 def test_missing_gradient_counts_as_zero(accumulate: bool) -> None:
     index, grads = pack(ENCODINGS), ENCODINGS.tensors()
+    grads[0] = torch.zeros(0, dtype=BF16)  # whose dtype says nothing
     grads[2] = torch.zeros(0)
     expected = torch.randn(index.nnz)
     out = expected.to(DEVICE, copy=True)
-    squares = gather_grad_reference(expected, grads, index.buffers, accumulate)
-    ours = gather_grad.gather_grad_(
-        out, [grad.to(DEVICE) for grad in grads], buffers(index), accumulate
-    )
+    gather_grad_reference(expected, grads, index.buffers, accumulate)
+    on_device = [grad.to(DEVICE) for grad in grads]
+    gather_grad.gather_grad_(out, on_device, buffers(index), accumulate)
     assert_bit_equal(out.cpu(), expected)
-    assert_close(ours.cpu(), squares, reduction=True)
 
 
 @cases

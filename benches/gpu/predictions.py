@@ -36,10 +36,19 @@ class Prediction:
             return None
         return float(value) / float(unit) * self.scale
 
+    @property
+    def expected(self) -> str:
+        """The prediction and the bar in words."""
+        predicted = [] if self.predicted is None else [f"{self.predicted:g} {self.unit}".strip()]
+        return "; ".join([*predicted, *self._bars()])
+
+    def _bars(self) -> list[str]:
+        bars = (("at most", self.most), ("at least", self.least))
+        return [f"{word} {bar:g} {self.unit}".strip() for word, bar in bars if bar is not None]
+
     def verdict(self, measured: float | None) -> str:
         """The bar, and whether it is met; nothing where there is no bar."""
-        bars = [f"at most {self.most:g}"] if self.most is not None else []
-        bars += [f"at least {self.least:g}"] if self.least is not None else []
+        bars = self._bars()
         if not bars:
             return ""
         if measured is None:

@@ -55,6 +55,8 @@ class Sizes:
     histogram: int
     """Of them, in the first pass alone."""
     calibration: Calibration
+    queued: Iteration
+    """A batch of a model whose small layers share launches when they are scored."""
     chunks: tuple[int, ...]
     """Entries that a Triton program takes at a time, beside those it does."""
     processes: int
@@ -75,7 +77,7 @@ _NO_DEVICE = (
         "tests/test_cli.py",
         "tests/test_bench_shapes.py",
     ),
-    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py"),
+    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py", "tests/gpu"),
 )
 
 FULL = Sizes(
@@ -93,6 +95,7 @@ FULL = Sizes(
     threshold=300_000_000,
     histogram=85_000_000,
     calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    queued=Iteration("minilm", 16),
     chunks=(256, 1024),
     processes=12,
     tests=(
@@ -132,6 +135,7 @@ TINY = Sizes(
     threshold=10_000,
     histogram=5_000,
     calibration=Calibration("minilm", samples=8, batch=4, rounds=2, layers=1),
+    queued=Iteration("minilm", 2, layers=1),
     chunks=(256,),
     processes=1,
     tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),

@@ -2,7 +2,6 @@
 // once per instruction set, inside its namespace.
 
 struct Block {
-  int64_t program;
   int64_t tensor;
   int64_t encoding;
   int64_t dense_begin;  // in entries of the tensor
@@ -32,7 +31,6 @@ inline bool positions_agree(const Block& b) {
 // False where the buffers contradict each other, so that a damaged index cannot reach memory that
 // is not the call's. table[:, NUMEL] was compared with the params before.
 inline bool find_block(const IndexView& index, int64_t program, Block& b) {
-  b.program = program;
   b.tensor = index.programs[2 * program];
   if (b.tensor < 0 || b.tensor >= index.n_tensors) return false;
   const int64_t* row = index.table + b.tensor * kColumns;

@@ -109,8 +109,8 @@ void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   run_programs(kernels().sparse_adam, call);
 }
 
-Tensor gather_grad_(const Tensor& out, const std::vector<Tensor>& grads,
-                    const std::vector<Tensor>& index, bool accumulate) {
+void gather_grad_(const Tensor& out, const std::vector<Tensor>& grads,
+                  const std::vector<Tensor>& index, bool accumulate) {
   const TensorList g = checked_grads(grads, out);
   GatherCall call{};
   call.index = checked_index(index, static_cast<int64_t>(grads.size()), out.numel(), out);
@@ -119,15 +119,7 @@ Tensor gather_grad_(const Tensor& out, const std::vector<Tensor>& grads,
   call.grad_dtype = g.dtype;
   call.out = static_cast<float*>(checked_array(out, "out", ScalarType::Float, out.numel(), out));
   call.accumulate = accumulate;
-  std::vector<double> sums(call.index.n_programs);
-  call.sums = sums.data();
   run_programs(kernels().gather_grad, call);
-
-  double total = 0;
-  for (double sum : sums) total += sum;
-  Tensor result = torch::stable::new_empty(out, {}, ScalarType::Float);
-  *static_cast<float*>(result.data_ptr()) = static_cast<float>(total);
-  return result;
 }
 
 DeltaCall checked_delta(const TensorList& params, const std::vector<Tensor>& index,

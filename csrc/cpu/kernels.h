@@ -38,7 +38,6 @@ struct GatherCall {
   DType grad_dtype;
   float* out;
   bool accumulate;
-  double* sums;  // [n_programs], sum of squares of each program's part of out
 };
 
 // scatter_ and add_delta_: `saved` and `scale` are add_delta_'s.

@@ -177,18 +177,6 @@ bool adam_programs(const AdamCall& call, int64_t first, int64_t last) {
                   });
 }
 
-// Sixteen running sums in a fixed order: the same bits at every vector width.
-inline double sum_of_squares(const float* x, int64_t n) {
-  double sums[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t k = 0; k < 16; ++k) sums[k] += static_cast<double>(x[i + k]) * x[i + k];
-  for (int64_t k = 0; i + k < n; ++k) sums[k] += static_cast<double>(x[i + k]) * x[i + k];
-  double total = 0;
-  for (double sum : sums) total += sum;
-  return total;
-}
-
 template <class G>
 bool gather_programs(const GatherCall& call, int64_t first, int64_t last) {
   Scratch<G> grads;
@@ -207,7 +195,6 @@ bool gather_programs(const GatherCall& call, int64_t first, int64_t last) {
                     } else if (!call.accumulate) {
                       std::memset(out, 0, n * sizeof(float));
                     }
-                    call.sums[b.program] += sum_of_squares(out, n);
                   });
 }
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
-from .launch import DTYPES, address_table, device_guard
+from .launch import DTYPES, address_table, device_guard, shared_dtype
 
 __all__ = ["gather_grad_", "gather_grad_kernel", "scatter_", "scatter_kernel"]
 
@@ -20,8 +19,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def gather(source, grad_ptr, out_ptr, given, ACCUMULATE: tl.constexpr, LISTED: tl.constexpr):
-    """Gathers a block, of a gradient not given zeros; returns the squares' sums by lane."""
-    squares = tl.zeros((CHUNK,), tl.float32)
+    """Gathers a block, of a gradient not given zeros."""
     done, count = 0, source[3]
     while done < count:
         chunk = load_chunk(source, done, LISTED)
@@ -30,10 +28,8 @@ def gather(source, grad_ptr, out_ptr, given, ACCUMULATE: tl.constexpr, LISTED: t
         if ACCUMULATE:
             values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
         tl.store(out_ptr + ranks, values, mask=selected)
-        squares += values * values
         out_ptr += found
         done += CHUNK
-    return squares
 
 
 @triton.jit
@@ -45,21 +41,19 @@ def gather_grad_kernel(
     programs_ptr,
     addresses_ptr,
     out_ptr,
-    partials_ptr,
     GRAD_DTYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """One program gathers one block and sums its squares; a gradient not given counts as 0."""
+    """One program gathers one block; a gradient not given counts as 0."""
     tensor, begin, first, _, listed, source = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
     given = tl.load(addresses_ptr + tensor) != 0
     grad_ptr = tensor_pointer(addresses_ptr + tensor, GRAD_DTYPE) + begin
     if listed:
-        squares = gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=True)
+        gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=True)
     else:
-        squares = gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=False)
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(squares, 0))
+        gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=False)
 
 
 @triton.jit
@@ -99,18 +93,16 @@ def scatter_kernel(
 
 def gather_grad_(
     out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
-) -> Tensor:
-    """Launch one program a block of all tensors; the blocks' sums are added in a fixed order."""
+) -> None:
+    """Launch one program a block of all tensors."""
     programs = index[4]
     if programs.shape[0] == 0:
-        return out.new_zeros(())
+        return
     with device_guard(out.device):
-        partials = torch.empty(programs.shape[0], dtype=torch.float32, device=out.device)
         gather_grad_kernel[(programs.shape[0],)](
-            *index, address_table(grads), out, partials,
-            GRAD_DTYPE=DTYPES[grads[0].dtype], ACCUMULATE=accumulate, num_warps=NUM_WARPS,
+            *index, address_table(grads), out,
+            GRAD_DTYPE=shared_dtype(grads), ACCUMULATE=accumulate, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return partials.sum()
 
 
 def scatter_(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:

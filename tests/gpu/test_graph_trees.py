@@ -3,7 +3,6 @@
 A table that lived in that pool would be found by later calls after its memory went to others.
 """
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from tests.cases import MANY, assert_bit_equal
 DEVICE = torch.device("cuda")
 
 
-@pytest.mark.slow
 def test_a_table_made_while_graphs_warm_up_stays_whole() -> None:
     from talos_kernels.triton import launch
 

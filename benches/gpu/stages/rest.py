@@ -18,13 +18,16 @@ from importlib import import_module
 
 import torch
 
-from benches import bench_add_delta, bench_gather_grad, forms, measure
+from benches import bench_add_delta, bench_gather_grad, bench_sddmm, forms, measure, scoring
 from benches.gpu.context import Context, stage_main
 from benches.gpu.stages.agreement import record_tests
+from benches.shapes import SHAPES
 from benches.table import OURS
 from talos_kernels import fisher_diag_, select_threshold, tensor_index
 from talos_kernels.triton.fisher_diag import CONFIGS as SCORING
 from talos_kernels.triton.fisher_diag import Config as ScoringConfig
+from talos_kernels.triton.sddmm import CONFIGS as PRODUCTS
+from talos_kernels.triton.sddmm import Config as ProductConfig
 
 TOOL_LIMIT = 25.0  # seconds
 TESTS_NEED = 12.0
@@ -146,7 +149,7 @@ def encoded(context: Context, border: float, density: float) -> dict[str, object
 
 @dataclass(frozen=True)
 class Sweep:
-    """A constant of a module of Triton kernels that is read at each launch, and what uses it."""
+    """A constant that is read at each launch, and what uses it."""
 
     module: str
     constant: str
@@ -157,14 +160,14 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.constant}"
+        return f"{self.module.rpartition('.')[2]}.{self.constant}"
 
 
 def run_sweep(context: Context, sweep: Sweep) -> None:
     keys = {f"{sweep.name} = {label}": value for label, value in sweep.values.items()}
     if not any(map(context.todo, keys)):
         return
-    module = import_module(f"talos_kernels.triton.{sweep.module}")
+    module = import_module(sweep.module)
     made: list[Callable[[], object]] = []
 
     def measured(value: object) -> dict[str, object]:
@@ -199,7 +202,7 @@ def op(module: object) -> Callable[[Context], Callable[[], object]]:
     return make
 
 
-def scoring(context: Context) -> Callable[[], object]:
+def scored_layer(context: Context) -> Callable[[], object]:
     sizes, device = context.sizes.scoring, context.device.torch
     dtype = torch.bfloat16 if context.device.kind == "cuda" else torch.float32
     dy, x = (
@@ -215,30 +218,70 @@ def threshold(context: Context) -> Callable[[], object]:
     return lambda: select_threshold(scores, scores[0].numel() // 10)
 
 
+def product(context: Context) -> Callable[[], object]:
+    shape, device = context.sizes.shapes[-1], context.device.torch
+    return bench_sddmm.make(shape, OURS, context.sizes.queued.batch, device).step
+
+
+def queued(context: Context) -> Callable[[], object]:
+    """A scored batch of small layers, which share launches."""
+    iteration = context.sizes.queued
+    layers = iteration.layers or SHAPES[iteration.model].layers
+    model, batch = scoring.build(iteration.model, layers, iteration.batch, context.device.torch)
+    return lambda: scoring.ours(model, batch)
+
+
+TRITON = "talos_kernels.triton"
 WARPS = {str(n): n for n in (4, 2, 8)}
 SWEEPS = (
-    Sweep("sparse_adam", "NUM_WARPS", WARPS, step),
+    Sweep(f"{TRITON}.sparse_adam", "NUM_WARPS", WARPS, step),
     Sweep(
-        "fisher_diag",
+        f"{TRITON}.fisher_diag",
         "CONFIGS",
         {
-            f"{rows} x {cols}, {warps} warps, {stages} stages": SCORING
-            | {"half": ScoringConfig(rows, cols, (64, 32, 16), warps, stages)}
-            for rows, cols, warps, stages in (
-                (128, 128, 8, 3),
-                (128, 128, 8, 4),
-                (128, 64, 8, 4),
-                (128, 64, 4, 4),
-                (64, 64, 4, 4),
+            f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages": SCORING
+            | {"half": ScoringConfig(rows, cols, (depth,), warps, stages)}
+            for rows, cols, depth, warps, stages in (
+                (128, 128, 64, 8, 3),
+                (128, 128, 32, 8, 3),
+                (128, 128, 32, 8, 4),
+                (128, 64, 64, 8, 4),
+                (128, 64, 64, 4, 4),
+                (64, 64, 64, 4, 4),
             )
         },
-        scoring,
+        scored_layer,
     ),
-    Sweep("fisher_diag", "PROGRAMS_PER_PROCESSOR", {str(n): n for n in (2, 1, 3, 4)}, scoring),
-    Sweep("select_threshold", "STEPS", {str(n): n for n in (64, 16, 256)}, threshold, False),
-    Sweep("select_threshold", "NUM_WARPS", WARPS, threshold, False),
-    Sweep("add_delta", "NUM_WARPS", WARPS, op(bench_add_delta)),
-    Sweep("gather_grad", "NUM_WARPS", WARPS, op(bench_gather_grad)),
+    Sweep(
+        f"{TRITON}.fisher_diag",
+        "PROGRAMS_PER_PROCESSOR",
+        {str(n): n for n in (2, 1, 3, 4)},
+        scored_layer,
+    ),
+    Sweep(
+        f"{TRITON}.select_threshold", "STEPS", {str(n): n for n in (64, 16, 256)}, threshold, False
+    ),
+    Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, False),
+    Sweep(
+        f"{TRITON}.sddmm",
+        "CONFIGS",
+        {
+            f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages": PRODUCTS
+            | {"half": (ProductConfig(rows, cols, depth, warps, stages),)}
+            for rows, cols, depth, warps, stages in (
+                (128, 128, 64, 8, 3),
+                (64, 64, 64, 4, 3),
+                (128, 64, 64, 8, 3),
+                (64, 64, 64, 4, 4),
+            )
+        },
+        product,
+    ),
+    Sweep(
+        "talos.capture", "_QUEUE_BYTES", {f"{n} MB": n << 20 for n in (32, 8, 128)}, queued, False
+    ),
+    Sweep(f"{TRITON}.add_delta", "NUM_WARPS", WARPS, op(bench_add_delta)),
+    Sweep(f"{TRITON}.gather_grad", "NUM_WARPS", WARPS, op(bench_gather_grad)),
 )
 
 
