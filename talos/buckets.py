@@ -23,7 +23,7 @@ __all__ = ["Bucket"]
 
 # Lists of these are compared as a whole: one tensor after another would take longer than a launch.
 _look = attrgetter("dtype", "device", "shape", "layout")
-_grad = attrgetter("grad")
+_grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
 Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
@@ -125,7 +125,11 @@ class Bucket:
         if list(map(_look, self.params.values())) != self.looks:
             self._refuse_params()
         grads = list(map(_grad, self.params.values()))
-        if set(map(type, grads)) != {Tensor}:
+        kinds = set(map(type, grads))
+        selections = [own.index for own in self.compacted.values()]
+        if kinds == {CompactGradient} and list(map(_selection, grads)) == selections:
+            grads = list(map(_entries, grads))
+        elif kinds != {Tensor}:
             grads = [self._held(name, grad) for name, grad in zip(self.params, grads, strict=True)]
         looks = list(map(_look, grads))
         if looks != self.accepted:
@@ -194,7 +198,7 @@ class Bucket:
         params = list(self.params.values())
         given: Sequence[Tensor | None] = grads
         step: Callable[..., None] = sparse_adam_rows_
-        if not (self.uniform and all(map(_row_major, params)) and all(map(_row_major, grads))):
+        if not (all(map(_row_major, params)) and self._plain(grads)):
             step, given = sparse_adam_, [None if each is self.absent else each for each in grads]
         step(
             params,
@@ -214,6 +218,10 @@ class Bucket:
             clip_factor=clip_factor,
             seed=group["seed"],
         )
+
+    def _plain(self, grads: list[Tensor]) -> bool:
+        """Whether the ops take these gradients as they are."""
+        return self.uniform and all(map(_row_major, grads))
 
     def _upload_lr(self, lr: float | Tensor) -> None:
         """Write the rate to the device: a number when it changed, a tensor of it each time."""
@@ -247,7 +255,10 @@ class Bucket:
         compact, dense = self._split(grads)
         if len(compact) < len(grads):
             out = torch.empty(self.index.nnz, device=self.index.device)
-            gather_grad_(out, dense, self.index)
+            if not compact and self._plain(grads):
+                torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
+            else:
+                gather_grad_(out, dense, self.index)
             compact.append(out)
         return torch.stack(torch._foreach_norm(compact)).square().sum()
 
@@ -260,6 +271,14 @@ class Bucket:
             if not grad.is_contiguous() and 0 in grad.stride():
                 param.grad = grads[i] = grad.contiguous()
         torch._foreach_mul_(grads, coefficient.to(self.index.device))
+
+    def zero_compact(self) -> bool:
+        """Fill the compact gradients with zeros; whether there are none but those."""
+        grads = [grad for grad in map(_grad, self.params.values()) if grad is not None]
+        compact = [grad.entries for grad in grads if isinstance(grad, CompactGradient)]
+        if compact:
+            torch._foreach_zero_(compact)
+        return len(compact) == len(grads)
 
     def renew(self) -> None:
         """Give the state memory of its own, apart from what `views` handed out so far."""

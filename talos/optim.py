@@ -242,8 +242,9 @@ class SparseAdam(torch.optim.Optimizer):
         Args:
             set_to_none: False keeps their memory and fills it with zeros.
         """
-        super().zero_grad(set_to_none)
         self._clipping.drop()
+        if set_to_none or not all(bucket.zero_compact() for bucket in self._buckets):
+            super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def clip_grad_norm_(

@@ -9,6 +9,7 @@ zero have a test of their own, in ulps of the distance that they travelled.
 
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -757,6 +758,21 @@ def test_gradients_of_every_kind_take_turns(dtype: torch.dtype) -> None:
         oracle.step()
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
             assert_bit_equal(ours.detach(), theirs.detach())
+
+
+@pytest.mark.parametrize("dense", [(), ("bias",), tuple(SHAPES)])
+def test_zeros_are_filled_in_where_memory_is_kept(dense: tuple[str, ...]) -> None:
+    model = Weights()
+    optimizer = SparseAdam(model, full_mask())
+    optimizer.compact_gradients()
+    sum((param * 2.0).sum() for param in model.parameters()).backward()
+    for name in dense:
+        model.get_parameter(name).grad = torch.ones(SHAPES[name])
+    model.scale.grad = None
+    kept = [model.weight.grad, model.embed.grad, model.bias.grad]
+    optimizer.zero_grad(set_to_none=False)
+    assert all(map(operator.is_, [model.weight.grad, model.embed.grad, model.bias.grad], kept))
+    assert not any(getattr(grad, "entries", grad).any() for grad in kept)
 
 
 def test_entries_that_were_replaced_are_refused() -> None:

@@ -236,6 +236,13 @@ def test_tensor_without_gradient_keeps_its_state() -> None:
     assert not torch.equal(after.params[2].cpu(), step.params[2])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_dtype_of_a_missing_gradient_says_nothing(dtype: torch.dtype) -> None:
+    step = Step.of(ENCODINGS, dtype)
+    missing = torch.empty(0, dtype=BF16 if dtype == FP32 else FP32)
+    replace(step, grads=[missing, *step.grads[1:]]).check()
+
+
 def test_full_mask_is_torchs_adamw() -> None:
     case = Case("full", (2049, 97), (1.0, 1.0))
     start = Step.of(case)
@@ -278,6 +285,7 @@ def test_gather_is_the_references(case: Case, accumulate: bool) -> None:
 @pytest.mark.parametrize("accumulate", [False, True], ids=["overwrite", "accumulate"])
 def test_missing_gradient_counts_as_zero(accumulate: bool) -> None:
     index, grads = pack(ENCODINGS), ENCODINGS.tensors()
+    grads[0] = torch.zeros(0, dtype=BF16)  # whose dtype says nothing
     grads[2] = torch.zeros(0)
     expected = torch.randn(index.nnz)
     out = expected.to(DEVICE, copy=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
-from .launch import DTYPES, address_table, device_guard
+from .launch import DTYPES, address_table, device_guard, shared_dtype
 
 __all__ = ["gather_grad_", "gather_grad_kernel", "scatter_", "scatter_kernel"]
 
@@ -101,7 +101,7 @@ def gather_grad_(
     with device_guard(out.device):
         gather_grad_kernel[(programs.shape[0],)](
             *index, address_table(grads), out,
-            GRAD_DTYPE=DTYPES[grads[0].dtype], ACCUMULATE=accumulate, num_warps=NUM_WARPS,
+            GRAD_DTYPE=shared_dtype(grads), ACCUMULATE=accumulate, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

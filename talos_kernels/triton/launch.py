@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "device_guard",
     "integer_table",
     "processors",
+    "shared_dtype",
     "tf32_allowed",
 ]
 
@@ -54,6 +56,11 @@ def tf32_allowed() -> bool:
     return precision == "tf32"
 
 
+def shared_dtype(tensors: Sequence[Tensor]) -> tl.dtype:
+    """Triton's name of the dtype of the tensors with entries: an empty one says nothing."""
+    return DTYPES[next((each.dtype for each in tensors if each.numel()), torch.float32)]
+
+
 def address_table(*columns: Sequence[Tensor]) -> Tensor:
     """The addresses of tensors on their device, without waiting for it.
 
@@ -63,12 +70,10 @@ def address_table(*columns: Sequence[Tensor]) -> Tensor:
     Returns:
         int64 `[tensors, columns]`; 0 for a tensor without entries.
     """
-    addresses = tuple(
-        tensor.data_ptr() if tensor.numel() else 0
-        for row in zip(*columns, strict=True)
-        for tensor in row
-    )
-    return integer_table(addresses, columns[0][0].device).view(-1, len(columns))
+    addresses = [0] * (len(columns) * len(columns[0]))
+    for i, column in enumerate(columns):
+        addresses[i :: len(columns)] = map(Tensor.data_ptr, column)  # 0 of one without entries
+    return integer_table(tuple(addresses), columns[0][0].device).view(-1, len(columns))
 
 
 def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -93,8 +98,8 @@ def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     with _lock:
         table = _tables.pop(key, None)
         if table is None:
-            host = torch.tensor(values, dtype=torch.int64, pin_memory=on_gpu)
-            table = host.to(device, non_blocking=True)
+            host = torch.frombuffer(array("q", values), dtype=torch.int64)
+            table = host.pin_memory().to(device, non_blocking=True) if on_gpu else host
         _tables[key] = table
         if len(_tables) > CACHE_SIZE:
             del _tables[next(iter(_tables))]

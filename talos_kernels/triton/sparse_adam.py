@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._ops import serve_cuda
 from .blocks import CHUNK, find_block, load_chunk, next_chunk, tensor_pointer
-from .launch import DTYPES, device_guard, integer_table
+from .launch import DTYPES, device_guard, integer_table, shared_dtype
 
 __all__ = ["adam_scalars_kernel", "sparse_adam_", "sparse_adam_kernel"]
 
@@ -240,14 +240,10 @@ def sparse_adam_(
     n_tensors, n_programs = len(params), programs.shape[0]
     if n_tensors == 0:
         return
-    sizes = list(map(Tensor.numel, grads))
-    grad_dtype = next(
-        (grad.dtype for grad, n in zip(grads, sizes, strict=True) if n), torch.float32
-    )
     addresses = [0] * (n_tensors * COLUMNS.value)
     addresses[::3] = map(Tensor.data_ptr, params)
     addresses[1::3] = map(Tensor.data_ptr, grads)  # 0 of an empty one
-    addresses[2::3] = map(operator.lt, sizes, map(Tensor.numel, params))
+    addresses[2::3] = map(operator.lt, map(Tensor.numel, grads), map(Tensor.numel, params))
     table = integer_table(tuple(addresses), programs.device)
     scalars = torch.empty(n_tensors * SCALARS.value, device=programs.device)
     logs = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
@@ -260,7 +256,7 @@ def sparse_adam_(
             sparse_adam_kernel[(n_programs,)](
                 *index, table, scalars, exp_avg, exp_avg_sq, master, grad_scale, found_inf,
                 clip_factor, 1 - beta1, beta2, 1 - beta2, eps,
-                PARAM_DTYPE=DTYPES[params[0].dtype], GRAD_DTYPE=DTYPES[grad_dtype],
+                PARAM_DTYPE=DTYPES[params[0].dtype], GRAD_DTYPE=shared_dtype(grads),
                 MAXIMIZE=maximize, num_warps=NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
