@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
@@ -37,13 +37,14 @@ class Bucket:
         params: by name, in the order of the index; one device and dtype.
         looks: what each of them was when the bucket was made.
         index: the selected entries, on their device.
-        exp_avg: float32 or bfloat16 `[nnz]`, first moment.
+        exp_avg: float32 or bfloat16 `[nnz]`, first moment; float64 for float64 weights.
         exp_avg_sq: `[nnz]` of the same dtype, second moment.
-        master: float32 `[nnz]`, the weights before rounding; None for float32 weights.
+        master: float32 `[nnz]`, the weights before rounding; None for weights that need none.
         steps: float32 `[tensors]`, steps that each tensor has taken.
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
-        base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
+        base: `[nnz]` on the CPU, of the tensors' dtype or that of a checkpoint: the initial
+            weights.
         compacted: the parameters whose gradients are kept compact; none where they are not.
         absent: stands for a gradient that is None.
         accepted: the looks of the gradients that `check` has accepted last.
@@ -82,9 +83,12 @@ class Bucket:
         """State of zeros for these tensors, whose names are the mask's."""
         first = next(iter(params.values()))
         index = mask.pack(list(params), first.device)
-        weights = torch.empty(index.nnz, device=first.device)
+        wide = torch.promote_types(first.dtype, torch.float32)
+        weights = torch.empty(index.nnz, dtype=wide, device=first.device)
         with torch.no_grad():
             gather_grad_(weights, list(params.values()), index)
+        if wide == torch.float64:
+            moment_dtype = wide
         return cls(
             group,
             params,
@@ -92,13 +96,45 @@ class Bucket:
             index,
             torch.zeros_like(weights, dtype=moment_dtype),
             torch.zeros_like(weights, dtype=moment_dtype),
-            weights if first.dtype != torch.float32 else None,
-            torch.zeros(len(params), device=first.device),
+            weights if first.dtype != wide else None,
+            torch.zeros(len(params), dtype=torch.float32, device=first.device),
             torch.zeros((), dtype=torch.float64, device=first.device),
             None,
             weights.to("cpu", first.dtype, copy=True),
             weights.new_empty(0),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.looks[0][0]
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a weight has another device or dtype than the state was made for."""
+        kinds = [look[:2] for look in self.looks]
+        return [_look(param)[:2] for param in self.params.values()] != kinds
+
+    @torch.no_grad()
+    def fill(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Take over state by parameter; where there is none it stays as a new bucket's."""
+        parts = zip(self.params.values(), self.index.slices, strict=True)
+        for i, (param, entries) in enumerate(parts):
+            given = states.get(param)
+            if not given:
+                continue
+            self.steps[i] = given["step"]
+            self.exp_avg[entries].copy_(given["exp_avg"])
+            self.exp_avg_sq[entries].copy_(given["exp_avg_sq"])
+            if self.master is not None and "master" in given:
+                self.master[entries].copy_(given["master"])
+
+    def bases(self) -> dict[str, Tensor]:
+        """The initial weights by name: views of `base`."""
+        return {
+            name: self.base[entries]
+            for name, entries in zip(self.params, self.index.slices, strict=True)
+        }
 
     def views(self) -> dict[Tensor, dict[str, Tensor]]:
         """Each tensor's part of the flat state, as `Optimizer.state` holds it."""
@@ -140,9 +176,9 @@ class Bucket:
     def _refuse_params(self) -> None:
         """Say which parameter is no longer what it was."""
         for (name, param), (_, _, shape, _) in zip(self.params.items(), self.looks, strict=True):
-            if param.device != self.index.device or param.dtype != self.base.dtype:
+            if param.device != self.index.device or param.dtype != self.dtype:
                 raise TalosRuntimeError(
-                    f"{name} was {self.base.dtype} on {self.index.device} when the optimizer was "
+                    f"{name} was {self.dtype} on {self.index.device} when the optimizer was "
                     f"made, is {param.dtype} on {param.device}; move or cast the model first"
                 )
             if param.shape != shape or param.layout != torch.strided:
@@ -175,10 +211,12 @@ class Bucket:
             elif grad is not self.absent:
                 _check_gradient(name, param, grad)
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
-        self.uniform = dtypes <= {self.base.dtype} or dtypes <= {torch.float32}
+        self.uniform = dtypes <= {self.dtype} or (dtypes <= {torch.float32} and not self._is_wide)
 
     def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
-        """Where each tensor's gradient goes, made anew."""
+        """Where each tensor's gradient goes, made anew; float64 ones stay dense."""
+        if self._is_wide:
+            return []
         self.compacted = {
             name: CompactedParam(param, index, _rows(param, index), sampled)
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
@@ -254,13 +292,23 @@ class Bucket:
         """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
         compact, dense = self._split(grads)
         if len(compact) < len(grads):
-            out = torch.empty(self.index.nnz, device=self.index.device)
-            if not compact and self._plain(grads):
+            out = self._empty()
+            if not compact and self._plain(grads) and not self._is_wide:
                 torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
             else:
                 gather_grad_(out, dense, self.index)
             compact.append(out)
         return torch.stack(torch._foreach_norm(compact)).square().sum()
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether the weights are float64, which the references serve."""
+        return self.dtype == torch.float64
+
+    def _empty(self) -> Tensor:
+        """Room for an array of the selected entries, not narrower than they are."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return torch.empty(self.index.nnz, dtype=wide, device=self.index.device)
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.
@@ -280,21 +328,15 @@ class Bucket:
             torch._foreach_zero_(compact)
         return len(compact) == len(grads)
 
-    def renew(self) -> None:
-        """Give the state memory of its own, apart from what `views` handed out so far."""
-        self.steps = self.steps.clone()
-        self.exp_avg, self.exp_avg_sq = self.exp_avg.clone(), self.exp_avg_sq.clone()
-        self.master = None if self.master is None else self.master.clone()
-
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         """Current minus initial weights of each tensor: float32 `[nnz]`, on the CPU."""
-        weights = torch.empty(self.index.nnz, device=self.index.device)
+        weights = self._empty()
         gather_grad_(weights, list(self.params.values()), self.index)
         if self.master is not None:  # a weight that somebody else wrote wins, as in the step
-            ours = self.master.to(self.base.dtype).float() == weights
+            ours = self.master.to(self.dtype).float() == weights
             weights = torch.where(ours, self.master, weights)
-        delta = weights.cpu() - self.base.float()
+        delta = (weights.cpu() - self.base.to(weights.dtype)).float()
         return {
             name: delta[entries]
             for name, entries in zip(self.params, self.index.slices, strict=True)
@@ -316,7 +358,7 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
             f"{name}.grad must be dense, got {grad.layout}; "
             "this optimizer takes dense gradients and trains a sparse selection"
         )
-    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16, param.dtype):
         raise TalosTypeError(f"{name}.grad must be float32, bfloat16 or float16, got {grad.dtype}")
     if grad.shape != param.shape or grad.device != param.device:
         raise TalosValueError(

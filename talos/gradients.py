@@ -70,6 +70,8 @@ class CompactedParam:
         if isinstance(found, CompactGradient):
             _write(found.entries, gradient, found.selection, accumulate=True)
             return
+        if self.index.device != self.param.device:  # the model moved since the optimizer was made
+            self.index = self.index.to(self.param.device)
         entries = torch.empty(self.index.nnz, dtype=torch.float32, device=self.index.device)
         _write(entries, gradient, self.index)
         self.param.grad = CompactGradient.of(self.param, self.index, entries)

@@ -17,9 +17,11 @@ __all__ = [
     "NamedParams",
     "by_name",
     "check_hyperparameters",
+    "check_moments",
     "check_not_wrapped",
     "check_trainable",
     "named_groups",
+    "several_processes",
 ]
 
 NamedParams = Iterable[tuple[str, Tensor]]
@@ -82,13 +84,25 @@ def check_trainable(name: str, param: Tensor) -> None:
         )
     if param.is_meta:
         raise TalosTypeError(f"{name} must hold data, got the meta device; materialise it first")
-    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TalosTypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TalosTypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {param.dtype}"
+        )
     if not param.requires_grad:
         raise TalosValueError(
             f"{name} is selected by the mask but has requires_grad=False; "
             "call .requires_grad_() on it or leave it out of the mask"
         )
+
+
+def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
+    """Refuse a dtype that moments cannot have, and what is no seed of their noise."""
+    if moment_dtype not in (torch.float32, torch.bfloat16):
+        raise TalosTypeError(
+            f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise TalosValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
 
 
 def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = False) -> None:
@@ -112,3 +126,13 @@ def _check_number(what: str, value: Any, below: float = math.inf) -> None:
         raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
     if not 0.0 <= number < below:
         raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed runs more than this process."""
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

@@ -30,7 +30,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import attention_projections
 from .errors import TalosTypeError, TalosValueError
@@ -386,7 +386,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             f"params must match a parameter with requires_grad=True, got {params!r}, which matches "
             f"{selection.passed_over} frozen ones; call requires_grad_() on those to be selected"
         )
-    check_one_memory(model, {name: each.param for name, each in selection.items()})
+    every = named_parameters(model, remove_duplicate=False)
+    check_one_memory(every, {name: each.param for name, each in selection.items()})
     if selection.passed_over:
         _logger.info(
             "%d of %d parameters matched by params=%r have requires_grad=False and are passed over",
@@ -397,18 +398,17 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
     return selection
 
 
-def check_one_memory(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+def check_one_memory(every: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> None:
     """Refuse parameters whose gradient is not the whole gradient of their memory.
 
     Args:
-        model: the module that holds them.
+        every: the model's parameters, by all of their names.
         chosen: what is scored or trained, by name.
 
     Raises:
         TalosValueError: another parameter is the same memory or shares a part of it: autograd
             gives each of the two the gradient of its own uses only.
     """
-    every = named_parameters(model, remove_duplicate=False)
     places = {place(param): name for name, param in chosen.items()}
     for name, param in every.items():
         own = places.get(place(param))

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from talos.errors import TalosValueError
 from talos.linear_backward import route, unroute
 from talos.masks import Mask
-from talos.optim import several_processes
+from talos.param_groups import several_processes
 from talos.params import select_attention
 from talos.projections import Projection
 from talos.task_vectors import TaskVector

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from talos.errors import TalosTypeError
 from talos.masks import Mask
-from talos.optim import SparseAdam, several_processes
+from talos.optim import SparseAdam
+from talos.param_groups import several_processes
 from talos.task_vectors import TaskVector
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase
