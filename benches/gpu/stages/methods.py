@@ -62,7 +62,8 @@ def made(iteration: Iteration, device: torch.device) -> tuple[Workload, Agreemen
 
 def cost(context: Context, iteration: Iteration, form: Form) -> dict[str, Any]:
     device = context.device
-    about = {"model": iteration.model, "batch": iteration.batch, "form": form.title}
+    about = {"model": iteration.model, "batch": iteration.batch}
+    about |= {"form": form.name, "title": form.title}
     if form in COMPILED and device.kind == "cpu":
         return about | {"left_out": "compiling takes a CPU minutes"}
     workload, agreement = made(iteration, device.torch)
@@ -72,20 +73,7 @@ def cost(context: Context, iteration: Iteration, form: Form) -> dict[str, Any]:
     (found,) = measure(
         workload, [form], rounds=1, iterations=ITERATIONS[device.kind], agreement=agreement
     )
-    rate = found.bytes_per_second
-    return about | {
-        "forward_backward": found.forward_backward,
-        "optimizer": found.optimizer,
-        "total": found.total,
-        "spread": found.spreads[2],
-        "peak_bytes": found.memory.peak,
-        "memory": found.as_dict()["memory"],
-        "launches": found.launches,
-        "bytes_moved": found.bytes_moved,
-        "bytes_per_second": rate,
-        "share": None if rate is None else context.share("copy", rate),
-        "loss": found.loss,
-    }
+    return about | found.as_dict() | {"peak_bytes": found.memory.peak}
 
 
 if __name__ == "__main__":
