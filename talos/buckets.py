@@ -276,6 +276,8 @@ class Bucket:
 
     def zero_compact(self) -> bool:
         """Fill the compact gradients with zeros; whether there are none but those."""
+        if not self.compacted:
+            return False
         grads = [grad for grad in map(_grad, self.params.values()) if grad is not None]
         compact = [grad.entries for grad in grads if isinstance(grad, CompactGradient)]
         if compact:
