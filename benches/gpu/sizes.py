@@ -70,6 +70,7 @@ class Sizes:
 # What a device cannot change, or what needs a compiler or a package for minutes.
 _NO_DEVICE = (
     *("tests/test_aot.py", "tests/test_csrc.py", "tests/test_house.py", "tests/test_layering.py"),
+    *("tests/test_csrc_cuda.py", "tests/test_nvcc.py", "tests/test_sass.py"),
     *("tests/test_docs.py", "tests/test_readme.py", "tests/test_gpu_schedule.py"),
     *(
         "tests/test_examples.py",
