@@ -137,13 +137,18 @@ def measured(
 
     Called with what `Record` needs besides the times, and `step`, the closure to time.
     """
-    on_gpu = torch.cuda.is_available()
 
     def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
+        start = measure.clock()
         peak = measure.peak_bytes(step)
-        (first,) = measure.seconds(step, 1)
-        rounds = measure.rounds_for(first)
-        benchmark.pedantic(step, rounds=rounds, iterations=10 if on_gpu else 1, warmup_rounds=1)
+        if measure.clock() - start < measure.SLOW_SECONDS:
+            start = measure.clock()
+            step()
+        first = measure.clock() - start
+        calls = measure.calls_for(first, measure.target_device().type)
+        rounds = measure.rounds_for(first * calls)
+        warmup = min(1, rounds - 1)  # what runs once has run before, where its peak was measured
+        benchmark.pedantic(step, rounds=rounds, iterations=calls, warmup_rounds=warmup)
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats

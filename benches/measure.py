@@ -22,6 +22,7 @@ from talos.costs.meters import (
 __all__ = [
     "ROOT",
     "alternated",
+    "calls_for",
     "clock",
     "commit",
     "copy_bandwidth",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT_SECONDS, SLOW_SECONDS = 4e-3, 5.0
 MATRIX_WIDTH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -50,8 +52,16 @@ def target_device() -> torch.device:
 
 
 def rounds_for(first: float) -> int:
-    """How often to repeat what took `first` seconds: about 8 seconds of it, 3 to 20 times."""
-    return max(3, min(20, int(8 / max(first, 1e-9))))
+    """How often to repeat what took `first` seconds: about 8 seconds of it, 3 to 20 times.
+
+    What takes more than SLOW_SECONDS is timed once: the slowest of torch's own ways take minutes.
+    """
+    return 1 if first > SLOW_SECONDS else max(3, min(20, int(8 / max(first, 1e-9))))
+
+
+def calls_for(first: float, kind: str) -> int:
+    """How often a round calls what took `first` seconds: on a GPU what is short, 10 times."""
+    return 10 if kind == "cuda" and first < SHORT_SECONDS else 1
 
 
 def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

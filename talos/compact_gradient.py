@@ -76,9 +76,6 @@ class CompactGradient(Tensor):
     entries: Tensor
     selection: Index
 
-    # Everything comes through __torch_dispatch__; reading an attribute costs no call of Python.
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
     @classmethod
     def of(cls, param: Tensor, selection: Index, entries: Tensor) -> CompactGradient:
         """The gradient of a parameter.

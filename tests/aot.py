@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from talos_kernels import Index, TensorIndex
+from talos_kernels.triton import fisher_diag as scoring
 from talos_kernels.triton import sddmm as products
 from talos_kernels.triton.add_delta import add_delta_
-from talos_kernels.triton.fisher_diag import fisher_diag_
 from talos_kernels.triton.gather_grad import gather_grad_, scatter_
 from talos_kernels.triton.select_threshold import score_histogram
 from talos_kernels.triton.sparse_adam import sparse_adam_
@@ -70,19 +70,22 @@ def launches() -> dict[str, Callable[[], object]]:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
         rows = [torch.zeros(1, 100, tokens, 1024, dtype=dtype)]
-        fisher_diag_(score, rows, rows, 1.0)
+        scoring.fisher_diag_(score, rows, rows, 1.0)
         torch.backends.cuda.matmul.allow_tf32 = before
 
-    def sddmm(dtype: torch.dtype, precision: str, size: int = 0, full: bool = False) -> None:
+    def sddmm(
+        dtype: torch.dtype, precision: str, size: int = 0, full: bool = False, parts: int = 1
+    ) -> None:
         dy = torch.zeros(257, 64, dtype=dtype)
         words, starts = (index.words[:0], index.starts[:0]) if full else (index.words, index.starts)
         config = products.CONFIGS[precision][size]
-        products.launch(arrays[0], dy, dy, words, starts, full, precision, config)
+        products.launch(arrays[0], dy, dy, words, starts, full, precision, config, parts)
 
     return {
         "sddmm-bf16": lambda: sddmm(torch.bfloat16, "half"),
         "sddmm-bf16-small": lambda: sddmm(torch.bfloat16, "half", 1),
         "sddmm-bf16-full-accumulate": lambda: sddmm(torch.bfloat16, "half", full=True),
+        "sddmm-bf16-parts": lambda: sddmm(torch.bfloat16, "half", parts=3),
         "sddmm-tf32": lambda: sddmm(torch.float32, "tf32"),
         "sddmm-tf32-small": lambda: sddmm(torch.float32, "tf32", 1),
         "sddmm-fp32": lambda: sddmm(torch.float32, "ieee"),
@@ -143,6 +146,7 @@ def resources(kernel: Any, name: str, folder: Path) -> dict[str, int]:
 
 def main(target: str, folder: Path) -> None:
     triton.runtime.driver.set_active(Driver(parse_target(target)))
+    scoring.processors = lambda device: 132  # so that samples are split
     compiled: list[Any] = []
 
     def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
@@ -152,10 +156,10 @@ def main(target: str, folder: Path) -> None:
     facts = {}
     for name, launch in launches().items():
         launch()
-        *helpers, main_kernel = compiled
+        own = {kernel.metadata.name.removesuffix("_kernel"): kernel for kernel in compiled}
         compiled.clear()
-        own = {kernel.metadata.name.removesuffix("_kernel"): kernel for kernel in helpers}
-        for label, kernel in {**own, name: main_kernel}.items():
+        own[name] = own.pop(name.split("-")[0])  # beside it are the kernels that help it
+        for label, kernel in own.items():
             for language in LANGUAGES:
                 if language in kernel.asm:
                     (folder / f"{label}.{language}").write_text(kernel.asm[language])

@@ -65,7 +65,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_kernel_fits_without_spilling(compiled: Compiled) -> None:
-    assert set(compiled.facts) == {*KERNELS, "adam_scalars"}
+    assert set(compiled.facts) == {*KERNELS, "adam_scalars", "add_parts", "add_slabs"}
     for name, facts in compiled.facts.items():
         assert facts["local"] == 0, (name, facts)
         # Of a score's tile a few words for after the loop may lie in memory; see the next test.
@@ -234,7 +234,8 @@ def test_sampled_entries_are_written_side_by_side(compiled: Compiled) -> None:
         stores = re.findall(
             r"(?:tt\.store|amdg?\w*\.buffer_store) .*tensor<(\d+)x.*?, (#\w+)>", text
         )
-        assert len(stores) == (2 if name == "sddmm-bf16" or "full" in name else 1), (name, stores)
+        large = "bf16" in name and "small" not in name  # stored in two halves
+        assert len(stores) == (2 if large else 1), (name, stores)
         for entries, layout in stores:
             assert int(entries) <= 8192, name
             assert f"sizePerThread = [1], threadsPerWarp = [{lanes}]" in layouts[layout], name

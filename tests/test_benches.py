@@ -222,6 +222,22 @@ def test_float32_is_multiplied_in_float32() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize(
+    ("first", "kind", "calls", "rounds"),
+    [
+        (1e-4, "cuda", 10, 20),
+        (1e-4, "cpu", 1, 20),
+        (0.04, "cuda", 1, 20),  # by tens, that would be 8 seconds
+        (2.0, "cuda", 1, 4),
+        (4.0, "cpu", 1, 3),
+        (25.0, "cuda", 1, 1),
+    ],
+)
+def test_a_form_is_timed_for_some_seconds(first: float, kind: str, calls: int, rounds: int) -> None:
+    assert measure.calls_for(first, kind) == calls
+    assert measure.rounds_for(first * calls) == rounds
+
+
 def test_machine_names_no_host() -> None:
     described = measure.machine()
     assert {"device", "torch", "triton", "commit", "threads"} <= set(described)

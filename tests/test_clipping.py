@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import talos
+from talos.buckets import Bucket
 from talos.errors import TalosRuntimeError
 from talos.masks import Mask
 from talos.optim import SparseAdam
@@ -74,6 +76,11 @@ def dropped(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     backward(model, 1)
 
 
+def zeroed(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    backward(model, 1)
+
+
 def dropped_by_the_model(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     model.zero_grad()
     backward(model, 1)
@@ -88,7 +95,7 @@ def saved_and_loaded(model: nn.Module, optimizer: SparseAdam, defer: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "between", [again, dropped, dropped_by_the_model, densified, saved_and_loaded]
+    "between", [again, dropped, zeroed, dropped_by_the_model, densified, saved_and_loaded]
 )
 def test_what_happens_before_the_step_counts_as_after_clipping_at_once(
     between: Callable[[nn.Module, SparseAdam, bool], None],
@@ -175,3 +182,20 @@ def test_with_a_grad_scaler_as_clipping_at_once() -> None:
     assert deferring.state[other[0].bias]["step"] == 2
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert_bit_equal(ours.detach(), theirs.detach())
+
+
+def test_fine_tune_leaves_the_scaling_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+    mask = Mask.from_dense({"weight": torch.ones(3, 4) > 0})
+    at_once = SparseAdam.clip_grad_norm_
+
+    def tuned() -> Tensor:
+        torch.manual_seed(1)
+        events = talos.fine_tune(nn.Linear(4, 3), data, mask, steps=4, max_grad_norm=0.1)
+        return list(events)[-1].task_vector.values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAdam, "clip_grad_norm_", lambda self, norm, **_: at_once(self, norm))
+        expected = tuned()
+    monkeypatch.setattr(Bucket, "scale_gradients", None)
+    assert_bit_equal(tuned(), expected)

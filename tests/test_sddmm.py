@@ -1,6 +1,7 @@
 """A weight gradient at its selected entries: every backend against autograd in float64."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -181,25 +182,57 @@ def test_rows_may_begin_at_any_bit(rows: int, cols: int, density: float) -> None
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
-def test_every_size_of_tile(
+def test_every_tile_and_number_of_parts(
     precision: str, allow_tf32: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from talos_kernels.triton import sddmm
 
     dtype = torch.bfloat16 if precision == "half" else torch.float32
     allow_tf32(precision == "tf32")
-    dy, x, mask, index = operands((70, 70, 131), 0.4, dtype)
-    wanted, used = by_autograd(dy, x, mask), []
-    launch = sddmm.launch
-    monkeypatch.setattr(sddmm, "launch", lambda *args: used.append(args) or launch(*args))
-    for wish in (1, 10**6):
-        monkeypatch.setattr(sddmm, "processors", lambda device, wish=wish: wish)
-        out = torch.empty(index.nnz)
+    dy, x, mask, index = operands((150, 70, 131), 0.4, dtype)
+    wanted, asked = by_autograd(dy, x, mask), []
+    exact = precision != "tf32" or not torch.cuda.is_available()
+    for choice in itertools.product(sddmm.CONFIGS[precision], (1, 2, 5)):  # 5: some have no tokens
+        monkeypatch.setattr(
+            sddmm, "plan", lambda *args, choice=choice: asked.append(args) or choice
+        )
+        out, again, more = torch.empty(3, index.nnz).unbind()
+        before = torch.randn(index.nnz)
         triton(out, dy, x, index.buffers, False)
-        exact = precision != "tf32" or not torch.cuda.is_available()
-        torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-4 if exact else 0.1)
-    configs = sddmm.CONFIGS[precision]
-    assert [args[-2:] for args in used] == [(precision, configs[0]), (precision, configs[-1])]
+        torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-4 if exact else 0.2)
+        triton(again, dy, x, index.buffers, False)
+        assert_bit_equal(again, out)
+        triton(more.copy_(before), dy, x, index.buffers, True)
+        assert_bit_equal(more, before + out)
+    (args,) = {args[:6] for args in asked}
+    assert args == (precision, 150, 70, 131, 1.0, index.nnz)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("layer", "tokens", "tile", "parts"),
+    [
+        ("vit-b-32 fused", 6400, (128, 128), 3),  # 72 of 108 tiles hold queries and keys
+        ("vit-b-32 fused", 800, (128, 128), 1),  # a second launch costs more than it brings
+        ("vit-b-32 fused", 50, (64, 64), 1),
+        ("t5-large", 4096, (128, 128), 2),  # 64 tiles
+        ("vit-l-14 fused", 257 * 32, (128, 128), 1),  # 128 of 192 tiles
+        ("wide", 8192, (128, 128), 1),
+    ],
+)
+def test_tiles_and_parts_are_those_of_the_least_predicted_time(
+    layer: str, tokens: int, tile: tuple[int, int], parts: int
+) -> None:
+    from talos_kernels.triton.sddmm import plan
+
+    rows, cols, share = {
+        "vit-b-32 fused": (2304, 768, 2 / 3),
+        "t5-large": (1024, 1024, 1.0),
+        "vit-l-14 fused": (3072, 1024, 2 / 3),
+        "wide": (4096, 4096, 1.0),
+    }[layer]
+    config, found = plan("half", tokens, rows, cols, share, int(0.6 * share * rows * cols), 132)
+    assert (config[:2], found) == (tile, parts)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")

@@ -3,12 +3,14 @@
 A program accumulates one tile of dY^T X in registers and stores its selected entries at their
 ranks. A row of a tile is a run of the flattened tensor that begins at any bit of any word: its bits
 are shifted out of two words each, and its first rank is that of its block and the bits of the block
-before it. A tile without a selected entry is not multiplied.
+before it. A tile without a selected entry is not multiplied. Where tiles are too few for the device
+the tokens are split: each part writes entries of its own, which a second kernel adds in order.
 
 A 16-bit index cannot be asked for a run of entries: it is first made a bitmap, one bit an entry of
 the tensor, by a small kernel. Bits and ranks are then found alike for every encoding.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,26 +26,50 @@ from ..tensor_index import WORD_SIZE
 from .blocks import BITS, BLOCK, CHUNK, SEGMENT, WORDS, popcount, segment_chunk
 from .launch import device_guard, processors, tf32_allowed
 
-__all__ = ["bitmap", "bitmap_kernel", "sddmm_", "sddmm_kernel"]
+__all__ = ["add_parts_kernel", "bitmap", "bitmap_kernel", "sddmm_", "sddmm_kernel"]
 
 
 class Config(NamedTuple):
-    """Sizes of a tile and what a launch needs of them."""
+    """Sizes of a tile, what a launch needs of them, and what it costs.
+
+    Attributes:
+        resident: programs that a multiprocessor holds at a time, by their registers at sm_90.
+        multiply: cycles in which a multiprocessor's units multiply a step.
+        issue: cycles in which a lone program issues the other instructions of a step.
+        outside: those of what a program does outside of its loop.
+    """
 
     rows: int
     cols: int
     tokens: int
     num_warps: int
     num_stages: int
+    resident: int
+    multiply: int
+    issue: int
+    outside: int
 
 
-# By precision, largest first; a launch takes the first one with a tile for each multiprocessor.
-# Chosen from the compiled code, unmeasured: none spills at sm_80, sm_90, sm_100 and gfx942.
+# By precision, largest first. Chosen from the compiled code, unmeasured: none spills at sm_80,
+# sm_90, sm_100 and gfx942. Cycles are instructions at sm_90 over its four schedulers
+# (benches/results/compiled/products.json), of products those of its units' peak rates.
 CONFIGS = {
-    "half": (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
-    "tf32": (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3)),
-    "ieee": (Config(64, 64, 16, 4, 3),),
+    "half": (
+        Config(128, 128, 64, 8, 3, resident=1, multiply=512, issue=250, outside=5100),
+        Config(64, 64, 64, 4, 3, resident=3, multiply=128, issue=120, outside=1400),
+    ),
+    "tf32": (
+        Config(128, 64, 32, 8, 3, resident=1, multiply=256, issue=280, outside=3100),
+        Config(64, 64, 32, 8, 3, resident=2, multiply=128, issue=210, outside=2800),
+    ),
+    "ieee": (Config(64, 64, 16, 4, 3, resident=3, multiply=512, issue=110, outside=1400),),
 }
+# Parts of the tokens, and programs a multiprocessor from which on they are left whole.
+MOST_PARTS, PROGRAMS_TO_SPLIT = 8, 2
+# Estimated for an H200: bytes that a multiprocessor gets from the L2 cache in a cycle while all
+# read, and cycles of a further launch.
+CACHE_RATE, LAUNCH = 30, 5000
+ADD_BLOCK = tl.constexpr(1024)  # entries of a program that adds parts; unmeasured
 
 # Entries of a tile whose bits, ranks and values are in registers at a time.
 MOST_STORED = tl.constexpr(8192)
@@ -131,7 +157,7 @@ def store_selected(
     tl.store(out_ptr + ranks, values, mask=selected)
 
 
-@triton.jit(do_not_specialize=["tokens", "n_words"])
+@triton.jit(do_not_specialize=["tokens", "n_words", "n_selected"])
 def sddmm_kernel(
     words_ptr,
     starts_ptr,
@@ -139,6 +165,8 @@ def sddmm_kernel(
     dy_ptr,
     x_ptr,
     out_ptr,
+    n_selected,
+    parts,
     tokens,
     rows,
     cols,
@@ -151,9 +179,11 @@ def sddmm_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program computes the selected entries of one tile."""
-    tile = tl.program_id(0).to(tl.int64)
+    """One program computes the selected entries of one tile, from one part of the tokens."""
     tiles = tl.cdiv(cols, BLOCK_I)
+    n_tiles = tl.num_programs(0) // parts
+    part = (tl.program_id(0) // n_tiles).to(tl.int64)
+    tile = (tl.program_id(0) % n_tiles).to(tl.int64)
     first_col = tile % tiles * BLOCK_I
     offs_o = tile // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_i = first_col + tl.arange(0, BLOCK_I)
@@ -163,10 +193,13 @@ def sddmm_kernel(
     words = run_words(words_ptr, n_words, begins, counts, FULL, BLOCK_I)
     some = tl.max(tl.max(words, 1), 0) != 0
 
+    share = tl.cdiv(tl.cdiv(tokens, BLOCK_T), parts).to(tl.int64) * BLOCK_T
+    tokens = tl.maximum(tl.minimum(tokens - part * share, share), 0).to(tl.int32)
+    out_ptr += part * n_selected
     offs_t = tl.arange(0, BLOCK_T)
     dy_token, x_token = tl.cast(dy_token, tl.int64), tl.cast(x_token, tl.int64)
-    dy_ptrs = dy_ptr + offs_t[:, None] * dy_token + offs_o[None, :]
-    x_ptrs = x_ptr + offs_t[:, None] * x_token + offs_i[None, :]
+    dy_ptrs = dy_ptr + (part * share + offs_t)[:, None] * dy_token + offs_o[None, :]
+    x_ptrs = x_ptr + (part * share + offs_t)[:, None] * x_token + offs_i[None, :]
     product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for begin in tl.range(0, tl.where(some, tokens, 0), BLOCK_T):
         exist = (offs_t < tokens - begin)[:, None]
@@ -186,6 +219,20 @@ def sddmm_kernel(
         store_selected(places, right, first, begins + HALF, counts - HALF, FULL, ACCUMULATE)
     else:
         store_selected(places, product, first, begins, counts, FULL, ACCUMULATE)
+
+
+@triton.jit(do_not_specialize=["n_selected", "parts"])
+def add_parts_kernel(parts_ptr, out_ptr, n_selected, parts, ACCUMULATE: tl.constexpr):
+    """One program adds ADD_BLOCK entries of all parts, in order."""
+    offs = tl.program_id(0).to(tl.int64) * ADD_BLOCK + tl.arange(0, ADD_BLOCK)
+    mask = offs < n_selected
+    total = tl.zeros((ADD_BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += n_selected
+    if ACCUMULATE:
+        total += tl.load(out_ptr + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, total, mask=mask)
 
 
 @triton.jit
@@ -227,7 +274,7 @@ def bitmap(positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> None:
-    """Launch one program a tile."""
+    """Launch one program a tile and part of the tokens; add the parts where there are several."""
     words, positions, starts, _, programs = index
     if programs.numel() == 0:
         return
@@ -236,20 +283,58 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumula
         return
     exact = dy.dtype == torch.float32 and not tf32_allowed()
     precision = "ieee" if exact else "tf32" if dy.dtype == torch.float32 else "half"
-    config = tile_config(precision, dy.shape[1], x.shape[1], processors(out.device))
+    (tokens, rows), cols = dy.shape, x.shape[1]
+    held = programs.shape[0] * (SEGMENT_SIZE if positions.numel() else BLOCK_SIZE)
+    share = min(held / (rows * cols), 1.0)
+    config, parts = plan(precision, tokens, rows, cols, share, out.numel(), processors(out.device))
     with device_guard(out.device):
         if positions.numel():
             words, starts = bitmap(positions, starts)
-        launch(out, dy, x, words, starts, accumulate, precision, config)
+        launch(out, dy, x, words, starts, accumulate, precision, config, parts)
 
 
-def tile_config(precision: str, rows: int, cols: int, wanted: int) -> Config:
-    """The largest tile of which there are `wanted`, else the smallest."""
-    *larger, smallest = CONFIGS[precision]
-    for config in larger:
-        if triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols) >= wanted:
-            return config
-    return smallest
+@functools.lru_cache(maxsize=256)  # a layer asks at every backward
+def plan(
+    precision: str, tokens: int, rows: int, cols: int, share: float, nnz: int, processors: int
+) -> tuple[Config, int]:
+    """The tile, and the number of parts of the tokens, with the least predicted time.
+
+    Args:
+        precision: of `CONFIGS`.
+        tokens: rows of dY and X.
+        rows: columns of dY.
+        cols: columns of X.
+        share: of the tiles, those that hold selected entries, more or less.
+        nnz: selected entries.
+        processors: multiprocessors of the device.
+    """
+    itemsize, cache = 2 if precision == "half" else 4, CACHE_RATE * processors
+
+    def programs(config: Config) -> int:
+        tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
+        return max(round(tiles * share), 1)
+
+    def cycles(choice: tuple[Config, int]) -> float:
+        """Of the busiest multiprocessor, or of the cache where that takes longer."""
+        config, parts = choice
+        steps = triton.cdiv(triton.cdiv(tokens, config.tokens), parts)
+        rounds = triton.cdiv(programs(config) * parts, processors)
+        waves = triton.cdiv(rounds, config.resident)
+        busiest = steps * max(rounds * config.multiply, waves * (config.multiply + config.issue))
+        read = steps * config.tokens * (config.rows + config.cols) * itemsize
+        adding = LAUNCH + 8 * parts * nnz / cache if parts > 1 else 0
+        return (
+            max(busiest, programs(config) * parts * read / cache) + waves * config.outside + adding
+        )
+
+    choices = [
+        (config, parts)
+        for config in CONFIGS[precision]
+        for parts in range(1, MOST_PARTS + 1)
+        if parts == 1
+        or (parts * config.tokens <= tokens and programs(config) <= PROGRAMS_TO_SPLIT * processors)
+    ]
+    return min(choices, key=cycles)
 
 
 def launch(
@@ -261,18 +346,24 @@ def launch(
     accumulate: bool,
     precision: str,
     config: Config,
+    parts: int,
 ) -> None:
-    """One program a tile; without words every entry is selected."""
+    """Without words every entry is selected."""
     (tokens, rows), cols = dy.shape, x.shape[1]
-    grid = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
-    sddmm_kernel[(grid,)](
-        words, starts, words.numel(), dy, x, out,
+    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
+    entries = out if parts == 1 else out.new_empty(parts, out.numel())
+    sddmm_kernel[(tiles * parts,)](
+        words, starts, words.numel(), dy, x, entries, out.numel(), parts,
         tokens, rows, cols, dy.stride(0), x.stride(0),
-        FULL=words.numel() == 0, ACCUMULATE=accumulate,
+        FULL=words.numel() == 0, ACCUMULATE=accumulate and parts == 1,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_O=config.rows, BLOCK_I=config.cols, BLOCK_T=config.tokens,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    if parts > 1:
+        add_parts_kernel[(triton.cdiv(out.numel(), ADD_BLOCK.value),)](
+            entries, out, out.numel(), parts, ACCUMULATE=accumulate, num_warps=4
+        )
 
 
 serve_cuda("sddmm_", "triton", sddmm_)
