@@ -49,6 +49,8 @@ class Sizes:
     """Of the step, the usual first."""
     iterations: tuple[Iteration, ...]
     """Of the table of methods, and of scored batches."""
+    smaller: Iteration
+    """For the method that may not hold the usual batch."""
     scoring: Scoring
     threshold: int
     """Scores."""
@@ -92,6 +94,7 @@ FULL = Sizes(
         Iteration("t5-large", 64, tokens=128),
         Iteration("vit-b-32", 128),
     ),
+    smaller=Iteration("vit-l-14", 64),
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
     threshold=300_000_000,
     histogram=85_000_000,
@@ -132,6 +135,7 @@ TINY = Sizes(
     shapes=(_TINY_SHAPE,),
     densities=(0.6, 0.1, 0.01, 0.3, 1.0),
     iterations=(Iteration("vit-b-32", 1, layers=1), Iteration("minilm", 2, tokens=4, layers=1)),
+    smaller=Iteration("minilm", 1, tokens=4, layers=1),
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     histogram=5_000,
