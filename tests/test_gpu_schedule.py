@@ -24,7 +24,7 @@ from benches.gpu.device import Cpu
 from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
-from benches.gpu.sizes import TINY
+from benches.gpu.sizes import FULL, TINY
 from benches.gpu.stages.agreement import outcomes
 from benches.gpu.stages.rest import read_counters
 
@@ -288,6 +288,13 @@ def test_counters_are_those_of_the_last_launch() -> None:
         "fisher_diag_kernel": {"dram__bytes.sum": "3"},
     }
     assert read_counters("==ERROR== no permission") == {}
+
+
+def test_the_tests_that_a_device_is_given_are_there() -> None:
+    paths = [each.removeprefix("--ignore=") for each in (*FULL.tests, *FULL.other_tests)]
+    paths = [path for path in paths if path.startswith("tests")]
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:

@@ -69,18 +69,11 @@ class Sizes:
     """Those of all others that are run where time is left."""
 
 
-# What a device cannot change, or what needs a compiler or a package for minutes.
+# What a device cannot change, what compiles for minutes, and what `tests` has run.
 _NO_DEVICE = (
-    *("tests/test_aot.py", "tests/test_csrc.py", "tests/test_house.py", "tests/test_layering.py"),
-    *("tests/test_csrc_cuda.py", "tests/test_nvcc.py", "tests/test_sass.py"),
-    *("tests/test_docs.py", "tests/test_readme.py", "tests/test_gpu_schedule.py"),
-    *(
-        "tests/test_examples.py",
-        "tests/test_demo.py",
-        "tests/test_cli.py",
-        "tests/test_bench_shapes.py",
-    ),
-    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py", "tests/gpu"),
+    *("aot", "csrc", "csrc_cuda", "nvcc", "sass", "house", "layering", "docs", "readme"),
+    *("gpu_schedule", "gpu_stages", "examples", "demo", "cli", "bench_shapes", "benches"),
+    *("triton", "triton_primitives", "ops"),
 )
 
 FULL = Sizes(
@@ -114,7 +107,12 @@ FULL = Sizes(
         "tests/test_task_vectors.py",
         *("-k", "gpu or triton or cuda and not reference", "-m", "not slow"),
     ),
-    other_tests=("tests", "-m", "not slow", *(f"--ignore={path}" for path in _NO_DEVICE)),
+    other_tests=(
+        "tests",
+        "--ignore=tests/gpu",
+        *(f"--ignore=tests/test_{name}.py" for name in _NO_DEVICE),
+        *("-m", "not slow"),
+    ),
 )
 
 _TINY_SHAPE = ModelShape(
