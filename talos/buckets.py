@@ -207,16 +207,14 @@ class Bucket:
             self.params.items(), self.index.nnzs, grads, strict=True
         ):
             if isinstance(param.grad, CompactGradient):
-                _check_entries(name, grad, torch.Size((nnz,)), self.index.device)
+                _check_entries(name, grad, torch.Size((nnz,)), param)
             elif grad is not self.absent:
                 _check_gradient(name, param, grad)
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
         self.uniform = dtypes <= {self.dtype} or (dtypes <= {torch.float32} and not self._is_wide)
 
     def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
-        """Where each tensor's gradient goes, made anew; float64 ones stay dense."""
-        if self._is_wide:
-            return []
+        """Where each tensor's gradient goes, made anew."""
         self.compacted = {
             name: CompactedParam(param, index, _rows(param, index), sampled)
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
@@ -371,10 +369,11 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
 
 
-def _check_entries(name: str, entries: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if _look(entries) != (torch.float32, device, shape, torch.strided):
+def _check_entries(name: str, entries: Tensor, shape: torch.Size, param: Tensor) -> None:
+    wide = torch.promote_types(param.dtype, torch.float32)
+    if _look(entries) != (wide, param.device, shape, torch.strided):
         raise TalosValueError(
-            f"{name}.grad.entries must be float32 of shape {tuple(shape)} on {device}, got "
+            f"{name}.grad.entries must be {wide} of shape {tuple(shape)} on {param.device}, got "
             f"{entries.dtype} of shape {tuple(entries.shape)} on {entries.device}; "
             "write them in place"
         )

@@ -59,7 +59,7 @@ class CompactGradient(Tensor):
     that is read-only. Any other writer is refused.
 
     Attributes:
-        entries: float32 `[nnz]`, the selected ones in rank order.
+        entries: float32 `[nnz]`, the selected ones in rank order; float64 of float64 weights.
         selection: which those are, of one tensor.
 
     Example:
@@ -101,7 +101,7 @@ class CompactGradient(Tensor):
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: object) -> Tensor:
         """The dense gradient, with zeros where nothing is selected."""
-        dense = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
+        dense = torch.zeros(self.shape, dtype=self.entries.dtype, device=self.device)
         scatter_([dense], self.selection, self.entries)
         return dense.to(dtype or self.dtype)
 

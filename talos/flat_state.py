@@ -70,6 +70,11 @@ class FlatState(list[Bucket]):
         """Whether a weight has another device or dtype than the state was made for."""
         return any(bucket.is_moved for bucket in self)
 
+    def have_gradients(self, checked: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether one of what each bucket's `check` has returned is a gradient."""
+        pairs = zip(self, checked, strict=True)
+        return any(grad is not bucket.absent for bucket, grads in pairs for grad in grads)
+
     def bases(self) -> dict[str, Tensor]:
         """The initial weights by name, flat at the selected entries."""
         return {name: base for bucket in self for name, base in bucket.bases().items()}

@@ -238,11 +238,7 @@ class SparseAdam(torch.optim.Optimizer):
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
         if not self._trained:
-            self._trained = any(
-                grad is not bucket.absent
-                for bucket, grads in zip(self._buckets, checked, strict=True)
-                for grad in grads
-            )
+            self._trained = self._buckets.have_gradients(checked)
             if not self._trained and self._stepped:
                 warn_of_no_gradient(stacklevel=3)
                 self._trained = True  # said once
@@ -276,7 +272,10 @@ class SparseAdam(torch.optim.Optimizer):
         bases, now = self._buckets.bases(), {name: p for p, name in self._names.items()}
         cast = {name: now[name] for name in bases if bases[name].dtype != now[name].dtype}
         bases |= {name: bases[name].to(param.dtype) for name, param in cast.items()}
-        self._rebuild({param: self.state[param] for param in self._names}, bases)
+        states = {param: dict(self.state[param]) for param in self._names}
+        for param in cast.values():  # whose master is the weight that was cast
+            states[param].pop("master", None)
+        self._rebuild(states, bases)
         # What was only cast is a base with a fingerprint of its own.
         deltas = self._buckets.deltas()
         kept = {name: base for name, base in self._fingerprints.items() if name not in cast}

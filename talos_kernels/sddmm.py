@@ -40,7 +40,7 @@ def _product_and_gather(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
 ) -> None:
     """The CPU's: the rows that hold selected entries are multiplied, and gathered from."""
-    product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+    product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     rows = _selected_rows(index, *product.shape)
     torch.mm(dy[:, rows].float().T, x.float(), out=product[rows])
     torch.ops.talos.gather_grad_(out, [product], index, accumulate)

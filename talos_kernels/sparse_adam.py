@@ -116,8 +116,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _noise(seed: int, step: int, entries: slice, device: torch.device) -> Tensor:
     """32 bits for each rank in `entries`: int64, the same on every device."""
-    ranks = torch.arange(entries.start, entries.stop, device=device)
-    key = _mix(torch.tensor(seed & 0xFFFFFFFF, device=device)) + step
+    ranks = torch.arange(entries.start, entries.stop, device=device, dtype=torch.int64)
+    key = _mix(torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64, device=device)) + step
     key = _mix(key & 0xFFFFFFFF)
     return _mix(_mix((key + (ranks >> 32)) & 0xFFFFFFFF) ^ (ranks & 0xFFFFFFFF))
 

@@ -410,8 +410,8 @@ def test_refusals_come_before_the_first_write() -> None:
     refused(model, vector_of(missing, 0), r"layer\.2 \(nearest: layers\.\d")
     turned = Mask.from_dense({**ones, "layers.3": ones["layers.3"].t()})
     refused(model, vector_of(turned, 0), r"\(250, 300\).*\(300, 250\)")
-    double = Model().double()
-    refused(double, vector_of(Mask.from_dense(ones), 0), "float64", TalosTypeError)
+    eighth = Model().to(torch.float8_e4m3fn)
+    refused(eighth, vector_of(Mask.from_dense(ones), 0), "float8", TalosTypeError)
     partly_meta = Model()
     partly_meta.layers[3] = nn.Parameter(torch.empty(300, 250, device="meta"))
     with pytest.raises(TalosTypeError, match=r"layers\.3 of torch\.float32 on meta"):

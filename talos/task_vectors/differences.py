@@ -52,7 +52,7 @@ def difference(
         _check_outside({known: name for name, known in mask_names.items()}, mask, before, after)
     values = torch.zeros(mask.nnz, dtype=torch.float32, device="cpu")
     for name, part in slices_of(mask).items():
-        delta = _float32(after[mask_names[name]]).sub_(_float32(chosen[name])).reshape(-1)
+        delta = _change(chosen[name], after[mask_names[name]])
         index = mask.indices[name]
         whole = index.encoding == "full"
         values[part] = delta if whole else delta[index.positions_int64()]
@@ -229,5 +229,9 @@ def _every_entry(tensor: Tensor) -> TensorIndex:
     return TensorIndex.from_buffers("full", tensor.numel())
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """float32, flat; of float64 weights the difference is rounded, not the weights."""
+    double = torch.float64 in (before.dtype, after.dtype)
+    wide = torch.float64 if double else torch.float32
+    one, other = (each.detach().to("cpu", wide, copy=True) for each in (before, after))
+    return other.sub_(one).float().reshape(-1)

@@ -32,7 +32,7 @@ __all__ = [
     "touched_weights",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A search applies a few vectors over and over; a packed index is small beside its model.
 _MOST_PACKED = 8
 
@@ -162,7 +162,8 @@ def check_sums(
     """
     for name, param, part, entries in zip(names, params, index.unpack(), index.slices, strict=True):
         old = param.detach().reshape(-1)[part.positions_int64().to(param.device)]
-        new = (old.float() + scale * values[entries].float()).to(param.dtype)
+        wide = torch.promote_types(param.dtype, torch.float32)
+        new = (old.to(wide) + scale * values[entries].to(wide)).to(param.dtype)
         lost = int((old.isfinite() & ~new.isfinite()).sum())
         if lost:
             raise TalosValueError(
@@ -187,7 +188,7 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     for name, param in touched.items():
         if param.dtype not in _DTYPES or param.is_meta:
             raise TalosTypeError(
-                "model must have float32, bfloat16 or float16 weights where it is edited, got "
+                "model must have weights of floating point where it is edited, got "
                 f"{name} of {param.dtype} on {param.device}; convert or load it first"
             )
     check_separate(touched, "edited weights of the model")

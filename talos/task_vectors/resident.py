@@ -39,7 +39,7 @@ class ResidentVectors:
     task vector.
 
     Args:
-        model: the base, on any devices, in float32, bfloat16 or float16.
+        model: the base, on any devices, in float32, bfloat16, float16 or float64.
         vectors: task vectors by any names; they may select different entries and tensors.
         force: also take a model whose weights have other fingerprints.
 

@@ -165,7 +165,7 @@ class TaskVector(SparseDelta, VectorSpace):
         as the same base with edits; a write by anybody else makes it another base.
 
         Args:
-            model: the base, on any device, in float32, bfloat16 or float16.
+            model: the base, on any device, in float32, bfloat16, float16 or float64.
             scale: the scaling coefficient.
             force: edit a model whose weights have other fingerprints, too.
 
