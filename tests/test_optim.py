@@ -789,7 +789,9 @@ def test_entries_that_were_replaced_are_refused() -> None:
             continue
         model.bias.grad.entries = entries
         before = model.bias.detach().clone()
-        with pytest.raises(TalosValueError, match=r"bias\.grad\.entries must be torch\.float32 of shape"):
+        with pytest.raises(
+            TalosValueError, match=r"bias\.grad\.entries must be torch\.float32 of shape"
+        ):
             optimizer.step()
         assert_bit_equal(model.bias.detach(), before)
         optimizer.zero_grad()
