@@ -12,6 +12,7 @@ import pytest
 import triton
 
 from .aot import TARGETS, launches
+from .products import pending_loads, products
 from .sass import counts_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +40,6 @@ class Compiled:
 
     def text(self, name: str, language: str) -> str:
         return (self.folder / f"{name}.{language}").read_text()
-
-    def loops(self, name: str) -> list[str]:
-        """The loops of the TTGIR, which indents what is inside."""
-        text = self.text(name, "ttgir")
-        found = []
-        for loop in re.finditer(r"^( +)(?:%\S+ = )?scf\.(?:for|while) ", text, re.MULTILINE):
-            end = text.index(f"\n{loop[1]}}} loc", loop.end())
-            found.append(text[loop.start() : end])
-        return found
 
     def assembly(self, name: str) -> str:
         return self.text(name, "ptx" if self.is_cuda else "amdgcn")
@@ -142,6 +134,13 @@ def test_the_table_of_the_step_is_what_compiles(compiled: Compiled) -> None:
     assert not any(sum(each.spills) for each in found.values())
 
 
+def test_the_table_of_products_is_what_compiles(compiled: Compiled) -> None:
+    table = json.loads((ROOT / "benches/results/compiled/products.json").read_text())["after"]
+    if (compiled.target, triton.__version__) != (table["target"], table["triton"]):
+        pytest.skip("the table is of another target or compiler")
+    assert products(compiled.folder) == table["kernels"], "python -m tests.products renews it"
+
+
 def test_a_warp_reads_neighbours(compiled: Compiled) -> None:
     lanes = 32 if compiled.is_cuda else 64
     side_by_side = f"sizePerThread = [1], threadsPerWarp = [{lanes}], warpsPerCTA = [4]"
@@ -216,13 +215,9 @@ def test_a_product_loads_ahead(compiled: Compiled) -> None:
     if not compiled.is_cuda:
         return
     for name in PRODUCTS:
-        waits = [
-            int(pending)
-            for loop in compiled.loops(name)
-            for pending in re.findall(r"ttg\.async_wait .*\{num = (\d+)", loop)
-        ]
-        assert waits, name
-        assert min(waits) > 0, (name, waits)
+        pending = pending_loads(compiled.text(name, "ttgir"))
+        assert pending, name
+        assert min(pending) > 0, (name, pending)
 
 
 def test_sampled_entries_are_written_side_by_side(compiled: Compiled) -> None:
