@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import triton
 
+from talos_kernels.triton import sddmm
+
 from .aot import TARGETS, launches
 from .products import pending_loads, products
 from .sass import counts_of
@@ -139,6 +141,17 @@ def test_the_table_of_products_is_what_compiles(compiled: Compiled) -> None:
     if (compiled.target, triton.__version__) != (table["target"], table["triton"]):
         pytest.skip("the table is of another target or compiler")
     assert products(compiled.folder) == table["kernels"], "python -m tests.products renews it"
+
+
+def test_a_multiprocessor_holds_the_programs_that_are_reckoned_with(compiled: Compiled) -> None:
+    """By the registers, which go out by eights to each of a program's threads."""
+    if compiled.target != "cuda:90":
+        return
+    names = {"half": ("bf16", "bf16-small"), "tf32": ("tf32", "tf32-small"), "ieee": ("fp32",)}
+    for precision, configs in sddmm.CONFIGS.items():
+        for name, config in zip(names[precision], configs, strict=True):
+            registers = -(-compiled.facts[f"sddmm-{name}"]["registers"] // 8) * 8
+            assert config.resident == 65536 // (registers * 32 * config.num_warps), name
 
 
 def test_a_warp_reads_neighbours(compiled: Compiled) -> None:
