@@ -219,8 +219,8 @@ def test_gradients_are_matrix_products_of_wide_loads(compiled: Compiled) -> None
 
 def test_a_histogram_leaves_room_for_other_programs(compiled: Compiled) -> None:
     for name in KERNELS:
-        if name.startswith("score_histogram"):  # four of 128 threads a multiprocessor
-            assert compiled.facts[name]["registers"] <= 128, (name, compiled.facts[name])
+        if name.startswith("score_histogram"):  # four of 256 threads a multiprocessor
+            assert compiled.facts[name]["registers"] <= 64, (name, compiled.facts[name])
 
 
 def test_a_product_loads_ahead(compiled: Compiled) -> None:
