@@ -1,9 +1,10 @@
 """What the host spends on an optimizer: tiny tensors, kernels that are not launched.
 
 On a GPU the host must prepare a step in less time than the kernels of the one before take. Without
-one, the launchers of our Triton kernels run as they do there, and only the launches are left out.
-Torch's fused AdamW runs its op for the CPU, to which so few entries are nothing, without the count
-of steps, which is not fused there. Clipping by torch is measured with its kernels on the CPU.
+one, our launchers run as they do there, and only what Triton does to launch a kernel is left out,
+its reading of the arguments too. Torch's fused AdamW runs its op for the CPU, to which so few
+entries are nothing, without the count of steps, which is not fused there. Clipping by torch is
+measured with its kernels on the CPU.
 """
 
 import contextlib
@@ -54,8 +55,6 @@ def no_launches(device: torch.device) -> Iterator[NotLaunched | None]:
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*may also be overridden", UserWarning)  # meant so
         stack.callback(library._destroy)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
         for module, op, names in (
             (sparse_adam, "sparse_adam_", ("adam_scalars_kernel", "sparse_adam_kernel")),
             (gather_grad, "gather_grad_", ("gather_grad_kernel",)),

@@ -270,10 +270,14 @@ class Bucket:
         for i, (param, grad) in enumerate(zip(self.params.values(), grads, strict=True)):
             if not grad.is_contiguous() and 0 in grad.stride():
                 param.grad = grads[i] = grad.contiguous()
-        torch._foreach_mul_(grads, coefficient.to(self.index.device))
+        # Of one dtype, which `absent` need not have: torch would go through them one by one.
+        if given := [grad for grad in grads if grad is not self.absent]:
+            torch._foreach_mul_(given, coefficient.to(self.index.device))
 
     def zero_compact(self) -> bool:
         """Fill the compact gradients with zeros; whether there are none but those."""
+        if not self.compacted:
+            return False
         grads = [grad for grad in map(_grad, self.params.values()) if grad is not None]
         compact = [grad.entries for grad in grads if isinstance(grad, CompactGradient)]
         if compact:

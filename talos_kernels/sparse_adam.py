@@ -244,7 +244,7 @@ def sparse_adam_rows_(
     clip_factor: Tensor | None,
     seed: int,
 ) -> None:
-    """`sparse_adam_` of what its caller has checked: reading 144 tensors twice costs the host more.
+    """What `sparse_adam_` does with arguments that were checked.
 
     All tensors are row-major; the gradients have one dtype, the weights' or float32, and an empty
     one stands for None. `lr` is float64 on the device. Nothing may be recorded by autograd.

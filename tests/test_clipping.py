@@ -76,6 +76,11 @@ def dropped(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     backward(model, 1)
 
 
+def zeroed(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    backward(model, 1)
+
+
 def dropped_by_the_model(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     model.zero_grad()
     backward(model, 1)
@@ -90,7 +95,7 @@ def saved_and_loaded(model: nn.Module, optimizer: SparseAdam, defer: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "between", [again, dropped, dropped_by_the_model, densified, saved_and_loaded]
+    "between", [again, dropped, zeroed, dropped_by_the_model, densified, saved_and_loaded]
 )
 def test_what_happens_before_the_step_counts_as_after_clipping_at_once(
     between: Callable[[nn.Module, SparseAdam, bool], None],

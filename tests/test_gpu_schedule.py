@@ -24,7 +24,7 @@ from benches.gpu.device import Cpu
 from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
-from benches.gpu.sizes import TINY
+from benches.gpu.sizes import FULL, TINY
 from benches.gpu.stages.agreement import outcomes
 from benches.gpu.stages.rest import read_counters
 
@@ -48,7 +48,17 @@ def slow():
     time.sleep(0 if Path({counts!r}, "mended").exists() else 60)
     return count("slow")
 
+def lost():
+    count("lost")
+    def free():
+        raise RuntimeError("an illegal memory access")
+    CONTEXTS[0].device.free = free
+    return {{}}
+
+CONTEXTS = []
+
 def run(context):
+    CONTEXTS.append(context)
     {work}
 
 stage_main(run)
@@ -63,7 +73,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stag
     monkeypatch.setattr("benches.gpu.schedule.GRACE", 0.5)
 
     def make(name: str, *items: str, limit: float = 60) -> Stage:
-        own = {"slow", "broken"}
+        own = {"slow", "broken", "lost"}
         works = [(item, item if item in own else f"lambda: count({item!r})") for item in items]
         lines = [f"context.run({item!r}, {work})" for item, work in works]
         text = FAKE.format(counts=str(tmp_path), work="\n    ".join(lines))
@@ -144,6 +154,19 @@ def test_a_stage_past_its_limit_is_killed_and_what_is_left_goes_on(
     assert statuses(out / "two.json") == {"more": "done"}
     assert "one: killed at its limit of 9 s" in capfd.readouterr().out
     assert "- one: 1 running, it was cut short" in (out / "table.md").read_text()
+
+
+def test_a_stage_whose_device_is_lost_goes_on_in_a_new_process(
+    tmp_path: Path, stage: Callable[..., Stage]
+) -> None:
+    out, stages = tmp_path / "out", (stage("one", "first", "lost", "last"),)
+    assert main(["--out", str(out), "--rehearse"], stages) == 1
+    assert statuses(out / "one.json") == {"first": "done", "lost": "failed", "last": "done"}
+    counted = {name: calls(tmp_path, name) for name in ("first", "lost", "last")}
+    assert counted == {"first": 1, "lost": 1, "last": 1}
+    assert (
+        "- lost: failed, RuntimeError: an illegal memory access" in (out / "table.md").read_text()
+    )
 
 
 def test_stages_that_do_not_fit_are_named_with_their_command(
@@ -265,6 +288,13 @@ def test_counters_are_those_of_the_last_launch() -> None:
         "fisher_diag_kernel": {"dram__bytes.sum": "3"},
     }
     assert read_counters("==ERROR== no permission") == {}
+
+
+def test_the_tests_that_a_device_is_given_are_there() -> None:
+    paths = [each.removeprefix("--ignore=") for each in (*FULL.tests, *FULL.other_tests)]
+    paths = [path for path in paths if path.startswith("tests")]
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:

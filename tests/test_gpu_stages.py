@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benches import bench_sparse_adam, forms
+from benches.gpu import table
 from benches.gpu.context import DONE, FAILED, Context, StageResult, read_stage
 from benches.gpu.device import Cpu
 from benches.gpu.predictions import PREDICTIONS
@@ -94,6 +96,12 @@ def test_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f"minilm, {form.name}" for form in methods.COMPILED} <= left_out
     losses = [result.records[key]["loss"] for key in keys]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)
+    lines = table.stage_lines(result)
+    assert "minilm, batch 2" in lines
+    (row,) = [line for line in lines if line.startswith("| TaLoS |")]
+    ours, dense = (result.records[f"minilm, {name}"] for name in ("talos", "nonlinear"))
+    assert f"{ours['total'] / dense['total']:.2f}" in row
+    assert any("peft is not installed" in line for line in lines) or find_spec("peft")
 
 
 def test_scoring(run: Run) -> None:

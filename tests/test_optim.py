@@ -746,7 +746,7 @@ def test_gradients_of_every_kind_take_turns(dtype: torch.dtype) -> None:
         optimizer.zero_grad()
         set_grads(reference, step)
         for param, other in zip(model.parameters(), reference.parameters(), strict=True):
-            if step == 1:
+            if step == 1 or (step == 2 and param.dim() == 1):  # in float32, beside dense ones
                 (param * other.grad).sum().backward()
             else:
                 param.grad = other.grad.clone()

@@ -25,6 +25,8 @@ from typing import Any
 
 from benches.results_file import write_json
 
+DEVICE_LOST = 75
+"""Exit code of a stage whose device answers no longer: a new process takes up what is left."""
 DONE, FAILED, RUNNING, LATE = "done", "failed", "running", "out of time"
 
 
@@ -73,7 +75,9 @@ class Context:
         *,
         machine: Mapping[str, object],
         resume: bool = False,
+        keep_failed: bool = False,
     ) -> None:
+        self._kept = {DONE, FAILED} if keep_failed else {DONE}
         self.device, self.sizes, self.out, self.deadline = device, sizes, out, deadline
         self._path, self._machine = path, machine
         self._start = time.monotonic()
@@ -88,7 +92,7 @@ class Context:
 
     def todo(self, key: str) -> bool:
         """Whether an item is to be done: not done before, in a run that is resumed."""
-        return self._records.get(key, {}).get("status") != DONE
+        return self._records.get(key, {}).get("status") not in self._kept
 
     def record(self, key: str, **values: object) -> None:
         self._records[key] = {**values, "status": DONE}
@@ -104,7 +108,8 @@ class Context:
         """Does one item and records what it returns.
 
         With fewer than `needs` seconds left it is recorded as out of time, to be done by a run that
-        is resumed. Memory is given back after it, whatever became of it.
+        is resumed. Memory is given back after it, whatever became of it. Where the device then says
+        that it is lost, as after an access out of bounds, the item has failed and the stage ends.
         """
         if not self.todo(key):
             return
@@ -121,11 +126,16 @@ class Context:
             self.record(key, **values | {"item_seconds": round(time.monotonic() - start, 3)})
         except Exception as error:
             self.failed(key, error)
-        self.device.free()
+        try:
+            self.device.free()
+        except RuntimeError as error:
+            self.failed(key, error)
+            sys.exit(DEVICE_LOST)
 
     def found(self, key: str) -> dict[str, Any]:
         """The values recorded for a key; none if it failed or was not done."""
-        return {} if self.todo(key) else self._records[key]
+        record = self._records.get(key, {})
+        return record if record.get("status") == DONE else {}
 
     def ceiling(self, name: str) -> float | None:
         """A roofline of the first stage, `copy`, `bf16`, `tf32` or `fp32`; None if not measured."""
@@ -166,6 +176,7 @@ def stage_main(run: Callable[[Context], None], argv: Sequence[str] | None = None
     parser.add_argument("--stage-json", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--keep-failed", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--end-with-parent", action="store_true")
     options = parser.parse_args(argv)
@@ -190,6 +201,7 @@ def stage_main(run: Callable[[Context], None], argv: Sequence[str] | None = None
         options.stage_json,
         machine=measure.machine() | {"rehearsed": options.rehearse},
         resume=options.resume,
+        keep_failed=options.keep_failed,
     )
     run(context)
     context.end()

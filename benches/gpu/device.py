@@ -54,7 +54,7 @@ class Device(Protocol):
         """Work within it runs on another stream, after what came before it and before the rest."""
 
     def free(self) -> None:
-        """Gives memory back that nothing holds any longer."""
+        """Waits for the device, and gives memory back that nothing holds any longer."""
 
 
 def find_device() -> Device:
@@ -133,6 +133,7 @@ class Cuda:
         torch.cuda.current_stream().wait_stream(stream)
 
     def free(self) -> None:
+        self.synchronise()
         gc.collect()
         torch.cuda.empty_cache()
 

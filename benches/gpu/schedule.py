@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from benches.gpu import table
-from benches.gpu.context import read_stage
+from benches.gpu.context import DEVICE_LOST, read_stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINUTES = 9.0
@@ -133,8 +133,12 @@ class Run:
         with (self.out / "log.txt").open("a") as log:
             log.write(f"== {stage.name}: {stage.title}\n")
             log.flush()
-            command = [*self.command(stage, seconds - STARTUP), "--end-with-parent"]
-            code = run_limited(command, seconds, log, self._environment())
+            again: list[str] = []
+            code: int | None = DEVICE_LOST
+            while code == DEVICE_LOST and (left := start + seconds - time.monotonic()) > SHORTEST:
+                command = [*self.command(stage, left - STARTUP), "--end-with-parent", *again]
+                code = run_limited(command, left, log, self._environment())
+                again = ["--resume", "--keep-failed"]
         took = f"{time.monotonic() - start:.0f} s"
         if code is None:
             return f"killed at its limit of {seconds:.0f} s"

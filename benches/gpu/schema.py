@@ -45,8 +45,8 @@ SCHEMAS: Mapping[str, Mapping[str, Fields]] = {
         | {"bytes_moved": int, "bytes_per_second": NUMBER, "state_bytes": int},
     },
     "methods": {
-        "*, *": {"model": str, "batch": int, "form": str}
-        | dict.fromkeys(("forward_backward", "optimizer", "total", "spread", "loss"), NUMBER)
+        "*, *": {"model": str, "batch": int, "form": str, "title": str, "spreads": list}
+        | dict.fromkeys(("forward_backward", "optimizer", "total", "loss"), NUMBER)
         | {"peak_bytes": int, "memory": dict, "launches": int, "bytes_moved": OPTIONAL}
         | {"bytes_per_second": OPTIONAL, "share": OPTIONAL},
     },

@@ -49,6 +49,8 @@ class Sizes:
     """Of the step, the usual first."""
     iterations: tuple[Iteration, ...]
     """Of the table of methods, and of scored batches."""
+    smaller: Iteration
+    """For the method that may not hold the usual batch."""
     scoring: Scoring
     threshold: int
     """Scores."""
@@ -67,17 +69,11 @@ class Sizes:
     """Those of all others that are run where time is left."""
 
 
-# What a device cannot change, or what needs a compiler or a package for minutes.
+# What a device cannot change, what compiles for minutes, and what `tests` has run.
 _NO_DEVICE = (
-    *("tests/test_aot.py", "tests/test_csrc.py", "tests/test_house.py", "tests/test_layering.py"),
-    *("tests/test_docs.py", "tests/test_readme.py", "tests/test_gpu_schedule.py"),
-    *(
-        "tests/test_examples.py",
-        "tests/test_demo.py",
-        "tests/test_cli.py",
-        "tests/test_bench_shapes.py",
-    ),
-    *("tests/test_triton.py", "tests/test_triton_primitives.py", "tests/test_ops.py", "tests/gpu"),
+    *("aot", "csrc", "csrc_cuda", "nvcc", "sass", "house", "layering", "docs", "readme"),
+    *("gpu_schedule", "gpu_stages", "examples", "demo", "cli", "bench_shapes", "benches"),
+    *("triton", "triton_primitives", "ops"),
 )
 
 FULL = Sizes(
@@ -91,6 +87,7 @@ FULL = Sizes(
         Iteration("t5-large", 64, tokens=128),
         Iteration("vit-b-32", 128),
     ),
+    smaller=Iteration("vit-l-14", 64),
     scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
     threshold=300_000_000,
     histogram=85_000_000,
@@ -110,7 +107,12 @@ FULL = Sizes(
         "tests/test_task_vectors.py",
         *("-k", "gpu or triton or cuda and not reference", "-m", "not slow"),
     ),
-    other_tests=("tests", "-m", "not slow", *(f"--ignore={path}" for path in _NO_DEVICE)),
+    other_tests=(
+        "tests",
+        "--ignore=tests/gpu",
+        *(f"--ignore=tests/test_{name}.py" for name in _NO_DEVICE),
+        *("-m", "not slow"),
+    ),
 )
 
 _TINY_SHAPE = ModelShape(
@@ -131,6 +133,7 @@ TINY = Sizes(
     shapes=(_TINY_SHAPE,),
     densities=(0.6, 0.1, 0.01, 0.3, 1.0),
     iterations=(Iteration("vit-b-32", 1, layers=1), Iteration("minilm", 2, tokens=4, layers=1)),
+    smaller=Iteration("minilm", 1, tokens=4, layers=1),
     scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
     threshold=10_000,
     histogram=5_000,

@@ -6,6 +6,7 @@ from typing import Any
 
 from benches.gpu.context import DONE, FAILED, LATE, RUNNING, StageResult, read_stage
 from benches.gpu.predictions import PREDICTIONS, Prediction
+from talos.costs.results import table_lines as costs_lines
 
 UNITS: dict[str, tuple[str, float, str]] = {
     "seconds": ("ms", 1e-3, "{:.4g}"),
@@ -16,11 +17,9 @@ UNITS: dict[str, tuple[str, float, str]] = {
     "flops_per_second": ("TFLOP/s", 1e12, "{:.4g}"),
     "peak_bytes": ("peak MB", 1e6, "{:.1f}"),
     "state_bytes": ("state MB", 1e6, "{:.1f}"),
-    "forward_backward": ("forward-backward, ms", 1e-3, "{:.4g}"),
-    "optimizer": ("optimizer, ms", 1e-3, "{:.4g}"),
-    "total": ("total, ms", 1e-3, "{:.4g}"),
 }
-HIDDEN = {"status", "item_seconds"}
+HIDDEN = {"status", "item_seconds", "shape", "density", "form", "model"}
+"""What the key says too, and what no reader asks for."""
 
 
 def page(out: Path, stages: Sequence[tuple[str, str, str]]) -> str:
@@ -84,10 +83,17 @@ def _measured(value: float | None) -> str:
 def stage_lines(result: StageResult) -> list[str]:
     """One table for all records with the same values, then what failed or was not done."""
     groups: dict[tuple[str, ...], list[tuple[str, Mapping[str, Any]]]] = {}
+    costs: dict[str, list[Mapping[str, Any]]] = {}
     for key, record in result.records.items():
-        if record["status"] == DONE:
+        if record["status"] != DONE:
+            continue
+        if "forward_backward" in record:
+            costs.setdefault(f"{record['model']}, batch {record['batch']}", []).append(record)
+        else:
             groups.setdefault(tuple(sorted(record)), []).append((key, record))
     lines: list[str] = []
+    for label, forms in costs.items():  # beside the paper's numbers
+        lines += [label, "", *costs_lines(forms, forms[0]["model"]), ""]
     for rows in groups.values():
         columns = [name for name in rows[0][1] if name not in HIDDEN]
         titles = ["", *(UNITS.get(name, (name, 1.0, ""))[0] for name in columns)]

@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!s.find(a.index, slots, blockIdx.x)) return;
   const Slot& slot = slots.slot[s.tensor - slots.first];
   if (slot.param == nullptr) return;
-  P* params = static_cast<P*>(slot.param) + s.dense_begin;
-  const V* values = static_cast<const V*>(a.values) + s.rank;
-  P* saved = a.saved == nullptr ? nullptr : static_cast<P*>(a.saved) + s.rank;
+  P* params = whole(static_cast<P*>(slot.param) + s.dense_begin);
+  const V* values = whole(static_cast<const V*>(a.values) + s.rank);
+  P* saved = a.saved == nullptr ? nullptr : whole(static_cast<P*>(a.saved) + s.rank);
   if (s.positions != nullptr)
     add<true>(s, params, values, a.scale, saved);
   else

@@ -152,6 +152,18 @@ __device__ inline void Selection::entries(int batch, bool (&active)[kUnroll], in
   }
 }
 
+// An address in global memory that the compiler does not take apart: from such a one an entry's is
+// a single instruction, where it would else add up its terms, 64 bits each, at every access. From
+// sm_100 on it does well by itself.
+template <class T>
+__device__ inline T* whole(T* address) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 // What is not selected is 1: of 0 the divisions and the root would take their slow paths.
 template <class T>
 __device__ inline T load(const T* from, bool active) {

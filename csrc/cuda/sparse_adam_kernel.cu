@@ -89,12 +89,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t first = compact ? s.rank - s.tensor_rank : s.dense_begin;
   if (compact && (first < 0 || first > slot.grad_numel - s.count)) return;
   const float clip = a.clip_factor != nullptr ? *a.clip_factor : 1.0f;
-  const Block<P, G, M> block = {static_cast<P*>(slot.param) + s.dense_begin,
-                                static_cast<const G*>(slot.grad) + first,
+  const Block<P, G, M> block = {whole(static_cast<P*>(slot.param) + s.dense_begin),
+                                whole(static_cast<const G*>(slot.grad) + first),
                                 compact,
-                                static_cast<M*>(a.exp_avg) + s.rank,
-                                static_cast<M*>(a.exp_avg_sq) + s.rank,
-                                kMaster ? a.master + s.rank : nullptr,
+                                whole(static_cast<M*>(a.exp_avg) + s.rank),
+                                whole(static_cast<M*>(a.exp_avg_sq) + s.rank),
+                                kMaster ? whole(a.master + s.rank) : nullptr,
                                 a.scalars[s.tensor],
                                 a.grad_scale != nullptr ? *a.grad_scale : 1.0f,
                                 a.maximize ? -clip : clip};

@@ -77,10 +77,11 @@ def _adapters_of(phase: Phase) -> list[object]:
 def _lota(workload: Workload) -> Running:
     # Its first training is nonlinear's. Which entries the second one has depends on the first; how
     # many does not, nor that they lie in all tensors: here they are drawn.
-    draw = torch.Generator().manual_seed(1)
+    device = workload.device
+    draw = torch.Generator(device).manual_seed(1)
     mask = Mask.from_dense(
         {
-            name: torch.rand(param.shape, generator=draw) < LOTA_DENSITY
+            name: torch.rand(param.shape, generator=draw, device=device) < LOTA_DENSITY
             for name, param in named_parameters(workload.model).items()
             if param.requires_grad
         }

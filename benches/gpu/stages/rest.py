@@ -9,10 +9,10 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 
@@ -20,14 +20,13 @@ import torch
 
 from benches import bench_add_delta, bench_gather_grad, bench_sddmm, forms, measure, scoring
 from benches.gpu.context import Context, stage_main
+from benches.gpu.schedule import run_limited
 from benches.gpu.stages.agreement import record_tests
 from benches.shapes import SHAPES
 from benches.table import OURS
 from talos_kernels import fisher_diag_, select_threshold, tensor_index
 from talos_kernels.triton.fisher_diag import CONFIGS as SCORING
-from talos_kernels.triton.fisher_diag import Config as ScoringConfig
 from talos_kernels.triton.sddmm import CONFIGS as PRODUCTS
-from talos_kernels.triton.sddmm import Config as ProductConfig
 
 TOOL_LIMIT = 25.0  # seconds
 TESTS_NEED = 12.0
@@ -48,13 +47,13 @@ BORDER_DENSITIES = (0.0625, 0.125, 0.25, 0.03)
 
 def run(context: Context) -> None:
     context.run("counters", lambda: counters(context), needs=10)
-    context.run("memory checker", lambda: memory_checker(context), needs=10)
     for encoding, border in (("bitmap", 0.0), ("u16", 1.0)):
         for density in BORDER_DENSITIES:
             key = f"border, d {density:g}, {encoding}"
             context.run(key, partial(encoded, context, border, density), needs=3)
     for sweep in SWEEPS:
         run_sweep(context, sweep)
+    context.run("memory checker", lambda: memory_checker(context), needs=15)
     for entries in context.sizes.chunks:
         context.run(f"chunk of {entries}", partial(chunk, context, entries), needs=12)
     if context.todo("other tests") and context.left() > TESTS_NEED:
@@ -65,27 +64,21 @@ def run(context: Context) -> None:
 def ask(context: Context, tool: list[str], arguments: list[str]) -> tuple[str, str | None]:
     """What the program printed under a tool, and why that says nothing; the CPU has no tool."""
     on_device = context.device.kind == "cuda"
-    if on_device and shutil.which(tool[0]) is None:
+    if on_device and tool and shutil.which(tool[0]) is None:
         return "", f"{tool[0]} is not installed"
+    command = [*(tool if on_device else []), *PROGRAM, *arguments]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            [*(tool if on_device else []), *PROGRAM, *arguments],
-            cwd=measure.ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(1.0, min(TOOL_LIMIT, context.left())),
-        )
-    except subprocess.TimeoutExpired:
-        return "", "it took too long"
-    print(done.stderr[-4000:])
-    if done.returncode:
-        last = (done.stdout + done.stderr).strip().splitlines()
-        return done.stdout, f"it ended with {done.returncode}: {last[-1] if last else ''}"
-    return done.stdout, None if on_device else "there is no device"
+    limit = max(1.0, min(TOOL_LIMIT, context.left()))
+    with tempfile.TemporaryFile("w+") as file:
+        code = run_limited(command, limit, file, environment)
+        file.seek(0)
+        printed = file.read()
+    print(printed[-4000:], flush=True)
+    if code is None:
+        return printed, f"it took more than {limit:.0f} s"
+    if code:
+        return printed, f"it ended with {code}: {[*printed.splitlines(), ''][-1]}"
+    return printed, None if on_device else "there is no device"
 
 
 def counters(context: Context) -> dict[str, object]:
@@ -231,27 +224,46 @@ def queued(context: Context) -> Callable[[], object]:
     return lambda: scoring.ours(model, batch)
 
 
+def scoring_tiles() -> Iterator[tuple[str, object]]:
+    """The tiles of 16 bits in use, and some beside them."""
+    for rows, cols, depth, warps, stages in (
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 3),
+        (128, 128, 32, 8, 4),
+        (128, 64, 64, 8, 4),
+        (128, 64, 64, 4, 4),
+        (64, 64, 64, 4, 4),
+    ):
+        tile = replace(
+            SCORING["half"],
+            rows=rows, cols=cols, tokens=(depth,), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        title = f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages"
+        yield title, SCORING | {"half": tile}
+
+
+def product_plans() -> Iterator[tuple[str, object]]:
+    """Tiles and parts of the tokens, in place of what the predicted time chooses."""
+    for rows, cols, depth, warps, stages, parts in (
+        (128, 128, 64, 8, 3, 1),
+        (64, 64, 64, 4, 3, 1),
+        (128, 128, 64, 8, 3, 2),
+        (128, 128, 64, 8, 3, 4),
+        (128, 64, 64, 8, 3, 1),
+        (64, 64, 64, 4, 4, 1),
+    ):
+        tile = PRODUCTS["half"][0]._replace(
+            rows=rows, cols=cols, tokens=depth, num_warps=warps, num_stages=stages
+        )
+        title = f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages, {parts} parts"
+        yield title, lambda *_, chosen=(tile, parts): chosen
+
+
 TRITON = "talos_kernels.triton"
 WARPS = {str(n): n for n in (4, 2, 8)}
 SWEEPS = (
     Sweep(f"{TRITON}.sparse_adam", "NUM_WARPS", WARPS, step),
-    Sweep(
-        f"{TRITON}.fisher_diag",
-        "CONFIGS",
-        {
-            f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages": SCORING
-            | {"half": ScoringConfig(rows, cols, (depth,), warps, stages)}
-            for rows, cols, depth, warps, stages in (
-                (128, 128, 64, 8, 3),
-                (128, 128, 32, 8, 3),
-                (128, 128, 32, 8, 4),
-                (128, 64, 64, 8, 4),
-                (128, 64, 64, 4, 4),
-                (64, 64, 64, 4, 4),
-            )
-        },
-        scored_layer,
-    ),
+    Sweep(f"{TRITON}.fisher_diag", "CONFIGS", dict(scoring_tiles()), scored_layer),
     Sweep(
         f"{TRITON}.fisher_diag",
         "PROGRAMS_PER_PROCESSOR",
@@ -262,21 +274,7 @@ SWEEPS = (
         f"{TRITON}.select_threshold", "STEPS", {str(n): n for n in (64, 16, 256)}, threshold, False
     ),
     Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, False),
-    Sweep(
-        f"{TRITON}.sddmm",
-        "CONFIGS",
-        {
-            f"{rows} x {cols} x {depth}, {warps} warps, {stages} stages": PRODUCTS
-            | {"half": (ProductConfig(rows, cols, depth, warps, stages),)}
-            for rows, cols, depth, warps, stages in (
-                (128, 128, 64, 8, 3),
-                (64, 64, 64, 4, 3),
-                (128, 64, 64, 8, 3),
-                (64, 64, 64, 4, 4),
-            )
-        },
-        product,
-    ),
+    Sweep(f"{TRITON}.sddmm", "plan", dict(product_plans()), product),
     Sweep(
         "talos.capture", "_QUEUE_BYTES", {f"{n} MB": n << 20 for n in (32, 8, 128)}, queued, False
     ),
