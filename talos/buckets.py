@@ -25,6 +25,8 @@ __all__ = ["Bucket"]
 _look = attrgetter("dtype", "device", "shape", "layout")
 _grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
+# Entries whose norm is taken at once: torch adds float32 one after another on a CPU.
+PIECE = 1 << 14
 Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
 
@@ -289,24 +291,27 @@ class Bucket:
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
         """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
         compact, dense = self._split(grads)
+        norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
-            out = self._empty()
+            rows = -(-self.index.nnz // PIECE)
+            pieces = self.exp_avg.new_zeros(rows, PIECE, dtype=self._wide)
+            out = pieces.view(-1)[: self.index.nnz]
             if not compact and self._plain(grads) and not self._is_wide:
                 torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
             else:
                 gather_grad_(out, dense, self.index)
-            compact.append(out)
-        return torch.stack(torch._foreach_norm(compact)).square().sum()
+            norms.append(torch.linalg.vector_norm(pieces, dim=1))
+        return torch.cat(norms).square().sum()
 
     @property
     def _is_wide(self) -> bool:
         """Whether the weights are float64, which the references serve."""
         return self.dtype == torch.float64
 
-    def _empty(self) -> Tensor:
-        """Room for an array of the selected entries, not narrower than they are."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.empty(self.index.nnz, dtype=wide, device=self.index.device)
+    @property
+    def _wide(self) -> torch.dtype:
+        """Of arrays of the selected entries that are no narrower than those."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.
@@ -333,7 +338,7 @@ class Bucket:
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         """Current minus initial weights of each tensor: float32 `[nnz]`, on the CPU."""
-        weights = self._empty()
+        weights = self.exp_avg.new_empty(self.index.nnz, dtype=self._wide)
         gather_grad_(weights, list(self.params.values()), self.index)
         if self.master is not None:  # a weight that somebody else wrote wins, as in the step
             ours = self.master.to(self.dtype).float() == weights

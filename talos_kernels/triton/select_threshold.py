@@ -13,11 +13,12 @@ __all__ = ["score_histogram", "score_histogram_kernel"]
 
 # Entries counted at a time, and how often a program does that before it adds its counts to those of
 # all: at most 256 atomic additions in 64 K entries. Unmeasured. Chosen from the code compiled for
-# sm_90: of 256 bins a lane keeps 8, and takes as many population counts for 32 entries. Loads are
-# of one entry a lane, neighbours side by side: wider ones go through shared memory first.
+# sm_90: of 256 bins a lane keeps 8, and takes as many population counts for 32 entries; at most 64
+# registers let four programs of 8 warps share a multiprocessor. Loads are of one entry a lane,
+# neighbours side by side: wider ones go through shared memory first.
 BLOCK_SIZE = 1024
 STEPS = 64
-NUM_WARPS = 4
+NUM_WARPS = 8
 COLUMNS = tl.constexpr(3)  # of the table: address, entries, first program
 
 
