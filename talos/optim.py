@@ -54,7 +54,8 @@ class SparseAdam(torch.optim.Optimizer):
 
     Args:
         model: a module, its `named_parameters()`, or param groups `{"params": named parameters,
-            "lr": ...}`.
+            "lr": ...}`; bare parameters, as trainers hand them over, have their names in the module
+            that holds them.
         mask: which entries are trained.
         lr: learning rate; a tensor is read on its device, without a sync.
         betas: decay rates of the two moments.
@@ -108,7 +109,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module | NamedParams | Iterable[dict[str, Any]],
+        model: nn.Module | NamedParams | Iterable[Tensor] | Iterable[dict[str, Any]],
         mask: Mask,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -121,12 +122,10 @@ class SparseAdam(torch.optim.Optimizer):
         strict: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
-            raise TalosTypeError(
-                f"mask must be a talos.Mask, got {type(mask).__name__}; "
-                "make one with talos.calibrate or Mask.from_dense"
-            )
+            found = type(mask).__name__
+            raise TalosTypeError(f"mask must be a talos.Mask, got {found}; see talos.calibrate")
         check_moments(moment_dtype, seed)
-        groups = named_groups(model)
+        groups = named_groups(model, mask.names)
         params = by_name(groups)
         if mask.nnz == 0:
             raise TalosValueError("mask must select at least one entry: no weight selected")
@@ -260,9 +259,10 @@ class SparseAdam(torch.optim.Optimizer):
         """Take over what somebody else put into `state`."""
         if self.state is self._handed and not self._changes:
             return
-        nnz = {name: index.nnz for name, index in self._mask.indices.items()}
         states = {
-            param: state_of(name, self.state.get(param, {}), nnz[name], "optimizer.state")
+            param: state_of(
+                name, self.state.get(param, {}), self._mask.indices[name].nnz, "optimizer.state"
+            )
             for param, name in self._names.items()
         }
         self._rebuild(states, self._buckets.bases())
@@ -495,7 +495,11 @@ class SparseAdam(torch.optim.Optimizer):
         def check_and_take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # Runs after the caller's own hooks. torch would cast the state to each weight's dtype
             # and give it by place, so it is handed none, and __setstate__ fills in what was read.
-            self._saved = self._reader().read(state_dict)
+            nnz = {name: self._mask.indices[name].nnz for name in self._names.values()}
+            reader = StateReader(
+                self.param_groups, self.defaults, self._names, nnz, self._mask.fingerprint
+            )
+            self._saved = reader.read(state_dict)
             return {**state_dict, "state": {}, "param_groups": self._saved.groups}
 
         handle = self.register_load_state_dict_pre_hook(check_and_take)
@@ -504,11 +508,6 @@ class SparseAdam(torch.optim.Optimizer):
         finally:
             handle.remove()
             self._saved = None
-
-    def _reader(self) -> StateReader:
-        nnz = {name: self._mask.indices[name].nnz for name in self._names.values()}
-        groups, defaults = self.param_groups, self.defaults
-        return StateReader(groups, defaults, self._names, nnz, self._mask.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; the views in `state` are made again from the buckets."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from .matching import resolve_names
 from .params import named_parameters
 from .reals import as_real
 
@@ -28,29 +30,56 @@ NamedParams = Iterable[tuple[str, Tensor]]
 
 
 def named_groups(
-    model: nn.Module | NamedParams | Iterable[dict[str, Any]],
+    model: nn.Module | NamedParams | Iterable[Tensor] | Iterable[dict[str, Any]],
+    selected: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Param groups of `(name, parameter)` pairs."""
+    """Param groups of `(name, parameter)` pairs.
+
+    Bare tensors have the names of a module that holds them, and those that are `selected`.
+    """
     if isinstance(model, nn.Module):
         return [{"params": list(named_parameters(model).items())}]
     items: list[Any] = list(model)
     if not items:
         raise TalosValueError("model must have parameters, got none")
     groups = items if isinstance(items[0], dict) else [{"params": items}]
-    return [{**group, "params": _pairs(group)} for group in groups]
+    listed = [_listed(group) for group in groups]
+    bare = [each for params in listed for each in params if not isinstance(each, tuple)]
+    names = _names_in_their_module(bare, selected) if bare else {}
+    return [
+        {**group, "params": [p if isinstance(p, tuple) else (names[id(p)], p) for p in params]}
+        for group, params in zip(groups, listed, strict=True)
+    ]
 
 
-def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+def _listed(group: Mapping[str, Any]) -> list[Any]:
     params = group["params"]
-    pairs = list(params.items() if isinstance(params, Mapping) else params)
+    if isinstance(params, Tensor):
+        params = [params]
+    found = list(params.items() if isinstance(params, Mapping) else params)
     if "param_names" in group:
-        pairs = list(zip(group["param_names"], pairs, strict=True))
-    if not all(isinstance(pair, tuple) for pair in pairs):
-        raise TalosTypeError(
-            "params must be (name, parameter) pairs, got bare tensors; "
-            "pass the model or model.named_parameters()"
-        )
-    return pairs
+        return list(zip(group["param_names"], found, strict=True))
+    return found
+
+
+def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict[int, str]:
+    """The names of bare tensors, as trainers hand them over, in the module that they are of.
+
+    A parameter does not know its name, so the modules of this process are looked through.
+    """
+    wanted = {id(param) for param in params}
+    for module in gc.get_objects():
+        if not issubclass(type(module), nn.Module) or "_parameters" not in module.__dict__:
+            continue
+        if not wanted <= set(map(id, module.parameters())):
+            continue
+        named = named_parameters(module, remove_duplicate=False)
+        if len(resolve_names(selected, named)) == len(selected):
+            return {id(param): name for name, param in reversed(named.items())}
+    raise TalosTypeError(
+        "params must be (name, parameter) pairs or the parameters of one module whose names are "
+        "the mask's, got bare tensors; pass the model or model.named_parameters()"
+    )
 
 
 def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

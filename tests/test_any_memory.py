@@ -1,4 +1,4 @@
-"""Modules whose parameters share memory in any way: refused, or edited and trained as dense ones."""
+"""Modules whose parameters share memory in any way: refused, or served as dense ones are."""
 
 import hashlib
 from collections.abc import Iterator

@@ -679,7 +679,7 @@ def test_masks_that_do_not_fit_the_model() -> None:
     with pytest.raises(TalosTypeError, match="meta"):
         SparseAdam(Weights().to("meta"), Mask.from_dense({"weight": ones}))
     with pytest.raises(TalosTypeError, match="bare tensors"):
-        SparseAdam(Weights().parameters(), Mask.from_dense({"weight": ones}))
+        SparseAdam([torch.ones(97, 31)], Mask.from_dense({"weight": ones}))
     with pytest.raises(TalosTypeError, match=r"mask must be a talos\.Mask, got dict"):
         SparseAdam(Weights(), {"weight": ones})
 

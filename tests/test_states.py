@@ -345,3 +345,30 @@ def test_names_of_a_wrapped_model_fit(wrap: Callable[[nn.Module], nn.Module]) ->
     assert bare.task_vector().mask == some(model)
     SparseAdam(model, some(wrapped))
     talos.TaskVector.from_models(model, wrapped).apply_(wrapped)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_bare_parameters_have_the_names_of_their_module(wrapped: bool) -> None:
+    """As trainers hand them over: in groups, of a model that others hold too."""
+    model = network()
+    holder = nn.ModuleDict({"net": model}) if wrapped else model
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = SparseAdam(groups, some(model), lr=1e-2)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+    train(model, optimizer, 2)
+    named = network()
+    pairs = list(named.named_parameters())
+    other = SparseAdam(
+        [
+            {"params": [(n, p) for n, p in pairs if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [(n, p) for n, p in pairs if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        some(model),
+        lr=1e-2,
+    )
+    train(named, other, 2)
+    assert optimizer.task_vector() == other.task_vector()
+    assert holder is not None
