@@ -25,6 +25,8 @@ __all__ = ["Bucket"]
 _look = attrgetter("dtype", "device", "shape", "layout")
 _grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
+# Entries whose norm is taken at once: torch adds float32 one after another on a CPU.
+PIECE = 1 << 14
 Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
 
@@ -253,14 +255,16 @@ class Bucket:
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
         """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
         compact, dense = self._split(grads)
+        norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
-            out = torch.empty(self.index.nnz, device=self.index.device)
+            pieces = torch.zeros(-(-self.index.nnz // PIECE), PIECE, device=self.index.device)
+            out = pieces.view(-1)[: self.index.nnz]
             if not compact and self._plain(grads):
                 torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
             else:
                 gather_grad_(out, dense, self.index)
-            compact.append(out)
-        return torch.stack(torch._foreach_norm(compact)).square().sum()
+            norms.append(torch.linalg.vector_norm(pieces, dim=1))
+        return torch.cat(norms).square().sum()
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.

@@ -67,6 +67,14 @@ def test_16_bit_gradients_are_clipped_up_to_their_rounding() -> None:
         assert_close(*firsts, dtype=torch.bfloat16)
 
 
+def test_the_norm_of_many_entries_is_not_rounded_at_each() -> None:
+    model = nn.Linear(2048, 2049, bias=False)
+    optimizer = SparseAdam(model, Mask.from_dense({"weight": torch.ones(2049, 2048) > 0}))
+    model.weight.grad = torch.randn(2049, 2048)
+    norm = optimizer.clip_grad_norm_(LARGE)
+    assert_close(norm.double(), model.weight.grad.double().norm(), reduction=True, dtype=norm.dtype)
+
+
 def again(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     optimizer.clip_grad_norm_(0.01, defer=defer)
 

@@ -153,6 +153,22 @@ def test_samples_are_split_into_slabs_where_tiles_are_few(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize("tokens", [16, 17, 50, 64, 65, 77, 130])
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_samples_of_one_step_and_of_several(
+    tokens: int, slabs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched alone, so that its own samples decide how deep a step is."""
+    from talos_kernels.triton import fisher_diag
+
+    monkeypatch.setattr(fisher_diag, "processors", lambda device: slabs)
+    score, dy, x = layer((1, 5, tokens), (130, 40), torch.bfloat16)
+    expected = by_autograd(score, dy, x, 0.5)
+    triton([score], [dy], [x], 0.5)
+    assert_close(score, expected, reduction=True, dtype=torch.float32)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_slabs_fill_whole_waves() -> None:
     from talos_kernels.triton.fisher_diag import slab_count
 
