@@ -150,8 +150,11 @@ class Run:
         return "done" if result.complete else f"out of time after {took}"
 
     def _environment(self) -> dict[str, str]:
-        """A rehearsal sees no device, even where there is one, and interprets Triton's kernels."""
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        """A rehearsal sees no device, even where there is one, and interprets Triton's kernels.
+
+        It has one thread: at tiny sizes threads wait for each other more than they compute.
+        """
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         return os.environ | (hidden if self.rehearse else {})
 
 
