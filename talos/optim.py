@@ -40,7 +40,7 @@ from .param_groups import (
     several_processes,
 )
 from .params import check_one_memory, named_parameters
-from .states import Saved, State, StateReader, Watched, state_of
+from .states import Saved, State, StateReader, state_of, watched
 from .task_vectors import TaskVector
 from .watching import warn_of_no_gradient, watch_frozen
 
@@ -292,12 +292,9 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _hand_out(self) -> None:
         """Show the buckets' state in `state`, and what others have put there beside it."""
-        before = self.__dict__.get("state", {})
         self._changes = []
-        self._handed = Watched(self._changes, {})
-        for param, views in self._buckets.views().items():
-            content = {**before.get(param, {}), **views}
-            dict.__setitem__(self._handed, param, Watched(self._changes, content))
+        before = self.__dict__.get("state", {})
+        self._handed = watched(self._changes, self._buckets.views(), before)
         self.state = self._handed
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -14,7 +14,7 @@ from .errors import TalosValueError
 from .matching import resolve_names
 from .reals import as_real
 
-__all__ = ["Saved", "State", "StateReader", "Watched", "state_of"]
+__all__ = ["Saved", "State", "StateReader", "Watched", "state_of", "watched"]
 
 State = Mapping[str, Any]
 """`step` and arrays `[nnz]`, of one parameter; none: it has taken no step."""
@@ -48,6 +48,25 @@ for _name in (
     *("setdefault", "update"),
 ):
     setattr(Watched, _name, _noting(_name))
+
+
+def watched(
+    changes: list[Any], views: Mapping[Tensor, State], others: Mapping[Any, State]
+) -> Watched:
+    """State as an optimizer shows it.
+
+    Args:
+        changes: receives what somebody changes.
+        views: the optimizer's own quantities by parameter.
+        others: what was shown before, of which foreign quantities are kept.
+
+    Returns:
+        Watched dictionaries by parameter, in a watched one.
+    """
+    inner = {
+        param: Watched(changes, {**others.get(param, {}), **own}) for param, own in views.items()
+    }
+    return Watched(changes, inner)
 
 
 @dataclass(frozen=True)
