@@ -3,6 +3,7 @@
 Stages here are small files that a test writes; the real ones are rehearsed once, all together.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,16 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benches.gpu.__main__ import main
 from benches.gpu.context import Context, StageResult, read_stage
-from benches.gpu.device import Cpu
+from benches.gpu.device import Cpu, Cuda
 from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
@@ -309,6 +311,75 @@ def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:
     assert not found["ended"]
     assert (found["passed"], found["failed"]) == (1, 1)
     assert [name.split("::")[1] for name in found["names"]] == ["test_badly"]
+
+
+class Recorded:
+    """Stands for torch.cuda: streams and graphs that do nothing, events a millisecond apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.mode: object = 0
+        self.events = 0
+
+        def say(name: str, result: object = None) -> Callable[..., object]:
+            return lambda *args, **kwargs: (self.said.append(name), result)[1]
+
+        class Event:
+            def __init__(event, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(event) -> None:
+                self.events += 1
+                event.at = self.events
+
+            def elapsed_time(event, other: "Event") -> float:
+                return float(other.at - event.at)
+
+        @contextlib.contextmanager
+        def within(*_: object) -> Iterator[None]:
+            self.said.append("in")
+            yield
+            self.said.append("out")
+
+        graph = SimpleNamespace(replay=say("replay"))
+        stream = SimpleNamespace(wait_stream=say("wait"))
+        fakes = {
+            "current_device": lambda: 0,
+            "synchronize": say("synchronize"),
+            "empty_cache": say("empty_cache"),
+            "CUDAGraph": lambda: graph,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "graph": within,
+            "stream": within,
+            "Event": Event,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }
+        for name, fake in fakes.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_what_the_cuda_side_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    device, calls = Cuda(), []
+    replay = device.capture(lambda: calls.append("work"), warmup=2)
+    assert recorded.said == ["wait", "in", "out", "wait", "synchronize", "in", "out"]
+    assert len(calls) == 3  # two to warm up on a stream, one that is captured
+    replay()
+    assert len(calls) == 3
+    recorded.said.clear()
+    times = device.time_replayed(lambda: None, rounds=4)
+    assert times == [0.5e-3] * 4  # a first of a millisecond: two replays a round
+    assert recorded.said.count("replay") == 1 + 1 + 4 * 2
+    with device.no_host_sync():
+        assert recorded.mode == "error"
+    assert recorded.mode == 0
+    recorded.said.clear()
+    device.free()
+    assert recorded.said == ["synchronize", "empty_cache"]
+    assert len(device.time_eager(lambda: None, rounds=3)) == 3
 
 
 @pytest.mark.slow
