@@ -148,13 +148,13 @@ def test_a_stage_past_its_limit_is_killed_and_what_is_left_goes_on(
     tmp_path: Path, stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    stages = (stage("one", "first", "slow", limit=9), stage("two", "more"))
+    stages = (stage("one", "first", "slow", limit=15), stage("two", "more"))
     start = time.monotonic()
     assert main(["--out", str(out), "--rehearse"], stages) == 1
     assert time.monotonic() - start < 45
     assert statuses(out / "one.json") == {"first": "done", "slow": "running"}
     assert statuses(out / "two.json") == {"more": "done"}
-    assert "one: killed at its limit of 9 s" in capfd.readouterr().out
+    assert "one: killed at its limit of 15 s" in capfd.readouterr().out
     assert "- one: 1 running, it was cut short" in (out / "table.md").read_text()
 
 
@@ -307,7 +307,7 @@ def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:
         "def test_badly(): assert False\n"
         "def test_long(): time.sleep(600)\n"
     )
-    found = outcomes([str(tests)], 0, 15)
+    found = outcomes([str(tests)], 0, 20)
     assert not found["ended"]
     assert (found["passed"], found["failed"]) == (1, 1)
     assert [name.split("::")[1] for name in found["names"]] == ["test_badly"]
