@@ -1,7 +1,8 @@
 """The same iteration by other libraries, where they are installed; none is a dependency.
 
-- `peft`: LoRA of rank 16 on queries and values (of CLIP, whose projections are fused, on the whole
-  attention: peft knows no other way), and SHiRA, sparse high-rank adapters, on the same layers.
+- `peft`: LoRA of rank 16 on queries and values (on the whole attention of open_clip's towers,
+  where they are fused: peft knows no other way), and SHiRA, sparse high-rank adapters, on the
+  same layers.
 - torchao and bitsandbytes: non-linear fine-tuning with Adam's moments in 8 bits.
 """
 
@@ -17,8 +18,14 @@ from talos.costs import Form, Running, Workload
 from talos.costs.running import HYPER
 
 RANK = 16
-PROJECTIONS = {"minilm": ["query", "value"], "t5-large": ["q", "v"]}
-FUSED = ["attn"]  # CLIP's
+PROJECTIONS = (["query", "value"], ["q", "v"], ["q_proj", "v_proj"])
+FUSED = ["attn"]  # open_clip's
+
+
+def projections(model: nn.Module) -> list[str] | None:
+    """What a model calls its linear layers of queries and values; None where it has none."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return next((pair for pair in PROJECTIONS if names.issuperset(pair)), None)
 
 
 def _adapted(workload: Workload, config: Any) -> Running:
@@ -43,14 +50,15 @@ def _adapted(workload: Workload, config: Any) -> Running:
 def lora(workload: Workload) -> Running:
     import peft
 
-    modules = PROJECTIONS.get(workload.name, FUSED)
+    modules = projections(workload.model) or FUSED
     return _adapted(workload, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules))
 
 
 def shira(workload: Workload) -> Running:
     import peft
 
-    return _adapted(workload, peft.ShiraConfig(r=RANK, target_modules=PROJECTIONS[workload.name]))
+    modules = projections(workload.model)
+    return _adapted(workload, peft.ShiraConfig(r=RANK, target_modules=modules))
 
 
 def _eight_bit(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Any:
@@ -79,8 +87,8 @@ def _needs(package: str, *, gpu: str | None = None, linears: bool = False) -> An
             return f"{package} is not installed"
         if gpu is not None and workload.device.type != "cuda":
             return gpu
-        if linears and workload.name not in PROJECTIONS:
-            return "SHiRA adapts linear layers, and CLIP's projections are one parameter"
+        if linears and projections(workload.model) is None:
+            return "SHiRA adapts linear layers, and this tower's projections are one parameter"
         return None
 
     return missing

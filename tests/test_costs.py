@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import talos.costs.workload as workloads
+from benches.other_libraries import projections
 from benches.shapes import SHAPES
 from talos.cli import main
 from talos.costs import (
@@ -181,6 +182,15 @@ def test_a_workload_of_transformers_tower(monkeypatch: pytest.MonkeyPatch) -> No
     assert made.logits(made.model, made.batch).shape == (2, 64)
     assert set(made.rows.values()) == {768}
     assert len(made.rows) == 2
+    assert projections(made.model) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("minilm", ["query", "value"]), ("t5-large", ["q", "v"]), ("vit-b-32", None)],
+)
+def test_adapters_find_queries_and_values(name: str, wanted: list[str] | None) -> None:
+    assert projections(small_model(name)) == wanted
 
 
 @pytest.mark.usefixtures("small")

@@ -3,6 +3,7 @@
 Stages here are small files that a test writes; the real ones are rehearsed once, all together.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,16 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benches.gpu.__main__ import main
 from benches.gpu.context import Context, StageResult, read_stage
-from benches.gpu.device import Cpu
+from benches.gpu.device import Cpu, Cuda
 from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
@@ -146,13 +148,13 @@ def test_a_stage_past_its_limit_is_killed_and_what_is_left_goes_on(
     tmp_path: Path, stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    stages = (stage("one", "first", "slow", limit=9), stage("two", "more"))
+    stages = (stage("one", "first", "slow", limit=15), stage("two", "more"))
     start = time.monotonic()
     assert main(["--out", str(out), "--rehearse"], stages) == 1
     assert time.monotonic() - start < 45
     assert statuses(out / "one.json") == {"first": "done", "slow": "running"}
     assert statuses(out / "two.json") == {"more": "done"}
-    assert "one: killed at its limit of 9 s" in capfd.readouterr().out
+    assert "one: killed at its limit of 15 s" in capfd.readouterr().out
     assert "- one: 1 running, it was cut short" in (out / "table.md").read_text()
 
 
@@ -305,43 +307,104 @@ def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:
         "def test_badly(): assert False\n"
         "def test_long(): time.sleep(600)\n"
     )
-    found = outcomes([str(tests)], 0, 15)
+    found = outcomes([str(tests)], 0, 20)
     assert not found["ended"]
     assert (found["passed"], found["failed"]) == (1, 1)
     assert [name.split("::")[1] for name in found["names"]] == ["test_badly"]
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("rehearsal") / "out"
+class Recorded:
+    """Stands for torch.cuda: streams and graphs that do nothing, events a millisecond apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.mode: object = 0
+        self.events = 0
+
+        def say(name: str, result: object = None) -> Callable[..., object]:
+            return lambda *args, **kwargs: (self.said.append(name), result)[1]
+
+        class Event:
+            def __init__(event, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(event) -> None:
+                self.events += 1
+                event.at = self.events
+
+            def elapsed_time(event, other: "Event") -> float:
+                return float(other.at - event.at)
+
+        @contextlib.contextmanager
+        def within(*_: object) -> Iterator[None]:
+            self.said.append("in")
+            yield
+            self.said.append("out")
+
+        graph = SimpleNamespace(replay=say("replay"))
+        stream = SimpleNamespace(wait_stream=say("wait"))
+        fakes = {
+            "current_device": lambda: 0,
+            "synchronize": say("synchronize"),
+            "empty_cache": say("empty_cache"),
+            "CUDAGraph": lambda: graph,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "graph": within,
+            "stream": within,
+            "Event": Event,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }
+        for name, fake in fakes.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_what_the_cuda_side_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    device, calls = Cuda(), []
+    replay = device.capture(lambda: calls.append("work"), warmup=2)
+    assert recorded.said == ["wait", "in", "out", "wait", "synchronize", "in", "out"]
+    assert len(calls) == 3  # two to warm up on a stream, one that is captured
+    replay()
+    assert len(calls) == 3
+    recorded.said.clear()
+    times = device.time_replayed(lambda: None, rounds=4)
+    assert times == [0.5e-3] * 4  # a first of a millisecond: two replays a round
+    assert recorded.said.count("replay") == 1 + 1 + 4 * 2
+    with device.no_host_sync():
+        assert recorded.mode == "error"
+    assert recorded.mode == 0
+    recorded.said.clear()
+    device.free()
+    assert recorded.said == ["synchronize", "empty_cache"]
+    assert len(device.time_eager(lambda: None, rounds=3)) == 3
+
+
+@pytest.mark.slow
+def test_the_rehearsal_passes_through_every_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One test, for two might run on two workers, each with a rehearsal of its own."""
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "benches.gpu", "--out", str(out), "--rehearse"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + (out / "table.md").read_text()
-    return out
+    page = (out / "table.md").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + page
+    lacks = []
+    for stage in STAGES:
+        result = read_stage(out / f"{stage.name}.json")
+        assert result.complete
+        lacks += problems(stage.name, result)
+        patterns = SCHEMAS[stage.name]
+        lacks += [p for p in patterns if not any(fnmatchcase(key, p) for key in result.records)]
+        assert f"## {stage.name}: {stage.title}" in page
+    assert not lacks
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_the_rehearsal_leaves_what_each_schema_asks(rehearsal: Path, stage: Stage) -> None:
-    result = read_stage(rehearsal / f"{stage.name}.json")
-    assert result.complete
-    assert not problems(stage.name, result)
-    missing = [
-        pattern
-        for pattern in SCHEMAS[stage.name]
-        if not any(fnmatchcase(key, pattern) for key in result.records)
-    ]
-    assert not missing
-    assert f"## {stage.name}: " in (rehearsal / "table.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_rehearsal_leaves_eight_files_at_most(
-    rehearsal: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = [path.name for path in rehearsal.iterdir()]
+    names = [path.name for path in out.iterdir()]
     assert len(names) <= 8
     assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
-    assert main(["--out", str(rehearsal), "--rehearse", "--resume"]) == 0
+    assert main(["--out", str(out), "--rehearse", "--resume"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told == [f"{stage.name}: nothing is missing" for stage in STAGES]
+    assert told[: len(STAGES)] == [f"{stage.name}: nothing is missing" for stage in STAGES]

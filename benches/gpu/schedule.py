@@ -117,16 +117,18 @@ class Run:
             well &= outcome == "done"
             print(f"{stage.name}: {outcome}", flush=True)
             self.write_table(stages)
-        self.write_table(stages)
+        print(table.summary(self.write_table(stages)), flush=True)
         return well
 
-    def write_table(self, stages: Sequence[Stage]) -> None:
+    def write_table(self, stages: Sequence[Stage]) -> str:
         for partial in self.out.glob("*.partial"):  # of a process that was killed while it wrote
             partial.unlink()
         told = [(stage.name, stage.title, self.again(stage)) for stage in stages]
         temporary = self.out / "table.partial"
-        temporary.write_text(table.page(self.out, told))
+        page = table.page(self.out, told)
+        temporary.write_text(page)
         temporary.replace(self.out / "table.md")
+        return page
 
     def _one(self, stage: Stage, seconds: float) -> str:
         start = time.monotonic()

@@ -12,7 +12,7 @@ UNITS: dict[str, tuple[str, float, str]] = {
     "seconds": ("ms", 1e-3, "{:.4g}"),
     "spread": ("spread, ms", 1e-3, "{:.2g}"),
     "bytes_moved": ("GB moved", 1e9, "{:.3g}"),
-    "bytes_per_second": ("GB/s", 1e9, "{:.0f}"),
+    "bytes_per_second": ("GB/s", 1e9, "{:.4g}"),
     "flops": ("GFLOP", 1e9, "{:.4g}"),
     "flops_per_second": ("TFLOP/s", 1e12, "{:.4g}"),
     "peak_bytes": ("peak MB", 1e6, "{:.1f}"),
@@ -30,12 +30,17 @@ def page(out: Path, stages: Sequence[tuple[str, str, str]]) -> str:
     if machine.get("rehearsed"):
         lines += ["A rehearsal at tiny sizes: its times say nothing.", ""]
     lines += [" | ".join(f"{key} {value}" for key, value in machine.items()), ""]
-    lines += _missing(results, stages)
-    lines += _predictions(results)
+    lines += [*_missing(results, stages), *_predictions(results)]
     for name, title, _ in stages:
         if results[name].records:
             lines += [f"## {name}: {title}", "", *stage_lines(results[name])]
     return "\n".join(lines) + "\n"
+
+
+def summary(page: str) -> str:
+    """What stands before the first stage: the machine, what is missing, predictions and bars."""
+    before, _, rest = page.partition("## Predictions and bars")
+    return f"{before}## Predictions and bars{rest.partition('## ')[0]}"
 
 
 def _missing(
