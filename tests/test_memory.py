@@ -121,3 +121,10 @@ def test_two_parameters_of_one_memory_are_not_scored_apart() -> None:
         talos.fisher_diag(Tied(), [torch.zeros(2, 3, dtype=torch.int64)], params="weight")
     found = talos.fisher_diag(Tied(), [torch.zeros(2, 3, dtype=torch.int64)])
     assert set(found) == {"body.weight", "body.bias"}
+
+
+@pytest.mark.parametrize("method", ["nonlinear", "linearized", "lota"])
+def test_no_method_trains_two_parameters_of_one_memory_apart(method: str) -> None:
+    batches = [(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(TalosValueError, match=r"one parameter, got table.weight and head.weight"):
+        talos.fine_tune(Tied(), batches, method=method, steps=1)
