@@ -7,12 +7,13 @@ A forward may write a buffer (`running_mean.add_`) or put another tensor in its 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeptBuffers", "equal_bits", "moved_buffers", "warn_of_moved"]
+__all__ = ["KeptBuffers", "WatchedBuffers", "equal_bits", "moved_buffers", "warn_of_moved"]
 
 
 class KeptBuffers:
@@ -32,7 +33,6 @@ class KeptBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._before = {name: each.detach().clone() for name, each in _kept(model).items()}
         self._places = [
             (module, name, buffer)
             for module in model.modules()
@@ -43,10 +43,6 @@ class KeptBuffers:
             for _, _, buffer in self._places
             if buffer is not None
         }
-
-    def moved(self, model: nn.Module) -> list[str]:
-        """Name the buffers that hold something else now; see `moved_buffers`."""
-        return moved_buffers(self._before, _kept(model))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -77,6 +73,43 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
+class WatchedBuffers:
+    """The buffers of a model's state dict as they are now, to tell later which have moved.
+
+    Args:
+        model: any module; it is not kept alive.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> watched = WatchedBuffers(norm)
+        >>> _ = norm(torch.randn(3, 2))
+        >>> watched.moved()
+        ['running_mean', 'running_var']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._before = {name: each.detach().clone() for name, each in _kept(model).items()}
+
+    def moved(self) -> list[str]:
+        """Name the buffers that hold something else now; see `moved_buffers`."""
+        model = self._model()
+        return [] if model is None else moved_buffers(self._before, _kept(model))
+
+    def tell(self, stacklevel: int) -> dict[str, list[str]]:
+        """Warn of those that have moved.
+
+        Args:
+            stacklevel: as of `warnings.warn`, from the caller of this method.
+
+        Returns:
+            Metadata of a task vector that does not hold them: `moved_buffers`, or nothing.
+        """
+        moved = self.moved()
+        warn_of_moved(moved, stacklevel + 1)
+        return {"moved_buffers": moved} if moved else {}
+
+
 def moved_buffers(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
     """Name the buffers that differ; a count of batches, which computes nothing, is not looked at.
 
@@ -85,13 +118,14 @@ def moved_buffers(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
         after: the same later, or of another model.
 
     Returns:
-        Names, of floating-point ones that both have.
+        Names, of those that both have with values.
     """
     return [
         name
         for name, old in before.items()
         if name in after
-        and old.is_floating_point()
+        and not name.endswith("num_batches_tracked")
+        and not (old.is_meta or after[name].is_meta)
         and not equal_bits(old, after[name].to(old.device))
     ]
 

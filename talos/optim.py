@@ -21,6 +21,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from .buffers import WatchedBuffers
 from .clipping import Clipping
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .fingerprints import fingerprints
@@ -168,6 +169,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._clipping = Clipping(self._buckets)
         self._changes: list[Any] = []  # of `state`, by others
         self._saved: Saved | None = None  # while it is loaded
+        self._buffers = WatchedBuffers(model if isinstance(model, nn.Module) else nn.Module())
         self._base_known = True
         self._stepped = self._trained = False
         self._complete = False
@@ -424,9 +426,8 @@ class SparseAdam(torch.optim.Optimizer):
         deltas = self._buckets.deltas()
         empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
-        return TaskVector(
-            self._mask, values, fingerprints=self._fingerprints, metadata={"method": "talos"}
-        )
+        made = {"method": "talos", **self._buffers.tell(stacklevel=2)}
+        return TaskVector(self._mask, values, fingerprints=self._fingerprints, metadata=made)
 
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry; the constructor has done so once."""
@@ -522,7 +523,7 @@ class SparseAdam(torch.optim.Optimizer):
         if "_names" in state:
             self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
             self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
-            self._saved = None
+            self._saved, self._buffers = None, WatchedBuffers(nn.Module())
             self._hand_out()
         elif (saved := self._saved) is not None:
             bases = self._buckets.bases() if saved.base is None else saved.base

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from . import frozen
 from .batches import default_logits, labels_of
-from .buffers import KeptBuffers, warn_of_moved
+from .buffers import WatchedBuffers
 from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
 from .methods import LogitsFunction, Method, Phase, method_of
@@ -208,16 +208,15 @@ class _Run:
             for module in modes:
                 if getattr(module, "running_mean", None) is not None:
                     module.eval()
-            kept = KeptBuffers(model)
+            buffers = WatchedBuffers(model)
             yield from self._phase(phase)
             while (following := phase.following()) is not None:
                 phase = following
                 yield from self._phase(phase)
-            moved = kept.moved(model)
-            warn_of_moved(moved, stacklevel=2)
             vector = phase.task_vector()
-            if moved:
-                vector = replace(vector, metadata={**vector.metadata, "moved_buffers": moved})
+            if "moved_buffers" not in vector.metadata:  # SparseAdam says it by itself
+                told = buffers.tell(stacklevel=2)
+                vector = replace(vector, metadata={**vector.metadata, **told})
             yield FineTuneFinished(vector, self.taken, self._seconds())
         finally:
             for module, mode in modes.items():
@@ -257,7 +256,7 @@ class _Run:
 
     def _backward(self, phase: Phase, batch: Any) -> float:
         """Adds a batch's share to the gradient; returns its share of the loss."""
-        device = next(phase.module.parameters()).device
+        device = phase.optimizer.param_groups[0]["params"][0].device  # others may be offloaded
         with _autocast(device, self.autocast):
             loss = self.loss_fn(phase.module, batch)
         (loss / self.accumulate).backward()

@@ -372,3 +372,17 @@ def test_bare_parameters_have_the_names_of_their_module(wrapped: bool) -> None:
     train(named, other, 2)
     assert optimizer.task_vector() == other.task_vector()
     assert holder is not None
+
+
+def test_buffers_that_move_in_anybodys_loop_are_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    optimizer = SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
+    model.eval()
+    train(model, optimizer, 1)
+    assert "moved_buffers" not in optimizer.task_vector().metadata
+    model.train()
+    train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="not in the task vector: 1.running_mean, 1.running_var"):
+        vector = optimizer.task_vector()
+    assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]

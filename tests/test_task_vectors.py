@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -671,3 +672,34 @@ def test_buffers_that_differ_are_told() -> None:
             vector = TaskVector.from_models(*pair, metadata={"task": "a"})
         assert vector.metadata == {"task": "a", "moved_buffers": moved}
         assert vector.mask.names == ("weight", "bias")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, "meta"])
+def test_weights_that_the_mask_leaves_out_need_no_values(kind: Any) -> None:
+    base, tuned = Model(seed=1), Model(seed=1)
+    name, kept, *_ = SHAPES
+    for model in (base, tuned):
+        owner, _, leaf = name.rpartition(".")
+        weight = model.get_parameter(name).detach()
+        odd = weight.to(kind) if isinstance(kind, torch.dtype) else weight.to("meta")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(odd, requires_grad=False))
+    with torch.no_grad():
+        tuned.get_parameter(kept).add_(1)
+    mask = Mask.from_dense({kept: torch.ones(SHAPES[kept]) > 0})
+    vector = TaskVector.from_models(base, tuned, mask)
+    vector.apply_(base)
+    torch.testing.assert_close(base.get_parameter(kept), tuned.get_parameter(kept))
+    if kind != "meta":
+        with torch.no_grad():
+            odd = tuned.get_parameter(name)
+            odd.copy_((odd.float() + 1).to(kind))
+        with pytest.raises(TalosValueError, match=f"only where mask selects, got .*{name}"):
+            TaskVector.from_models(Model(seed=1).to(torch.float32), tuned, mask)
+
+
+def test_integers_that_differ_are_told() -> None:
+    base = {"w": torch.ones(2), "scale": torch.tensor([3, 4], dtype=torch.int8)}
+    tuned = {"w": torch.zeros(2), "scale": torch.tensor([3, 5], dtype=torch.int8)}
+    with pytest.warns(UserWarning, match="not in the task vector: scale"):
+        vector = TaskVector.from_models(base, tuned)
+    assert vector.metadata["moved_buffers"] == ["scale"]

@@ -111,4 +111,6 @@ class Sparse(Phase):
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`."""
-        return replace(self.optimizer.task_vector(), metadata=dict(self.metadata))
+        vector = self.optimizer.task_vector()
+        moved = {k: v for k, v in vector.metadata.items() if k == "moved_buffers"}
+        return replace(vector, metadata={**self.metadata, **moved})

@@ -46,6 +46,9 @@ def difference(
         )
     mask_names = _known_names(mask, ours, before)
     chosen = {name: before[mask_names[name]] for name in mask.names}
+    for name, tensor in chosen.items():
+        if mask.indices[name].nnz and (tensor.is_meta or after[mask_names[name]].is_meta):
+            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
     check_separate(chosen, "weights of base")
     check_separate({name: after[mask_names[name]] for name in mask.names}, "weights of tuned")
     if strict:
@@ -67,6 +70,7 @@ class _Named:
     what: str
     tensors: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    integers: dict[str, Tensor]
 
     @classmethod
     def of(cls, what: str, model: Weights) -> _Named:
@@ -84,12 +88,10 @@ class _Named:
             raise TalosTypeError(
                 f"{what} must be a module or a state dict, got {type(model).__name__}"
             )
-        tensors = {
-            name: each
-            for name, each in found.items()
-            if isinstance(each, Tensor) and each.is_floating_point()
-        }
-        return cls(what, tensors, buffers)
+        every = {name: each for name, each in found.items() if isinstance(each, Tensor)}
+        tensors = {name: each for name, each in every.items() if each.is_floating_point()}
+        integers = {name: each for name, each in every.items() if name not in tensors}
+        return cls(what, tensors, buffers, integers)
 
     def first_names(self) -> dict[str, str]:
         """For every name the first one of the same memory."""
@@ -128,16 +130,14 @@ def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
 
 
 def _moved(ours: _Named, theirs: _Named) -> list[str]:
-    """The buffers that differ, of which a state dict beside a module may hold its own."""
-    before, after = ours.buffers or ours.tensors, theirs.buffers or theirs.tensors
-    names = ours.buffers or theirs.buffers
-    known = resolve_names(names, before), resolve_names(names, after)
-    return moved_buffers(
-        *(
-            {name: found[each] for name, each in named.items()}
-            for named, found in zip(known, (before, after), strict=True)
-        )
-    )
+    """What differs and is no weight: buffers, of which a state dict holds some, and integers."""
+    names = [*(ours.buffers or theirs.buffers), *ours.integers]
+    both = []
+    for each in (ours, theirs):
+        every = each.buffers | each.tensors | each.integers
+        known = resolve_names(names, every)
+        both.append({name: every[found] for name, found in known.items()})
+    return moved_buffers(*both)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -161,8 +161,6 @@ def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
                 f"tuned must have the shapes of base, got {tuple(after[name].shape)} for {name}, "
                 f"which is {tuple(tensor.shape)} in base"
             )
-        if tensor.is_meta or after[name].is_meta:
-            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
 
 
 def _with_nearest(name: str, known: Mapping[str, Tensor]) -> str:
@@ -207,7 +205,10 @@ def _check_outside(
     """
     outside = {}
     for name, tensor in before.items():
-        own, other = tensor.detach(), after[name].detach().to(tensor.device)
+        own, other = tensor.detach(), after[name].detach()
+        if own.is_meta or other.is_meta:  # nothing to compare, and nothing is taken of it
+            continue
+        own, other = (_comparable(each.to(tensor.device)) for each in (own, other))
         changed = (own != other) & ~(own.isnan() & other.isnan())
         count = int(changed.count_nonzero())
         if name in mask_names and count:
@@ -221,6 +222,11 @@ def _check_outside(
             f"tuned must differ from base only where mask selects, got {sum(outside.values()):,} "
             f"other entries: {listed}; leave mask out, or pass strict=False to drop them"
         )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """What torch compares: it does not compare numbers of eight bits."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _every_entry(tensor: Tensor) -> TensorIndex:
