@@ -11,6 +11,7 @@ from .errors import TalosTypeError, TalosValueError
 from .index import Index
 
 __all__ = [
+    "KERNEL_DTYPES",
     "PARAM_DTYPES",
     "check_flat",
     "check_params",
@@ -19,7 +20,9 @@ __all__ = [
     "write_back",
 ]
 
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float64 is served by the references.
+PARAM_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def check_params(name: str, tensors: Sequence[Tensor], index: Index) -> None:

@@ -223,7 +223,7 @@ def _check(scores: Sequence[Tensor], k: int, names: Sequence[str] | None) -> lis
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise TalosValueError(f"k must be an integer of at least 0, got {k!r}")
     for name, score in zip(shown, scores, strict=True):
-        if score.dtype not in (*PARAM_DTYPES, torch.float64):
+        if score.dtype not in PARAM_DTYPES:
             raise TalosTypeError(
                 f"scores[{name}] must be float32, bfloat16, float16 or float64, got {score.dtype}"
             )
