@@ -46,7 +46,8 @@ class SparseAdam(torch.optim.Optimizer):
         model: a module, its `named_parameters()`, or param groups `{"params": named parameters,
             "lr": ...}`.
         mask: which entries are trained.
-        lr: learning rate; a tensor is read on its device, without a sync.
+        lr: learning rate; a tensor is read on its device, without a sync. A CUDA graph reads it at
+            every replay, and keeps a number that was uploaded before it was captured.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay of the selected entries.
@@ -218,7 +219,8 @@ class SparseAdam(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made.
+            TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made;
+                or a CUDA graph is captured and a number for lr is new.
             TalosTypeError: a gradient is sparse or of another kind of number.
             TalosValueError: a gradient has another shape or device, or a hyper-parameter was set
                 out of range. Nothing is written in any of these cases.
