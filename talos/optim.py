@@ -321,9 +321,9 @@ class SparseAdam(torch.optim.Optimizer):
                 "compact gradients must be trained in one process, got several: those of linear "
                 "layers do not pass DistributedDataParallel, which would wait for them"
             )
+        if self._clipping.pending:  # its gradients give way to others
+            self._clipping.settle()
         if self._stop_compacting is not None:
-            if self._clipping.pending:
-                self._clipping.settle()
             self._stop_compacting()
             self._stop_compacting = None
             for bucket in self._buckets:
