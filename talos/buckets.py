@@ -269,6 +269,12 @@ class Bucket:
             return
         value = lr.item() if isinstance(lr, Tensor) else lr
         if value != self.lr_value:
+            if _captured(self.lr):  # each replay would write it anew
+                raise TalosRuntimeError(
+                    f"lr must be a tensor on the device while a CUDA graph is captured, or the "
+                    f"number of the step before, {self.lr_value}, got {value}; step once before "
+                    "the capture"
+                )
             self.lr.fill_(value)
             self.lr_value = value
 
@@ -348,6 +354,11 @@ class Bucket:
             name: delta[entries]
             for name, entries in zip(self.params, self.index.slices, strict=True)
         }
+
+
+def _captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done with a tensor, instead of doing it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _rows(param: Tensor, index: Index) -> slice:

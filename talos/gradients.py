@@ -120,8 +120,11 @@ _scratches: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 def _scratch(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for one dense weight gradient; what it holds is of no meaning.
 
-    Each thread and stream has its own, so that nobody writes what another still reads.
+    Each thread and stream has its own, so that nobody writes what another still reads. What a
+    CUDA graph captures is not kept: its memory is the graph's, and goes with it.
     """
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
     key = threading.get_ident(), stream, weight.device, dtype
     kept = _scratches.get(key)

@@ -58,7 +58,8 @@ class SparseAdam(torch.optim.Optimizer):
             "lr": ...}`; bare parameters, as trainers hand them over, have their names in the module
             that holds them.
         mask: which entries are trained.
-        lr: learning rate; a tensor is read on its device, without a sync.
+        lr: learning rate; a tensor is read on its device, without a sync. A CUDA graph reads it at
+            every replay, and keeps a number that was uploaded before it was captured.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay of the selected entries.
@@ -222,7 +223,8 @@ class SparseAdam(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made.
+            TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made;
+                or a CUDA graph is captured and a number for lr is new.
             TalosTypeError: a gradient is sparse or of another kind of number.
             TalosValueError: a gradient has another shape or device, or a hyper-parameter was set
                 out of range. Nothing is written in any of these cases.
@@ -383,9 +385,9 @@ class SparseAdam(torch.optim.Optimizer):
                 "compact gradients must be trained in one process, got several: those of linear "
                 "layers do not pass DistributedDataParallel, which would wait for them"
             )
+        if self._clipping.pending:  # its gradients give way to others
+            self._clipping.settle()
         if self._stop_compacting is not None:
-            if self._clipping.pending:
-                self._clipping.settle()
             self._stop_compacting()
             self._stop_compacting = None
             for bucket in self._buckets:

@@ -67,19 +67,28 @@ TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"
 
 
-def _absent_packages(path: Path) -> list[str]:
-    """What a test file imports at its top and this environment, a borrowed GPU, say, lacks."""
+@functools.cache
+def _absent_packages(path: Path) -> frozenset[str]:
+    """What a file of tests imports at its top and this environment, a borrowed GPU, say, lacks.
+
+    What other files of tests import for it counts too.
+    """
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module.split(".")[0])
-    return sorted(name for name in names if importlib.util.find_spec(name) is None)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    packages = {name.split(".")[0] for name in names}
+    absent = {name for name in packages if importlib.util.find_spec(name) is None}
+    own = (TESTS.parent / f"{name.replace('.', '/')}.py" for name in names if "tests." in name)
+    return frozenset(absent.union(*(_absent_packages(each) for each in own if each.exists())))
 
 
 LEFT_OUT = {
-    path: absent for path in sorted(TESTS.rglob("test_*.py")) if (absent := _absent_packages(path))
+    path: sorted(absent)
+    for path in sorted(TESTS.rglob("*.py"))
+    if path != Path(__file__) and (absent := _absent_packages(path))
 }
 collect_ignore = [str(path.relative_to(TESTS)) for path in LEFT_OUT]
 

@@ -75,6 +75,18 @@ def test_the_norm_of_many_entries_is_not_rounded_at_each() -> None:
     assert_close(norm.double(), model.weight.grad.double().norm(), reduction=True, dtype=norm.dtype)
 
 
+def test_what_is_pending_is_done_before_gradients_become_compact() -> None:
+    (model, optimizer), (other, deferring) = trained(), trained()
+    for each, chosen in ((model, optimizer), (other, deferring)):
+        backward(each)
+        chosen.clip_grad_norm_(0.1, defer=chosen is deferring)
+        chosen.compact_gradients()
+        backward(each, 1)  # makes all gradients anew, with the old ones in them
+        chosen.step()
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert_bit_equal(ours.detach(), theirs.detach())
+
+
 def again(model: nn.Module, optimizer: SparseAdam, defer: bool) -> None:
     optimizer.clip_grad_norm_(0.01, defer=defer)
 

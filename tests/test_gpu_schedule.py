@@ -4,6 +4,7 @@ Stages here are small files that a test writes; the real ones are rehearsed once
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -27,10 +28,14 @@ from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
 from benches.gpu.sizes import FULL, TINY
+from benches.gpu.stages import rest
 from benches.gpu.stages.agreement import outcomes
 from benches.gpu.stages.rest import read_counters
+from tests import conftest
 
 FAKE = """
+import atexit
+import os
 import time
 from pathlib import Path
 from benches.gpu.context import Context, stage_main
@@ -52,6 +57,7 @@ def slow():
 
 def lost():
     count("lost")
+    atexit.register(os.abort)  # as a destructor that asks the device may end
     def free():
         raise RuntimeError("an illegal memory access")
     CONTEXTS[0].device.free = free
@@ -120,6 +126,13 @@ def test_command_keeps_what_a_folder_holds(
     assert main(["--out", str(tmp_path), "--rehearse"]) == 2
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "ceilings.json").read_text() == "{}"
+
+
+def test_a_folder_may_hold_what_others_wrote(tmp_path: Path, stage: Callable[..., Stage]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "console").touch()
+    assert main(["--out", str(out), "--rehearse"], (stage("one", "first"),)) == 0
 
 
 def test_a_failed_item_stops_nothing_and_is_done_again(
@@ -311,6 +324,42 @@ def test_outcomes_of_tests_are_known_before_the_end(tmp_path: Path) -> None:
     assert not found["ended"]
     assert (found["passed"], found["failed"]) == (1, 1)
     assert [name.split("::")[1] for name in found["names"]] == ["test_badly"]
+
+
+def test_a_file_that_cannot_be_imported_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "test_whole.py").write_text("def test_well(): pass\n")
+    found = outcomes([str(tmp_path)], 0, 60)
+    assert found["ended"]
+    assert (found["passed"], found["failed"]) == (1, 1)
+
+
+def test_files_of_tests_are_left_out_by_what_they_import_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name)
+    )
+    conftest._absent_packages.cache_clear()
+    files = ("tiny_models", "test_families", "test_methods", "test_optim", "test_triton")
+    left_out = [bool(conftest._absent_packages(ROOT / "tests" / f"{name}.py")) for name in files]
+    conftest._absent_packages.cache_clear()
+    assert left_out == [True, True, True, False, False]
+
+
+def test_only_a_tool_runs_without_torchs_cache_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+
+    def run(command: object, limit: float, file: object, environment: dict[str, str]) -> int:
+        given.append("PYTORCH_NO_CUDA_MEMORY_CACHING" in environment)
+        return 0
+
+    monkeypatch.setattr(rest, "run_limited", run)
+    context = SimpleNamespace(device=SimpleNamespace(kind="cuda"), left=lambda: 60.0)
+    rest.ask(context, ["env"], [])
+    rest.ask(context, [], ["--chunk", "256"])  # which captures a graph
+    assert given == [True, False]
 
 
 class Recorded:

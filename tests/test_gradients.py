@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -359,6 +360,20 @@ def test_sampled_gradients_are_those_of_the_product(
         difference = (ours.grad.to_dense() - theirs.grad).norm()
         assert difference <= (1e-2 if autocast else 1e-6) * theirs.grad.norm()
     sampled.release()
+
+
+def test_a_graphs_scratch_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight: Any = SimpleNamespace(
+        is_cuda=True, shape=torch.Size((2, 3)), numel=lambda: 6, device=torch.device("cpu")
+    )
+    monkeypatch.setattr(routed, "_scratches", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1))
+    for capturing, kept in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda each=capturing: each)
+        first, second = (routed._scratch(weight, torch.bfloat16) for _ in range(2))
+        assert first.shape == weight.shape
+        assert len(routed._scratches) == kept
+        assert (first.data_ptr() == second.data_ptr()) is not capturing
 
 
 def test_copies_and_releases_have_dense_gradients() -> None:

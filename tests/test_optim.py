@@ -815,6 +815,19 @@ def test_a_rate_on_the_cpu_is_uploaded_when_it_changes() -> None:
     assert_follows(model, reference)
 
 
+def test_a_captured_step_uploads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, *_ = pair(lr=0.1)
+    set_grads(model, 0)
+    capturing = False
+    monkeypatch.setattr("talos.buckets._captured", lambda tensor: capturing)
+    optimizer.step()
+    capturing = True
+    optimizer.step()  # the number is there
+    optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.raises(TalosRuntimeError, match=r"lr must be a tensor .* 0\.1, got 0\.2"):
+        optimizer.step()
+
+
 def test_zero_size_and_scalar_parameters() -> None:
     model = nn.Module()
     model.nothing = nn.Parameter(torch.zeros(0, 3))

@@ -1,7 +1,11 @@
 """The Triton launchers against the references: on a GPU, or in Triton's interpreter."""
 
+import contextlib
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -359,6 +363,36 @@ def test_offsets_past_32_bits(encoding: str) -> None:
 def test_captured_addresses_are_exact() -> None:
     addresses = [2**53 + 1, 0, 2**62 + 3, 2**47 - 1]
     assert launch.captured_table(addresses, DEVICE).tolist() == addresses
+
+
+@pytest.mark.parametrize("trees", [False, True], ids=["usual", "graph trees"])
+def test_no_table_is_kept_in_the_pool_of_inductors_graph_trees(
+    trees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lend it to the thread that warms up; this says which thread allocates."""
+    allocate, threads = torch.empty, []
+
+    def empty(*sizes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        threads.append(threading.current_thread())
+        return allocate(*sizes, dtype=dtype)
+
+    stream = SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_tables", {})
+    name = "torch._inductor.cudagraph_trees"
+    if trees:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    else:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    table = launch.integer_table((5, 6), torch.device("cuda", 0))
+    assert table.tolist() == [5, 6]
+    assert launch.integer_table((5, 6), torch.device("cuda", 0)) is table
+    (thread,) = threads
+    assert (thread is threading.current_thread()) is not trees
 
 
 def test_address_table() -> None:

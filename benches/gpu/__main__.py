@@ -60,10 +60,9 @@ def _trouble(run: Run, stages: Sequence[Stage]) -> str:
 
     if not run.rehearse and not torch.cuda.is_available():
         return "a device must be there, got none; --rehearse runs without, `make bench` on the CPU"
-    if not run.resume and run.out.is_dir() and any(run.out.iterdir()):
-        return (
-            f"--out must be an empty folder, got {run.out} with files; add --resume to go on in it"
-        )
+    own = [*(f"{stage.name}.json" for stage in stages), "table.md", "log.txt"]
+    if not run.resume and any((run.out / name).exists() for name in own):
+        return f"--out must hold no results yet, got {run.out} with some; add --resume to go on"
     results = (read_stage(run.out / f"{stage.name}.json") for stage in stages)
     if any(result.machine.get("rehearsed", run.rehearse) != run.rehearse for result in results):
         return f"--out must hold no rehearsal beside measurements, got {run.out}; name another"

@@ -130,7 +130,9 @@ class Context:
             self.device.free()
         except RuntimeError as error:
             self.failed(key, error)
-            sys.exit(DEVICE_LOST)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(DEVICE_LOST)  # an end by way of destructors, which ask the device, may abort
 
     def found(self, key: str) -> dict[str, Any]:
         """The values recorded for a key; none if it failed or was not done."""

@@ -1,9 +1,11 @@
 """What the launchers share: the table of addresses, the dtypes, the device guard."""
 
 import contextlib
+import sys
 import threading
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -98,12 +100,32 @@ def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     with _lock:
         table = _tables.pop(key, None)
         if table is None:
-            host = torch.frombuffer(array("q", values), dtype=torch.int64)
-            table = host.pin_memory().to(device, non_blocking=True) if on_gpu else host
+            table = torch.frombuffer(array("q", values), dtype=torch.int64)
+            if on_gpu:
+                host = table.pin_memory()
+                table = empty_table(len(values), device).copy_(host, non_blocking=True)
         _tables[key] = table
         if len(_tables) > CACHE_SIZE:
             del _tables[next(iter(_tables))]
     return table
+
+
+def empty_table(size: int, device: torch.device) -> Tensor:
+    """int64 `[size]` of the current stream, in memory that may be kept.
+
+    While inductor's graph trees warm up, what the thread allocates lies in a pool of theirs, and
+    they raise where something stays in it. What another thread allocates does not.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.empty(size, dtype=torch.int64, device=device)
+
+    if "torch._inductor.cudagraph_trees" not in sys.modules:
+        return allocate()
+    with ThreadPoolExecutor(1) as another:
+        return another.submit(allocate).result()
 
 
 def captured_table(values: Sequence[int], device: torch.device) -> Tensor:

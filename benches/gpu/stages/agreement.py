@@ -44,7 +44,8 @@ def outcomes(arguments: Sequence[str], processes: int, limit: float) -> dict[str
     command = [sys.executable, "-m", "pytest", "-p", "benches.gpu.outcomes", "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-n", str(processes), "--dist", "worksteal"]
     # a borrowed machine has its own versions, and their warnings
-    command += ["-W", "default", "-o", "minversion=7", "-r", "fE", "--maxfail=100", *arguments]
+    command += ["-W", "default", "-o", "minversion=7", "-r", "fE", "--maxfail=100"]
+    command += ["--continue-on-collection-errors", *arguments]  # a file's, or nothing would run
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcomes")
         environment = os.environ | {VARIABLE: str(path), "OMP_NUM_THREADS": "1"}

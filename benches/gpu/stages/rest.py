@@ -67,7 +67,8 @@ def ask(context: Context, tool: list[str], arguments: list[str]) -> tuple[str, s
     if on_device and tool and shutil.which(tool[0]) is None:
         return "", f"{tool[0]} is not installed"
     command = [*(tool if on_device else []), *PROGRAM, *arguments]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # A checker of memory sees what lies beside a tensor; without a tool a graph must allocate.
+    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {})
     limit = max(1.0, min(TOOL_LIMIT, context.left()))
     with tempfile.TemporaryFile("w+") as file:
         code = run_limited(command, limit, file, environment)
