@@ -28,7 +28,7 @@ from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
 from benches.gpu.sizes import FULL, TINY
-from benches.gpu.stages import rest
+from benches.gpu.stages import ceilings, rest
 from benches.gpu.stages.agreement import outcomes
 from benches.gpu.stages.rest import read_counters
 from tests import conftest
@@ -346,6 +346,28 @@ def test_files_of_tests_are_left_out_by_what_they_import_of_others(
     left_out = [bool(conftest._absent_packages(ROOT / "tests" / f"{name}.py")) for name in files]
     conftest._absent_packages.cache_clear()
     assert left_out == [True, True, True, False, False]
+
+
+def test_a_library_that_was_brought_along_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command[1:])
+        return SimpleNamespace(wait=lambda limit: 0)
+
+    (tmp_path / "talos_kernels").mkdir()
+    (tmp_path / "talos_kernels" / "_C.abi3.so").write_text("of other sources")
+    monkeypatch.setattr(ceilings.subprocess, "Popen", start)
+    monkeypatch.setattr(ceilings.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(ceilings.measure, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    context = SimpleNamespace(device=SimpleNamespace(kind="cuda"), todo=lambda key: True)
+    found = ceilings.Build(context).wait()
+    assert started == [["setup.py", "egg_info", "build_ext", "--force", "--inplace"]]
+    assert found["built"]
+    assert found["serves"]
 
 
 def test_only_a_tool_runs_without_torchs_cache_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
