@@ -213,11 +213,11 @@ def slab_count(samples: int, wanted: int) -> int:
 def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, squared: bool) -> None:
     """One launch for all layers, and one that adds slabs where there are any."""
     _, dy, _ = layers[0]
-    exact = dy.dtype == torch.float32 and not tf32_allowed()
-    wide = dy.dtype == torch.float32 or squared
+    # The square of a 16-bit number has more bits than TF32, whose units cut them off.
+    exact = not tf32_allowed() if dy.dtype == torch.float32 else squared
     backend, arch = architecture()
     configs = BLACKWELL if backend == "cuda" and int(arch) >= 100 else CONFIGS
-    config = configs["ieee" if exact else "tf32" if wide else "half"]
+    config = configs["ieee" if exact else "tf32" if dy.dtype == torch.float32 else "half"]
     tiles = [
         triton.cdiv(score.shape[0], config.rows) * triton.cdiv(score.shape[1], config.cols)
         for score, _, _ in layers
