@@ -13,7 +13,13 @@ from torch.nn import functional
 from .errors import TalosTypeError, TalosValueError
 from .params import unwrapped
 
-__all__ = ["choice_logits", "default_logits", "labels_of", "logits_and_positions"]
+__all__ = [
+    "choice_logits",
+    "default_logits",
+    "known_length",
+    "labels_of",
+    "logits_and_positions",
+]
 
 LABELS = ("labels", "label")
 IGNORED = -100  # a label that does not count, as in torch's cross_entropy
@@ -150,8 +156,10 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             attention_mask=seen,
             position_ids=(seen.cumsum(1) - 1).clamp_min(0),
         )
-        length, steps = ids.shape[1], torch.arange(answers.shape[1], device=ids.device)
-        last = (seen[:, :length] * torch.arange(length, device=ids.device)).argmax(1)
+        longest = max(ids.shape[1], answers.shape[1])
+        places = torch.arange(longest, dtype=torch.int64, device=ids.device)
+        length, steps = ids.shape[1], places[: answers.shape[1]]
+        last = (seen[:, :length] * places[:length]).argmax(1)
         where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # predict the answer
         logits = output.logits.gather(1, where[..., None].expand(-1, -1, output.logits.shape[-1]))
     losses = functional.cross_entropy(
@@ -200,3 +208,24 @@ def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         and labels.dim() > 1
         and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
     )
+
+
+def known_length(batches: Any) -> int | None:
+    """Count batches without going through them.
+
+    A DataLoader of a stream has `__len__`, which raises: asking is the only way to know.
+
+    Args:
+        batches: any iterable.
+
+    Returns:
+        Their number, None where they do not say.
+
+    Example:
+        >>> known_length([1, 2]), known_length(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None

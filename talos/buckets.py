@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
@@ -39,13 +39,14 @@ class Bucket:
         params: by name, in the order of the index; one device and dtype.
         looks: what each of them was when the bucket was made.
         index: the selected entries, on their device.
-        exp_avg: float32 or bfloat16 `[nnz]`, first moment.
+        exp_avg: float32 or bfloat16 `[nnz]`, first moment; float64 for float64 weights.
         exp_avg_sq: `[nnz]` of the same dtype, second moment.
-        master: float32 `[nnz]`, the weights before rounding; None for float32 weights.
+        master: float32 `[nnz]`, the weights before rounding; None for weights that need none.
         steps: float32 `[tensors]`, steps that each tensor has taken.
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
-        base: `[nnz]` of the tensors' dtype, on the CPU: the weights when the bucket was made.
+        base: `[nnz]` on the CPU, of the tensors' dtype or that of a checkpoint: the initial
+            weights.
         compacted: the parameters whose gradients are kept compact; none where they are not.
         absent: stands for a gradient that is None.
         accepted: the looks of the gradients that `check` has accepted last.
@@ -84,9 +85,12 @@ class Bucket:
         """State of zeros for these tensors, whose names are the mask's."""
         first = next(iter(params.values()))
         index = mask.pack(list(params), first.device)
-        weights = torch.empty(index.nnz, device=first.device)
+        wide = torch.promote_types(first.dtype, torch.float32)
+        weights = torch.empty(index.nnz, dtype=wide, device=first.device)
         with torch.no_grad():
             gather_grad_(weights, list(params.values()), index)
+        if wide == torch.float64:
+            moment_dtype = wide
         return cls(
             group,
             params,
@@ -94,13 +98,45 @@ class Bucket:
             index,
             torch.zeros_like(weights, dtype=moment_dtype),
             torch.zeros_like(weights, dtype=moment_dtype),
-            weights if first.dtype != torch.float32 else None,
-            torch.zeros(len(params), device=first.device),
+            weights if first.dtype != wide else None,
+            torch.zeros(len(params), dtype=torch.float32, device=first.device),
             torch.zeros((), dtype=torch.float64, device=first.device),
             None,
             weights.to("cpu", first.dtype, copy=True),
             weights.new_empty(0),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.looks[0][0]
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a weight has another device or dtype than the state was made for."""
+        kinds = [look[:2] for look in self.looks]
+        return [_look(param)[:2] for param in self.params.values()] != kinds
+
+    @torch.no_grad()
+    def fill(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Take over state by parameter; where there is none it stays as a new bucket's."""
+        parts = zip(self.params.values(), self.index.slices, strict=True)
+        for i, (param, entries) in enumerate(parts):
+            given = states.get(param)
+            if not given:
+                continue
+            self.steps[i] = given["step"]
+            self.exp_avg[entries].copy_(given["exp_avg"])
+            self.exp_avg_sq[entries].copy_(given["exp_avg_sq"])
+            if self.master is not None and "master" in given:
+                self.master[entries].copy_(given["master"])
+
+    def bases(self) -> dict[str, Tensor]:
+        """The initial weights by name: views of `base`."""
+        return {
+            name: self.base[entries]
+            for name, entries in zip(self.params, self.index.slices, strict=True)
+        }
 
     def views(self) -> dict[Tensor, dict[str, Tensor]]:
         """Each tensor's part of the flat state, as `Optimizer.state` holds it."""
@@ -142,9 +178,9 @@ class Bucket:
     def _refuse_params(self) -> None:
         """Say which parameter is no longer what it was."""
         for (name, param), (_, _, shape, _) in zip(self.params.items(), self.looks, strict=True):
-            if param.device != self.index.device or param.dtype != self.base.dtype:
+            if param.device != self.index.device or param.dtype != self.dtype:
                 raise TalosRuntimeError(
-                    f"{name} was {self.base.dtype} on {self.index.device} when the optimizer was "
+                    f"{name} was {self.dtype} on {self.index.device} when the optimizer was "
                     f"made, is {param.dtype} on {param.device}; move or cast the model first"
                 )
             if param.shape != shape or param.layout != torch.strided:
@@ -173,11 +209,11 @@ class Bucket:
             self.params.items(), self.index.nnzs, grads, strict=True
         ):
             if isinstance(param.grad, CompactGradient):
-                _check_entries(name, grad, torch.Size((nnz,)), self.index.device)
+                _check_entries(name, grad, torch.Size((nnz,)), param)
             elif grad is not self.absent:
                 _check_gradient(name, param, grad)
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
-        self.uniform = dtypes <= {self.base.dtype} or dtypes <= {torch.float32}
+        self.uniform = dtypes <= {self.dtype} or (dtypes <= {torch.float32} and not self._is_wide)
 
     def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
         """Where each tensor's gradient goes, made anew."""
@@ -210,10 +246,10 @@ class Bucket:
             self.exp_avg_sq,
             self.steps,
             lr=self.lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
+            betas=tuple(map(float, group["betas"])),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=bool(group["maximize"]),
             master=self.master,
             grad_scale=grad_scale,
             found_inf=found_inf,
@@ -263,14 +299,25 @@ class Bucket:
         compact, dense = self._split(grads)
         norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
-            pieces = torch.zeros(-(-self.index.nnz // PIECE), PIECE, device=self.index.device)
+            rows = -(-self.index.nnz // PIECE)
+            pieces = self.exp_avg.new_zeros(rows, PIECE, dtype=self._wide)
             out = pieces.view(-1)[: self.index.nnz]
-            if not compact and self._plain(grads):
+            if not compact and self._plain(grads) and not self._is_wide:
                 torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
             else:
                 gather_grad_(out, dense, self.index)
             norms.append(torch.linalg.vector_norm(pieces, dim=1))
         return torch.cat(norms).square().sum()
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether the weights are float64, which the references serve."""
+        return self.dtype == torch.float64
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Of arrays of the selected entries that are no narrower than those."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
         """Multiply what `check` has returned by a 0-dim tensor, in place.
@@ -294,21 +341,15 @@ class Bucket:
             torch._foreach_zero_(compact)
         return len(compact) == len(grads)
 
-    def renew(self) -> None:
-        """Give the state memory of its own, apart from what `views` handed out so far."""
-        self.steps = self.steps.clone()
-        self.exp_avg, self.exp_avg_sq = self.exp_avg.clone(), self.exp_avg_sq.clone()
-        self.master = None if self.master is None else self.master.clone()
-
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         """Current minus initial weights of each tensor: float32 `[nnz]`, on the CPU."""
-        weights = torch.empty(self.index.nnz, device=self.index.device)
+        weights = self.exp_avg.new_empty(self.index.nnz, dtype=self._wide)
         gather_grad_(weights, list(self.params.values()), self.index)
         if self.master is not None:  # a weight that somebody else wrote wins, as in the step
-            ours = self.master.to(self.base.dtype).float() == weights
+            ours = self.master.to(self.dtype).float() == weights
             weights = torch.where(ours, self.master, weights)
-        delta = weights.cpu() - self.base.float()
+        delta = (weights.cpu() - self.base.to(weights.dtype)).float()
         return {
             name: delta[entries]
             for name, entries in zip(self.params, self.index.slices, strict=True)
@@ -335,7 +376,7 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
             f"{name}.grad must be dense, got {grad.layout}; "
             "this optimizer takes dense gradients and trains a sparse selection"
         )
-    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16, param.dtype):
         raise TalosTypeError(f"{name}.grad must be float32, bfloat16 or float16, got {grad.dtype}")
     if grad.shape != param.shape or grad.device != param.device:
         raise TalosValueError(
@@ -344,10 +385,11 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
 
 
-def _check_entries(name: str, entries: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if _look(entries) != (torch.float32, device, shape, torch.strided):
+def _check_entries(name: str, entries: Tensor, shape: torch.Size, param: Tensor) -> None:
+    wide = torch.promote_types(param.dtype, torch.float32)
+    if _look(entries) != (wide, param.device, shape, torch.strided):
         raise TalosValueError(
-            f"{name}.grad.entries must be float32 of shape {tuple(shape)} on {device}, got "
+            f"{name}.grad.entries must be {wide} of shape {tuple(shape)} on {param.device}, got "
             f"{entries.dtype} of shape {tuple(entries.shape)} on {entries.device}; "
             "write them in place"
         )

@@ -16,9 +16,8 @@ so a mask does not depend on the batch size.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from types import EllipsisType
 from typing import Any, Literal
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 
 from .batches import logits_and_positions
 from .capture import Capture
-from .errors import TalosRuntimeError, TalosValueError
-from .estimators import Draws, Estimator, Labels, Logits, Target, checked_logits, integer
+from .errors import TalosValueError
+from .estimators import Draws, Estimator, Labels, Target, integer
 from .masks import Mask
 from .params import (
     Rows,
@@ -41,11 +40,12 @@ from .params import (
     select_parameters,
     unwrapped,
 )
+from .reals import as_real
+from .rounds import CalibrationProgress, LogitsFn, Rounds
 from .selection import lowest_entries
 
 __all__ = ["CalibrationProgress", "FisherScores", "calibrate", "fisher_diag"]
 
-LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 Parity = Literal["paper", "released"]
 
 _FEW_SAMPLES = 8
@@ -54,23 +54,6 @@ _MANY_DEAD = 0.75  # of the selected weights
 # Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
 # 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
 _SCALE = 2.0**32
-
-
-@dataclass(frozen=True)
-class CalibrationProgress:
-    """How far a calibration is; one comes after every batch.
-
-    Attributes:
-        round: from 1.
-        rounds: how many there are.
-        samples: scored in this round so far.
-        samples_total: of a round, known once the first is over.
-    """
-
-    round: int
-    rounds: int
-    samples: int
-    samples_total: int | None
 
 
 class FisherScores(dict[str, Tensor]):
@@ -148,7 +131,7 @@ def fisher_diag(
     selection = select_parameters(model, params)
     found = FisherScores()
     with _evaluating(model) as bare, Capture(bare, selection) as capture:
-        rounds = _Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
+        rounds = Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
         found.samples = rounds.score(capture, bare, batches)
         found.update(capture.scores)
     found.rows = selection.rows
@@ -181,7 +164,8 @@ def calibrate(
     The mask's metadata tell how stable it is: `stability` is the share of the last round's choice
     that two half-sets of the samples agree on, each choosing by itself, and `stability_by_chance`
     what halves that agree on nothing would share. It is None where there is one batch, or where a
-    single round has an unknown number of batches.
+    single round has an unknown number of batches. `samples` is the number of the samples that each
+    round scored, of unequal ones the least, and `samples_of_rounds` lists them.
 
     Args:
         model: the model, on any device.
@@ -227,6 +211,7 @@ def calibrate(
     if released:
         target, soft = "logit", 0.1
     estimator = Estimator(target, draws, labels, seed)
+    density, soft = as_real(density) or 0.0, as_real(soft) or 0.0
     if not 0.0 < density <= 1.0:
         raise TalosValueError(f"density must lie in (0, 1], got {density}")
     rounds = integer("rounds", rounds, 1)
@@ -234,7 +219,7 @@ def calibrate(
         raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
     if select not in ("lowest", "highest"):
         raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
-    if rounds > 1 and iter(batches) is batches:
+    if rounds > 1 and isinstance(batches, Iterator):
         raise TalosValueError(
             "batches must be re-iterable, got an iterator, which the first of "
             f"{rounds} rounds would exhaust; pass a list or a DataLoader"
@@ -248,17 +233,18 @@ def calibrate(
         )
     kept = _selectable(selection)
     asked = logits_fn or logits_and_positions
-    progress = _Rounds(rounds, on_progress, asked, estimator, check, halving=True)
+    progress = Rounds(rounds, on_progress, asked, estimator, check, halving=True)
     equal = False
     silent: dict[str, Tensor] = {}
     count = entries
+    scored: list[int] = []  # samples of each round
     with ExitStack() as stack:
         bare = stack.enter_context(_evaluating(model))
         damp_ = stack.enter_context(_damping(selection, soft))
         capture = stack.enter_context(Capture(bare, selection, _SCALE))
         for index in range(rounds):
             capture.reset()
-            samples = progress.score(capture, bare, batches)
+            scored.append(progress.score(capture, bare, batches))
             before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
             choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
             halves = [choose(scores) for scores in progress.halves]
@@ -281,6 +267,14 @@ def calibrate(
             "them; use more varied samples, or leave their layers out with params=",
             stacklevel=2,
         )
+    samples = min(scored)
+    if len(set(scored)) > 1:
+        warnings.warn(
+            f"the rounds scored {', '.join(map(str, scored))} samples: batches yields unequal "
+            "numbers of them each time it is gone through; pass a list or a DataLoader of a fixed "
+            "data set",
+            stacklevel=2,
+        )
     if samples < _FEW_SAMPLES:
         warnings.warn(
             f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
@@ -289,7 +283,8 @@ def calibrate(
     options: dict[str, Any] = {"soft": float(soft), "select": select, "target": target}
     options |= {"draws": estimator.draws, "labels": labels, "seed": estimator.seed}
     options |= {"parity": parity}
-    sizes = {"density": float(density), "rounds": rounds, "samples": samples}
+    sizes: dict[str, Any] = {"density": float(density), "rounds": rounds, "samples": samples}
+    sizes |= {"samples_of_rounds": scored}
     made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
     made |= sizes | options | {"torch": str(torch.__version__)}
     made |= {"stability": _overlap(halves, nnz), "stability_by_chance": nnz / before}
@@ -297,7 +292,10 @@ def calibrate(
     if released:
         chosen = {id(each.param) for each in selection.values()}
         left = [name for name, param in own_parameters(bare).items() if id(param) not in chosen]
-        dense |= {name: torch.ones(named_parameters(bare)[name].shape) > 0 for name in left}
+        dense |= {
+            name: torch.ones(named_parameters(bare)[name].shape, dtype=torch.bool, device="cpu")
+            for name in left
+        }
     return Mask.from_dense(dense, metadata=made)
 
 
@@ -312,106 +310,6 @@ def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
         return None
     one, other = halves
     return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
-
-
-@dataclass
-class _Rounds:
-    """Scores round after round: what is asked of the model, how far it is, what halves said.
-
-    Attributes:
-        halving: whether the last round is to be scored in two halves, `halves`, of which the
-            capture then holds the second only.
-        halves: the scores of the first and of the second half of its batches.
-    """
-
-    rounds: int
-    on_progress: Callable[[CalibrationProgress], None] | None
-    logits_fn: LogitsFn
-    estimator: Estimator
-    check: bool
-    halving: bool = False
-    done: int = 0
-    total: int | None = None
-    batches: int = 0
-    halves: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
-        """Adds the scores of every sample of one round and returns their number."""
-        samples = count = 0
-        half = self._half(batches)
-        for batch in batches:
-            if count == half:
-                self.halves = [capture.take()]
-            if self.check and self.done == count == 0:
-                self._test(capture, model, batch)
-            logits = self._ask(capture, model, batch)
-            for losses, share, last in self.estimator.losses(logits, self.done, samples):
-                capture.backward(losses, share, last=last)
-            samples += len(logits.values)
-            count += 1
-            self._report(samples)
-        if samples == 0 and self.done:
-            raise TalosValueError(
-                f"batches must be re-iterable, got none in round {self.done + 1} after "
-                f"{self.total} samples in the first; pass a list or a DataLoader"
-            )
-        if samples == 0:
-            raise TalosValueError(
-                "batches must hold at least one sample, got 0; check the data set"
-            )
-        if self.halves:
-            capture.check(self.halves[0])
-            self.halves.append(capture.scores)
-        capture.check()
-        self.done, self.total, self.batches = self.done + 1, samples, count
-        return samples
-
-    def _half(self, batches: Iterable[Any]) -> int | None:
-        """The batch with which the second half of the last round begins, where that is known."""
-        if self.done + 1 < self.rounds or not self.halving:
-            return None
-        count = self.batches or (len(batches) if isinstance(batches, Sized) else 0)
-        return count // 2 or None
-
-    def _ask(self, capture: Capture, model: nn.Module, batch: Any) -> Logits:
-        capture.forget()
-        with _refusing_inference_tensors():
-            return checked_logits(self.logits_fn(model, batch))
-
-    def _test(self, capture: Capture, model: nn.Module, batch: Any) -> None:
-        """Compares scores of three samples with those of single backwards, then forgets both."""
-        logits = self._ask(capture, model, batch)
-        count = len(logits.values)
-        chosen = sorted({0, count // 2, count - 1})
-        losses = self._any_losses(logits)
-        only = torch.zeros_like(losses).index_fill_(0, torch.tensor(chosen).to(losses.device), 1.0)
-        capture.backward(losses * only)
-        ours = capture.take()
-        with capture.plain():
-            logits = self._ask(capture, model, batch)
-            losses = self._any_losses(logits)
-            capture.compare(ours, [losses[row] for row in chosen])
-
-    def _any_losses(self, logits: Logits) -> Tensor:
-        """Losses [B] that reach whatever any draw or class reaches."""
-        return torch.stack([each for each, _, _ in self.estimator.losses(logits, 0, 0)]).sum(0)
-
-    def _report(self, samples: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(CalibrationProgress(self.done + 1, self.rounds, samples, self.total))
-
-
-@contextmanager
-def _refusing_inference_tensors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "inference tensor" not in str(error).lower():
-            raise
-        raise TalosRuntimeError(
-            "batches and model must hold tensors that autograd can use, got some made under "
-            "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
-        ) from error
 
 
 @contextmanager

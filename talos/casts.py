@@ -173,7 +173,9 @@ class Trial:
         if not outputs:
             return []
         weights = [
-            torch.linspace(1, 2, each.numel(), device=each.device).to(each.dtype).view_as(each)
+            torch.linspace(1, 2, each.numel(), device=each.device, dtype=torch.float32)
+            .to(each.dtype)
+            .view_as(each)
             for each in outputs
         ]
         grads: Sequence[Tensor | None] = [None]

@@ -36,13 +36,15 @@ _ON_ENTRIES = {
     aten._foreach_norm.Scalar,
     aten._amp_foreach_non_finite_check_and_unscale_.default,
 }
-# Of the other operand of these the selected entries count; the others are never trained.
-_WITH_OPERAND = {
-    aten.add_.Tensor,
-    aten.sub_.Tensor,
-    aten.mul_.Tensor,
-    aten.div_.Tensor,
+# Entry by entry, though torch does not mark them so.
+_POINTWISE = {
+    aten.abs_.default,
     aten.copy_.default,
+    aten.fill_.Scalar,
+    aten.fill_.Tensor,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill_.Tensor,
+    aten.threshold_.default,
 }
 
 
@@ -51,11 +53,13 @@ class CompactGradient(Tensor):
 
     It has the shape, dtype and device of its parameter, so that it can be `param.grad`, and no
     memory of its own beside `entries`. A dense gradient that is added to it is gathered; norms,
-    scaling and GradScaler's check work on the entries. Any other operation gets the dense gradient,
-    made for it; one that would change that in place, or view it, is refused.
+    scaling, clipping, GradScaler's check and whatever else works entry by entry and leaves zeros
+    alone work on the entries. Of another operand of such an operation the selected entries count;
+    the others are never trained. Any other reader gets the dense gradient, made for it: a view of
+    that is read-only. Any other writer is refused.
 
     Attributes:
-        entries: float32 `[nnz]`, the selected ones in rank order.
+        entries: float32 `[nnz]`, the selected ones in rank order; float64 of float64 weights.
         selection: which those are, of one tensor.
 
     Example:
@@ -97,15 +101,52 @@ class CompactGradient(Tensor):
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: object) -> Tensor:
         """The dense gradient, with zeros where nothing is selected."""
-        dense = torch.zeros(self.shape, device=self.device)
+        dense = torch.zeros(self.shape, dtype=self.entries.dtype, device=self.device)
         scatter_([dense], self.selection, self.entries)
         return dense.to(dtype or self.dtype)
 
     def gathered(self, dense: Tensor) -> Tensor:
-        """The selected entries of a tensor of this shape: float32 `[nnz]`."""
+        """The selected entries of a tensor of this shape: `[nnz]`, float32 or not floating."""
+        if not dense.is_floating_point():
+            (part,) = self.selection.unpack()
+            return dense.reshape(-1)[part.positions_int64().to(dense.device)]
         out = torch.empty_like(self.entries)
         gather_grad_(out, [dense], self.selection)
         return out
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense gradient as an array that cannot be written."""
+        array = self.to_dense().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """For NumPy's own functions."""
+        return self.numpy(force=True).__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """The dense gradient as nested lists."""
+        return self.to_dense().tolist()
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        """Refused: some of the entries may not be held."""
+        raise _refusal("item assignment")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        """Hands the dense gradient to what views it, so made that torch refuses to write it."""
+        kwargs = kwargs or {}
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        except _ViewError:
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                raise
+        read = [_dense(each, read_only=True) for each in args]
+        return func(*read, **{key: _dense(each, read_only=True) for key, each in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -125,29 +166,75 @@ def _dispatch(
         return CompactGradient.of(first, first.selection, first.entries)
     if func is aten.clone.default:
         return CompactGradient.of(first, first.selection, first.entries.clone())
-    written = _written(func, args, kwargs)
-    if func in _WITH_OPERAND and isinstance(first, CompactGradient):
-        if func is aten.add_.Tensor and _is_plain(args[1], first) and not kwargs:
-            # what autograd does with every further gradient
-            gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
-        else:
-            func(first.entries, *(_operand(first, each) for each in args[1:]), **kwargs)
-            increment_version(first.entries)
+    if func is aten.add_.Tensor and not kwargs and _is_plain(args[1], first):
+        # what autograd does with every further gradient
+        gather_grad_(first.entries, [args[1]], first.selection, accumulate=True)
         return first
+    written = _written(func, args, kwargs)
     whole = func is not aten.linalg_vector_norm.default or len(args) < 3 or args[2] is None
     if func in _ON_ENTRIES and whole:
         found = func(*map(_entries, args), **kwargs)
         if written:
             increment_version([each.entries for each in written])
         return first if isinstance(first, CompactGradient) and found is first.entries else found
-    view = any(each.alias_info is not None for each in func._schema.returns)
-    if written or (view and not _writes(func)):
-        raise TalosTypeError(
-            f"a compact gradient must not be changed or viewed by {func}: it holds its "
-            "selected entries only; read grad.to_dense(), write grad.entries, or call "
-            "optimizer.compact_gradients(False)"
-        )
+    if written and _write_entries(func, args, kwargs):
+        increment_version([each.entries for each in written])
+        return first if isinstance(first, CompactGradient) else None
+    if written:
+        raise _refusal(str(func))
+    if not _writes(func) and any(each.alias_info is not None for each in func._schema.returns):
+        raise _refusal(f"a view, {func}", _ViewError)
     return func(*map(_dense, args), **{name: _dense(each) for name, each in kwargs.items()})
+
+
+class _ViewError(TalosTypeError):
+    """Somebody views a gradient that has no memory of its own."""
+
+
+def _refusal(what: str, kind: type[TalosTypeError] = TalosTypeError) -> TalosTypeError:
+    return kind(
+        f"a compact gradient must not be changed by {what}: it holds its selected entries only; "
+        "write grad.entries, or call optimizer.compact_gradients(False)"
+    )
+
+
+def _write_entries(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Changes the entries of the first argument, or of a list of gradients, if that is the same.
+
+    It is where an operation works entry by entry and either takes another operand, of which the
+    selected entries count, or leaves zeros alone.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    foreach = name.startswith("_foreach_")
+    if not name.endswith("_") or not (
+        foreach or func in _POINTWISE or torch.Tag.pointwise in func.tags
+    ):
+        return False
+    first, *rest = args
+    gradients = list(first) if foreach else [first]
+    operands = [*rest, *kwargs.values()]
+    known = func in (aten.mul_.Tensor, aten.div_.Tensor)  # 0 times infinity is not asked
+    if not known and not any(_has_entries(each) for each in operands):
+        zeros = [torch.zeros(1, dtype=torch.float32, device=each.device) for each in gradients]
+        func(zeros if foreach else zeros[0], *rest, **kwargs)
+        if any(bool(each != 0) for each in zeros):
+            return False
+
+    def of(operand: Any) -> Any:
+        if foreach and isinstance(operand, list | tuple):
+            return [_operand(*pair) for pair in zip(gradients, operand, strict=True)]
+        return _operand(gradients[0], operand)
+
+    entries = [_entries(each) for each in gradients]
+    values = {key: of(each) for key, each in kwargs.items()}
+    func(entries if foreach else entries[0], *map(of, rest), **values)
+    return True
+
+
+def _has_entries(operand: Any) -> bool:
+    if isinstance(operand, list | tuple):
+        return any(map(_has_entries, operand))
+    return isinstance(operand, Tensor) and operand.dim() > 0
 
 
 def _writes(func: Any) -> bool:
@@ -177,8 +264,10 @@ def _is_plain(other: object, like: Tensor) -> bool:
     )
 
 
-def _operand(gradient: CompactGradient, other: Any) -> Any:
+def _operand(gradient: Tensor, other: Any) -> Any:
     """What an elementwise operation on the entries takes for an operand of the dense one."""
+    if not isinstance(gradient, CompactGradient):
+        return _dense(other)
     if isinstance(other, CompactGradient):
         if other.selection is gradient.selection:
             return other.entries
@@ -194,7 +283,13 @@ def _entries(arg: Any) -> Any:
     return [_entries(each) for each in arg] if isinstance(arg, list | tuple) else arg
 
 
-def _dense(arg: Any) -> Any:
+def _dense(arg: Any, *, read_only: bool = False) -> Any:
     if isinstance(arg, CompactGradient):
-        return arg.to_dense()
-    return [_dense(each) for each in arg] if isinstance(arg, list | tuple) else arg
+        dense = arg.to_dense()
+        if not read_only:
+            return dense
+        with torch.inference_mode():  # what is made here cannot be written outside of it
+            return dense.clone()
+    if isinstance(arg, list | tuple):
+        return type(arg)([_dense(each, read_only=read_only) for each in arg])
+    return arg

@@ -262,5 +262,7 @@ def _weights(size: int, device: torch.device) -> Tensor:
     """Odd numbers without a pattern: int64 [size], always the same."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.iinfo(torch.int64)
-    numbers = torch.randint(ends.min, ends.max, (size,), generator=generator, device="cpu")
+    numbers = torch.randint(
+        ends.min, ends.max, (size,), generator=generator, device="cpu", dtype=torch.int64
+    )
     return (numbers | 1).to(device)

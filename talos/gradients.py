@@ -50,7 +50,7 @@ class CompactedParam:
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
         """Adds a gradient that was not multiplied: see `Receiver`."""
-        if self.sampled:
+        if self.sampled and x.dtype != torch.float64:
             self.receive(dy, x)
             return
         scratch = _scratch(self.param, x.dtype)
@@ -70,7 +70,10 @@ class CompactedParam:
         if isinstance(found, CompactGradient):
             _write(found.entries, gradient, found.selection, accumulate=True)
             return
-        entries = torch.empty(self.index.nnz, dtype=torch.float32, device=self.index.device)
+        if self.index.device != self.param.device:  # the model moved since the optimizer was made
+            self.index = self.index.to(self.param.device)
+        wide = torch.promote_types(self.param.dtype, torch.float32)
+        entries = torch.empty(self.index.nnz, dtype=wide, device=self.index.device)
         _write(entries, gradient, self.index)
         self.param.grad = CompactGradient.of(self.param, self.index, entries)
 

@@ -89,7 +89,7 @@ class Layouts:
         self._kinds: dict[tuple[str, int], str] = {}
         self._probed = False
         self._half = False
-        self._codes = torch.zeros(0, dtype=torch.int64)
+        self._codes = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def needs_probe(self, uses: Sequence[Use], samples: int) -> bool:
         """Settles the layouts that are known and tells whether the rest wants a probe.
@@ -112,8 +112,9 @@ class Layouts:
             if not allowed:
                 raise TalosValueError(
                     f"{use.name} must see the {samples} samples of a batch in dimension 0 or 1 of "
-                    f"its input, got leading dimensions {list(use.lead)}; leave it out with "
-                    "params= or requires_grad_(False), or turn sequence packing off"
+                    f"its input, got leading dimensions {list(use.lead)}; pass batches of one "
+                    "sample, leave it out with params= or requires_grad_(False), or turn sequence "
+                    "packing off"
                 )
             if len(allowed) == 1:
                 use.outer = next(iter(allowed.values()))
@@ -132,9 +133,17 @@ class Layouts:
         """
         self._half = half
         period, count = _FP16_PERIOD if half else _PERIOD, len(losses)
-        codes = torch.linspace(0, period - 1, count).round()  # far apart where there are few
+        codes = torch.linspace(
+            0, period - 1, count, dtype=torch.float32, device="cpu"
+        ).round()  # far apart where there are few
         if count > period:
-            codes = torch.randint(period, (count,), generator=torch.Generator().manual_seed(0))
+            codes = torch.randint(
+                period,
+                (count,),
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.int64,
+                device="cpu",
+            )
         self._codes = (codes.long() - period // 2).to(losses.device)
         return torch.ldexp(torch.ones_like(losses), self._codes)
 
@@ -184,7 +193,8 @@ class Layouts:
             raise TalosRuntimeError(
                 f"the samples of a batch must not influence one another, got rows of {use.name} "
                 "that belong to several; look for statistics over the batch, losses across samples "
-                "or packed sequences, or leave the tensor out with params="
+                "or packed sequences, pass batches of one sample, or leave the tensor out with "
+                "params="
             )
         if len(fitting) == 1 < len(allowed) and len(use.lead) > 1:
             self._kinds[use.key] = next(iter(fitting))

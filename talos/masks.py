@@ -25,6 +25,7 @@ from talos_kernels import Index, TensorIndex
 from .describe import MaskTable, MaskTableRow
 from .errors import TalosTypeError, TalosValueError
 from .files import check_entries, load_file, save_file
+from .reals import as_real
 from .selection import lowest_entries
 from .structure import kind_of, layer_of
 
@@ -97,9 +98,9 @@ class Mask:
             raise TalosTypeError(
                 f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
             )
-        if isinstance(density, bool | str) or not 0.0 < float(density) <= 1.0:
-            raise TalosValueError(f"density must lie in (0, 1], got {density}")
-        density = float(density)
+        asked, density = density, as_real(density) or 0.0
+        if not 0.0 < density <= 1.0:
+            raise TalosValueError(f"density must lie in (0, 1], got {asked}")
         if select not in ("lowest", "highest"):
             raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
         for name, score in scores.items():
@@ -349,7 +350,7 @@ class Mask:
             numel = prod(shape)
             try:
                 if entry["encoding"] == "u16" and nnz == 0:
-                    none = torch.zeros(0, dtype=torch.int64)
+                    none = torch.zeros(0, dtype=torch.int64, device="cpu")
                     indices[name] = TensorIndex.from_positions(none, numel)
                 else:
                     indices[name] = TensorIndex.from_buffers(

@@ -6,11 +6,14 @@ master that bf16 and fp16 weights have; plus the compressed index. A tensor with
 has no state and is frozen, so that autograd computes no gradient for it.
 
 The state of all tensors of one group, device and dtype is one flat array a quantity, so that a step
-is one launch; `optimizer.state[param]` holds views into those arrays.
+is one launch; `optimizer.state[param]` holds views into those arrays. Whoever replaces or clears
+what `state` holds changes the optimizer's, as with torch's own. Until the first step the state
+follows its parameters to another device or dtype.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -18,25 +21,33 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .buckets import Bucket
+from .buffers import WatchedBuffers
 from .clipping import Clipping
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from .fingerprints import fingerprint, fingerprints
+from .fingerprints import fingerprints
+from .flat_state import FlatState
 from .gradients import compact
 from .masks import Mask
 from .matching import match_tensors
+from .memory import place
 from .param_groups import (
     NamedParams,
     by_name,
     check_hyperparameters,
+    check_moments,
     check_not_wrapped,
     check_trainable,
     named_groups,
+    several_processes,
 )
-from .params import named_parameters
+from .params import check_one_memory, named_parameters
+from .states import Saved, State, StateReader, state_of, watched
 from .task_vectors import TaskVector
+from .watching import warn_of_no_gradient, watch_frozen
 
 __all__ = ["SparseAdam"]
+
+_logger = logging.getLogger(__name__)
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -44,7 +55,8 @@ class SparseAdam(torch.optim.Optimizer):
 
     Args:
         model: a module, its `named_parameters()`, or param groups `{"params": named parameters,
-            "lr": ...}`.
+            "lr": ...}`; bare parameters, as trainers hand them over, have their names in the module
+            that holds them.
         mask: which entries are trained.
         lr: learning rate; a tensor is read on its device, without a sync. A CUDA graph reads it at
             every replay, and keeps a number that was uploaded before it was captured.
@@ -65,8 +77,8 @@ class SparseAdam(torch.optim.Optimizer):
     Raises:
         TalosValueError: the mask selects nothing, names what the model lacks, or has other shapes;
             a selected parameter has requires_grad=False; a hyper-parameter is out of range.
-        TalosTypeError: a selected parameter is not float32, bfloat16 or float16, is on meta, or is
-            sharded.
+        TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, is on
+            meta, or is sharded.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
             frozen.
 
@@ -93,12 +105,13 @@ class SparseAdam(torch.optim.Optimizer):
         "_fingerprints",
         "_base_known",
         "_complete",
-        "_moment_dtype",
+        "_stepped",
+        "_trained",
     )
 
     def __init__(
         self,
-        model: nn.Module | NamedParams | Iterable[dict[str, Any]],
+        model: nn.Module | NamedParams | Iterable[Tensor] | Iterable[dict[str, Any]],
         mask: Mask,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -111,17 +124,10 @@ class SparseAdam(torch.optim.Optimizer):
         strict: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
-            raise TalosTypeError(
-                f"mask must be a talos.Mask, got {type(mask).__name__}; "
-                "make one with talos.calibrate or Mask.from_dense"
-            )
-        if moment_dtype not in (torch.float32, torch.bfloat16):
-            raise TalosTypeError(
-                f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
-            )
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise TalosValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
-        groups = named_groups(model)
+            found = type(mask).__name__
+            raise TalosTypeError(f"mask must be a talos.Mask, got {found}; see talos.calibrate")
+        check_moments(moment_dtype, seed)
+        groups = named_groups(model, mask.names)
         params = by_name(groups)
         if mask.nnz == 0:
             raise TalosValueError("mask must select at least one entry: no weight selected")
@@ -129,8 +135,9 @@ class SparseAdam(torch.optim.Optimizer):
         if isinstance(model, nn.Module):
             aliases = named_parameters(model, remove_duplicate=False)
         matched = match_tensors(mask.shapes, aliases)
-        covered = {id(param) for param in matched.values()}
-        if strict and (unknown := [n for n, p in params.items() if id(p) not in covered]):
+        check_one_memory(aliases, {n: p for n, p in matched.items() if mask.indices[n].nnz})
+        covered = {place(param) for param in matched.values()}
+        if strict and (unknown := [n for n, p in params.items() if place(p) not in covered]):
             raise TalosValueError(
                 f"mask must cover every parameter when strict, lacks {len(unknown)}: "
                 f"{', '.join(unknown[:5])}"
@@ -150,20 +157,27 @@ class SparseAdam(torch.optim.Optimizer):
         }
         for group in groups:
             check_hyperparameters({**defaults, **group}, read_tensors=True)
-        others = (p for p in params.values() if p not in self._names and p.requires_grad)
-        self._untrained = list(others)
+        self._untrained = {
+            name: param
+            for name, param in params.items()
+            if param not in self._names and param.requires_grad
+        }
         if self._untrained and isinstance(model, nn.Module):
             check_not_wrapped(model)
-        self._moment_dtype = moment_dtype
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
-        self._buckets: list[Bucket] = []
+        self._stop_watching: Callable[[], Any] | None = None
+        self._buckets = FlatState(mask, moment_dtype)
         self._clipping = Clipping(self._buckets)
-        self._incoming: list[Mapping[str, Any]] = []
+        self._changes: list[Any] = []  # of `state`, by others
+        self._saved: Saved | None = None  # while it is loaded
+        self._buffers = WatchedBuffers(model if isinstance(model, nn.Module) else nn.Module())
         self._base_known = True
+        self._stepped = self._trained = False
         self._complete = False
         self._fingerprints = fingerprints({n: p for p, n in self._names.items()})
         super().__init__(groups, defaults)
         self._complete = True
+        self._hand_out()
         self.freeze()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -188,19 +202,9 @@ class SparseAdam(torch.optim.Optimizer):
             )
         names = [name for name, _ in chosen]
         super().add_param_group({**group, "params": chosen, "param_names": names})
-        tensors: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for _, param in chosen:
-            key = (param.device, param.dtype)
-            tensors.setdefault(key, {})[self._names[param]] = param
         number = len(self.param_groups) - 1
-        buckets = [
-            Bucket.create(number, members, self._mask, self._moment_dtype)
-            for members in tensors.values()
-        ]
-        for bucket in buckets:
-            self.state.update(bucket.views())
-        self._buckets += buckets
-        self.param_groups[-1]["base"] = "-".join(fingerprint(bucket.base) for bucket in buckets)
+        self._buckets.add_group(number, {self._names[param]: param for _, param in chosen})
+        self.param_groups[number]["base"] = self._buckets.base_of(number)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -231,12 +235,71 @@ class SparseAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_hyperparameters(group)
-        checked = [bucket.check() for bucket in self._buckets]
+        checked = self._checked()
         factor = self._clipping.take(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
+        if not self._trained:
+            self._trained = self._buckets.have_gradients(checked)
+            if not self._trained and self._stepped:
+                warn_of_no_gradient(stacklevel=3)
+                self._trained = True  # said once
+        self._stepped = True
         return loss
+
+    def _checked(self) -> list[list[Tensor]]:
+        """What each bucket's `check` returns, once the state is what and where it should be."""
+        self._make_ready()
+        return [bucket.check() for bucket in self._buckets]
+
+    def _make_ready(self) -> None:
+        """Take over what others put into `state`; before the first step follow the parameters."""
+        self._refresh()
+        if not self._stepped and self._buckets.is_moved:
+            self._follow()
+
+    def _refresh(self) -> None:
+        """Take over what somebody else put into `state`."""
+        if self.state is self._handed and not self._changes:
+            return
+        states = {
+            param: state_of(
+                name, self.state.get(param, {}), self._mask.indices[name].nnz, "optimizer.state"
+            )
+            for param, name in self._names.items()
+        }
+        self._rebuild(states, self._buckets.bases())
+
+    def _follow(self) -> None:
+        """Move the state to where its parameters are, in what they are; no step was taken yet."""
+        bases, now = self._buckets.bases(), {name: p for p, name in self._names.items()}
+        cast = {name: now[name] for name in bases if bases[name].dtype != now[name].dtype}
+        bases |= {name: bases[name].to(param.dtype) for name, param in cast.items()}
+        states = {param: dict(self.state[param]) for param in self._names}
+        for param in cast.values():  # whose master is the weight that was cast
+            states[param].pop("master", None)
+        self._rebuild(states, bases)
+        # What was only cast is a base with a fingerprint of its own.
+        deltas = self._buckets.deltas()
+        kept = {name: base for name, base in self._fingerprints.items() if name not in cast}
+        unchanged = {name: param for name, param in cast.items() if not deltas[name].any()}
+        self._fingerprints = kept | fingerprints(unchanged)
+
+    def _rebuild(self, states: Mapping[Tensor, State], bases: Mapping[str, Tensor]) -> None:
+        """Make the buckets anew with this state by parameter and these initial weights by name."""
+        groups = [{self._names[p]: p for p in group["params"]} for group in self.param_groups]
+        self._buckets.rebuild(groups, states, bases)
+        for number, group in enumerate(self.param_groups):
+            group["base"] = self._buckets.base_of(number)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Show the buckets' state in `state`, and what others have put there beside it."""
+        self._changes = []
+        before = self.__dict__.get("state", {})
+        self._handed = watched(self._changes, self._buckets.views(), before)
+        self.state = self._handed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the clipping of them that the step has not done yet.
@@ -282,6 +345,7 @@ class SparseAdam(torch.optim.Optimizer):
             (tensor(5.), tensor([[3., 4.]]))
             >>> optimizer.step()
         """
+        self._make_ready()
         return self._clipping.clip(max_norm, error_if_nonfinite=error_if_nonfinite, defer=defer)
 
     def compact_gradients(self, enabled: bool = True, *, sampled: bool = False) -> None:
@@ -329,6 +393,7 @@ class SparseAdam(torch.optim.Optimizer):
             for bucket in self._buckets:
                 bucket.densify_gradients()
         if enabled:
+            self._make_ready()
             parts = [b.compact_gradients(sampled) for b in self._buckets]
             params = [each for part in parts for each in part]
             self._stop_compacting = weakref.finalize(self, compact(params))
@@ -359,20 +424,20 @@ class SparseAdam(torch.optim.Optimizer):
                 "the initial weights are not known: the loaded state belongs to others and does "
                 "not hold them; use TaskVector.from_models(base, model, mask)"
             )
-        deltas: dict[str, Tensor] = {}
-        for bucket in self._buckets:
-            bucket.check()
-            deltas.update(bucket.deltas())
-        empty = torch.zeros(0)
+        self._checked()
+        deltas = self._buckets.deltas()
+        empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
-        return TaskVector(
-            self._mask, values, fingerprints=self._fingerprints, metadata={"method": "talos"}
-        )
+        made = {"method": "talos", **self._buffers.tell(stacklevel=2)}
+        return TaskVector(self._mask, values, fingerprints=self._fingerprints, metadata=made)
 
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry; the constructor has done so once."""
-        for param in self._untrained:
+        for param in self._untrained.values():
             param.requires_grad_(False)
+        if self._untrained and self._stop_watching is None:
+            self._stop_watching = watch_frozen(self, self._untrained)
+            _logger.info("%d parameters without a selected entry are frozen", len(self.frozen))
 
     def release(self) -> None:
         """Give the tensors that were frozen for lack of a selected entry back to training.
@@ -380,8 +445,16 @@ class SparseAdam(torch.optim.Optimizer):
         Gradients are dense again.
         """
         self.compact_gradients(False)
-        for param in self._untrained:
+        for param in self._untrained.values():
             param.requires_grad_(True)
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parameters that were frozen for lack of a selected entry."""
+        return tuple(self._untrained)
 
     @property
     def mask(self) -> Mask:
@@ -393,11 +466,15 @@ class SparseAdam(torch.optim.Optimizer):
 
         Returns:
             torch's dictionary and two keys more: `base`, the initial weights at the selected
-            entries (one flat CPU tensor for each group, device and dtype), and `fingerprints`.
+            entries (a flat CPU tensor for each parameter, in the order of the groups), and
+            `fingerprints`.
         """
+        self._refresh()
         state = super().state_dict()
-        bases = [bucket.base for bucket in self._buckets]
-        return {**state, "base": bases, "fingerprints": dict(self._fingerprints)}
+        state["state"] = {key: dict(each) for key, each in state["state"].items()}
+        bases = self._buckets.bases()
+        listed = [bases[self._names[p]] for group in self.param_groups for p in group["params"]]
+        return {**state, "base": listed, "fingerprints": dict(self._fingerprints)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that another optimizer with the same mask saved.
@@ -406,100 +483,55 @@ class SparseAdam(torch.optim.Optimizer):
             state_dict: what `state_dict()` returned; it is copied. A checkpointer may drop `base`:
                 the initial weights are then this optimizer's own, if the state belongs to them.
 
+        State is taken by the parameters' names, whatever device or dtype it was saved in; a master
+        is made of the weights where there is none. A group that lacks a hyper-parameter, as those
+        of older versions may, has the one that this optimizer was made with.
+
         Raises:
-            TalosValueError: it belongs to another mask, or its groups or sizes differ. The state is
-                left as it was then.
+            TalosValueError: it belongs to another mask, or its groups, names or sizes differ. The
+                state is left as it was then.
         """
 
         def check_and_take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            # Runs after the caller's own hooks. torch would cast the state to each weight's dtype,
-            # so it is handed an empty one, and __setstate__ copies what was taken.
-            self._check_state(state_dict)
-            keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-            self._incoming = [state_dict["state"][key] for key in keys]
-            return {**state_dict, "state": {}}
+            # Runs after the caller's own hooks. torch would cast the state to each weight's dtype
+            # and give it by place, so it is handed none, and __setstate__ fills in what was read.
+            nnz = {name: self._mask.indices[name].nnz for name in self._names.values()}
+            reader = StateReader(
+                self.param_groups, self.defaults, self._names, nnz, self._mask.fingerprint
+            )
+            self._saved = reader.read(state_dict)
+            return {**state_dict, "state": {}, "param_groups": self._saved.groups}
 
-        own = [group["base"] for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(check_and_take)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-            self._incoming = []
-        if "base" in state_dict:
-            for bucket, base in zip(self._buckets, state_dict["base"], strict=True):
-                bucket.base = base.clone()
-            self._fingerprints = dict(state_dict["fingerprints"])
-            self._base_known = True
-        else:
-            self._base_known &= own == [group["base"] for group in self.param_groups]
-
-    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse a state that does not fit, before anything of it is taken."""
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
-            raise TalosValueError(
-                f"state_dict must have {len(self.param_groups)} param groups, got {len(groups)}"
-            )
-        for own_group, group in zip(self.param_groups, groups, strict=True):
-            if group.get("mask") != self._mask.fingerprint:
-                raise TalosValueError(
-                    f"state_dict must belong to the mask {self._mask.fingerprint}, "
-                    f"got {group.get('mask', 'the state of another optimizer')}; "
-                    "make the optimizer with the mask that was trained"
-                )
-            if len(group["params"]) != len(own_group["params"]):
-                raise TalosValueError(
-                    f"state_dict must have {len(own_group['params'])} parameters in this group, "
-                    f"got {len(group['params'])}"
-                )
-            for param, key in zip(own_group["params"], group["params"], strict=True):
-                saved = state_dict["state"].get(key, {})
-                for name, own in self.state[param].items():
-                    value = saved.get(name)
-                    if not isinstance(value, Tensor) or value.shape != own.shape:
-                        found = tuple(value.shape) if isinstance(value, Tensor) else value
-                        raise TalosValueError(
-                            f"state_dict must hold {name} of shape {tuple(own.shape)} for "
-                            f"{self._names[param]}, got {found}"
-                        )
-        bases = state_dict.get("base", [bucket.base for bucket in self._buckets])
-        if [base.shape for base in bases] != [bucket.base.shape for bucket in self._buckets]:
-            raise TalosValueError("state_dict must hold base weights of the optimizer's shapes")
+            self._saved = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; the views in `state` are made again from the buckets."""
+        self._refresh()
         kept = {name: getattr(self, name) for name in self._KEPT if name != "_names"}
         names = list(self._names.items())
         return {**super().__getstate__(), "state": {}, "_names": names, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the optimizer from `__getstate__`, or take over groups in `load_state_dict`."""
+        """Rebuild the optimizer from `__getstate__`, or take over what `load_state_dict` read."""
         if "_names" in state:
             state = {**state, "_names": dict(state["_names"])}
+        own = [group["base"] for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         if "_names" in state:
-            self._stop_compacting = None  # a copy begins with dense gradients
+            self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
             self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
-        for group in self.param_groups:
-            group.setdefault("seed", 0)
-        self._incoming = self.__dict__.get("_incoming", [])
-        for bucket in self._buckets:
-            if self._incoming:
-                bucket.renew()  # what an earlier state_dict() handed out stays as it was
-            self.state.update(bucket.views())
-        params = [param for group in self.param_groups for param in group["params"]]
-        with torch.no_grad():
-            for param, saved in zip(params, self._incoming, strict=False):
-                for name, own in self.state[param].items():
-                    own.copy_(saved[name])
-
-
-def several_processes() -> bool:
-    """Whether torch.distributed runs more than this process."""
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
+            self._saved, self._buffers = None, WatchedBuffers(nn.Module())
+            self._hand_out()
+        elif (saved := self._saved) is not None:
+            bases = self._buckets.bases() if saved.base is None else saved.base
+            if saved.base is None:
+                self._base_known &= own == [group["base"] for group in self.param_groups]
+            else:
+                self._fingerprints, self._base_known = saved.fingerprints, True
+            self._rebuild(saved.states, bases)
+            self._stepped = False

@@ -26,19 +26,21 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import attention_projections
 from .errors import TalosTypeError, TalosValueError
+from .memory import check_separate, place
 from .projections import PACKED, SPLIT, Projection, is_linear, projections
 
 __all__ = [
     "Selected",
     "Selection",
+    "check_one_memory",
     "named_modules",
     "named_parameters",
     "own_parameters",
@@ -157,6 +159,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """The parameters of `model` by names without wrappers, tied ones once, under their first name.
 
+    Tied are parameters that are one memory, also where they are two objects.
+
     Args:
         model: any module.
         remove_duplicate: False: a tied parameter comes under every one of its names.
@@ -171,11 +175,12 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
         ['0.weight', '0.bias']
     """
     found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
+    seen: set[Hashable] = set()
     for module_name, module in named_modules(model):
-        for name, param in module.named_parameters(recurse=False):
-            if not remove_duplicate or id(param) not in seen:
-                seen.add(id(param))
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            where = place(param)
+            if not remove_duplicate or where not in seen:
+                seen.add(where)
                 found[f"{module_name}.{name}" if module_name else name] = param
     return found
 
@@ -192,9 +197,9 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         Name and parameter.
     """
-    heads = {id(param) for head in _heads(model) for param in head.parameters()}
+    heads = {place(param) for head in _heads(model) for param in head.parameters()}
     holders = {
-        id(param)
+        place(param)
         for _, module in named_modules(model)
         if next(module.children(), None) is not None
         and not isinstance(module, nn.MultiheadAttention)
@@ -203,7 +208,7 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: param
         for name, param in named_parameters(model).items()
-        if id(param) in holders and id(param) not in heads and param.requires_grad
+        if place(param) in holders and place(param) not in heads and param.requires_grad
     }
 
 
@@ -286,21 +291,21 @@ def _body(model: nn.Module) -> Modules:
     return {name: module for name, module in named_modules(model) if id(module) not in heads}
 
 
-def _preset(model: nn.Module, preset: str) -> dict[int, Rows | None]:
-    """The row ranges of the parameters that a preset takes, by the identity of the parameter."""
-    left_out = {id(param) for head in _heads(model) for param in head.parameters()}
+def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
+    """The row ranges of the parameters that a preset takes, by their places in memory."""
+    left_out = {place(param) for head in _heads(model) for param in head.parameters()}
     modules = _body(model)
     for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            left_out.update(map(id, module.parameters()))
-    taken: dict[int, Rows | None] = {}
+            left_out.update(map(place, module.parameters()))
+    taken: dict[Hashable, Rows | None] = {}
     for param, rows in _PRESETS[preset](modules):
-        taken.setdefault(id(param), rows)
+        taken.setdefault(place(param), rows)
     return {key: rows for key, rows in taken.items() if key not in left_out}
 
 
-def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[int, Rows | None]:
-    """The parameters whose name a regular expression finds, by identity, every row of each."""
+def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[Hashable, Rows | None]:
+    """The parameters whose name a regular expression finds, by place, every row of each."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -308,7 +313,7 @@ def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[int, Rows | 
             f"params must be one of {', '.join(map(repr, _PRESETS))} or a regular expression, "
             f"got {pattern!r} ({error}); escape its special characters"
         ) from error
-    return {id(param): None for name, param in named.items() if expression.search(name)}
+    return {place(param): None for name, param in named.items() if expression.search(name)}
 
 
 def _check_tensor(name: str, param: nn.Parameter) -> None:
@@ -339,9 +344,10 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
         The chosen parameters by name, tied ones once, in the order of the model.
 
     Raises:
-        TalosValueError: nothing matches, or all that does has requires_grad=False; "qk" meets a
-            fused projection whose queries and keys are columns, or not told apart; "attention"
-            meets an attention module of which it knows a part.
+        TalosValueError: nothing matches, or all that does has requires_grad=False; another
+            parameter shares memory with a chosen one; "qk" meets a fused projection whose queries
+            and keys are columns, or not told apart; "attention" meets an attention module of which
+            it knows a part.
         TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
 
     Example:
@@ -360,11 +366,11 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
     taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
     selection = Selection()
     for name, param in named.items():
-        if id(param) not in taken:
+        if place(param) not in taken:
             continue
-        _check_tensor(name, param)
         if param.requires_grad:
-            selection[name] = Selected(param, taken[id(param)])
+            _check_tensor(name, param)
+            selection[name] = Selected(param, taken[place(param)])
         else:
             selection.passed_over += 1
     if not taken:
@@ -380,6 +386,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             f"params must match a parameter with requires_grad=True, got {params!r}, which matches "
             f"{selection.passed_over} frozen ones; call requires_grad_() on those to be selected"
         )
+    every = named_parameters(model, remove_duplicate=False)
+    check_one_memory(every, {name: each.param for name, each in selection.items()})
     if selection.passed_over:
         _logger.info(
             "%d of %d parameters matched by params=%r have requires_grad=False and are passed over",
@@ -388,6 +396,29 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             params,
         )
     return selection
+
+
+def check_one_memory(every: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> None:
+    """Refuse parameters whose gradient is not the whole gradient of their memory.
+
+    Args:
+        every: the model's parameters, by all of their names.
+        chosen: what is scored or trained, by name.
+
+    Raises:
+        TalosValueError: another parameter is the same memory or shares a part of it: autograd
+            gives each of the two the gradient of its own uses only.
+    """
+    places = {place(param): name for name, param in chosen.items()}
+    for name, param in every.items():
+        own = places.get(place(param))
+        if own is not None and chosen[own] is not param:
+            raise TalosValueError(
+                f"model must hold tied weights as one parameter, got {own} and {name}, two "
+                "parameters of one memory, each with the gradient of its own uses; assign the one "
+                "to the module of the other"
+            )
+    check_separate({**every, **chosen}, "parameters of the model", chosen)
 
 
 def select_attention(model: nn.Module) -> dict[str, Projection]:
@@ -409,7 +440,7 @@ def select_attention(model: nn.Module) -> dict[str, Projection]:
         ('output',)
     """
     chosen = select_parameters(model, "attention")
-    found: dict[int, Projection] = {}
+    found: dict[Hashable, Projection] = {}
     for each in attention_projections(_body(model).items()):
-        found.setdefault(id(each.param), each)
-    return {name: found[id(each.param)] for name, each in chosen.items()}
+        found.setdefault(place(each.param), each)
+    return {name: found[place(each.param)] for name, each in chosen.items()}

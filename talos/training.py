@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from . import frozen
 from .batches import default_logits, labels_of
+from .buffers import WatchedBuffers
 from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
 from .methods import LogitsFunction, Method, Phase, method_of
@@ -105,7 +106,9 @@ def fine_tune(
     """Fine-tune a model in place, one event a step.
 
     Args:
-        model: trained in train mode; its modes and frozen tensors are restored at the end.
+        model: trained in train mode; its modes and frozen tensors are restored at the end. Layers
+            with running statistics (BatchNorm) stay in eval mode: a task vector holds weights, and
+            the statistics are the base's.
         batches: re-iterable; begun again as often as the steps need. A batch is a dict with
             `labels`, or a pair of inputs and labels.
         mask: the entries that the method talos trains; other methods take none.
@@ -202,11 +205,19 @@ class _Run:
         self.start = time.perf_counter()
         try:
             model.train()
+            for module in modes:
+                if getattr(module, "running_mean", None) is not None:
+                    module.eval()
+            buffers = WatchedBuffers(model)
             yield from self._phase(phase)
             while (following := phase.following()) is not None:
                 phase = following
                 yield from self._phase(phase)
-            yield FineTuneFinished(phase.task_vector(), self.taken, self._seconds())
+            vector = phase.task_vector()
+            if "moved_buffers" not in vector.metadata:  # SparseAdam says it by itself
+                told = buffers.tell(stacklevel=2)
+                vector = replace(vector, metadata={**vector.metadata, **told})
+            yield FineTuneFinished(vector, self.taken, self._seconds())
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -245,7 +256,7 @@ class _Run:
 
     def _backward(self, phase: Phase, batch: Any) -> float:
         """Adds a batch's share to the gradient; returns its share of the loss."""
-        device = next(phase.module.parameters()).device
+        device = phase.optimizer.param_groups[0]["params"][0].device  # others may be offloaded
         with _autocast(device, self.autocast):
             loss = self.loss_fn(phase.module, batch)
         (loss / self.accumulate).backward()

@@ -11,6 +11,7 @@ from .errors import TalosTypeError, TalosValueError
 from .index import Index
 
 __all__ = [
+    "KERNEL_DTYPES",
     "PARAM_DTYPES",
     "check_flat",
     "check_params",
@@ -19,7 +20,9 @@ __all__ = [
     "write_back",
 ]
 
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float64 is served by the references.
+PARAM_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def check_params(name: str, tensors: Sequence[Tensor], index: Index) -> None:
@@ -28,7 +31,7 @@ def check_params(name: str, tensors: Sequence[Tensor], index: Index) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in PARAM_DTYPES:
             raise TalosTypeError(
-                f"{name}[{i}] must be float32, bfloat16 or float16, got {tensor.dtype}"
+                f"{name}[{i}] must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
         if tensor.dtype != tensors[0].dtype:
             raise TalosTypeError(
@@ -58,7 +61,7 @@ def dense_gradients(
     *,
     compact: bool = False,
 ) -> list[Tensor]:
-    """Row-major gradients of one dtype: the weights' where all share it, else float32.
+    """Row-major gradients of one dtype: the weights' where all share it, or float64; else float32.
 
     An empty tensor stands for a gradient that is None. With `compact` a gradient may also hold the
     selected entries only, in rank order.
@@ -68,7 +71,7 @@ def dense_gradients(
             f"grads must hold {len(index.numels)} entries, one a tensor, got {len(grads)}"
         )
     shared = all(grad is None or grad.dtype == param_dtype for grad in grads)
-    dtype = param_dtype if shared else torch.float32
+    dtype = param_dtype if shared or param_dtype == torch.float64 else torch.float32
     dense = []
     for i, (grad, numel, nnz) in enumerate(zip(grads, index.numels, index.nnzs, strict=True)):
         if grad is None:
@@ -80,7 +83,7 @@ def dense_gradients(
             )
         if grad.dtype not in PARAM_DTYPES:
             raise TalosTypeError(
-                f"grads[{i}] must be float32, bfloat16 or float16, got {grad.dtype}"
+                f"grads[{i}] must be float32, bfloat16, float16 or float64, got {grad.dtype}"
             )
         fits = grad.numel() == numel or (compact and grad.shape == (nnz,))
         if not fits or grad.device != index.device:

@@ -21,6 +21,7 @@ __all__ = [
     "compiled_library",
     "define",
     "increment_version",
+    "op_for",
     "serve_cuda",
     "use_compiled_cuda",
 ]
@@ -46,6 +47,7 @@ compiled_library = _load_library()
 
 _library = torch.library.Library("talos", "FRAGMENT")
 _defined: list[str] = []
+_references: dict[str, Callable[..., Any]] = {}
 _on_cuda: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -66,6 +68,7 @@ def define(
         cpu: serves the CPU where other ops make it faster than the definition is.
     """
     op = f"talos::{name}"
+    _references[name] = reference
     torch.library.define(op, schema)
     # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
     _library.impl(name, reference, "CompositeExplicitAutograd")
@@ -75,6 +78,22 @@ def define(
     _defined.append(name)
     if (compiled := _compiled(name, "CPU")) is not None:
         _library.impl(name, compiled, "CPU")
+
+
+def op_for(name: str, *dtypes: torch.dtype) -> Callable[..., Any]:
+    """What runs an op on tensors of these dtypes: no kernel takes float64, the reference does.
+
+    Args:
+        name: the op's name.
+        dtypes: of its tensors.
+
+    Returns:
+        Takes the op's arguments by position.
+    """
+    if torch.float64 in dtypes:
+        return _references[name]
+    op: Callable[..., Any] = getattr(torch.ops.talos, name)
+    return op
 
 
 def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> None:

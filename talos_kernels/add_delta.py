@@ -1,7 +1,8 @@
 """Add a scaled sparse delta to many tensors, and take it off again exactly.
 
     saved[rank(t, j)] <- params[t][j]                                    (its bits)
-    params[t][j]      <- params[t][j] + scale * values[rank(t, j)]       (float32, rounded once)
+    params[t][j]      <- params[t][j] + scale * values[rank(t, j)]       (float32, rounded once;
+                                                                          float64 for float64)
 
 In bf16 adding and then subtracting is not the identity, so `revert_delta_` writes the saved bits
 back.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import PARAM_DTYPES, check_flat, check_params, contiguous, write_back
-from ._ops import define, increment_version
+from ._ops import define, increment_version, op_for
 from .gather_grad import scatter_
 from .index import Index
 
@@ -36,7 +37,8 @@ def add_delta_reference(
         base = param.view(-1)[where]
         if saved is not None:
             saved[entries] = base
-        edited = base.float() + scale * values[entries].float()
+        wide = torch.promote_types(base.dtype, torch.float32)
+        edited = base.to(wide) + scale * values[entries].to(wide)
         param.view(-1)[where] = edited.to(param.dtype)
 
 
@@ -69,9 +71,9 @@ def add_delta_(
     """Add `scale * values` to the selected entries of many tensors, in place, in one launch.
 
     Args:
-        params: float32, bfloat16 or float16, one dtype and device, any shapes.
+        params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
         index: the selection, on the tensors' device.
-        values: `[nnz]`, the delta in rank order; float32, bfloat16 or float16.
+        values: `[nnz]`, the delta in rank order; of any of these dtypes.
         scale: the scaling coefficient.
         saved: `[nnz]` of the tensors' dtype; receives the old bits, for `revert_delta_`.
 
@@ -98,7 +100,7 @@ def add_delta_(
     if saved is not None:
         check_flat("saved", saved, index, (params[0].dtype,))
     rows = contiguous(params)
-    torch.ops.talos.add_delta_(rows, index.buffers, values, scale, saved)
+    op_for("add_delta_", params[0].dtype, values.dtype)(rows, index.buffers, values, scale, saved)
     with torch.no_grad():
         write_back(params, rows)
     increment_version(params)

@@ -188,7 +188,7 @@ def fisher_diag_embedding_(
         )
     wide = torch.promote_types(dy.dtype, torch.float32)
     with torch.no_grad():
-        samples = torch.arange(dy.shape[1], device=ids.device)[:, None]
+        samples = torch.arange(dy.shape[1], device=ids.device, dtype=torch.int64)[:, None]
         keys = (ids.long() * dy.shape[1] + samples).flatten()
         keys, order = keys.sort(stable=True)
         sums, keys = _sum_runs(dy.reshape(-1, dy.shape[3])[order].to(wide), keys)

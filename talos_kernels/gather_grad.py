@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import PARAM_DTYPES, check_flat, check_params, contiguous, dense_gradients, write_back
-from ._ops import define, increment_version
+from ._ops import define, increment_version, op_for
 from .index import Index
 
 __all__ = ["gather_grad_", "gather_grad_reference", "scatter_", "scatter_reference"]
@@ -27,7 +27,7 @@ def gather_grad_reference(
         if not accumulate:
             out[entries] = 0
         if grad.numel() and part.nnz:
-            out[entries] += grad.view(-1)[part.positions_int64().to(grad.device)].float()
+            out[entries] += grad.view(-1)[part.positions_int64().to(grad.device)].to(out.dtype)
 
 
 def scatter_reference(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
@@ -68,7 +68,7 @@ def gather_grad_(
     """Gather the selected entries of dense gradients into one compact array, in one launch.
 
     Args:
-        out: float32 `[nnz]`, written in rank order.
+        out: float32 `[nnz]`, written in rank order; float64 for gradients of that dtype.
         grads: one a tensor of the index, any shapes, None counts as zero.
         index: the selection, on the gradients' device.
         accumulate: add to `out` instead of overwriting it.
@@ -87,8 +87,9 @@ def gather_grad_(
     """
     given = [grad for grad in grads if grad is not None]
     dense = dense_gradients(grads, index, given[0].dtype if given else torch.float32)
-    check_flat("out", out, index, (torch.float32,))
-    torch.ops.talos.gather_grad_(out, dense, index.buffers, accumulate)
+    check_flat("out", out, index, (torch.float32, torch.float64))
+    dtypes = [out.dtype, *(grad.dtype for grad in dense[:1])]
+    op_for("gather_grad_", *dtypes)(out, dense, index.buffers, accumulate)
     increment_version(out)
 
 
@@ -96,7 +97,7 @@ def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:
     """Write compact values into the selected entries of dense tensors, in place, in one launch.
 
     Args:
-        params: float32, bfloat16 or float16, one dtype and device, any shapes.
+        params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
         index: the selection, on the tensors' device.
         values: `[nnz]` in rank order, cast to the tensors' dtype.
 
@@ -117,7 +118,7 @@ def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:
     if not params or index.nnz == 0:
         return
     rows = contiguous(params)
-    torch.ops.talos.scatter_(rows, index.buffers, values)
+    op_for("scatter_", params[0].dtype, values.dtype)(rows, index.buffers, values)
     with torch.no_grad():
         write_back(params, rows)
     increment_version(params)

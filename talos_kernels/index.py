@@ -92,7 +92,7 @@ class Index:
             block += part.starts.numel()
 
         def joined(buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
-            return torch.cat([torch.zeros(0, dtype=dtype), *buffers]).to(device)
+            return torch.cat([torch.zeros(0, dtype=dtype, device="cpu"), *buffers]).to(device)
 
         return cls(
             tuple(part.numel for part in parts),
@@ -100,7 +100,7 @@ class Index:
             joined([part.words for part in parts], torch.int32),
             joined([part.positions for part in parts], torch.uint16),
             joined(starts, torch.int64),
-            torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Column)).to(device),
+            torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(Column)).to(device),
             joined(programs, torch.int32).view(-1, 2),
         )
 
@@ -161,7 +161,7 @@ class Index:
                     part.words,
                     part.positions,
                     part.starts,
-                    torch.tensor([alone], dtype=torch.int64).to(self.device),
+                    torch.tensor([alone], dtype=torch.int64, device="cpu").to(self.device),
                     _programs(0, part).view(-1, 2).to(self.device),
                 )
             )
@@ -206,7 +206,7 @@ class Index:
 def _programs(tensor: int, part: TensorIndex) -> Tensor:
     """A tensor's programs, flat: its number and the number of each block with a selected entry."""
     if part.encoding == "full":
-        blocks = torch.arange(blocks_of(part.numel, BLOCK_SIZE))
+        blocks = torch.arange(blocks_of(part.numel, BLOCK_SIZE), dtype=torch.int64, device="cpu")
     else:
         blocks = part.starts.cpu().diff().nonzero()[:, 0]
     return torch.stack([torch.full_like(blocks, tensor), blocks], 1).to(torch.int32).flatten()

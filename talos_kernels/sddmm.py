@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import PARAM_DTYPES, check_flat
+from ._checks import KERNEL_DTYPES, check_flat
 from ._ops import define, increment_version
 from .errors import TalosTypeError, TalosValueError
 from .index import BLOCK_SIZE, SEGMENT_SIZE, Index
@@ -40,7 +40,7 @@ def _product_and_gather(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
 ) -> None:
     """The CPU's: the rows that hold selected entries are multiplied, and gathered from."""
-    product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+    product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     rows = _selected_rows(index, *product.shape)
     torch.mm(dy[:, rows].float().T, x.float(), out=product[rows])
     torch.ops.talos.gather_grad_(out, [product], index, accumulate)
@@ -112,7 +112,7 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
                 f"{name} must be dense of 2 dimensions, one row a token, got layout {rows.layout} "
                 f"and shape {tuple(rows.shape)}; call .flatten(0, -2) first"
             )
-        if rows.dtype not in PARAM_DTYPES:
+        if rows.dtype not in KERNEL_DTYPES:
             raise TalosTypeError(f"{name} must be float32, bfloat16 or float16, got {rows.dtype}")
         if rows.device != index.device:
             raise TalosValueError(

@@ -55,7 +55,7 @@ def score_histogram_reference(
         refused[i] = score.numel() - (usable | excluded).count_nonzero()
         keys = score[usable].abs().view(integer).long()  # abs: -0.0 is 0.0
         if largest:
-            highest = torch.tensor(torch.finfo(score.dtype).max, dtype=score.dtype)
+            highest = torch.tensor(torch.finfo(score.dtype).max, dtype=score.dtype, device="cpu")
             keys = int(highest.view(integer)) - keys
         keys = keys[keys >> (shift + bits) == prefix]
         counts += (keys >> shift & (1 << bits) - 1).bincount(minlength=1 << bits)
@@ -129,7 +129,7 @@ class Threshold:
     def _comparable(self, score: Tensor) -> Tensor:
         """The tensor, wider where its dtype would round a `value` that another tensor brought."""
         score = score.detach()
-        exact = torch.tensor(self.value, dtype=score.dtype).item() == self.value
+        exact = torch.tensor(self.value, dtype=score.dtype, device="cpu").item() == self.value
         return score if exact else score.double()
 
 
@@ -223,7 +223,7 @@ def _check(scores: Sequence[Tensor], k: int, names: Sequence[str] | None) -> lis
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise TalosValueError(f"k must be an integer of at least 0, got {k!r}")
     for name, score in zip(shown, scores, strict=True):
-        if score.dtype not in (*PARAM_DTYPES, torch.float64):
+        if score.dtype not in PARAM_DTYPES:
             raise TalosTypeError(
                 f"scores[{name}] must be float32, bfloat16, float16 or float64, got {score.dtype}"
             )

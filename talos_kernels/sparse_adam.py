@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_flat, check_params, contiguous, dense_gradients, write_back
-from ._ops import define, increment_version
+from ._ops import define, increment_version, op_for
 from .errors import TalosValueError
 from .index import Index
 
@@ -75,7 +75,8 @@ def sparse_adam_reference(
         steps[tensor] += 1
         where = part.positions_int64().to(param.device)
         compact = grad.numel() < param.numel()
-        g = grad.float() if compact else grad[where].float()
+        wide = torch.promote_types(param.dtype, torch.float32)
+        g = (grad if compact else grad[where]).to(wide)
         if grad_scale is not None:
             g = g / grad_scale
         if clip_factor is not None:
@@ -83,18 +84,18 @@ def sparse_adam_reference(
         if maximize:
             g = -g
         stored = param[where]
-        w = stored.float()
+        w = stored.to(wide)
         if master is not None:
             ours = master[entries].to(param.dtype) == stored
             w = torch.where(ours, master[entries], w)
-        m, v = exp_avg[entries].float(), exp_avg_sq[entries].float()
+        m, v = exp_avg[entries].to(wide), exp_avg_sq[entries].to(wide)
         step, rate = steps[tensor].item(), lr.item()
         if weight_decay != 0:
             w.mul_(1 - rate * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # In float64, which rounds it correctly: torch's float32 root on x86 is MKL's, and does not.
-        root = v.double().sqrt().float()
+        root = v.double().sqrt().to(wide)
         denominator = (root / (1 - beta2**step) ** 0.5).add_(eps)
         w.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
         if exp_avg.dtype == torch.bfloat16:
@@ -115,8 +116,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _noise(seed: int, step: int, entries: slice, device: torch.device) -> Tensor:
     """32 bits for each rank in `entries`: int64, the same on every device."""
-    ranks = torch.arange(entries.start, entries.stop, device=device)
-    key = _mix(torch.tensor(seed & 0xFFFFFFFF, device=device)) + step
+    ranks = torch.arange(entries.start, entries.stop, device=device, dtype=torch.int64)
+    key = _mix(torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64, device=device)) + step
     key = _mix(key & 0xFFFFFFFF)
     return _mix(_mix((key + (ranks >> 32)) & 0xFFFFFFFF) ^ (ranks & 0xFFFFFFFF))
 
@@ -156,11 +157,12 @@ def sparse_adam_(
     """One AdamW step, in place, on the selected entries of many tensors, in one launch.
 
     Args:
-        params: float32, bfloat16 or float16, one dtype and device, any shapes.
+        params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
         grads: the gradients, each shaped as its param, or flat `[nnz of the tensor]`: compact, as
             `gather_grad_` makes it; None: that tensor and its state stay as they are.
         index: the selection in `params`, on their device.
-        exp_avg: float32 or bfloat16 `[nnz]`, first moment in rank order, updated.
+        exp_avg: float32 or bfloat16 `[nnz]`, for float64 weights float64: first moment in rank
+            order, updated.
         exp_avg_sq: `[nnz]` of the same dtype, second moment in rank order, updated.
         steps: float32 `[len(params)]`, how many steps each tensor has taken; counted up for those
             that have a gradient.
@@ -195,7 +197,9 @@ def sparse_adam_(
                 f"grads[{i}] must be shaped as its parameter, {tuple(param.shape)}, or compact, "
                 f"({nnz},), got {tuple(grad.shape)}"
             )
-    check_flat("exp_avg", exp_avg, index, (torch.float32, torch.bfloat16))
+    double = len(params) > 0 and params[0].dtype == torch.float64
+    kinds = (torch.float64,) if double else (torch.float32, torch.bfloat16)
+    check_flat("exp_avg", exp_avg, index, kinds)
     check_flat("exp_avg_sq", exp_avg_sq, index, (exp_avg.dtype,))
     if master is not None:
         check_flat("master", master, index, (torch.float32,))
@@ -249,7 +253,7 @@ def sparse_adam_rows_(
     All tensors are row-major; the gradients have one dtype, the weights' or float32, and an empty
     one stands for None. `lr` is float64 on the device. Nothing may be recorded by autograd.
     """
-    torch.ops.talos.sparse_adam_(
+    op_for("sparse_adam_", params[0].dtype)(
         params, grads, index.buffers, exp_avg, exp_avg_sq, master, steps, lr, *betas, eps,
         weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
         _scalar(clip_factor, index), seed,

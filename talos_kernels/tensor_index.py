@@ -129,7 +129,7 @@ class TensorIndex:
         if flat.numel() == numel and numel > 0:
             return cls._full(numel)
         if flat.numel() >= U16_DENSITY * numel and flat.numel() > 0:
-            dense = torch.zeros(numel, dtype=torch.bool)
+            dense = torch.zeros(numel, dtype=torch.bool, device="cpu")
             dense[flat] = True
             return cls._from_words(pack_bits(dense, BLOCK_SIZE), numel)
         return cls._from_sorted(flat, numel)
@@ -175,7 +175,7 @@ class TensorIndex:
             counts = _expect(counts, "counts", torch.int32, blocks_of(numel, SEGMENT_SIZE))
             if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > SEGMENT_SIZE):
                 raise TalosValueError(f"counts must lie in [0, {SEGMENT_SIZE}]")
-            starts = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+            starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device="cpu")
             starts[1:] = counts.to(torch.int64).cumsum(0)
             nnz = int(starts[-1])
             positions = _expect(positions, "positions", torch.uint16, nnz)
@@ -197,13 +197,16 @@ class TensorIndex:
     @classmethod
     def _from_words(cls, words: Tensor, numel: int) -> TensorIndex:
         per_block = words.view(-1, BLOCK_SIZE // WORD_SIZE)
-        starts = torch.zeros(per_block.shape[0] + 1, dtype=torch.int64)
+        starts = torch.zeros(per_block.shape[0] + 1, dtype=torch.int64, device="cpu")
         starts[1:] = popcount(per_block).sum(1, dtype=torch.int64).cumsum(0)
         return cls(numel, int(starts[-1]), "bitmap", words, _empty_uint16(), starts)
 
     @classmethod
     def _from_sorted(cls, positions: Tensor, numel: int) -> TensorIndex:
-        edges = torch.arange(blocks_of(numel, SEGMENT_SIZE) + 1, dtype=torch.int64) * SEGMENT_SIZE
+        edges = (
+            torch.arange(blocks_of(numel, SEGMENT_SIZE) + 1, dtype=torch.int64, device="cpu")
+            * SEGMENT_SIZE
+        )
         starts = torch.searchsorted(positions, edges)
         local = (positions & (SEGMENT_SIZE - 1)).to(torch.uint16)
         return cls(numel, positions.numel(), "u16", _empty_int32(), local, starts)
@@ -226,19 +229,21 @@ class TensorIndex:
     def decode(self) -> Tensor:
         """The dense selection: bool `[numel]` on the CPU."""
         if self.encoding == "full":
-            return torch.ones(self.numel, dtype=torch.bool)
+            return torch.ones(self.numel, dtype=torch.bool, device="cpu")
         if self.encoding == "bitmap":
             return unpack_bits(self.words)[: self.numel].clone()
-        dense = torch.zeros(self.numel, dtype=torch.bool)
+        dense = torch.zeros(self.numel, dtype=torch.bool, device="cpu")
         dense[self.positions_int64()] = True
         return dense
 
     def positions_int64(self) -> Tensor:
         """Flat positions of the selected entries: int64 `[nnz]`, ascending, on the CPU."""
         if self.encoding == "full":
-            return torch.arange(self.numel)
+            return torch.arange(self.numel, dtype=torch.int64, device="cpu")
         if self.encoding == "u16":
-            segment = torch.arange(self.starts.numel() - 1).repeat_interleave(self.starts.diff())
+            segment = torch.arange(
+                self.starts.numel() - 1, dtype=torch.int64, device="cpu"
+            ).repeat_interleave(self.starts.diff())
             return segment * SEGMENT_SIZE + self.positions.to(torch.int64)
         words = self.words.split(CHUNK_SIZE // WORD_SIZE)
         return torch.cat(
@@ -262,7 +267,7 @@ class TensorIndex:
             found = own[rank.clamp(max=max(self.nnz - 1, 0))] == positions if self.nnz else rank < 0
             return torch.where(found, rank, -1)
         block, word, bit = positions // BLOCK_SIZE, positions // WORD_SIZE, positions % WORD_SIZE
-        before = torch.zeros(self.words.numel() + 1, dtype=torch.int64)
+        before = torch.zeros(self.words.numel() + 1, dtype=torch.int64, device="cpu")
         before[1:] = popcount(self.words).cumsum(0)
         bits = self.words[word].to(torch.int64) & 0xFFFFFFFF
         lower = popcount((bits & ((1 << bit) - 1)).to(torch.int32))
@@ -357,15 +362,15 @@ def blocks_of(numel: int, size: int) -> int:
 
 
 def _empty_int32() -> Tensor:
-    return torch.zeros(0, dtype=torch.int32)
+    return torch.zeros(0, dtype=torch.int32, device="cpu")
 
 
 def _empty_int64() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64)
+    return torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _empty_uint16() -> Tensor:
-    return torch.zeros(0, dtype=torch.uint16)
+    return torch.zeros(0, dtype=torch.uint16, device="cpu")
 
 
 def _expect(buffer: Tensor | None, name: str, dtype: torch.dtype, length: int) -> Tensor:

@@ -14,13 +14,16 @@ import functools
 import importlib.util
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 import torch.utils._device
+
+from tests.library_defaults import LibraryDefaults
 
 HAS_GPU = torch.cuda.is_available()
 torch.backends.cudnn.allow_tf32 = False
@@ -146,6 +149,14 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def library_defaults() -> Iterator[None]:
+    """Other defaults of torch for the library, where the environment names one."""
+    name = os.environ.get("TALOS_LIBRARY_DEFAULTS")
+    with LibraryDefaults(name) if name else nullcontext():
+        yield
 
 
 @pytest.fixture(params=["cpu", "cuda"])

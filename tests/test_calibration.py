@@ -623,6 +623,7 @@ def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> No
         "density": 0.2,
         "rounds": 4,
         "samples": 10,
+        "samples_of_rounds": [10, 10, 10, 10],
         "soft": 0.01,
         "select": "lowest",
         "target": "log_prob",

@@ -4,7 +4,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -266,3 +266,60 @@ def test_parity_at_the_ends_of_its_range(density: float, rounds: int, least: flo
         return
     mask = calibrate(model, [x], density, rounds, params=".", parity="released")
     assert mask.nnz >= (least if least >= 1 else int(density * entries) - 1)
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    """A data set without a length; the first passes yield what `counts` says, others the last."""
+
+    def __init__(self, *counts: int) -> None:
+        self.counts = list(counts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
+        return iter(inputs(count).unbind())
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_loader_whose_length_cannot_be_asked_is_calibrated(rounds: int) -> None:
+    model = nn.Linear(inputs(1).shape[-1], 3).double()
+    loader = torch.utils.data.DataLoader(Stream(16), batch_size=4)
+    with pytest.raises(TypeError):
+        len(loader)
+    metadata = calibrate(model, loader, 0.5, rounds).metadata
+    assert metadata["samples"] == 16
+    assert (metadata["stability"] is None) == (rounds == 1)
+
+
+def test_rounds_of_unequal_numbers_of_samples_are_told() -> None:
+    model = nn.Linear(inputs(1).shape[-1], 3).double()
+    loader = torch.utils.data.DataLoader(Stream(16, 12, 9), batch_size=4)
+    with pytest.warns(UserWarning, match="rounds scored 16, 12, 9 samples"):
+        mask = calibrate(model, loader, 0.5, 3)
+    assert mask.metadata["samples"] == 9
+    assert mask.metadata["samples_of_rounds"] == [16, 12, 9]
+
+
+class Odd(nn.Linear):
+    """A frozen weight that no gradient could reach."""
+
+    def __init__(self, kind: torch.dtype | str) -> None:
+        super().__init__(4, 4)
+        self.real = torch.eye(4)
+        weight = (
+            torch.zeros(4, 4).to(kind)
+            if isinstance(kind, torch.dtype)
+            else torch.empty(4, 4, device=kind)
+        )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.real, self.bias)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.bool, "meta"])
+def test_what_is_left_out_is_not_checked(kind: torch.dtype | str) -> None:
+    model = nn.Sequential(Odd(kind), nn.Linear(4, 3))
+    batch = torch.randn(16, 4)
+    assert set(calibrate(model, [batch], 0.5, 2).names) <= {"1.weight", "1.bias"}
+    assert set(fisher_diag(model, [batch])) == {"1.weight", "1.bias"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -470,9 +471,20 @@ def test_questions_are_answered_as_by_the_dense_gradient(ask: Callable[[Tensor],
 
 
 def test_a_change_of_unselected_entries_is_refused() -> None:
-    ours, _ = gradient()
-    with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
-        ours.fill_(1.0)
+    ours, dense = gradient()
+    for write in (
+        lambda: ours.fill_(1.0),
+        lambda: ours.add_(1.0),
+        lambda: ours.exp_(),
+        lambda: ours.clamp_(min=0.5),
+        lambda: ours.pow_(0),
+        lambda: ours.uniform_(),
+        lambda: ours.index_fill_(0, torch.tensor([0]), 1.0),
+        lambda: torch._foreach_add_([ours, torch.ones(2)], 1.0),
+    ):
+        with pytest.raises(TalosTypeError, match="must not be changed by"):
+            write()
+        assert torch.equal(ours.to_dense(), dense)
     assert "3 of 6 entries" in repr(ours)
     assert_bit_equal(copy.deepcopy(ours).to_dense(), ours.to_dense())
 
@@ -602,15 +614,101 @@ def test_inputs_that_are_written_unseen_are_cast_anew() -> None:
     optimizer.release()
 
 
-def test_a_view_is_refused() -> None:
+def test_a_view_is_of_the_dense_gradient_and_cannot_be_written() -> None:
     ours, dense = gradient()
-    views = (lambda: ours[0], lambda: ours.view(-1), lambda: ours.T, lambda: ours.data[0])
-    for view in views:
-        with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
-            view()
-    with pytest.raises(TalosTypeError, match="must not be changed or viewed"):
-        ours[:, 1] = 0
+    views: dict[str, Callable[[Tensor], Tensor]] = {
+        "row": lambda g: g[0],
+        "flat": lambda g: g.view(-1),
+        "reshaped": lambda g: g.reshape(-1),
+        "flattened": lambda g: g.flatten(),
+        "transposed": lambda g: g.T,
+        "of its data": lambda g: g.data[0],
+        "unsqueezed": lambda g: g.unsqueeze(0),
+        "split": lambda g: g.split(1)[0],
+        "diagonal": lambda g: g.diagonal(),
+        "of a list": lambda g: torch.cat([g.flatten(), g.flatten()]),
+    }
+    for name, view in views.items():
+        assert torch.equal(view(ours), view(dense)), name
+        if name != "of a list":
+            with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+                view(ours).mul_(2)
+    for write in (
+        lambda: ours.__setitem__(0, 0),
+        lambda: ours.t_(),
+        lambda: ours.fill_diagonal_(1),
+    ):
+        with pytest.raises(TalosTypeError, match="must not be changed by"):
+            write()
     assert torch.equal(ours.to_dense(), dense)
+
+
+def test_numpy_and_lists_read_the_dense_gradient() -> None:
+    ours, dense = gradient()
+    assert ours.tolist() == dense.tolist()
+    assert np.array_equal(ours.detach().cpu().numpy(), dense.numpy())
+    assert np.array_equal(np.asarray(ours), dense.numpy())
+    assert np.array_equal(np.histogram(ours, 4)[0], np.histogram(dense, 4)[0])
+    with pytest.raises(ValueError, match="read-only"):
+        ours.numpy()[0] = 1
+
+
+UNARY = (
+    "abs_",
+    "sign_",
+    "sgn_",
+    "neg_",
+    "tanh_",
+    "sin_",
+    "relu_",
+    "trunc_",
+    "square_",
+    "nan_to_num_",
+)
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_what_leaves_zeros_alone_works_on_the_entries(name: str) -> None:
+    ours, dense = gradient()
+    getattr(ours, name)()
+    getattr(dense, name)()
+    assert isinstance(ours, CompactGradient)
+    torch.testing.assert_close(ours.to_dense(), dense)
+    ours, dense = gradient()
+    if hasattr(torch, f"_foreach_{name}"):
+        getattr(torch, f"_foreach_{name}")([ours, plain := torch.full((2,), -0.5)])
+        getattr(torch, f"_foreach_{name}")([dense, other := torch.full((2,), -0.5)])
+        torch.testing.assert_close([ours.to_dense(), plain], [dense, other])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.clamp_(-0.5, 0.5),
+        lambda g: g.clamp_(max=torch.full((2, 3), 0.25)),
+        lambda g: g.pow_(3),
+        lambda g: g.masked_fill_(g > 1, 0.0),
+        lambda g: g.addcmul_(g.detach() * 1, g.detach() * 1),
+        lambda g: torch._foreach_clamp_min_([g], -0.25),
+        lambda g: torch._foreach_addcmul_([g], [g.detach() * 1], [g.detach() * 1], 2.0),
+        lambda g: torch.nn.utils.clip_grad_value_([holder(g)], 0.5),
+    ],
+)
+def test_clipping_by_value_and_its_like_work_on_the_entries(
+    change: Callable[[Tensor], object],
+) -> None:
+    ours, dense = gradient()
+    entries = ours.entries
+    change(ours)
+    change(dense)
+    assert ours.entries is entries
+    torch.testing.assert_close(ours.to_dense(), dense)
+
+
+def holder(grad: Tensor) -> nn.Parameter:
+    param = nn.Parameter(torch.zeros(grad.shape))
+    param.grad = grad
+    return param
 
 
 def test_dense_tensors_take_it_as_an_operand() -> None:

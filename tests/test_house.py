@@ -174,3 +174,27 @@ def test_types_are_shipped() -> None:
 
 def test_the_pinned_environment_leaves_no_test_out() -> None:
     assert not LEFT_OUT
+
+
+FACTORIES = frozenset(
+    {
+        *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones"),
+        *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+    }
+)
+
+
+def test_factories_state_dtype_and_device() -> None:
+    """A program may set other defaults for both; costs measures under the usual ones."""
+    found = []
+    for path in library_files():
+        for node in ast.walk(ast.parse(path.read_text())) if "costs" not in path.parts else ():
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner, name = node.func.value, node.func.attr
+            if not (isinstance(owner, ast.Name) and owner.id == "torch" and name in FACTORIES):
+                continue
+            given = {keyword.arg for keyword in node.keywords}
+            if None not in given and not {"dtype", "device"} <= given:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: torch.{name}")
+    assert not found, found

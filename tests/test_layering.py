@@ -15,10 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {
-        *("buffers", "errors", "patches", "projections", "selection", "shared_cast", "structure"),
+        *(
+            "buffers",
+            "errors",
+            "patches",
+            "reals",
+            "watching",
+            "projections",
+            "selection",
+            "shared_cast",
+            "structure",
+        ),
         "trees",
     },
-    {"attention"},
+    {"attention", "memory"},
     {
         "casts",
         "compact_gradient",
@@ -39,10 +49,13 @@ ORDER = (
         "listeners",
         "masks",
         "param_groups",
+        "states",
         "tasks",
     },
     {"buckets", "models", "routing", "task_vectors"},
+    {"flat_state"},
     {"capture", "clipping", "metrics"},
+    {"rounds"},
     {"calibration", "optim"},
     {"methods"},
     {"training"},

@@ -529,8 +529,10 @@ def test_the_second_training_of_lota_begins_with_the_buffers_of_the_first() -> N
     model = Average()
     other, mean = copy.deepcopy(model), model.mean
     data = [(torch.randn(12, 8), torch.arange(12) % 3)]
-    *_, finished = fine_tune(model, data, method="lota", steps=5, lr=1e-2)
-    list(fine_tune(other, data, finished.task_vector.mask, steps=5, lr=1e-2))
+    with pytest.warns(UserWarning, match="buffers moved"):
+        *_, finished = fine_tune(model, data, method="lota", steps=5, lr=1e-2)
+    with pytest.warns(UserWarning, match="buffers moved"):
+        list(fine_tune(other, data, finished.task_vector.mask, steps=5, lr=1e-2))
     for key, value in model.state_dict().items():
         assert_bit_equal(value, other.state_dict()[key])
     assert_bit_equal(mean, torch.zeros(3))
@@ -621,9 +623,9 @@ MASK = Mask.from_dense({"weight": torch.eye(3) > 0})
             "batches must be re-iterable for the method lota, got an iterator",
         ),
         (
-            lambda: {"method": "lota", "model": nn.Linear(3, 3).double()},
+            lambda: {"method": "lota", "model": nn.Linear(3, 3, dtype=torch.complex64)},
             TalosTypeError,
-            "weight must be float32, bfloat16 or float16, got torch.float64",
+            "weight must be float32, bfloat16, float16 or float64, got torch.complex64",
         ),
         (
             lambda: {"method": "linearized", "model": nn.DataParallel(nn.Linear(3, 3))},

@@ -332,7 +332,8 @@ def step_with(**changes: Any) -> None:
     [
         ({"params": []}, TalosValueError, "params must hold 1 tensors"),
         ({"params": [torch.zeros(7)]}, TalosValueError, r"params\[0\] must have 6 entries"),
-        ({"params": [torch.zeros(2, 3).double()]}, TalosTypeError, "float32, bfloat16 or float16"),
+        ({"params": [torch.zeros(2, 3).int()]}, TalosTypeError, "float32, bfloat16, float16 or"),
+        ({"params": [torch.zeros(2, 3).double()]}, TalosTypeError, "exp_avg must be torch.float64"),
         ({"grads": []}, TalosValueError, "grads must hold 1 entries"),
         ({"grads": [torch.zeros(3, 2)]}, TalosValueError, "shaped as its parameter"),
         ({"grads": [torch.zeros(2, 3).to_sparse()]}, TalosTypeError, r"call .to_dense\(\) first"),
@@ -356,3 +357,31 @@ def test_mixed_dtypes_are_refused() -> None:
     index = Index.pack([TensorIndex.encode(torch.ones(2) > 0)] * 2)
     with pytest.raises(TalosTypeError, match="make one call a dtype"):
         add_delta_([torch.zeros(2), torch.zeros(2).half()], index, torch.zeros(4))
+
+
+def test_float64_is_served_by_the_reference() -> None:
+    """As torch's AdamW in float64 does, and an edit exact to float64."""
+    mask = torch.rand(40, 30) < 0.3
+    index = Index.pack([TensorIndex.encode(mask)])
+    double = {"dtype": torch.float64}
+    w, g = torch.randn(40, 30, **double), torch.randn(40, 30, **double)
+    theirs = torch.nn.Parameter(w[mask].clone())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    m, v, steps = (torch.zeros(size, dtype=kind) for size, kind in (
+        (index.nnz, torch.float64), (index.nnz, torch.float64), (1, torch.float32)))  # fmt: skip
+    before = w.clone()
+    for _ in range(3):
+        theirs.grad = g[mask]
+        optimizer.step()
+        sparse_adam_([w], [g], index, m, v, steps, lr=1e-2, weight_decay=0.1)
+    torch.testing.assert_close(w[mask], theirs.detach(), rtol=1e-12, atol=1e-14)
+    assert torch.equal(w[~mask], before[~mask])
+
+    out, saved = torch.empty(index.nnz, **double), torch.empty(index.nnz, **double)
+    gather_grad_(out, [w], index)
+    assert torch.equal(out, w[mask])
+    edited = w.clone()
+    add_delta_([edited], index, torch.ones(index.nnz), scale=1e-9, saved=saved)
+    assert torch.equal(edited[mask], w[mask] + 1e-9)
+    revert_delta_([edited], index, saved)
+    assert torch.equal(edited, w)

@@ -210,11 +210,12 @@ def test_a_broken_regular_expression_is_refused() -> None:
         select_parameters(Transformer(), cast(Any, ["head"]))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
-def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+def test_complex_weights_are_refused() -> None:
     model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(torch.zeros(2, 2, dtype=dtype), requires_grad=False)
-    with pytest.raises(TalosTypeError, match=rf"real floating-point.*got weight of dtype {dtype}"):
+    model.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
+    with pytest.raises(
+        TalosTypeError, match=r"real floating-point.*got weight of dtype torch\.com"
+    ):
         select_parameters(model)
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import talos
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import fingerprint
 from talos.masks import Mask
@@ -384,7 +386,8 @@ def test_strided_weights_and_mixed_dtypes() -> None:
 def test_wrappers_and_buffers_are_no_matter() -> None:
     base, tuned = Model(seed=1), Model(seed=2)
     tuned.running_mean += 1
-    vector = TaskVector.from_models(nn.DataParallel(base), tuned)
+    with pytest.warns(UserWarning, match="not in the task vector: running_mean"):
+        vector = TaskVector.from_models(nn.DataParallel(base), tuned)
     assert vector.mask.names == tuple(SHAPES)
     vector.apply_(nn.DataParallel(base))
     for name, param in base.named_parameters():
@@ -408,8 +411,8 @@ def test_refusals_come_before_the_first_write() -> None:
     refused(model, vector_of(missing, 0), r"layer\.2 \(nearest: layers\.\d")
     turned = Mask.from_dense({**ones, "layers.3": ones["layers.3"].t()})
     refused(model, vector_of(turned, 0), r"\(250, 300\).*\(300, 250\)")
-    double = Model().double()
-    refused(double, vector_of(Mask.from_dense(ones), 0), "float64", TalosTypeError)
+    eighth = Model().to(torch.float8_e4m3fn)
+    refused(eighth, vector_of(Mask.from_dense(ones), 0), "float8", TalosTypeError)
     partly_meta = Model()
     partly_meta.layers[3] = nn.Parameter(torch.empty(300, 250, device="meta"))
     with pytest.raises(TalosTypeError, match=r"layers\.3 of torch\.float32 on meta"):
@@ -570,3 +573,133 @@ def test_what_a_vector_tells() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         hash(vector)
     assert copy.deepcopy(vector) == vector
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_of_wrapped_models_are_those_of_the_model(prefix: str) -> None:
+    base, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
+    wrapped = {prefix + name: each for name, each in tuned.state_dict().items()}
+    bare = TaskVector.from_models(base, tuned)
+    assert torch.equal(TaskVector.from_models(base, wrapped).values, bare.values)
+    other = TaskVector.from_models(
+        {prefix + name: each for name, each in base.state_dict().items()}, tuned
+    )
+    assert other.mask.names == (prefix + "weight", prefix + "bias")
+    other.apply_(base)
+    torch.testing.assert_close(base.weight, tuned.weight)
+
+
+class Chosen(nn.Module):
+    """A head tied to a table, as language models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize("kept", ["table.weight", "head.weight", "both", "clones"])
+def test_a_file_may_hold_any_name_of_a_tied_weight(kept: str) -> None:
+    base, tuned = Chosen(), Chosen()
+    weights = dict(tuned.state_dict())
+    if kept == "clones":
+        weights = {name: each.clone() for name, each in weights.items()}
+    elif kept != "both":
+        weights = {kept: weights[kept]}
+    for source in (base, base.state_dict()):
+        vector = TaskVector.from_models(source, weights)
+        assert vector.mask.names == ("table.weight",)
+        wanted = (tuned.table.weight - base.table.weight).detach().flatten()
+        assert torch.equal(vector.values, wanted)
+    mask = Mask.from_dense({"head.weight": torch.ones(5, 4) > 0})
+    assert TaskVector.from_models(base, weights, mask).mask.names == ("head.weight",)
+
+
+def test_copies_of_a_tied_weight_that_differ_are_refused() -> None:
+    base, tuned = Chosen(), Chosen()
+    weights = {name: each.clone() for name, each in tuned.state_dict().items()}
+    weights["head.weight"] += 1
+    with pytest.raises(
+        TalosValueError, match=r"one value of table.weight.*head.weight, which diff"
+    ):
+        TaskVector.from_models(base, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_edit_that_would_overflow_is_refused(dtype: torch.dtype, sign: float) -> None:
+    """At the largest number and just short of it, and where the base is infinite already."""
+    most = torch.finfo(dtype).max
+    model = nn.Linear(4, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, sign * most, sign * most / 2, math.inf]]))
+    before = model.weight.detach().clone()
+    mask = Mask.from_dense({"weight": torch.tensor([[True, True, True, True]])})
+    values = torch.tensor([1.0, sign, 1.0, 1.0])
+    last_place = most * torch.finfo(dtype).eps / 2
+    fits, breaks = 0.49 * last_place, 0.51 * last_place
+    vector = TaskVector(mask, values)
+    with pytest.raises(
+        TalosValueError, match=r"every weight finite, got .*, with which 1 of weight"
+    ):
+        vector.apply_(model, scale=breaks)
+    with (
+        pytest.raises(TalosValueError, match="every weight finite"),
+        vector.applied(model, scale=breaks),
+    ):
+        pass
+    with talos.ResidentVectors(model, {"a": vector}) as resident:
+        resident.swap("a", scale=fits)
+        on = model.weight.detach().clone()
+        with pytest.raises(TalosValueError, match="every weight finite"):
+            resident.swap("a", scale=breaks)
+        assert torch.equal(model.weight, on)
+        assert resident.active == "a"
+    assert torch.equal(model.weight, before)
+    vector.apply_(model, scale=fits)
+    assert model.weight[0, :3].isfinite().all()
+
+
+def test_buffers_that_differ_are_told() -> None:
+    base, tuned = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    assert TaskVector.from_models(base, tuned).metadata == {}
+    tuned(torch.randn(8, 3))
+    moved = ["running_mean", "running_var"]
+    for pair in ((base, tuned), (base, tuned.state_dict()), (base.state_dict(), tuned)):
+        with pytest.warns(UserWarning, match="buffers moved.*running_mean, running_var"):
+            vector = TaskVector.from_models(*pair, metadata={"task": "a"})
+        assert vector.metadata == {"task": "a", "moved_buffers": moved}
+        assert vector.mask.names == ("weight", "bias")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, "meta"])
+def test_weights_that_the_mask_leaves_out_need_no_values(kind: Any) -> None:
+    base, tuned = Model(seed=1), Model(seed=1)
+    name, kept, *_ = SHAPES
+    for model in (base, tuned):
+        owner, _, leaf = name.rpartition(".")
+        weight = model.get_parameter(name).detach()
+        odd = weight.to(kind) if isinstance(kind, torch.dtype) else weight.to("meta")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(odd, requires_grad=False))
+    with torch.no_grad():
+        tuned.get_parameter(kept).add_(1)
+    mask = Mask.from_dense({kept: torch.ones(SHAPES[kept]) > 0})
+    vector = TaskVector.from_models(base, tuned, mask)
+    vector.apply_(base)
+    torch.testing.assert_close(base.get_parameter(kept), tuned.get_parameter(kept))
+    if kind != "meta":
+        with torch.no_grad():
+            odd = tuned.get_parameter(name)
+            odd.copy_((odd.float() + 1).to(kind))
+        with pytest.raises(TalosValueError, match=f"only where mask selects, got .*{name}"):
+            TaskVector.from_models(Model(seed=1).to(torch.float32), tuned, mask)
+
+
+def test_integers_that_differ_are_told() -> None:
+    base = {"w": torch.ones(2), "scale": torch.tensor([3, 4], dtype=torch.int8)}
+    tuned = {"w": torch.zeros(2), "scale": torch.tensor([3, 5], dtype=torch.int8)}
+    with pytest.warns(UserWarning, match="not in the task vector: scale"):
+        vector = TaskVector.from_models(base, tuned)
+    assert vector.metadata["moved_buffers"] == ["scale"]

@@ -1,5 +1,6 @@
 """`talos.fine_tune`: the loop against a hand-written one, its events, its settings."""
 
+import copy
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import talos
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.training import FineTuneFinished, FineTuneStep, fine_tune
@@ -225,3 +227,41 @@ def test_batches_that_are_missing_or_run_out() -> None:
         run(model, iter(data), half_mask(model), steps=9)
     with pytest.raises(TalosValueError, match="pair"):
         run(model, [data[0][0]], half_mask(model), steps=1)
+
+
+class Averages(nn.Module):
+    """Keeps an average of its inputs, as a buffer that its output depends on."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(4), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.mean(0).detach()
+        return x - self.average
+
+
+def trained_with(layer: nn.Module) -> tuple[nn.Module, nn.Module, talos.TaskVector]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
+    tuned = copy.deepcopy(base)
+    data = [(3 * torch.randn(8, 4) + 2, torch.arange(8) % 3) for _ in range(2)]
+    *_, finished = talos.fine_tune(tuned, data, steps=4, lr=1e-2)
+    return base, tuned, finished.task_vector
+
+
+def test_running_statistics_stay_those_of_the_base() -> None:
+    base, tuned, vector = trained_with(nn.BatchNorm1d(4))
+    assert tuned[1].training
+    vector.apply_(base)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(base.eval()(x), tuned.eval()(x))
+    assert "moved_buffers" not in vector.metadata
+
+
+def test_a_buffer_that_training_moves_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"not in the task vector: 1.average"):
+        _, _, vector = trained_with(Averages(persistent=True))
+    assert vector.metadata["moved_buffers"] == ["1.average"]
+    trained_with(Averages(persistent=False))  # no file holds it either

@@ -47,7 +47,9 @@ class Estimator:
     def __init__(self, examples: Mapping[str, int], *, resamples: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._draws = {
-            task: torch.randint(count, (resamples, count), generator=generator)
+            task: torch.randint(
+                count, (resamples, count), generator=generator, dtype=torch.int64, device="cpu"
+            )
             for task, count in examples.items()
         }
 
@@ -70,7 +72,8 @@ class Estimator:
                 for task, each in outcomes.items()
             }
         )
-        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+        low, high = resampled.quantile(ends).tolist()
         count = sum(each.shape[1] for each in outcomes.values())
         return {"value": float(value), "low": low, "high": high, "n": count}
 

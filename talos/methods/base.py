@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosValueError
-from talos.params import unwrapped
+from talos.params import check_one_memory, named_parameters, unwrapped
 from talos.task_vectors import TaskVector
 
 __all__ = ["Hyperparameters", "LogitsFunction", "Method", "Phase"]
@@ -133,11 +133,17 @@ class Method(ABC):
         return {"method": self.name, **settings}
 
 
-def trainable(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Those that require a gradient; refuses to find none."""
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name.
+
+    Raises:
+        TalosValueError: there is none, or one shares memory with another parameter.
+    """
+    params = named_parameters(model)
     found = {name: param for name, param in params.items() if param.requires_grad}
     if not found:
         raise TalosValueError("model must have a parameter with requires_grad=True, got none")
+    check_one_memory(named_parameters(model, remove_duplicate=False), found)
     return found
 
 

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from talos.errors import TalosValueError
 from talos.linear_backward import route, unroute
 from talos.masks import Mask
-from talos.optim import several_processes
+from talos.param_groups import several_processes
 from talos.params import select_attention
 from talos.projections import Projection
 from talos.task_vectors import TaskVector
@@ -102,7 +102,9 @@ def first_factor(name: str, role: str, shape: tuple[int, int], *, seed: int) -> 
     """
     digest = hashlib.sha256(f"{seed} {name} {role}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+    return nn.init.kaiming_uniform_(
+        torch.empty(shape, dtype=torch.float32, device="cpu"), a=math.sqrt(5), generator=generator
+    )
 
 
 class _Adapter:
@@ -224,7 +226,7 @@ class _Adapted(Phase):
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`: of fused weights it has the query and value rows only."""
-        dense = {name: torch.zeros(param.shape, dtype=torch.bool)
+        dense = {name: torch.zeros(param.shape, dtype=torch.bool, device="cpu")
                  for name, param in self.params.items()}  # fmt: skip
         for each in self._adapters:
             each.part(dense[each.name]).fill_(True)

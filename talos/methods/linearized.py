@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
 from talos.errors import TalosTypeError
-from talos.params import named_parameters
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase, check_bare, trainable
 from .nonlinear import Dense
@@ -72,7 +71,7 @@ class LinearizedModel(nn.Module):
     ) -> None:
         super().__init__()
         check_bare(model, Linearized.name)
-        params = trainable(named_parameters(model))
+        params = trainable(model)
         own = {id(param): name for name, param in model.named_parameters()}
         self.model = model
         self.logits_fn = logits_fn or default_logits
@@ -146,7 +145,7 @@ class Linearized(Method):
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`; a loss function is called with the `LinearizedModel`."""
         linear = LinearizedModel(model, logits_fn)
-        params = trainable(named_parameters(model))
+        params = trainable(model)
         return Dense(
             linear, params, hyper, lambda module, batch: module(batch), self.metadata, linear.base
         )
@@ -184,4 +183,8 @@ def _load_forward_derivatives() -> None:
     """Torch loads its rules at the first use, and warns then of its own use of `torch.jit`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+        torch.func.jvp(
+            torch.sin,
+            (torch.zeros((), dtype=torch.float32, device="cpu"),),
+            (torch.ones((), dtype=torch.float32, device="cpu"),),
+        )

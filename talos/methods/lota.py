@@ -17,7 +17,6 @@ from torch import nn
 from talos.buffers import KeptBuffers
 from talos.masks import Mask
 from talos.param_groups import check_not_wrapped, check_trainable
-from talos.params import named_parameters
 
 from .base import (
     Hyperparameters,
@@ -71,7 +70,7 @@ class _Search(Dense):
     def __init__(
         self, method: Lota, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
     ) -> None:
-        params = trainable(named_parameters(model))
+        params = trainable(model)
         check_not_wrapped(model)  # what the second training cannot take is said before the first
         for name, param in params.items():
             check_trainable(name, param)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos.params import named_parameters
 from talos.task_vectors import TaskVector
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase, trainable, untrained
@@ -35,7 +34,7 @@ class Nonlinear(Method):
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
-        return Dense(model, trainable(named_parameters(model)), hyper, logits_fn, self.metadata)
+        return Dense(model, trainable(model), hyper, logits_fn, self.metadata)
 
 
 class Dense(Phase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ class Random(Method):
         """See `Method.start`."""
         selection = select_parameters(model, self.params)
         generator = torch.Generator().manual_seed(self.seed)
-        scores = {n: torch.rand(each.param.shape, generator=generator)
-                  for n, each in selection.items()}  # fmt: skip
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        scores = {n: torch.rand(each.param.shape, **options) for n, each in selection.items()}
         mask = Mask.from_scores(scores, self.density, rows=selection.rows)
         return Sparse(model, mask, hyper, logits_fn, self.metadata)

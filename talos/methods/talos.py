@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from talos.errors import TalosTypeError
 from talos.masks import Mask
-from talos.optim import SparseAdam, several_processes
+from talos.optim import SparseAdam
+from talos.param_groups import several_processes
 from talos.task_vectors import TaskVector
 
 from .base import Hyperparameters, LogitsFunction, Method, Phase
@@ -110,4 +111,6 @@ class Sparse(Phase):
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`."""
-        return replace(self.optimizer.task_vector(), metadata=dict(self.metadata))
+        vector = self.optimizer.task_vector()
+        moved = {k: v for k, v in vector.metadata.items() if k == "moved_buffers"}
+        return replace(vector, metadata={**self.metadata, **moved})

@@ -87,7 +87,7 @@ class LanguageModel(Encoder):
                 f"class_texts must have tokens, got {texts[tokens.index([])]!r}, of which "
                 f"{type(self.tokenizer).__name__} makes none; describe the class in other words"
             )
-        rows = [torch.tensor(each, dtype=torch.int64) for each in tokens]
+        rows = [torch.tensor(each, dtype=torch.int64, device="cpu") for each in tokens]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_PADDING)
 
 

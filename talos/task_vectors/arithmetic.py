@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Self
 
+from talos.reals import as_real
+
 __all__ = ["VectorSpace"]
 
 
@@ -39,17 +41,15 @@ class VectorSpace(ABC):
 
     def __mul__(self, scale: object) -> Self:
         """The multiple by a real number."""
-        if isinstance(scale, Real):
-            return self.combine([(float(scale), self)])
-        return NotImplemented
+        number = as_real(scale)
+        return NotImplemented if number is None else self.combine([(number, self)])
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: object) -> Self:
         """The multiple by the inverse of a real number, which must not be 0."""
-        if isinstance(divisor, Real):
-            return self.combine([(1.0 / float(divisor), self)])
-        return NotImplemented
+        number = as_real(divisor)
+        return NotImplemented if number is None else self.combine([(1.0 / number, self)])
 
     def __neg__(self) -> Self:
         """The multiple by -1: a vector that makes a model forget."""

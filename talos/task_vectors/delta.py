@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any, Self
 
 import torch
@@ -40,6 +40,7 @@ class SparseDelta:
     values: Tensor
     fingerprints: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    _largest: float = field(init=False)
 
     def __post_init__(self) -> None:
         """Refuse values that do not belong to the mask."""
@@ -60,7 +61,7 @@ class SparseDelta:
         object.__setattr__(self, "values", self.values.detach().contiguous())
         object.__setattr__(self, "fingerprints", dict(self.fingerprints))
         object.__setattr__(self, "metadata", dict(self.metadata))
-        self._check_finite()
+        object.__setattr__(self, "_largest", self._checked_largest())
 
     def to_dense(self, name: str) -> Tensor:
         """The delta of one tensor, in its shape and the vector's dtype; zero where not selected.
@@ -68,7 +69,7 @@ class SparseDelta:
         Raises:
             TalosValueError: the mask does not cover `name`.
         """
-        dense = torch.zeros(self.mask.to_dense(name).shape, dtype=self.values.dtype)
+        dense = torch.zeros(self.mask.to_dense(name).shape, dtype=self.values.dtype, device="cpu")
         index = self.mask.indices[name]
         dense.view(-1)[index.positions_int64()] = self.values[slices_of(self.mask)[name]]
         return dense
@@ -156,9 +157,17 @@ class SparseDelta:
         where = f"{len(self.mask.names)} tensors, {self.nbytes / 1e6:.1f} MB"
         return f"{type(self).__name__}({len(self):,} {dtype} values in {where})"
 
-    def _check_finite(self) -> None:
-        if not len(self) or all(map(torch.isfinite, torch.aminmax(self.values))):
-            return
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of the values, 0 where there are none."""
+        return self._largest
+
+    def _checked_largest(self) -> float:
+        if not len(self):
+            return 0.0
+        low, high = (float(end) for end in torch.aminmax(self.values))
+        if isfinite(low) and isfinite(high):
+            return max(-low, high)
         rank = int((~torch.isfinite(self.values)).nonzero()[0, 0])
         for name, part in slices_of(self.mask).items():
             if part.start <= rank < part.stop:
@@ -167,3 +176,4 @@ class SparseDelta:
                     f"values must be finite, got {float(self.values[rank])} at entry {where} of "
                     f"{name}; the training diverged, or a scale or float16 is out of range"
                 )
+        raise AssertionError("an entry belongs to a tensor")

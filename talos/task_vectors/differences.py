@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from talos.buffers import moved_buffers
 from talos.errors import TalosTypeError, TalosValueError
 from talos.fingerprints import fingerprints
 from talos.masks import Mask
-from talos.params import named_parameters
+from talos.matching import resolve_names
+from talos.memory import check_separate, place
+from talos.params import named_modules, named_parameters
 from talos_kernels import TensorIndex
 
 from .sums import slices_of
@@ -23,75 +27,140 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 def difference(
     base: Weights, tuned: Weights, mask: Mask | None, *, strict: bool
-) -> tuple[Mask, Tensor, dict[str, str]]:
-    """What `TaskVector.from_models` consists of: mask, values and fingerprints; see there."""
-    before, after = _weights("base", base, tuned), _weights("tuned", tuned, base)
-    _check_pairs(before, after)
+) -> tuple[Mask, Tensor, dict[str, str], list[str]]:
+    """What `TaskVector.from_models` consists of; see there.
+
+    Returns:
+        Mask, values and fingerprints, and the names of buffers that differ.
+    """
+    ours, theirs = _Named.of("base", base), _Named.of("tuned", tuned)
+    after = _translated(theirs, ours)
+    before = {name: each for name, each in ours.once().items() if name in after}
+    if not before:
+        raise TalosValueError("base must have a floating-point weight, got none")
+    _check_shapes(before, after)
     if mask is None:
         mask = Mask(
             {name: tuple(tensor.shape) for name, tensor in before.items()},
             {name: _every_entry(tensor) for name, tensor in before.items()},
         )
-    _check_mask(mask, before)
+    mask_names = _known_names(mask, ours, before)
+    chosen = {name: before[mask_names[name]] for name in mask.names}
+    for name, tensor in chosen.items():
+        if mask.indices[name].nnz and (tensor.is_meta or after[mask_names[name]].is_meta):
+            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
+    check_separate(chosen, "weights of base")
+    check_separate({name: after[mask_names[name]] for name in mask.names}, "weights of tuned")
     if strict:
-        _check_outside(mask, before, after)
-    values = torch.zeros(mask.nnz)
+        _check_outside({known: name for name, known in mask_names.items()}, mask, before, after)
+    values = torch.zeros(mask.nnz, dtype=torch.float32, device="cpu")
     for name, part in slices_of(mask).items():
-        delta = _float32(after[name]).sub_(_float32(before[name])).reshape(-1)
+        delta = _change(chosen[name], after[mask_names[name]])
         index = mask.indices[name]
         whole = index.encoding == "full"
         values[part] = delta if whole else delta[index.positions_int64()]
-    touched = {name: before[name] for name in mask.names if mask.indices[name].nnz}
-    return mask, values, fingerprints(touched)
+    touched = {name: tensor for name, tensor in chosen.items() if mask.indices[name].nnz}
+    return mask, values, fingerprints(touched), _moved(ours, theirs)
 
 
-def _weights(what: str, model: Weights, other: Weights) -> dict[str, Tensor]:
-    """Floating-point parameters of a module, or tensors of a state dict; tied ones once."""
-    if isinstance(model, nn.Module):
-        return {n: p for n, p in named_parameters(model).items() if p.is_floating_point()}
-    if not isinstance(model, Mapping):
-        raise TalosTypeError(f"{what} must be a module or a state dict, got {type(model).__name__}")
-    # A state dict beside a module also holds the module's buffers, which are not weights.
-    ignored: set[str] = set()
-    if isinstance(other, nn.Module):
-        every_name = named_parameters(other, remove_duplicate=False)
-        ignored = {n for n, _ in other.named_buffers()} | set(every_name) - set(
-            named_parameters(other)
-        )
-    weights: dict[str, Tensor] = {}
-    places: set[tuple[object, ...]] = set()
-    for name, tensor in model.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or name in ignored:
-            continue
-        place = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride())
-        if tensor.numel() and place in places:
-            continue
-        places.add(place)
-        weights[name] = tensor
-    return weights
+@dataclass(frozen=True)
+class _Named:
+    """Floating-point tensors of a model under every name, and the names of its buffers."""
 
+    what: str
+    tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    integers: dict[str, Tensor]
 
-def _check_pairs(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    for what, other, lacking in (
-        ("tuned", "base", [name for name in before if name not in after]),
-        ("base", "tuned", [name for name in after if name not in before]),
-    ):
-        if lacking:
-            known = after if what == "tuned" else before
-            raise TalosValueError(
-                f"{what} must have the weights of {other}, lacks {len(lacking)}: "
-                + "; ".join(_with_nearest(name, known) for name in lacking[:5])
+    @classmethod
+    def of(cls, what: str, model: Weights) -> _Named:
+        if isinstance(model, nn.Module):
+            found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
+            buffers = {
+                f"{path}.{name}" if path else name: buffer
+                for path, module in named_modules(model)
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            }
+        elif isinstance(model, Mapping):
+            found, buffers = model, {}
+        else:
+            raise TalosTypeError(
+                f"{what} must be a module or a state dict, got {type(model).__name__}"
             )
+        every = {name: each for name, each in found.items() if isinstance(each, Tensor)}
+        tensors = {name: each for name, each in every.items() if each.is_floating_point()}
+        integers = {name: each for name, each in every.items() if name not in tensors}
+        return cls(what, tensors, buffers, integers)
+
+    def first_names(self) -> dict[str, str]:
+        """For every name the first one of the same memory."""
+        first: dict[Hashable, str] = {}
+        return {name: first.setdefault(place(each), name) for name, each in self.tensors.items()}
+
+    def once(self) -> dict[str, Tensor]:
+        """The tensors by their first names, tied ones once."""
+        return {first: self.tensors[first] for first in self.first_names().values()}
+
+
+def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
+    """Their tensors by our first names, whatever wrappers and ties the names come from."""
+    first, known = ours.first_names(), resolve_names(theirs.tensors, ours.tensors)
+    found: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for name, own in known.items():
+        tensor, target = theirs.tensors[name], first[own]
+        other = found.setdefault(target, tensor)
+        sources.setdefault(target, name)
+        if place(other) != place(tensor) and not _same(other, tensor):
+            raise TalosValueError(
+                f"{theirs.what} must hold one value of {target}, which is tied in {ours.what}, got "
+                f"{sources[target]} and {name}, which differ; tie them, or untie {ours.what}"
+            )
+    seen = {place(theirs.tensors[name]) for name in known}
+    bare = resolve_names(theirs.tensors, ours.buffers)  # a state dict holds a module's buffers too
+    extra = [
+        name for name, each in theirs.once().items() if place(each) not in seen and name not in bare
+    ]
+    buffers = resolve_names(ours.tensors, theirs.buffers)
+    lacking = [name for name in ours.once() if name not in found and name not in buffers]
+    _refuse_lacking(theirs.what, ours.what, lacking, theirs.tensors)
+    _refuse_lacking(ours.what, theirs.what, extra, ours.tensors)
+    return found
+
+
+def _moved(ours: _Named, theirs: _Named) -> list[str]:
+    """What differs and is no weight: buffers, of which a state dict holds some, and integers."""
+    names = [*(ours.buffers or theirs.buffers), *ours.integers]
+    both = []
+    for each in (ours, theirs):
+        every = each.buffers | each.tensors | each.integers
+        known = resolve_names(names, every)
+        both.append({name: every[found] for name, found in known.items()})
+    return moved_buffers(*both)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(
+        one.detach().cpu().nan_to_num(), other.detach().cpu().to(one.dtype).nan_to_num()
+    )
+
+
+def _refuse_lacking(what: str, other: str, lacking: list[str], known: Mapping[str, Tensor]) -> None:
+    if lacking:
+        raise TalosValueError(
+            f"{what} must have the weights of {other}, lacks {len(lacking)}: "
+            + "; ".join(_with_nearest(name, known) for name in lacking[:5])
+        )
+
+
+def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     for name, tensor in before.items():
         if tensor.shape != after[name].shape:
             raise TalosValueError(
                 f"tuned must have the shapes of base, got {tuple(after[name].shape)} for {name}, "
                 f"which is {tuple(tensor.shape)} in base"
             )
-        if tensor.is_meta or after[name].is_meta:
-            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
-    if not before:
-        raise TalosValueError("base must have a floating-point weight, got none")
 
 
 def _with_nearest(name: str, known: Mapping[str, Tensor]) -> str:
@@ -99,28 +168,51 @@ def _with_nearest(name: str, known: Mapping[str, Tensor]) -> str:
     return f"{name} (nearest: {', '.join(nearest)})" if nearest else name
 
 
-def _check_mask(mask: Mask, before: Mapping[str, Tensor]) -> None:
+def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our first name of each tensor of a mask."""
+    first, known = ours.first_names(), resolve_names(mask.names, ours.tensors)
+    found: dict[str, str] = {}
     for name, shape in mask.shapes.items():
-        if name not in before:
+        own = first.get(known.get(name, ""), "")
+        if own not in before:
             raise TalosValueError(
                 f"mask must name weights of base, got {_with_nearest(name, before)}"
             )
-        if shape != tuple(before[name].shape):
+        if shape != tuple(before[own].shape):
             raise TalosValueError(
                 f"mask must have the shapes of base, got {shape} for {name}, "
-                f"which is {tuple(before[name].shape)}"
+                f"which is {tuple(before[own].shape)}"
             )
+        if own in found.values():
+            other = next(each for each, target in found.items() if target == own)
+            raise TalosValueError(
+                f"mask must name a tied parameter once, got {other} and {name}, which are one "
+                "parameter; drop one of them"
+            )
+        found[name] = own
+    return found
 
 
-def _check_outside(mask: Mask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Refuse a change that the mask does not select; a NaN that stays one is no change."""
+def _check_outside(
+    mask_names: Mapping[str, str],
+    mask: Mask,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """Refuse a change that the mask does not select; a NaN that stays one is no change.
+
+    `mask_names` holds the mask's names by those of `before`.
+    """
     outside = {}
     for name, tensor in before.items():
-        own, other = tensor.detach(), after[name].detach().to(tensor.device)
+        own, other = tensor.detach(), after[name].detach()
+        if own.is_meta or other.is_meta:  # nothing to compare, and nothing is taken of it
+            continue
+        own, other = (_comparable(each.to(tensor.device)) for each in (own, other))
         changed = (own != other) & ~(own.isnan() & other.isnan())
         count = int(changed.count_nonzero())
-        if name in mask and count:
-            selected = mask.to_dense(name).to(tensor.device)
+        if name in mask_names and count:
+            selected = mask.to_dense(mask_names[name]).to(tensor.device)
             count = int((changed & ~selected).count_nonzero())
         if count:
             outside[name] = count
@@ -132,11 +224,20 @@ def _check_outside(mask: Mask, before: Mapping[str, Tensor], after: Mapping[str,
         )
 
 
+def _comparable(tensor: Tensor) -> Tensor:
+    """What torch compares: it does not compare numbers of eight bits."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
 def _every_entry(tensor: Tensor) -> TensorIndex:
     if tensor.numel() == 0:
-        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64), 0)
+        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64, device="cpu"), 0)
     return TensorIndex.from_buffers("full", tensor.numel())
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """float32, flat; of float64 weights the difference is rounded, not the weights."""
+    double = torch.float64 in (before.dtype, after.dtype)
+    wide = torch.float64 if double else torch.float32
+    one, other = (each.detach().to("cpu", wide, copy=True) for each in (before, after))
+    return other.sub_(one).float().reshape(-1)

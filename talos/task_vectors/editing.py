@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,14 +16,23 @@ from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import Edit
 from talos.masks import Mask
 from talos.matching import match_tensors
+from talos.memory import check_separate
 from talos.params import named_parameters
+from talos.reals import as_real
 from talos_kernels import Index, add_delta_, revert_delta_
 
 from .sums import slices_of
 
-__all__ = ["ModelEdit", "check_base", "check_scale", "touched_weights"]
+__all__ = [
+    "ModelEdit",
+    "check_base",
+    "check_scale",
+    "check_sums",
+    "may_overflow",
+    "touched_weights",
+]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A search applies a few vectors over and over; a packed index is small beside its model.
 _MOST_PACKED = 8
 
@@ -37,6 +45,7 @@ class _Launch:
     """The tensors of one device and dtype.
 
     Attributes:
+        names: of the weights.
         params: the weights.
         index: their selected entries, on their device.
         values: `[nnz]` of the delta, on their device.
@@ -44,6 +53,7 @@ class _Launch:
         saved: `[nnz]`, the old bits once the delta is on.
     """
 
+    names: list[str]
     params: list[Tensor]
     index: Index
     values: Tensor
@@ -61,8 +71,10 @@ class ModelEdit:
         values: Tensor,
         fingerprints: Mapping[str, str],
         *,
+        largest: float,
         force: bool,
     ) -> None:
+        self._largest = largest
         touched = touched_weights(model, mask)
         self._edit = Edit(touched, verify=bool(fingerprints) and not force)
         if not force:
@@ -70,7 +82,14 @@ class ModelEdit:
         self._launches = _launches(mask, values, touched)
 
     def put_on(self, scale: float, *, keep: bool) -> None:
-        """Add the scaled delta; `keep=False` saves the old bits for `take_off`."""
+        """Add the scaled delta; `keep=False` saves the old bits for `take_off`.
+
+        Raises:
+            TalosValueError: a weight would overflow; nothing is written.
+        """
+        for launch in self._launches:
+            if may_overflow(launch.dtype, scale * self._largest):
+                check_sums(launch.names, launch.params, launch.index, launch.values, scale)
         done: list[_Launch] = []
         try:
             for launch in self._launches:
@@ -116,11 +135,42 @@ def check_scale(scale: object) -> float:
         TalosTypeError: it is no real number.
         TalosValueError: it is NaN or infinite.
     """
-    if not isinstance(scale, Real) or isinstance(scale, bool):
+    number = as_real(scale)
+    if number is None:
         raise TalosTypeError(f"scale must be a real number, got {type(scale).__name__}")
-    if not isfinite(scale):
-        raise TalosValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    if not isfinite(number):
+        raise TalosValueError(f"scale must be finite, got {number}")
+    return number
+
+
+def may_overflow(dtype: torch.dtype, change: float) -> bool:
+    """Whether adding at most `change` could make a finite weight infinite.
+
+    Less than half a unit of the largest number's last place rounds back to that number.
+    """
+    limits = torch.finfo(dtype)
+    return not abs(change) < limits.eps * limits.max / 4
+
+
+def check_sums(
+    names: Sequence[str], params: Sequence[Tensor], index: Index, values: Tensor, scale: float
+) -> None:
+    """Refuse an edit that makes a finite weight infinite or NaN.
+
+    Raises:
+        TalosValueError: it does; nothing was written.
+    """
+    for name, param, part, entries in zip(names, params, index.unpack(), index.slices, strict=True):
+        old = param.detach().reshape(-1)[part.positions_int64().to(param.device)]
+        wide = torch.promote_types(param.dtype, torch.float32)
+        new = (old.to(wide) + scale * values[entries].to(wide)).to(param.dtype)
+        lost = int((old.isfinite() & ~new.isfinite()).sum())
+        if lost:
+            raise TalosValueError(
+                f"scale must keep every weight finite, got {scale:g}, with which {lost:,} of "
+                f"{name} leave the range of {param.dtype}, {torch.finfo(param.dtype).max:g}; "
+                "take a smaller one, or convert the model to float32"
+            )
 
 
 def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
@@ -138,9 +188,10 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     for name, param in touched.items():
         if param.dtype not in _DTYPES or param.is_meta:
             raise TalosTypeError(
-                "model must have float32, bfloat16 or float16 weights where it is edited, got "
+                "model must have weights of floating point where it is edited, got "
                 f"{name} of {param.dtype} on {param.device}; convert or load it first"
             )
+    check_separate(touched, "edited weights of the model")
     return touched
 
 
@@ -172,7 +223,7 @@ def _launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list
         part = values if whole else torch.cat([values[slices[name]] for name in names])
         params = [touched[name] for name in names]
         index = _pack(mask, tuple(names), device)
-        launches.append(_Launch(params, index, part.to(device), dtype))
+        launches.append(_Launch(names, params, index, part.to(device), dtype))
     return launches
 
 

@@ -8,7 +8,8 @@ or loaded, nothing is allocated, and the host never waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.fingerprints import Edit
+from talos.memory import check_separate, place
 
 from .editing import check_base, check_scale, touched_weights
 from .groups import Scaled, weight_groups
@@ -37,7 +39,7 @@ class ResidentVectors:
     task vector.
 
     Args:
-        model: the base, on any devices, in float32, bfloat16 or float16.
+        model: the base, on any devices, in float32, bfloat16, float16 or float64.
         vectors: task vectors by any names; they may select different entries and tensors.
         force: also take a model whose weights have other fingerprints.
 
@@ -83,24 +85,25 @@ class ResidentVectors:
         if not vectors:
             raise TalosValueError("vectors must hold at least one task vector, got none")
         touched = {name: touched_weights(model, vector.mask) for name, vector in vectors.items()}
-        names: dict[int, str] = {}  # of each weight; vectors may name a tied one differently
+        names: dict[Hashable, str] = {}  # of each weight; vectors may name a tied one differently
         self._params: dict[str, Tensor] = {}
         for weights in touched.values():
             for name, param in weights.items():
-                if names.setdefault(id(param), name) == name:
+                if names.setdefault(place(param), name) == name:
                     self._params[name] = param
+        check_separate(self._params, "weights that the vectors edit")
         verify = not force and any(vector.fingerprints for vector in vectors.values())
         self._edit = Edit(self._params, verify=verify)
         for key, vector in vectors.items() if not force else ():
             bases = {
-                name: self._edit.bases[names[id(param)]]
+                name: self._edit.bases[names[place(param)]]
                 for name, param in touched[key].items()
-                if names[id(param)] in self._edit.bases
+                if names[place(param)] in self._edit.bases
             }
             check_base(bases, vector.fingerprints)
         self._vectors = frozenset(vectors)
         with torch.inference_mode(False):  # what is kept outlives the caller's mode
-            self._groups = weight_groups(list(self._params.values()), vectors, touched)
+            self._groups = weight_groups(self._params, vectors, touched)
         self._homes = _homes(model, self._params)
         self._on: Scaled | None = None
         self._states = self._read_states()
@@ -126,7 +129,8 @@ class ResidentVectors:
 
         Raises:
             TalosTypeError: `scale` is no real number.
-            TalosValueError: no vector has the name, or `scale` is not finite.
+            TalosValueError: no vector has the name, `scale` is not finite, or a finite weight
+                would overflow; what was on is on again.
             TalosRuntimeError: somebody else wrote, cast, moved or replaced a weight.
         """
         if name is not None and name not in self._vectors:
@@ -166,9 +170,7 @@ class ResidentVectors:
     def _check_states(self) -> None:
         """Refuse weights that are not as the last swap left them."""
         changes = [
-            f"{name} replaced by another tensor"
-            for name, (home, key) in self._homes
-            if home.get(key) is not self._params[name]
+            f"{home.name} replaced by another tensor" for home in self._homes if home.is_left
         ]
         for name, param in self._params.items():
             old, new = self._states[name], _state(param)
@@ -192,14 +194,25 @@ def _state(param: Tensor) -> tuple[Any, ...]:
     return param.device, param.dtype, param.shape, param.stride(), param.data_ptr(), version
 
 
-def _homes(
-    model: nn.Module, params: Mapping[str, Tensor]
-) -> list[tuple[str, tuple[dict[str, nn.Parameter | None], str]]]:
-    """Where the modules hold the weights: a dictionary and a key, each with the weight's name."""
-    names = {id(param): name for name, param in params.items()}
+@dataclass(frozen=True)
+class _Home:
+    """Where a module holds a weight that is edited, under one of its names."""
+
+    name: str
+    parameters: dict[str, nn.Parameter | None]
+    key: str
+    param: nn.Parameter
+
+    @property
+    def is_left(self) -> bool:
+        return self.parameters.get(self.key) is not self.param
+
+
+def _homes(model: nn.Module, params: Mapping[str, Tensor]) -> list[_Home]:
+    names = {place(param): name for name, param in params.items()}
     return [
-        (names[id(param)], (module._parameters, key))
+        _Home(names[place(param)], module._parameters, key, param)
         for module in model.modules()
         for key, param in module._parameters.items()
-        if id(param) in names
+        if param is not None and place(param) in names
     ]

@@ -80,7 +80,7 @@ def export_dense(path: _Path, mask: Mask, values: Tensor) -> None:
     slices = slices_of(mask)
 
     def dense(name: str) -> Tensor:
-        delta = torch.zeros(mask.indices[name].numel, dtype=values.dtype)
+        delta = torch.zeros(mask.indices[name].numel, dtype=values.dtype, device="cpu")
         delta[mask.indices[name].positions_int64()] = values[slices[name]]
         return delta
 
@@ -133,7 +133,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if len(dtypes) > 1:
         raise TalosValueError("values must share one dtype")
     end = sum(part.numel() for part in parts)
-    values = torch.empty(end, dtype=dtypes.pop() if dtypes else torch.float32)
+    values = torch.empty(end, dtype=dtypes.pop() if dtypes else torch.float32, device="cpu")
     while parts:
         part = parts.pop()
         values[end - part.numel() : end] = part

@@ -54,7 +54,7 @@ def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
     masks = [mask for _, mask, _ in terms]
     equal = all(same_order(masks[0], mask) for mask in masks[1:])
     union = masks[0] if equal else reduce(or_, masks)
-    total = torch.zeros(union.nnz)
+    total = torch.zeros(union.nnz, dtype=torch.float32, device="cpu")
     for scale, mask, values in terms:
         _add_(total, union, scale, mask, values)
     return union, total
@@ -62,7 +62,7 @@ def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
 
 def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
     """Values of `mask` in the rank order of a mask that contains it: float32, zero elsewhere."""
-    total = torch.zeros(union.nnz)
+    total = torch.zeros(union.nnz, dtype=torch.float32, device="cpu")
     _add_(total, union, 1.0, mask, values)
     return total
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from talos.buffers import warn_of_moved
 from talos.errors import TalosValueError
 from talos.fingerprints import fingerprint
 from talos.masks import Mask
@@ -86,8 +87,9 @@ class TaskVector(SparseDelta, VectorSpace):
             metadata: what made the difference.
 
         Returns:
-            float32 tuned minus base, with the base's fingerprints. Buffers of modules are left out,
-            tied weights come once.
+            float32 tuned minus base, with the base's fingerprints. Tied weights come once. Buffers
+            of modules are left out: a warning and the metadata's `moved_buffers` name those that
+            differ.
 
         Raises:
             TalosValueError: names or shapes differ, a difference is not finite, or an entry outside
@@ -100,8 +102,10 @@ class TaskVector(SparseDelta, VectorSpace):
             >>> torch.allclose(base.weight, tuned.weight)
             True
         """
-        kept, values, found = difference(base, tuned, mask, strict=strict)
-        return cls(kept, values, found, dict(metadata or {}))
+        kept, values, found, moved = difference(base, tuned, mask, strict=strict)
+        warn_of_moved(moved, stacklevel=2)
+        left_out = {"moved_buffers": moved} if moved else {}
+        return cls(kept, values, found, {**(metadata or {}), **left_out})
 
     @classmethod
     def combine(cls, terms: Iterable[tuple[float, TaskVector]]) -> TaskVector:
@@ -161,12 +165,13 @@ class TaskVector(SparseDelta, VectorSpace):
         as the same base with edits; a write by anybody else makes it another base.
 
         Args:
-            model: the base, on any device, in float32, bfloat16 or float16.
+            model: the base, on any device, in float32, bfloat16, float16 or float64.
             scale: the scaling coefficient.
             force: edit a model whose weights have other fingerprints, too.
 
         Raises:
-            TalosValueError: the model lacks a tensor, has other shapes or another fingerprint.
+            TalosValueError: the model lacks a tensor, has other shapes or another fingerprint, or
+                a finite weight would overflow.
             TalosTypeError: `model` is no module, or its weights have another dtype.
 
         Example:
@@ -178,7 +183,7 @@ class TaskVector(SparseDelta, VectorSpace):
             0.5
         """
         scale = check_scale(scale)
-        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit = self._edit_of(model, force=force)
         edit.put_on(scale, keep=True)
 
     @contextmanager
@@ -216,12 +221,17 @@ class TaskVector(SparseDelta, VectorSpace):
             True
         """
         scale = check_scale(scale)
-        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit = self._edit_of(model, force=force)
         edit.put_on(scale, keep=False)
         try:
             yield model
         finally:
             edit.take_off()
+
+    def _edit_of(self, model: nn.Module, *, force: bool) -> ModelEdit:
+        return ModelEdit(
+            model, self.mask, self.values, self.fingerprints, largest=self.largest, force=force
+        )
 
     def save(
         self,

@@ -189,7 +189,9 @@ class ImageBatches:
         for start in range(0, len(order), self.batch_size):
             chosen = [self.examples[i] for i in order[start : start + self.batch_size]]
             pixels = torch.stack([self.transform(example.open()) for example in chosen])
-            labels = torch.tensor([example.label for example in chosen], dtype=torch.int64)
+            labels = torch.tensor(
+                [example.label for example in chosen], dtype=torch.int64, device="cpu"
+            )
             yield {"pixel_values": pixels, "labels": labels}
 
 

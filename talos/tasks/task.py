@@ -246,13 +246,15 @@ class Batches:
 
     def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         longest = max(len(self.token_ids[i]) for i in chosen)
-        input_ids = torch.full((len(chosen), longest), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        input_ids = torch.full(
+            (len(chosen), longest), self.pad_token_id, dtype=torch.int64, device="cpu"
+        )
+        attention_mask = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
         for row, i in enumerate(chosen):
             ids = self.token_ids[i]
-            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
             attention_mask[row, : len(ids)] = 1
-        labels = torch.tensor([self.labels[i] for i in chosen], dtype=torch.int64)
+        labels = torch.tensor([self.labels[i] for i in chosen], dtype=torch.int64, device="cpu")
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

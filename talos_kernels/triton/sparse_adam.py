@@ -245,7 +245,7 @@ def sparse_adam_(
     addresses[1::3] = map(Tensor.data_ptr, grads)  # 0 of an empty one
     addresses[2::3] = map(operator.lt, map(Tensor.numel, grads), map(Tensor.numel, params))
     table = integer_table(tuple(addresses), programs.device)
-    scalars = torch.empty(n_tensors * SCALARS.value, device=programs.device)
+    scalars = torch.empty(n_tensors * SCALARS.value, device=programs.device, dtype=torch.float32)
     logs = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     with device_guard(programs.device):
         adam_scalars_kernel[(-(-n_tensors // TENSORS),)](

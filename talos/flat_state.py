@@ -1,0 +1,96 @@
+"""All buckets of an optimizer: its state, flat, made anew where its parameters or its state are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucket
+from .fingerprints import fingerprint
+from .masks import Mask
+from .states import State
+
+__all__ = ["FlatState"]
+
+
+class FlatState(list[Bucket]):
+    """Buckets, one a param group, device and dtype.
+
+    Args:
+        mask: what is selected.
+        moment_dtype: of the moments.
+    """
+
+    def __init__(self, mask: Mask, moment_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.mask = mask
+        self.moment_dtype = moment_dtype
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For copies and pickles: a list is filled before its attributes are there."""
+        return type(self), (self.mask, self.moment_dtype), None, iter(self)
+
+    def add_group(self, number: int, params: Mapping[str, Tensor]) -> None:
+        """State of zeros for the parameters of a group, by name, as they are now."""
+        alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for name, param in params.items():
+            alike.setdefault((param.device, param.dtype), {})[name] = param
+        self += [
+            Bucket.create(number, members, self.mask, self.moment_dtype)
+            for members in alike.values()
+        ]
+
+    def rebuild(
+        self,
+        groups: Sequence[Mapping[str, Tensor]],
+        states: Mapping[Tensor, State],
+        bases: Mapping[str, Tensor],
+    ) -> None:
+        """Make all buckets anew with this state; what was handed out before stays as it was.
+
+        Args:
+            groups: the parameters of each group by name.
+            states: by parameter; none: zeros.
+            bases: the initial weights by name.
+        """
+        compacted = {name: each for bucket in self for name, each in bucket.compacted.items()}
+        self.clear()
+        for number, params in enumerate(groups):
+            self.add_group(number, params)
+        for bucket in self:
+            bucket.fill(states)
+            bucket.base = torch.cat([bases[name] for name in bucket.params])
+            bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a weight has another device or dtype than the state was made for."""
+        return any(bucket.is_moved for bucket in self)
+
+    def have_gradients(self, checked: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether one of what each bucket's `check` has returned is a gradient."""
+        pairs = zip(self, checked, strict=True)
+        return any(grad is not bucket.absent for bucket, grads in pairs for grad in grads)
+
+    def bases(self) -> dict[str, Tensor]:
+        """The initial weights by name, flat at the selected entries."""
+        return {name: base for bucket in self for name, base in bucket.bases().items()}
+
+    def base_of(self, number: int) -> str:
+        """What tells the initial weights of a group from others, whatever order they are in."""
+        bases = {
+            n: b for bucket in self if bucket.group == number for n, b in bucket.bases().items()
+        }
+        every = "".join(fingerprint(bases[name]) for name in sorted(bases))
+        return hashlib.sha256(every.encode()).hexdigest()[:16]
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Current minus initial weights by name: float32, on the CPU."""
+        return {name: delta for bucket in self for name, delta in bucket.deltas().items()}
+
+    def views(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state by parameter, as `Optimizer.state` holds it."""
+        return {param: each for bucket in self for param, each in bucket.views().items()}

@@ -1,0 +1,78 @@
+"""Numbers from configuration files, NumPy and torch are taken wherever a number is asked for."""
+
+from collections import UserList
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import talos
+from talos.errors import TalosTypeError, TalosValueError
+from talos.reals import as_real
+
+NUMBERS: tuple[Any, ...] = (
+    0.25,
+    np.float32(0.25),
+    np.float64(0.25),
+    np.float16(0.25),
+    torch.tensor(0.25),
+    torch.tensor([0.25]),
+    torch.tensor(0.25, dtype=torch.float64),
+)
+NO_NUMBERS: tuple[Any, ...] = (True, "0.25", None, [0.25], torch.tensor([0.25, 0.5]), 1j)
+
+
+def model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_a_number_of_any_kind_is_that_number(number: Any) -> None:
+    assert as_real(number) == 0.25
+    batch = torch.randn(16, 4)
+    wanted = talos.calibrate(model(), [batch], 0.25, 1)
+    assert talos.calibrate(model(), [batch], number, 1, soft=number) == wanted
+    scores = {"a": torch.rand(16)}
+    assert talos.Mask.from_scores(scores, number).nnz == 4
+    vector = talos.TaskVector(wanted, torch.ones(wanted.nnz))
+    assert torch.equal((number * vector).values, (0.25 * vector).values)
+    assert torch.equal((vector * number).values, (0.25 * vector).values)
+    assert torch.equal((vector / number).values, (4 * vector).values)
+    edited, other = model(), model()
+    vector.apply_(edited, number)
+    vector.apply_(other, 0.25)
+    assert torch.equal(edited.weight, other.weight)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_the_optimizer_takes_what_torchs_takes(number: Any) -> None:
+    mask = talos.Mask.from_dense({"weight": torch.ones(3, 4) > 0})
+    results = []
+    for rate, betas in ((number, UserList([number, number])), (0.25, (0.25, 0.25))):
+        trained = model()
+        optimizer = talos.SparseAdam(
+            trained, mask, lr=rate, betas=betas, eps=rate, weight_decay=rate
+        )
+        for _ in range(2):
+            trained(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        results.append(trained.weight.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_is_refused(value: Any) -> None:
+    assert as_real(value) is None
+    mask = talos.Mask.from_dense({"weight": torch.ones(3, 4) > 0})
+    vector = talos.TaskVector(mask, torch.ones(12))
+    with pytest.raises(TalosTypeError, match="scale must be a real number"):
+        vector.apply_(model(), value)
+    with pytest.raises(TypeError):
+        _ = value * vector
+    with pytest.raises(TalosValueError, match="density must lie in"):
+        talos.Mask.from_scores({"a": torch.rand(16)}, value)
+    with pytest.raises((TalosTypeError, TalosValueError), match="epsilon"):
+        talos.SparseAdam(model(), mask, eps=value)

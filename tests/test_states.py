@@ -1,0 +1,388 @@
+"""The optimizer's state as others see it: cleared, replaced, cast, moved, saved and loaded."""
+
+import copy
+import io
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import talos
+from talos import Mask, SparseAdam
+from talos.errors import TalosRuntimeError, TalosValueError
+from tests.cases import assert_bit_equal
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def full(model: nn.Module) -> Mask:
+    return Mask.from_dense({n: torch.ones(p.shape) > 0 for n, p in model.named_parameters()})
+
+
+def some(model: nn.Module) -> Mask:
+    draw = torch.Generator().manual_seed(3)
+    return Mask.from_dense(
+        {n: torch.rand(p.shape, generator=draw) < 0.4 for n, p in model.named_parameters()}
+    )
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(5, 6, generator=draw).to(dtype)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def of_every_parameter(change: Callable[[Any, Tensor], object]) -> Callable[[Any], None]:
+    def apply(optimizer: Any) -> None:
+        for param in [p for group in optimizer.param_groups for p in group["params"]]:
+            change(optimizer.state, param)
+
+    return apply
+
+
+def renewed(state: Any, param: Tensor) -> None:
+    old = state[param]
+    for key in ("exp_avg", "exp_avg_sq"):
+        old[key] = torch.zeros_like(old[key])
+
+
+RESETS: dict[str, Callable[[Any], object]] = {
+    "replaced": lambda o: setattr(o, "state", defaultdict(dict)),
+    "cleared": lambda o: o.state.clear(),
+    "emptied": of_every_parameter(lambda state, p: state.update({p: {}})),
+    "deleted": of_every_parameter(lambda state, p: state.pop(p)),
+    "inner cleared": of_every_parameter(lambda state, p: state[p].clear()),
+    "moments renewed": of_every_parameter(renewed),
+    "moments zeroed": of_every_parameter(lambda state, p: state[p]["exp_avg"].zero_()),
+    "steps set": of_every_parameter(lambda state, p: state[p].update(step=torch.tensor(9.0))),
+    "merged": of_every_parameter(lambda state, p: state.__ior__({p: {}})),
+}
+
+
+@pytest.mark.parametrize("name", RESETS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_others_do_to_the_state_is_done_as_to_torchs_own(name: str, saved: bool) -> None:
+    models = []
+    for sparse in (False, True):
+        model = network()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        if sparse:
+            optimizer = SparseAdam(model, full(model), lr=1e-2)
+        train(model, optimizer, 3)
+        RESETS[name](optimizer)
+        if saved and sparse:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = SparseAdam(model, full(model), lr=1e-2)
+            optimizer.load_state_dict(state)
+        train(model, optimizer, 3, seed=1)
+        models.append(model)
+    for theirs, ours in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_a_state_in_part_is_refused_and_nothing_is_written() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    train(model, optimizer, 2)
+    del optimizer.state[model[0].weight]["exp_avg_sq"]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TalosValueError, match=r"state must hold exp_avg_sq of shape \(48,"):
+        train(model, optimizer, 1)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+def test_what_wrappers_keep_in_the_state_stays() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    optimizer.state[model[0].weight]["note"] = "theirs"
+    train(model, optimizer, 2)
+    assert optimizer.state[model[0].weight]["note"] == "theirs"
+    assert optimizer.state[model[0].weight]["step"] == 2
+
+
+def test_saved_states_are_plain_dictionaries(tmp_path: Any) -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    train(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert {type(each) for each in loaded["state"].values()} == {dict}
+    again = SparseAdam(model, full(model), lr=1e-2)
+    again.load_state_dict(loaded)
+    assert again.task_vector() == optimizer.task_vector()
+
+
+class Reordered(nn.Module):
+    """Two layers alike, in one order or the other."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        for name in names:
+            torch.manual_seed(ord(name))
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.get_submodule("b")(torch.tanh(self.get_submodule("a")(x)))
+        return hidden
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_state_goes_by_name(prefix: str) -> None:
+    mask = some(Reordered(("a", "b")))
+    base, other = Reordered(("a", "b")), Reordered(("b", "a"))
+    model = copy.deepcopy(base)
+    optimizer = SparseAdam(model, mask, lr=1e-2)
+    train(model, optimizer, 3)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["param_names"] = [prefix + name for name in group["param_names"]]
+    other.load_state_dict(model.state_dict())
+    resumed = SparseAdam(other, mask, lr=1e-2)
+    resumed.load_state_dict(state)
+    for name, param in model.named_parameters():
+        for key, value in optimizer.state[param].items():
+            assert_bit_equal(resumed.state[other.get_parameter(name)][key], value)
+    train(model, optimizer, 2, seed=1)
+    train(other, resumed, 2, seed=1)
+    edited = Reordered(("b", "a"))
+    resumed.task_vector().apply_(edited)
+    for name, param in model.named_parameters():
+        assert_bit_equal(other.get_parameter(name), param)
+        torch.testing.assert_close(edited.get_parameter(name), param)
+
+
+def test_a_state_of_other_names_is_refused() -> None:
+    model = Reordered(("a", "b"))
+    optimizer = SparseAdam(model, some(model))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["param_names"][0] = "c.weight"
+    with pytest.raises(TalosValueError, match=r"parameters of this group, lacks a\.weight"):
+        optimizer.load_state_dict(state)
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("before", DTYPES)
+@pytest.mark.parametrize("after", DTYPES)
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_cast_before_the_first_step_is_followed(
+    before: torch.dtype, after: torch.dtype, compact: bool
+) -> None:
+    results = []
+    for first in (True, False):
+        model = network().to(before)
+        if not first:
+            model.to(after)
+        optimizer = SparseAdam(model, some(model), lr=1e-2)
+        if compact:
+            optimizer.compact_gradients()
+        model.to(after)
+        train(model, optimizer, 3)
+        results.append((model, optimizer.task_vector()))
+    (followed, ours), (made, theirs) = results
+    for one, other in zip(followed.parameters(), made.parameters(), strict=True):
+        assert_bit_equal(one, other)
+    assert ours == theirs
+    base = network().to(before).to(after)
+    ours.apply_(base)
+    torch.testing.assert_close(base.state_dict(), dict(followed.state_dict()))
+
+
+def test_a_cast_after_the_first_step_is_refused() -> None:
+    model = network()
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    train(model, optimizer, 1)
+    model.bfloat16()
+    with pytest.raises(TalosRuntimeError, match=r"was torch.float32 on cpu.*torch.bfloat16"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("loaded", DTYPES)
+def test_a_state_of_one_precision_loads_in_another(saved: torch.dtype, loaded: torch.dtype) -> None:
+    model = network().to(saved)
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    train(model, optimizer, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model).to(loaded)
+    resumed = SparseAdam(other, some(model), lr=1e-2)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for name, param in model.named_parameters():
+        entry = resumed.state[other.get_parameter(name)]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                entry[key], optimizer.state[param][key], check_dtype=False, rtol=1e-6, atol=0
+            )
+    train(other, resumed, 1, seed=1)
+    vector = resumed.task_vector()
+    change = torch.cat([p.detach().float().flatten() for p in other.parameters()])
+    initial = torch.cat([p.detach().to(saved).float().flatten() for p in network().parameters()])
+    chosen = torch.cat([some(model).to_dense(n).flatten() for n, _ in model.named_parameters()])
+    wanted = (change - initial)[chosen]
+    rounding = 2 * float(torch.finfo(loaded).eps) * float(change.abs().max())
+    torch.testing.assert_close(vector.values, wanted, rtol=0, atol=max(rounding, 1e-6))
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_moments_load_in_another_dtype(moments: torch.dtype) -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2, moment_dtype=moments)
+    train(model, optimizer, 2)
+    other = torch.bfloat16 if moments == torch.float32 else torch.float32
+    resumed = SparseAdam(model, full(model), lr=1e-2, moment_dtype=other)
+    resumed.load_state_dict(optimizer.state_dict())
+    entry = resumed.state[model[0].weight]["exp_avg"]
+    assert entry.dtype == other
+    wanted = optimizer.state[model[0].weight]["exp_avg"]
+    torch.testing.assert_close(entry.float(), wanted.float(), rtol=2.0**-8, atol=0)
+
+
+def test_a_state_of_an_older_version_loads() -> None:
+    """Numbers as steps, groups without a key, initial weights joined by group, no names."""
+    model = network()
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    train(model, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = entry["step"].item()
+    for group in state["param_groups"]:
+        for key in ("maximize", "seed", "weight_decay", "param_names"):
+            del group[key]
+    state["base"] = [torch.cat(state["base"])]
+    other = copy.deepcopy(model)
+    resumed = SparseAdam(other, some(model), lr=1e-2)
+    resumed.load_state_dict(state)
+    train(model, optimizer, 2, seed=1)
+    train(other, resumed, 2, seed=1)
+    assert resumed.task_vector() == optimizer.task_vector()
+    for one, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert_bit_equal(one, theirs)
+
+
+def test_float64_follows_adamw() -> None:
+    model, reference = network().double(), network().double()
+    optimizer = SparseAdam(model, full(model), lr=1e-2, weight_decay=0.1)
+    oracle = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+    train(model, optimizer, 5)
+    train(reference, oracle, 5)
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert {each.dtype for each in optimizer.state[model[0].weight].values()} == {
+        torch.float32,
+        torch.float64,
+    }
+    base = network().double()
+    optimizer.task_vector().apply_(base)
+    torch.testing.assert_close(base[0].weight, model[0].weight, rtol=1e-6, atol=1e-8)
+
+
+def test_steps_that_find_no_gradient_are_told_once() -> None:
+    model = network()
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="two steps found no gradient.*make it anew"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 2)
+
+
+def test_what_another_optimizer_trains_and_this_one_froze_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = network()
+    body = Mask.from_dense({"0.weight": torch.ones(8, 6) > 0})
+    head = torch.optim.AdamW(model[2].parameters(), lr=1e-2)
+    with caplog.at_level(logging.INFO, "talos"):
+        optimizer = SparseAdam(model, body, lr=1e-2)
+    assert "3 parameters without a selected entry are frozen" in caplog.text
+    assert optimizer.frozen == ("0.bias", "2.weight", "2.bias")
+    train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="AdamW steps 2.weight and 1 more, frozen by SparseAdam"):
+        head.step()
+    head.step()
+    optimizer.release()
+    other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    other.step()
+
+
+def test_an_optimizer_that_is_gone_watches_nobody() -> None:
+    model = network()
+    SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
+    torch.optim.SGD(model[2].parameters(), lr=1e-2).step()
+
+
+def test_two_parameters_of_one_memory_are_not_trained_apart() -> None:
+    model = network()
+    model.other = nn.Linear(6, 8)
+    model.other.weight.data = model[0].weight.data
+    with pytest.raises(TalosValueError, match=r"one parameter, got 0.weight and other.weight"):
+        SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
+    named = list(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(TalosValueError, match=r"one parameter, got 0.weight and other.weight"):
+        SparseAdam(named, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_names_of_a_wrapped_model_fit(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = network()
+    wrapped = wrap(model)
+    named = list(wrapped.named_parameters())
+    bare = SparseAdam([{"params": named[:2], "lr": 1e-3}, {"params": named[2:]}], some(model))
+    assert bare.task_vector().mask == some(model)
+    SparseAdam(model, some(wrapped))
+    talos.TaskVector.from_models(model, wrapped).apply_(wrapped)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_bare_parameters_have_the_names_of_their_module(wrapped: bool) -> None:
+    """As trainers hand them over: in groups, of a model that others hold too."""
+    model = network()
+    holder = nn.ModuleDict({"net": model}) if wrapped else model
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = SparseAdam(groups, some(model), lr=1e-2)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+    train(model, optimizer, 2)
+    named = network()
+    pairs = list(named.named_parameters())
+    other = SparseAdam(
+        [
+            {"params": [(n, p) for n, p in pairs if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [(n, p) for n, p in pairs if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        some(model),
+        lr=1e-2,
+    )
+    train(named, other, 2)
+    assert optimizer.task_vector() == other.task_vector()
+    assert holder is not None
+
+
+def test_buffers_that_move_in_anybodys_loop_are_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    optimizer = SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
+    model.eval()
+    train(model, optimizer, 1)
+    assert "moved_buffers" not in optimizer.task_vector().metadata
+    model.train()
+    train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="not in the task vector: 1.running_mean, 1.running_var"):
+        vector = optimizer.task_vector()
+    assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
