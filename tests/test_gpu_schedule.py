@@ -370,6 +370,14 @@ def test_a_library_that_was_brought_along_is_built_anew(
     assert found["serves"]
 
 
+def test_a_program_under_a_tool_ends_with_its_stage() -> None:
+    with subprocess.Popen(
+        rest.PROGRAM, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True
+    ) as program:
+        program.communicate()  # as if who started it were gone
+    assert program.returncode == -signal.SIGKILL
+
+
 def test_only_a_tool_runs_without_torchs_cache_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
 
