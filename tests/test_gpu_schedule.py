@@ -461,6 +461,26 @@ def test_what_the_cuda_side_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(device.time_eager(lambda: None, rounds=3)) == 3
 
 
+def test_a_timed_replay_finds_what_its_warm_up_has_uploaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from talos_kernels.triton import launch
+
+    Recorded(monkeypatch)
+    table, own, found = torch.tensor([3, 4]), torch.tensor([5]), []
+    monkeypatch.setattr(launch, "_tables", {})
+    monkeypatch.setattr(launch, "captured_table", lambda values, device: own)
+    device = torch.device("cuda", 0)
+
+    def work() -> None:
+        launch._tables[0, 7, 3, 4] = table  # by another stream than the one that captures
+        found.append([launch.captured_table(values, device) for values in ((3, 4), (5,))])
+
+    Cuda().time_replayed(work, rounds=2)
+    assert all(first is table and second is own for first, second in found)
+    assert launch.captured_table((3, 4), device) is own
+
+
 @pytest.mark.slow
 def test_the_rehearsal_passes_through_every_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
