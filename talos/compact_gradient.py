@@ -16,7 +16,8 @@ from .errors import TalosTypeError
 __all__ = ["CompactGradient"]
 
 aten = torch.ops.aten
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_data: Any = Tensor.data
+_SET_DATA = _data.__set__
 
 # On these the entries stand for the whole gradient: zeros stay zeros and add nothing to a norm.
 _ON_ENTRIES = {
