@@ -254,7 +254,7 @@ class Bucket:
             grad_scale=grad_scale,
             found_inf=found_inf,
             clip_factor=clip_factor,
-            seed=group["seed"],
+            seed=int(group["seed"]),
         )
 
     def _plain(self, grads: list[Tensor]) -> bool:
@@ -264,10 +264,10 @@ class Bucket:
     def _upload_lr(self, lr: float | Tensor) -> None:
         """Write the rate to the device: a number when it changed, a tensor of it each time."""
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            self.lr.copy_(lr.view(()))
+            self.lr.copy_(lr.reshape(()))
             self.lr_value = None
             return
-        value = lr.item() if isinstance(lr, Tensor) else lr
+        value = float(lr.item() if isinstance(lr, Tensor) else lr)
         if value != self.lr_value:
             if _captured(self.lr):  # each replay would write it anew
                 raise TalosRuntimeError(

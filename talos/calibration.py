@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .batches import logits_and_positions
 from .capture import Capture
 from .errors import TalosValueError
-from .estimators import Draws, Estimator, Labels, Target, integer
+from .estimators import Draws, Estimator, Labels, Target
 from .masks import Mask
 from .params import (
     Rows,
@@ -40,7 +40,7 @@ from .params import (
     select_parameters,
     unwrapped,
 )
-from .reals import as_real
+from .reals import as_real, integer
 from .rounds import CalibrationProgress, LogitsFn, Rounds
 from .selection import lowest_entries
 

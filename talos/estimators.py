@@ -19,7 +19,6 @@ Labels depend on (seed, round, sample, draw) alone, so scores do not depend on t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,8 +28,9 @@ import torch
 from torch import Tensor
 
 from .errors import TalosTypeError, TalosValueError
+from .reals import integer
 
-__all__ = ["Draws", "Estimator", "Labels", "Logits", "Target", "checked_logits", "integer"]
+__all__ = ["Draws", "Estimator", "Labels", "Logits", "Target", "checked_logits"]
 
 Target = Literal["log_prob", "logit"]
 Labels = Literal["sampled", "importance"]
@@ -226,19 +226,3 @@ def checked_logits(found: object) -> Logits:
             "or for overflow in the model, which float32 may cure"
         )
     return Logits(values, positions)
-
-
-def integer(name: str, value: Any, least: int, kind: str | None = None) -> int:
-    """An option as an int, from integers of any type.
-
-    Raises:
-        TalosValueError: it is no integer, or below `least`.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        kind = kind or f"an integer of at least {least}"
-        raise TalosValueError(f"{name} must be {kind}, got {value!r}")
-    return number

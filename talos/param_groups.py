@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from .matching import resolve_names
 from .params import named_parameters
-from .reals import as_real
+from .reals import as_real, integer
 
 __all__ = [
     "NamedParams",
@@ -130,7 +130,7 @@ def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
         raise TalosTypeError(
             f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if integer("seed", seed, 0, "an integer in [0, 2^32)") >= 2**32:
         raise TalosValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
 
 

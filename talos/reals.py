@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-__all__ = ["as_real"]
+from .errors import TalosValueError
+
+__all__ = ["as_real", "integer"]
 
 
 def as_real(value: Any) -> float | None:
@@ -18,7 +22,7 @@ def as_real(value: Any) -> float | None:
 
     Returns:
         The number; None where it is none: a bool, a text, a tensor of several elements or of
-        complex ones.
+        complex ones, an array with dimensions.
 
     Example:
         >>> import torch
@@ -27,6 +31,24 @@ def as_real(value: Any) -> float | None:
     """
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else None
+    if isinstance(value, np.ndarray):
+        value = value.item() if value.ndim == 0 else None
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return float(value)
+
+
+def integer(name: str, value: Any, least: int, kind: str | None = None) -> int:
+    """An option as an int, from integers of any type.
+
+    Raises:
+        TalosValueError: it is no integer, or below `least`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        kind = kind or f"an integer of at least {least}"
+        raise TalosValueError(f"{name} must be {kind}, got {value!r}")
+    return number

@@ -29,6 +29,7 @@ from .errors import TalosTypeError, TalosValueError
 from .masks import Mask
 from .methods import LogitsFunction, Method, Phase, method_of
 from .param_groups import check_hyperparameters
+from .reals import integer
 from .task_vectors import TaskVector
 
 __all__ = ["FineTuneFinished", "FineTuneStep", "fine_tune"]
@@ -148,8 +149,9 @@ def fine_tune(
         >>> finished.task_vector.metadata
         {'method': 'linearized'}
     """
-    warmup = max(1, steps // 10) if warmup is None else warmup
-    _check(steps, warmup, accumulate, label_smoothing, max_grad_norm)
+    steps, accumulate = integer("steps", steps, 1), integer("accumulate", accumulate, 1)
+    warmup = max(1, steps // 10) if warmup is None else integer("warmup", warmup, 0)
+    _check(steps, warmup, label_smoothing, max_grad_norm)
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
     if hold_frozen and autocast not in (torch.bfloat16, torch.float16):
@@ -305,13 +307,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _check(
-    steps: int, warmup: int, accumulate: int, label_smoothing: float, max_grad_norm: float | None
-) -> None:
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0),
-                               ("accumulate", accumulate, 1)):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise TalosValueError(f"{name} must be an integer of at least {least}, got {value}")
+def _check(steps: int, warmup: int, label_smoothing: float, max_grad_norm: float | None) -> None:
     if warmup > steps:
         raise TalosValueError(f"warmup must be at most steps ({steps}), got {warmup}")
     if not 0.0 <= label_smoothing < 1.0:

@@ -19,7 +19,6 @@ ORDER = (
             "buffers",
             "errors",
             "patches",
-            "reals",
             "watching",
             "projections",
             "selection",
@@ -28,7 +27,7 @@ ORDER = (
         ),
         "trees",
     },
-    {"attention", "memory"},
+    {"attention", "memory", "reals"},
     {
         "casts",
         "compact_gradient",

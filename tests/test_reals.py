@@ -1,6 +1,7 @@
 """Numbers from configuration files, NumPy and torch are taken wherever a number is asked for."""
 
 from collections import UserList
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ NUMBERS: tuple[Any, ...] = (
     np.float32(0.25),
     np.float64(0.25),
     np.float16(0.25),
+    np.array(0.25),
+    Fraction(1, 4),
     torch.tensor(0.25),
     torch.tensor([0.25]),
     torch.tensor(0.25, dtype=torch.float64),
+    torch.tensor([[0.25]]),
 )
 NO_NUMBERS: tuple[Any, ...] = (True, "0.25", None, [0.25], torch.tensor([0.25, 0.5]), 1j)
 
@@ -76,3 +80,23 @@ def test_what_is_no_number_is_refused(value: Any) -> None:
         talos.Mask.from_scores({"a": torch.rand(16)}, value)
     with pytest.raises((TalosTypeError, TalosValueError), match="epsilon"):
         talos.SparseAdam(model(), mask, eps=value)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=repr)
+def test_an_integer_of_any_kind_is_that_integer(kind: Any) -> None:
+    batches = [(torch.ones(2, 4), torch.tensor([0, 2]))]
+    results = []
+    for of in (int, kind):
+        tuned = model()
+        *_, last = talos.fine_tune(
+            tuned, batches, steps=of(3), warmup=of(1), accumulate=of(2), method="nonlinear"
+        )
+        assert last.steps == 3
+        mask = talos.Mask.from_dense({"weight": torch.ones(3, 4) > 0})
+        optimizer = talos.SparseAdam(tuned, mask, seed=of(7), moment_dtype=torch.bfloat16)
+        tuned(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        results.append(tuned.weight.detach())
+    assert torch.equal(*results)
+    with pytest.raises(TalosValueError, match="steps must be an integer of at least 1"):
+        talos.fine_tune(model(), batches, steps=kind(0))
