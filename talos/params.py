@@ -4,8 +4,9 @@ Three presets and any regular expression choose the tensors:
 
 - `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear` and Conv1D of transformers, the
   projections of `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a
-  vision transformer the patch embedding), LayerNorm and RMSNorm, biases included. Not the head, not
-  embeddings of any kind, nothing that is tied to an embedding.
+  vision transformer the patch embedding), LayerNorm and RMSNorm, the experts of a mixture that are
+  stacked in one tensor, biases included. Not the head, not embeddings of any kind, nothing that is
+  tied to an embedding.
 - `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
   like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`. The `c_attn` of
   GPT-2 has its queries and keys in columns and is refused, and so is a fused layer whose rows are
@@ -34,12 +35,14 @@ from torch import Tensor, nn
 
 from .attention import attention_projections
 from .errors import TalosTypeError, TalosValueError
+from .experts import expert_weights
 from .memory import check_separate, place
 from .projections import PACKED, SPLIT, Projection, is_linear, projections
 
 __all__ = [
     "Selected",
     "Selection",
+    "body",
     "check_one_memory",
     "named_modules",
     "named_parameters",
@@ -220,13 +223,20 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether all parameters of a layer are "maskable"."""
+    return is_linear(module) or isinstance(module, nn.Conv2d) or is_norm(module)
+
+
 def _maskable(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "maskable" takes."""
     for module in modules.values():
-        whole = is_linear(module) or isinstance(module, nn.Conv2d) or is_norm(module)
+        whole = _is_known(module)
         for name, param in module.named_parameters(recurse=False):
             if whole or name in PACKED or name in SPLIT:
                 yield param, None
+        for param in expert_weights(module):
+            yield param, None
 
 
 def _qk(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
@@ -285,7 +295,7 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         top = unwrapped(next(iter(children.values())))
 
 
-def _body(model: nn.Module) -> Modules:
+def body(model: nn.Module) -> Modules:
     """The modules of the model by name, without those of its heads."""
     heads = {id(module) for head in _heads(model) for module in head.modules()}
     return {name: module for name, module in named_modules(model) if id(module) not in heads}
@@ -294,7 +304,7 @@ def _body(model: nn.Module) -> Modules:
 def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
     """The row ranges of the parameters that a preset takes, by their places in memory."""
     left_out = {place(param) for head in _heads(model) for param in head.parameters()}
-    modules = _body(model)
+    modules = body(model)
     for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(place, module.parameters()))
@@ -306,14 +316,17 @@ def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
 
 def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[Hashable, Rows | None]:
     """The parameters whose name a regular expression finds, by place, every row of each."""
+    return {place(param): None for name, param in named.items() if re.search(pattern, name)}
+
+
+def _check_pattern(params: str) -> None:
     try:
-        expression = re.compile(pattern)
+        re.compile(params)
     except re.error as error:
         raise TalosValueError(
             f"params must be one of {', '.join(map(repr, _PRESETS))} or a regular expression, "
-            f"got {pattern!r} ({error}); escape its special characters"
+            f"got {params!r} ({error}); escape its special characters"
         ) from error
-    return {place(param): None for name, param in named.items() if expression.search(name)}
 
 
 def _check_tensor(name: str, param: nn.Parameter) -> None:
@@ -362,6 +375,7 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             f"params must be a str, got {type(params).__name__}; join names by '|' to a regular "
             "expression"
         )
+    _check_pattern(params)
     named = named_parameters(model)
     taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
     selection = Selection()
@@ -441,6 +455,6 @@ def select_attention(model: nn.Module) -> dict[str, Projection]:
     """
     chosen = select_parameters(model, "attention")
     found: dict[Hashable, Projection] = {}
-    for each in attention_projections(_body(model).items()):
+    for each in attention_projections(body(model).items()):
         found.setdefault(place(each.param), each)
     return {name: found[place(each.param)] for name, each in chosen.items()}

@@ -15,18 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {
-        *(
-            "buffers",
-            "errors",
-            "patches",
-            "reals",
-            "watching",
-            "projections",
-            "selection",
-            "shared_cast",
-            "structure",
-        ),
-        "trees",
+        *("buffers", "errors", "experts", "patches", "projections", "reals"),
+        *("selection", "shared_cast", "structure", "trees", "watching"),
     },
     {"attention", "memory"},
     {
@@ -49,11 +39,12 @@ ORDER = (
         "listeners",
         "masks",
         "param_groups",
+        "single_backwards",
         "states",
         "tasks",
     },
-    {"buckets", "models", "routing", "task_vectors"},
-    {"flat_state"},
+    {"buckets", "models", "pieces", "task_vectors", "uses"},
+    {"flat_state", "routing"},
     {"capture", "clipping", "metrics"},
     {"rounds"},
     {"calibration", "optim"},
