@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_projections
+from .computed import computed_weights
 from .errors import TalosTypeError, TalosValueError
 from .experts import expert_weights
 from .memory import check_separate, place
-from .projections import PACKED, SPLIT, Projection, is_linear, projections
+from .projections import PACKED, SPLIT, Projection, is_linear, projections, roles_named
 
 __all__ = [
     "Selected",
@@ -329,6 +330,33 @@ def _check_pattern(params: str) -> None:
         ) from error
 
 
+def _check_computed(model: nn.Module, params: str) -> None:
+    """Refuse weights that would be taken if they were parameters."""
+    modules = body(model) if params in _PRESETS else dict(named_modules(model))
+    for path, module in modules.items():
+        for each in computed_weights(module):
+            if not any(param.requires_grad for param in each.sources.values()):
+                continue
+            inside = f"{path}." if path else ""
+            names = [inside + name for name in (each.name, *each.sources)]
+            if params not in _PRESETS:
+                meant = any(re.search(params, name) for name in names)
+            elif params == "maskable":
+                meant = _is_known(module) or each.name in (*PACKED, *SPLIT)
+            else:
+                leaf = path.rpartition(".")[2] if is_linear(module) else each.name
+                roles = roles_named(leaf)
+                wanted = ("query", "key") if params == "qk" else ("query", "key", "value", "output")
+                meant = any(role in wanted for role in roles)
+            if meant:
+                raise TalosValueError(
+                    f"params={params!r} must find weights that are parameters, got {names[0]}, "
+                    f"computed by {each.kind} of {', '.join(names[1:])}; make it a parameter with "
+                    f"{each.remedy}, freeze these to leave it out (requires_grad_(False)), or name "
+                    "others by a regular expression"
+                )
+
+
 def _check_tensor(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
         raise TalosTypeError(
@@ -360,7 +388,7 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
         TalosValueError: nothing matches, or all that does has requires_grad=False; another
             parameter shares memory with a chosen one; "qk" meets a fused projection whose queries
             and keys are columns, or not told apart; "attention" meets an attention module of which
-            it knows a part.
+            it knows a part; a weight is computed of others, as torch's parametrizations do.
         TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
 
     Example:
@@ -376,6 +404,7 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             "expression"
         )
     _check_pattern(params)
+    _check_computed(model, params)
     named = named_parameters(model)
     taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
     selection = Selection()

@@ -700,6 +700,7 @@ def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> No
         "method": "talos",
         "params": "maskable",
         "passed_over": 2,
+        "left_out": {"names": [], "share": 0.0},
         "density": 0.2,
         "rounds": 4,
         "samples": 10,

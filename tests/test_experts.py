@@ -185,6 +185,7 @@ def test_a_mask_of_experts_is_trained_and_its_vector_applied(
 ) -> None:
     model, ids = mixture(name), tokens(16)
     mask = calibrate(model, asked(ids, 8), density=0.2, rounds=2)
+    assert mask.metadata["left_out"]["share"] < 0.01
     experts = [each for each in mask.names if "experts" in each]
     assert sum(mask.to_dense(each).sum() for each in experts) > 0
     mask.save(tmp_path / "mask.safetensors")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {
-        *("buffers", "errors", "experts", "patches", "projections", "reals"),
+        *("buffers", "computed", "errors", "experts", "patches", "projections", "reals"),
         *("selection", "shared_cast", "structure", "trees", "watching"),
     },
     {"attention", "memory"},
@@ -36,6 +36,7 @@ ORDER = (
         "estimators",
         "frozen",
         "gradients",
+        "left_out",
         "listeners",
         "masks",
         "param_groups",
