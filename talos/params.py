@@ -117,18 +117,23 @@ class Selection(dict[str, Selected]):
         return {name: each.rows for name, each in self.items() if each.rows is not None}
 
 
-def _wrapped_attribute(module: nn.Module) -> str | None:
+def _wrappers() -> dict[type, str]:
+    """The classes of wrappers that were imported, each with its attribute for what it wraps."""
+    found = [(getattr(sys.modules.get(home), kind, None), name) for home, kind, name in _WRAPPERS]
+    return {kind: name for kind, name in found if kind is not None}
+
+
+def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
     """The attribute that holds the wrapped module, or None where `module` wraps nothing."""
-    for home, kind, attribute in _WRAPPERS:
-        found = getattr(sys.modules.get(home), kind, None)
-        if found is not None and isinstance(module, found):
-            return attribute
-    return None
+    if not isinstance(module, tuple(wrappers)):
+        return None
+    return next(name for kind, name in wrappers.items() if isinstance(module, kind))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DDP, FSDP and checkpoint wrappers, or `module` itself."""
-    while (attribute := _wrapped_attribute(module)) is not None:
+    wrappers = _wrappers()
+    while (attribute := _wrapped_attribute(module, wrappers)) is not None:
         module = getattr(module, attribute)
     return module
 
@@ -146,18 +151,19 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         Name and module, each module once. A wrapper and what it wraps have the same name.
     """
     seen: set[int] = set()
-
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    wrappers = _wrappers()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
-        yield name, module
-        hidden = _wrapped_attribute(module)
-        for child_name, child in module.named_children():
-            own = [] if child_name == hidden else [child_name]
-            yield from walk(child, ".".join([*filter(None, [name]), *own]))
-
-    return walk(model, "")
+        yield path, module
+        hidden = _wrapped_attribute(module, wrappers)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                own = path if name == hidden else f"{path}.{name}" if path else name
+                waiting.append((own, child))
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
