@@ -103,7 +103,8 @@ def make(shape: ModelShape, name: str, batch_size: int, device: torch.device) ->
     def check() -> None:
         step()
         rounded = name != OURS and dtype != torch.float32
-        assert max(map(relative_error, layers)) <= (1e-2 if rounded else 1e-5)
+        # A GPU's matrix units cut sums off where others round them.
+        assert max(map(relative_error, layers)) <= (1e-2 if rounded else 1e-4)
 
     flops = 2 * tokens * sum(each.rows.stop * each.x.shape[1] for each in layers)
     return Work(step, check, bytes_moved=moved, flops=flops, state_bytes=held)

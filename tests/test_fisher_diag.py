@@ -169,6 +169,28 @@ def test_samples_of_one_step_and_of_several(
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_unit_cuts_off_what_tf32_does_not_hold(
+    dtype: torch.dtype, allowed: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of squares, where torch may not; the interpreter keeps all bits whatever it is told."""
+    from talos_kernels.triton import fisher_diag
+
+    given = []
+    kernel = {(1,): lambda *_, **options: given.append(options["PRECISION"])}
+    monkeypatch.setattr(fisher_diag, "fisher_diag_kernel", kernel)
+    monkeypatch.setattr(fisher_diag, "tf32_allowed", lambda: allowed)
+    monkeypatch.setattr(fisher_diag, "architecture", lambda: (backend, 90))
+    triton(*([each] for each in layer((1, 5, 1), (9, 16), dtype)), 1.0)
+    if dtype == torch.float32:
+        assert given == ["tf32" if allowed else "ieee"]
+    else:
+        assert given == ["tf32x3" if backend == "cuda" else "ieee"]
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_slabs_fill_whole_waves() -> None:
     from talos_kernels.triton.fisher_diag import slab_count
 

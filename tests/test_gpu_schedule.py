@@ -28,7 +28,7 @@ from benches.gpu.predictions import PREDICTIONS, Prediction
 from benches.gpu.schedule import ROOT, STAGES, Stage
 from benches.gpu.schema import SCHEMAS, problems
 from benches.gpu.sizes import FULL, TINY
-from benches.gpu.stages import rest
+from benches.gpu.stages import ceilings, rest
 from benches.gpu.stages.agreement import outcomes
 from benches.gpu.stages.rest import read_counters
 from tests import conftest
@@ -348,6 +348,36 @@ def test_files_of_tests_are_left_out_by_what_they_import_of_others(
     assert left_out == [True, True, True, False, False]
 
 
+def test_a_library_that_was_brought_along_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command[1:])
+        return SimpleNamespace(wait=lambda limit: 0)
+
+    (tmp_path / "talos_kernels").mkdir()
+    (tmp_path / "talos_kernels" / "_C.abi3.so").write_text("of other sources")
+    monkeypatch.setattr(ceilings.subprocess, "Popen", start)
+    monkeypatch.setattr(ceilings.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(ceilings.measure, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    context = SimpleNamespace(device=SimpleNamespace(kind="cuda"), todo=lambda key: True)
+    found = ceilings.Build(context).wait()
+    assert started == [["setup.py", "egg_info", "build_ext", "--force", "--inplace"]]
+    assert found["built"]
+    assert found["serves"]
+
+
+def test_a_program_under_a_tool_ends_with_its_stage() -> None:
+    with subprocess.Popen(
+        rest.PROGRAM, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True
+    ) as program:
+        program.communicate()  # as if who started it were gone
+    assert program.returncode == -signal.SIGKILL
+
+
 def test_only_a_tool_runs_without_torchs_cache_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
 
@@ -429,6 +459,26 @@ def test_what_the_cuda_side_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> No
     device.free()
     assert recorded.said == ["synchronize", "empty_cache"]
     assert len(device.time_eager(lambda: None, rounds=3)) == 3
+
+
+def test_a_timed_replay_finds_what_its_warm_up_has_uploaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from talos_kernels.triton import launch
+
+    Recorded(monkeypatch)
+    table, own, found = torch.tensor([3, 4]), torch.tensor([5]), []
+    monkeypatch.setattr(launch, "_tables", {})
+    monkeypatch.setattr(launch, "captured_table", lambda values, device: own)
+    device = torch.device("cuda", 0)
+
+    def work() -> None:
+        launch._tables[0, 7, 3, 4] = table  # by another stream than the one that captures
+        found.append([launch.captured_table(values, device) for values in ((3, 4), (5,))])
+
+    Cuda().time_replayed(work, rounds=2)
+    assert all(first is table and second is own for first, second in found)
+    assert launch.captured_table((3, 4), device) is own
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ compiled, so each size has a process of its own. It prints the seconds of a repl
 import argparse
 import importlib
 import json
+import threading
 
 import torch
 
 from benches import forms, measure
+from benches.gpu.context import end_with_parent
 from benches.gpu.device import find_device
 from benches.gpu.sizes import TINY
 from benches.shapes import SHAPES
@@ -37,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", nargs="?", choices=SHAPES, help="default: a tiny one")
     parser.add_argument("--chunk", type=int)
+    parser.add_argument("--end-with-parent", action="store_true")
     options = parser.parse_args()
+    if options.end_with_parent:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     if options.chunk is not None:
         set_chunk(options.chunk)
     device = find_device()

@@ -218,6 +218,11 @@ def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, square
     backend, arch = architecture()
     configs = BLACKWELL if backend == "cuda" and int(arch) >= 100 else CONFIGS
     config = configs["ieee" if exact else "tf32" if wide else "half"]
+    precision = "ieee" if exact else "tf32"
+    if squared and dy.dtype != torch.float32:
+        # Squares of 16-bit numbers have more bits than TF32, whose units cut the rest off: it goes
+        # into products of its own. For sm_100 Triton 3.6 takes TF32 where it is told "ieee".
+        precision = "tf32x3" if backend == "cuda" else "ieee"
     tiles = [
         triton.cdiv(score.shape[0], config.rows) * triton.cdiv(score.shape[1], config.cols)
         for score, _, _ in layers
@@ -250,7 +255,7 @@ def launch(layers: Sequence[tuple[Tensor, Tensor, Tensor]], share: float, square
     depth = token_block(longest, config.tokens)
     fisher_diag_kernel[(start,)](
         on_device, sums, share,
-        DTYPE=DTYPES[layers[0][1].dtype], SQUARED=squared, PRECISION="ieee" if exact else "tf32",
+        DTYPE=DTYPES[layers[0][1].dtype], SQUARED=squared, PRECISION=precision,
         ONE_STEP=longest <= depth, ITEM_SIZE=layers[0][1].element_size(), ALIGN=align,
         BLOCK_O=config.rows, BLOCK_I=config.cols, BLOCK_T=depth,
         num_warps=config.num_warps, num_stages=config.num_stages,

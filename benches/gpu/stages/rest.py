@@ -30,7 +30,7 @@ from talos_kernels.triton.sddmm import CONFIGS as PRODUCTS
 
 TOOL_LIMIT = 25.0  # seconds
 TESTS_NEED = 12.0
-PROGRAM = [sys.executable, "-m", "benches.gpu.small_step"]
+PROGRAM = [sys.executable, "-m", "benches.gpu.small_step", "--end-with-parent"]
 KERNELS = "regex:sparse_adam_kernel|fisher_diag_kernel|score_histogram_kernel"
 METRICS = (
     "gpu__time_duration.sum",

@@ -1,8 +1,7 @@
 """One optimizer step on the entries of Q and K, ours by both backends beside the strong baselines.
 
 Every form is checked as `benches.bench_sparse_adam` checks it. Then it is timed twice: by graph
-replay, which is the device's time alone, and eager, which is what a loop in Python waits for. A
-replay of ours fills its table of addresses again, by a few small kernels that its time includes.
+replay, which is the device's time alone, and eager, which is what a loop in Python waits for.
 """
 
 from functools import lru_cache
