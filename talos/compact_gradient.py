@@ -16,6 +16,7 @@ from .errors import TalosTypeError
 __all__ = ["CompactGradient"]
 
 aten = torch.ops.aten
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 # On these the entries stand for the whole gradient: zeros stay zeros and add nothing to a norm.
 _ON_ENTRIES = {
@@ -129,8 +130,18 @@ class CompactGradient(Tensor):
         return self.to_dense().tolist()
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        """Refused: some of the entries may not be held."""
-        raise _refusal("item assignment")
+        """Assigns the selected entries; refused where others would no longer be zero."""
+        dense = self.to_dense(self.entries.dtype)
+        dense[where] = _dense(value)
+        written = self.gathered(dense)
+        scatter_([dense], self.selection, torch.zeros_like(written))
+        if dense.count_nonzero():
+            raise _refusal("assigning other items than its entries")
+        self.entries.copy_(written)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file holds the dense gradient, which anybody can read."""
+        return self.to_dense().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
@@ -138,6 +149,8 @@ class CompactGradient(Tensor):
     ) -> Any:
         """Hands the dense gradient to what views it, so made that torch refuses to write it."""
         kwargs = kwargs or {}
+        if func == _SET_DATA and isinstance(args[0], CompactGradient):
+            return args[0].copy_(args[1])
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -179,7 +192,7 @@ def _dispatch(
         return first if isinstance(first, CompactGradient) and found is first.entries else found
     if written and _write_entries(func, args, kwargs):
         increment_version([each.entries for each in written])
-        return first if isinstance(first, CompactGradient) else None
+        return None if isinstance(first, list | tuple) else written[0]
     if written:
         raise _refusal(str(func))
     if not _writes(func) and any(each.alias_info is not None for each in func._schema.returns):
@@ -206,17 +219,22 @@ def _write_entries(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     name = func._schema.name.removeprefix("aten::")
     foreach = name.startswith("_foreach_")
-    if not name.endswith("_") or not (
+    out = kwargs.get("out")
+    if not (name.endswith("_") or isinstance(out, CompactGradient)) or not (
         foreach or func in _POINTWISE or torch.Tag.pointwise in func.tags
     ):
         return False
     first, *rest = args
-    gradients = list(first) if foreach else [first]
-    operands = [*rest, *kwargs.values()]
+    gradients = list(first) if foreach else [first if out is None else out]
+    others = {key: each for key, each in kwargs.items() if key != "out"}
+    operands = [*rest, *others.values()]
+    if not (foreach or isinstance(first, CompactGradient)):
+        operands.append(first)
     known = func in (aten.mul_.Tensor, aten.div_.Tensor)  # 0 times infinity is not asked
     if not known and not any(_has_entries(each) for each in operands):
         zeros = [torch.zeros(1, dtype=torch.float32, device=each.device) for each in gradients]
-        func(zeros if foreach else zeros[0], *rest, **kwargs)
+        target = {} if out is None else {"out": zeros[0]}
+        func(zeros if foreach else zeros[0], *rest, **others, **target)
         if any(bool(each != 0) for each in zeros):
             return False
 
@@ -226,8 +244,11 @@ def _write_entries(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return _operand(gradients[0], operand)
 
     entries = [_entries(each) for each in gradients]
-    values = {key: of(each) for key, each in kwargs.items()}
-    func(entries if foreach else entries[0], *map(of, rest), **values)
+    values = {key: of(each) for key, each in others.items()}
+    if out is None:
+        func(entries if foreach else entries[0], *map(of, rest), **values)
+    else:
+        func(*map(of, args), **values, out=entries[0])
     return True
 
 

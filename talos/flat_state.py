@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .buckets import Bucket
+from .errors import TalosRuntimeError
 from .fingerprints import fingerprint
 from .masks import Mask
 from .states import State
@@ -28,13 +31,16 @@ class FlatState(list[Bucket]):
         super().__init__()
         self.mask = mask
         self.moment_dtype = moment_dtype
+        self.grouped: list[list[Tensor]] = []
 
     def __reduce__(self) -> tuple[object, ...]:
         """For copies and pickles: a list is filled before its attributes are there."""
-        return type(self), (self.mask, self.moment_dtype), None, iter(self)
+        grouped = {"grouped": self.grouped}
+        return type(self), (self.mask, self.moment_dtype), grouped, iter(self)
 
     def add_group(self, number: int, params: Mapping[str, Tensor]) -> None:
         """State of zeros for the parameters of a group, by name, as they are now."""
+        self.grouped.append(list(params.values()))
         alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for name, param in params.items():
             alike.setdefault((param.device, param.dtype), {})[name] = param
@@ -58,12 +64,43 @@ class FlatState(list[Bucket]):
         """
         compacted = {name: each for bucket in self for name, each in bucket.compacted.items()}
         self.clear()
+        self.grouped = []
         for number, params in enumerate(groups):
             self.add_group(number, params)
         for bucket in self:
             bucket.fill(states)
             bucket.base = torch.cat([bases[name] for name in bucket.params])
             bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
+
+    def regrouped(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether somebody has grouped or ordered the parameters anew; names them anew then.
+
+        Args:
+            groups: the optimizer's, as they are now.
+
+        Raises:
+            TalosRuntimeError: they hold other parameters.
+        """
+        now = [group["params"] for group in groups]
+        if list(map(len, now)) == list(map(len, self.grouped)) and all(
+            all(map(is_, *pair)) for pair in zip(now, self.grouped, strict=True)
+        ):
+            return False
+        names = {param: name for bucket in self for name, param in bucket.params.items()}
+        every = [param for params in now for param in params]
+        strange = [tuple(param.shape) for param in every if param not in names]
+        lost = [name for param, name in names.items() if param not in set(every)]
+        if strange or lost or len(every) != len(names):
+            raise TalosRuntimeError(
+                "param_groups must hold the parameters that the optimizer was made with, each "
+                f"once, lacks {', '.join(lost[:5]) or 'none'}, got others of shapes "
+                f"{strange[:5] or 'none'}; make a new optimizer, or call requires_grad_(False) on "
+                "what is to rest"
+            )
+        for group in groups:
+            group["param_names"] = [names[param] for param in group["params"]]
+            group.setdefault("mask", self.mask.fingerprint)
+        return True
 
     @property
     def is_moved(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -41,7 +42,7 @@ from .param_groups import (
     several_processes,
 )
 from .params import check_one_memory, named_parameters
-from .states import Saved, State, StateReader, state_of, watched
+from .states import Saved, State, StateReader, Watched, foreign, state_of, watched
 from .task_vectors import TaskVector
 from .watching import warn_of_no_gradient, watch_frozen
 
@@ -98,15 +99,8 @@ class SparseAdam(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What deepcopy and pickle keep beside torch's own; the hooks are dropped, as torch does.
     _KEPT = (
-        "_mask",
-        "_names",
-        "_buckets",
-        "_untrained",
-        "_fingerprints",
-        "_base_known",
-        "_complete",
-        "_stepped",
-        "_trained",
+        *("_mask", "_names", "_buckets", "_untrained", "_fingerprints"),
+        *("_base_known", "_complete", "_stepped", "_trained"),
     )
 
     def __init__(
@@ -260,8 +254,9 @@ class SparseAdam(torch.optim.Optimizer):
             self._follow()
 
     def _refresh(self) -> None:
-        """Take over what somebody else put into `state`."""
-        if self.state is self._handed and not self._changes:
+        """Take over what somebody else put into `state`, and how they grouped the parameters."""
+        regrouped = self._buckets.regrouped(self.param_groups)
+        if self.state is self._handed and not self._changes and not regrouped:
             return
         states = {
             param: state_of(
@@ -471,7 +466,10 @@ class SparseAdam(torch.optim.Optimizer):
         """
         self._refresh()
         state = super().state_dict()
-        state["state"] = {key: dict(each) for key, each in state["state"].items()}
+        state["state"] = {
+            key: dict(each) if isinstance(each, Watched) else each
+            for key, each in state["state"].items()
+        }
         bases = self._buckets.bases()
         listed = [bases[self._names[p]] for group in self.param_groups for p in group["params"]]
         return {**state, "base": listed, "fingerprints": dict(self._fingerprints)}
@@ -502,6 +500,7 @@ class SparseAdam(torch.optim.Optimizer):
             self._saved = reader.read(state_dict)
             return {**state_dict, "state": {}, "param_groups": self._saved.groups}
 
+        self._buckets.regrouped(self.param_groups)
         handle = self.register_load_state_dict_pre_hook(check_and_take)
         try:
             super().load_state_dict(state_dict)
@@ -514,7 +513,8 @@ class SparseAdam(torch.optim.Optimizer):
         self._refresh()
         kept = {name: getattr(self, name) for name in self._KEPT if name != "_names"}
         names = list(self._names.items())
-        return {**super().__getstate__(), "state": {}, "_names": names, **kept}
+        state = {**super().__getstate__(), "state": foreign(self.state)}
+        return {**state, "_names": names, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the optimizer from `__getstate__`, or take over what `load_state_dict` read."""
@@ -533,5 +533,6 @@ class SparseAdam(torch.optim.Optimizer):
                 self._base_known &= own == [group["base"] for group in self.param_groups]
             else:
                 self._fingerprints, self._base_known = saved.fingerprints, True
+            self.state = defaultdict(dict, saved.others)
             self._rebuild(saved.states, bases)
             self._stepped = False

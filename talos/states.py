@@ -14,12 +14,13 @@ from .errors import TalosValueError
 from .matching import resolve_names
 from .reals import as_real
 
-__all__ = ["Saved", "State", "StateReader", "Watched", "state_of", "watched"]
+__all__ = ["Saved", "State", "StateReader", "Watched", "foreign", "state_of", "watched"]
 
 State = Mapping[str, Any]
 """`step` and arrays `[nnz]`, of one parameter; none: it has taken no step."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OWN = ("step", *MOMENTS, "master")
 
 
 class Watched(defaultdict[Any, Any]):
@@ -66,7 +67,19 @@ def watched(
     inner = {
         param: Watched(changes, {**others.get(param, {}), **own}) for param, own in views.items()
     }
-    return Watched(changes, inner)
+    beside = {key: each for key, each in others.items() if not isinstance(key, Tensor)}
+    return Watched(changes, {**beside, **inner})
+
+
+def foreign(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What others keep in an optimizer's state: quantities of parameters, and whole keys."""
+    found = {}
+    for key, each in state.items():
+        if isinstance(key, Tensor):
+            each = {name: value for name, value in each.items() if name not in OWN}
+        if each or not isinstance(key, Tensor):
+            found[key] = each
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,14 @@ class Saved:
     Attributes:
         groups: the hyper-parameters of each param group.
         states: the state by parameter, in the order of the own groups.
+        others: what others keep beside it.
         base: the initial weights at the selected entries by name, on the CPU; None: not held.
         fingerprints: of the whole tensors that those come from.
     """
 
     groups: list[dict[str, Any]]
     states: dict[Tensor, State]
+    others: dict[Any, Any]
     base: dict[str, Tensor] | None
     fingerprints: dict[str, str]
 
@@ -124,6 +139,14 @@ def state_of(name: str, found: State, nnz: int, what: str) -> dict[str, Any]:
     return taken
 
 
+def _beside(param: Tensor, value: Any) -> Any:
+    """A quantity that others keep of a parameter, on its device and in its dtype, as torch does."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = param.dtype if value.is_floating_point() else value.dtype
+    return value.detach().to(param.device, dtype, copy=True)
+
+
 @dataclass(frozen=True)
 class StateReader:
     """Reads state dicts for an optimizer's groups.
@@ -154,6 +177,7 @@ class StateReader:
                 f"state_dict must have {len(self.groups)} param groups, got {len(groups)}"
             )
         states: dict[Tensor, State] = {}
+        others = dict(state_dict["state"])
         order: list[str] = []  # of the saved parameters, by our names
         for own, group in zip(self.groups, groups, strict=True):
             if group.get("mask") != self.mask:
@@ -165,8 +189,9 @@ class StateReader:
             keys = self._keys(own, group)
             for param in own["params"]:
                 name = self.names[param]
-                found = state_dict["state"].get(keys[param], {})
+                found = others.pop(keys[param], {})
                 states[param] = state_of(name, found, self.nnz[name], "state_dict")
+                others[param] = {key: _beside(param, value) for key, value in found.items()}
             by_key = {key: self.names[param] for param, key in keys.items()}
             order += [by_key[key] for key in group["params"]]
         base = self._base(state_dict["base"], order) if "base" in state_dict else None
@@ -174,7 +199,9 @@ class StateReader:
             {**self.defaults, **group, "params": group["params"], "param_names": own["param_names"]}
             for own, group in zip(self.groups, groups, strict=True)
         ]
-        return Saved(merged, states, base, dict(state_dict.get("fingerprints", {})))
+        return Saved(
+            merged, states, foreign(others), base, dict(state_dict.get("fingerprints", {}))
+        )
 
     def _keys(self, own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[Tensor, Any]:
         """The key in the saved state of each own parameter: by name, by place where it has none."""

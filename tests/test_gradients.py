@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -634,7 +635,7 @@ def test_a_view_is_of_the_dense_gradient_and_cannot_be_written() -> None:
             with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
                 view(ours).mul_(2)
     for write in (
-        lambda: ours.__setitem__(0, 0),
+        lambda: ours.__setitem__(..., 1),
         lambda: ours.t_(),
         lambda: ours.fill_diagonal_(1),
     ):
@@ -718,3 +719,58 @@ def test_dense_tensors_take_it_as_an_operand() -> None:
     assert torch.equal(torch.zeros(2, 3).copy_(ours), dense)
     assert torch.equal(ours.norm(dim=-1), dense.norm(dim=-1))
     assert ours.to_dense(torch.float64).dtype == torch.float64
+
+
+def test_items_are_assigned_where_the_gradient_stays_on_its_entries() -> None:
+    changes: tuple[Callable[[Tensor], object], ...] = (
+        lambda g: g.__setitem__(0, 0),
+        lambda g: g.__setitem__(torch.isnan(g), 0.0),
+        lambda g: g.__setitem__(g.abs() > g.abs().mean(), 0.0),
+        lambda g: g.__setitem__(g != 0, 2.0),
+        lambda g: g.__setitem__((slice(1, None), 0), g[1:, 0] * 0.5),
+        lambda g: g.__setitem__(..., g.clone()),
+        lambda g: g.data.__setitem__(0, 0),
+    )
+    for change in changes:
+        ours, dense = gradient()
+        for each in (ours, dense):
+            change(each)
+        assert torch.equal(ours.to_dense(), dense)
+
+
+def test_an_operation_that_is_given_the_gradient_as_out_works_on_the_entries() -> None:
+    changes: tuple[Callable[[Tensor], object], ...] = (
+        lambda g: torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g),
+        lambda g: torch.clamp(g, -0.1, 0.1, out=g),
+        lambda g: torch.mul(g, 0.5, out=g),
+        lambda g: torch.mul(g, torch.full_like(g, 3.0), out=g),
+        lambda g: torch.abs(-g, out=g),
+    )
+    for change in changes:
+        ours, dense = gradient()
+        before = ours.entries
+        for each in (ours, dense):
+            assert change(each) is each
+        assert ours.entries is before
+        assert torch.equal(ours.to_dense(), dense)
+    ours, dense = gradient()
+    with pytest.raises(TalosTypeError, match="must not be changed by"):
+        torch.exp(ours, out=ours)
+    assert torch.equal(ours.to_dense(), dense)
+
+
+def test_its_data_is_assigned() -> None:
+    ours, dense = gradient()
+    ours.data = ours.data * 0.5
+    assert isinstance(ours, CompactGradient)
+    assert torch.equal(ours.to_dense(), dense * 0.5)
+
+
+def test_a_file_holds_the_dense_gradient() -> None:
+    ours, dense = gradient()
+    file = io.BytesIO()
+    torch.save({"grad": ours}, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)["grad"]
+    assert type(found) is Tensor
+    assert torch.equal(found, dense)

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -386,3 +387,103 @@ def test_buffers_that_move_in_anybodys_loop_are_told() -> None:
     with pytest.warns(UserWarning, match="not in the task vector: 1.running_mean, 1.running_var"):
         vector = optimizer.task_vector()
     assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
+
+
+def both() -> list[tuple[nn.Module, Any]]:
+    """A model under torch's optimizer and one under ours, which train alike."""
+    models = network(), network()
+    torchs = torch.optim.AdamW(models[0].parameters(), lr=1e-2, weight_decay=0.0)
+    return [(models[0], torchs), (models[1], SparseAdam(models[1], full(models[1]), lr=1e-2))]
+
+
+def split(optimizer: Any) -> None:
+    first = optimizer.param_groups[0]
+    params = first["params"]
+    optimizer.param_groups.append({**first, "params": params[:1:-1], "lr": 1e-3})
+    first["params"] = params[:2]
+
+
+def swapped(optimizer: Any) -> None:
+    split(optimizer)
+    optimizer.param_groups.reverse()
+
+
+@pytest.mark.parametrize("change", [split, swapped])
+def test_groups_that_somebody_makes_anew_have_their_own_rates(
+    change: Callable[[Any], None],
+) -> None:
+    results = []
+    for model, optimizer in both():
+        train(model, optimizer, 2)
+        change(optimizer)
+        train(model, optimizer, 3, seed=1)
+        results.append(model)
+    for wanted, found in zip(*(each.parameters() for each in results), strict=True):
+        torch.testing.assert_close(found, wanted)
+    groups = optimizer.state_dict()["param_groups"]
+    by_param = {param: name for name, param in model.named_parameters()}
+    for group, named in zip(optimizer.param_groups, groups, strict=True):
+        assert named["param_names"] == [by_param[param] for param in group["params"]]
+
+
+def test_an_order_changed_by_hand_is_saved_under_the_right_names() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    optimizer.param_groups[0]["params"].reverse()
+    train(model, optimizer, 2)
+    other = copy.deepcopy(model)
+    resumed = SparseAdam(other, full(other), lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert_bit_equal(optimizer.state[ours]["exp_avg"], resumed.state[theirs]["exp_avg"])
+
+
+def test_groups_with_other_parameters_are_refused_before_the_step() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    train(model, optimizer, 1)
+    before = copy.deepcopy(model.state_dict())
+    params = optimizer.param_groups[0]["params"]
+    for changed in ([nn.Parameter(params[0].detach().clone()), *params[1:]], params[1:]):
+        optimizer.param_groups[0]["params"] = changed
+        for act in (optimizer.step, optimizer.state_dict, optimizer.task_vector):
+            with pytest.raises(
+                TalosRuntimeError, match=r"param_groups must hold .* lacks 0.weight"
+            ):
+                act()
+        assert_bit_equal(model.state_dict()["2.weight"], before["2.weight"])
+
+
+def test_what_others_keep_in_the_state_is_saved_loaded_and_copied() -> None:
+    for model, optimizer in both():
+        train(model, optimizer, 1)
+        for param in model.parameters():
+            optimizer.state[param]["slow"] = param.detach().clone()
+        optimizer.state["rounds"] = {"count": 3}
+        train(model, optimizer, 1)
+        saved = copy.deepcopy(optimizer.state_dict())
+        assert saved["state"]["rounds"] == {"count": 3}
+        slow = {param: optimizer.state[param]["slow"].clone() for param in model.parameters()}
+        optimizer.state.clear()
+        optimizer.load_state_dict(saved)
+        copied, pickled = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+        for each in (optimizer, copied, pickled):
+            assert each.state["rounds"] == {"count": 3}
+            params = each.param_groups[0]["params"]
+            for param, wanted in zip(params, slow.values(), strict=True):
+                assert_bit_equal(each.state[param]["slow"], wanted)
+                assert each.state[param]["step"] == 2
+
+
+def test_what_others_keep_follows_its_parameter_as_torchs_does() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    train(model, optimizer, 1)
+    for param in model.parameters():
+        optimizer.state[param]["slow"] = param.detach().clone()
+        optimizer.state[param]["count"] = torch.tensor(3)
+    model.double()
+    resumed = SparseAdam(model, full(model), lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {each["slow"].dtype for each in resumed.state.values()} == {torch.float64}
+    assert {each["count"].dtype for each in resumed.state.values()} == {torch.int64}
