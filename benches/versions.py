@@ -65,8 +65,9 @@ found["step, compact"] = timed(optimizer.step)
 optimizer.release()
 for parameter in model.parameters():
     parameter.grad = None
-tower = nn.Sequential(nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384))
-batch = torch.randn(16, 64, 384)
+layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
+tower = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
+batch = torch.randn(8, 64, 256)
 logits = lambda model, batch: model(batch).mean(1)
 found["score"] = timed(lambda: talos.fisher_diag(tower, [batch], logits_fn=logits))
 scores = [torch.rand(1536, 768).square() for _ in names]

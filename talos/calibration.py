@@ -29,6 +29,7 @@ from .batches import logits_and_positions
 from .capture import Capture
 from .errors import TalosValueError
 from .estimators import Draws, Estimator, Labels, Target
+from .left_out import left_out
 from .masks import Mask
 from .params import (
     Rows,
@@ -129,6 +130,7 @@ def fisher_diag(
     """
     estimator = Estimator(target, draws, labels, seed)
     selection = select_parameters(model, params)
+    _left_out(model, selection, params)
     found = FisherScores()
     with _evaluating(model) as bare, Capture(bare, selection) as capture:
         rounds = Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
@@ -165,7 +167,9 @@ def calibrate(
     that two half-sets of the samples agree on, each choosing by itself, and `stability_by_chance`
     what halves that agree on nothing would share. It is None where there is one batch, or where a
     single round has an unknown number of batches. `samples` is the number of the samples that each
-    round scored, of unequal ones the least, and `samples_of_rounds` lists them.
+    round scored, of unequal ones the least, and `samples_of_rounds` lists them. `left_out` holds
+    the names and the share of the weights that params="maskable" leaves out because it does not
+    know what they are; from 1 % on there is a warning, too.
 
     Args:
         model: the model, on any device.
@@ -231,6 +235,7 @@ def calibrate(
             f"density must select at least one of {entries} weights, got {density}: no weight "
             "selected"
         )
+    unknown = _left_out(model, selection, params)
     kept = _selectable(selection)
     asked = logits_fn or logits_and_positions
     progress = Rounds(rounds, on_progress, asked, estimator, check, halving=True)
@@ -286,6 +291,7 @@ def calibrate(
     sizes: dict[str, Any] = {"density": float(density), "rounds": rounds, "samples": samples}
     sizes |= {"samples_of_rounds": scored}
     made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
+    made |= {"left_out": unknown}
     made |= sizes | options | {"torch": str(torch.__version__)}
     made |= {"stability": _overlap(halves, nnz), "stability_by_chance": nnz / before}
     dense = {name: mask.cpu() for name, mask in kept.items()}
@@ -365,6 +371,16 @@ def _selectable(selection: Selection) -> dict[str, Tensor]:
 
 def _rows(each: Selected) -> slice | EllipsisType:
     return ... if each.rows is None else slice(*each.rows)
+
+
+def _left_out(model: nn.Module, selection: Selection, params: str) -> dict[str, Any] | None:
+    """What a mask's metadata say of weights that the preset does not know; a warning of many."""
+    if params != "maskable":
+        return None  # who names a part means to leave out the rest
+    found = left_out(model, selection)
+    if found.message is not None:
+        warnings.warn(found.message, stacklevel=3)
+    return {"names": list(found.sizes), "share": found.share}
 
 
 def _warn_if_equal(scores: dict[str, Tensor], selection: Selection) -> bool:

@@ -16,6 +16,7 @@ count as further tokens of the sample.
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite, prod
 from types import TracebackType
 from typing import Self
@@ -29,15 +30,11 @@ from .errors import TalosRuntimeError, TalosValueError
 from .layouts import Layouts, Use
 from .listeners import Part, Sink
 from .params import Selection, unwrapped
+from .pieces import Piece, blocks
 from .routing import Router
+from .single_backwards import REMEDY, compare, dtypes_of
 
 __all__ = ["Capture"]
-
-# Of the self-test, by norm: far above rounding, in float32 and where a gradient has 16 bits, and
-# far below what a use missed or counted twice makes.
-_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
-_REMEDY = "leave it out with params= or requires_grad_(False)"
-
 
 # What waits for one launch on a GPU: many small layers then share it. A launch is some microseconds
 # and a layer of MiniLM has a megabyte of rows at 16 samples, so this is a few layers; unmeasured.
@@ -56,17 +53,10 @@ class _Batch:
     samples: int = 0
     share: float = 1.0
     phase: str = "forward"  # then "probe" where there is one, then "score"
-    received: dict[Part, list["_Piece"]] = field(default_factory=dict)
+    received: dict[Part, list[Piece]] = field(default_factory=dict)
+    aside: set[Part] = field(default_factory=set)  # whose rows take more probes
+    only: set[Part] | None = None  # what this backward is to score; None: all
     queue: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # score, dY, X
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """What one use says of a part: dY [outer, B, inner, O], and X or ids where there are any."""
-
-    sink: Sink
-    dy: Tensor
-    inputs: Tensor | None
 
 
 class Capture:
@@ -187,17 +177,39 @@ class Capture:
         if self._router is not None:
             self._router.forget()
         if batch.half is None:
-            batch.half = torch.float16 in _dtypes(losses)
+            batch.half = torch.float16 in dtypes_of(losses)
         if not batch.half:
             losses = losses * self._scale
-        if self._layouts.needs_probe(batch.uses, batch.samples):
-            batch.phase = "probe"
-            scales = self._layouts.probe_scales(losses.detach(), half=batch.half)
-            self._run(losses * scales, retain_graph=True)
-        batch.phase = "score"
-        self._run(losses, retain_graph=not last)
+        self._check_parts()
+        probes = self._layouts.probes(batch.uses, batch.samples, half=batch.half)
+        settled = probes == 0 and all(use.owners is None for use in batch.uses)
+        self._probe(losses, range(probes))
+        self._run(losses, "score", retain_graph=not (last and settled))
+        if batch.aside:
+            self._probe(losses, range(probes, self._layouts.most))
+            batch.only, batch.aside = batch.aside, set()
+            self._run(losses, "score", retain_graph=not last)
+            batch.only = None
+        for use in batch.uses:
+            use.signatures.clear()
         if last:
             self.forget()
+
+    def _check_parts(self) -> None:
+        """Refuses parts of a parameter that overlap."""
+        for name, parts in self._batch.parts.items():
+            ordered = sorted(parts, key=lambda part: (part.start, part.stop))
+            for part, following in pairwise(ordered):
+                if following.start < part.stop:
+                    raise TalosRuntimeError(
+                        f"{name} must be used whole or in parts that do not overlap to be scored, "
+                        f"got entries {part.start} to {part.stop} and others of them; {REMEDY}"
+                    )
+
+    def _probe(self, losses: Tensor, probes: range) -> None:
+        for probe in probes:
+            scales = self._layouts.scales(losses.detach(), probe)
+            self._run(losses * scales, "probe", retain_graph=True)
 
     def check(self, scores: dict[str, Tensor] | None = None) -> None:
         """Refuses scores that say nothing.
@@ -213,7 +225,7 @@ class Capture:
             if name not in self._reached:
                 raise TalosRuntimeError(
                     f"{name} must influence the logits, got no gradient of it in any batch, and "
-                    f"zero scores would be selected first; {_REMEDY}"
+                    f"zero scores would be selected first; {REMEDY}"
                 )
             if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
                 raise TalosValueError(
@@ -231,34 +243,10 @@ class Capture:
         Raises:
             TalosRuntimeError: they differ by more than rounding.
         """
-        params = [each.param for each in self._selection.values()]
-        expected = {name: torch.zeros_like(score) for name, score in scores.items()}
-        dtypes = _dtypes(losses[0])
-        lift = 1.0 if torch.float16 in dtypes else self._scale
-        for loss in losses:
-            with torch.autocast(loss.device.type, enabled=False):
-                grads = torch.autograd.grad(
-                    loss * lift, params, retain_graph=True, allow_unused=True
-                )
-            for score, grad in zip(expected.values(), grads, strict=True):
-                if grad is not None:
-                    score.addcmul_(grad.float(), grad.float())
-        tolerance = _HALF_TOLERANCE if dtypes & {torch.float16, torch.bfloat16} else _TOLERANCE
-        # What a loss does not depend on, a bias of keys, has a gradient of rounding errors alone.
-        largest = max(float(score.mean()) for score in expected.values() if score.numel())
-        for name, each in self._selection.items():
-            rows = slice(*(each.rows or (None,)))
-            ours, wanted = scores[name][rows].double(), expected[name][rows].double()
-            error, size = float((ours - wanted).norm()), float(wanted.norm())
-            noise = tolerance**2 * largest * wanted.numel() ** 0.5
-            if not error <= tolerance * size + noise:
-                raise TalosRuntimeError(
-                    f"scores of {name} must equal those of single backwards, got a relative "
-                    f"difference of {error / max(size, 1e-300):.2g} on {len(losses)} samples: the "
-                    f"model uses it in a way that is not seen here; {_REMEDY}"
-                )
+        compare(self._selection, scores, losses, self._scale)
 
-    def _run(self, losses: Tensor, retain_graph: bool) -> None:
+    def _run(self, losses: Tensor, phase: str, retain_graph: bool) -> None:
+        self._batch.phase = phase
         params = [each.param for each in self._selection.values()]
         try:
             with torch.autocast(losses.device.type, enabled=False):
@@ -276,27 +264,24 @@ class Capture:
             if grad is not None:  # routed functions hand none on
                 raise TalosRuntimeError(
                     f"{name} must be used only by linear layers, norms, embeddings and 2-d "
-                    f"convolutions to be scored, got another use; {_REMEDY}"
+                    f"convolutions to be scored, got another use; {REMEDY}"
                 )
         for part in list(self._batch.received):  # uses that this backward did not reach are 0
-            self._score(part)
+            if part not in self._batch.aside:
+                self._score(part)
+        self._batch.received.clear()
         self._launch()
 
     def _record(self, sink: Sink) -> None:
         batch = self._batch
         if batch.phase != "forward":  # computed again by a checkpoint: recorded already
             return
+        sink.use.tensors = tuple(part.name for part in sink.parts)
         sink.use.ordinal = batch.counts[sink.use.name]
         batch.counts[sink.use.name] += 1
         batch.uses.append(sink.use)
         for part in sink.parts:
-            others = batch.parts.setdefault(part.name, set())
-            if any(part.overlaps(other) for other in others):
-                raise TalosRuntimeError(
-                    f"{part.name} must be used whole or in parts that do not overlap to be "
-                    f"scored, got rows {part.start} to {part.stop} and others of them; {_REMEDY}"
-                )
-            others.add(part)
+            batch.parts.setdefault(part.name, set()).add(part)
             batch.expected[part] += 1
 
     def _receive(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
@@ -312,50 +297,60 @@ class Capture:
         if batch.phase == "probe":
             self._layouts.listen(use, rows)
             return
-        outer = self._layouts.decide(use, rows, batch.samples)
-        split = (outer, batch.samples, count // (outer * batch.samples))
+        parts = [part for part in sink.parts if batch.only is None or part in batch.only]
+        layout = self._layouts.decide(use, rows, batch.samples) if parts else None
+        if layout is None:
+            batch.aside.update(parts)
+            return
         if inputs is not None:
+            inputs = inputs.reshape(count, *inputs.shape[-1:]) if sink.matrix else inputs.flatten()
             if sink.table is not None and sink.padding_idx is not None:
-                padding = sink.padding_idx % len(sink.table.param)
-                rows = rows.masked_fill((inputs == padding).reshape(count, 1), 0)
-            inputs = inputs.reshape(split if sink.table else (*split, inputs.shape[-1]))
-        piece = _Piece(sink, rows.view(*split, rows.shape[1]), inputs)
-        for part in sink.parts:
+                padding = sink.padding_idx % (sink.table.numel // rows.shape[1])
+                rows = rows.masked_fill((inputs == padding)[:, None], 0)
+        for part in parts:
             pieces = batch.received.setdefault(part, [])
-            pieces.append(piece)
-            if len(pieces) == batch.expected[part]:
+            x = None if part == sink.vector else inputs
+            pieces.append(Piece(sink, rows, x, layout))
+            if len(pieces) == batch.expected[part] and part not in batch.aside:
                 self._score(part)
 
     def _score(self, part: Part) -> None:
         """Squares what has been received of a part, its uses joined as tokens of the samples."""
         pieces = self._batch.received.pop(part)
-        low, high, score = self._rows(part)
+        low, high, score = self._entries(part)
         sink, share = pieces[0].sink, self._batch.share
-        if len({(part == piece.sink.table, piece.sink.transposed) for piece in pieces}) > 1:
+        if len(pieces) > 1 and len({_way(part, piece) for piece in pieces}) > 1:
             raise TalosRuntimeError(
                 f"{part.name} must be used in one way to be scored, got two: an embedding that is "
-                f"a linear layer, or a weight and its transpose; {_REMEDY}"
+                f"a linear layer, or a weight and its transpose; {REMEDY}"
             )
-        dy = _joined([piece.dy for piece in pieces])
-        if part == sink.vector:
-            width = score.shape[1]
-            if dy.shape[-1] != (part.stop - part.start) * width:
+        for number, (dy, inputs) in enumerate(blocks(pieces, self._batch.samples)):
+            if inputs is None:
+                if dy.shape[-1] != part.numel:
+                    raise TalosRuntimeError(
+                        f"{part.name} must be as wide as the rows that it is applied to, got "
+                        f"{part.numel} entries for rows of {dy.shape[-1]}; {REMEDY}"
+                    )
+                fisher_diag_vector_(score, dy[..., low:high], share=share)
+                continue
+            width = (dy if sink.transposed or part == sink.table else inputs).shape[-1]
+            if low % width or high % width:
                 raise TalosRuntimeError(
-                    f"{part.name} must be as wide as the rows that it is applied to, got "
-                    f"{(part.stop - part.start) * width} entries for rows of {dy.shape[-1]}; "
-                    f"{_REMEDY}"
+                    f"{part.name} must be used in the shape that it has to be scored in part, got "
+                    f"rows of {width}; {REMEDY}"
                 )
-            fisher_diag_vector_(score, dy[..., low * width : high * width], share=share)
-            return
-        inputs = _joined([piece.inputs for piece in pieces if piece.inputs is not None])
-        if part == sink.table:
-            fisher_diag_embedding_(score, dy, inputs, share=share)
-            return
-        left, right = (inputs, dy) if sink.transposed else (dy, inputs)
-        self._batch.queue.append((score, left[..., low:high], right))
-        waiting = sum(dy.nbytes + x.nbytes for _, dy, x in self._batch.queue)
-        if not score.is_cuda or waiting > _QUEUE_BYTES:
-            self._launch()
+            matrix = score.view(-1, width)
+            if part == sink.table:
+                fisher_diag_embedding_(matrix, dy, inputs, share=share)
+                continue
+            if number:  # two blocks write to one score
+                self._launch()
+            left, right = (inputs, dy) if sink.transposed else (dy, inputs)
+            rows = slice(low // width, high // width)
+            self._batch.queue.append((matrix, left[..., rows], right))
+            waiting = sum(dy.nbytes + x.nbytes for _, dy, x in self._batch.queue)
+            if not score.is_cuda or waiting > _QUEUE_BYTES:
+                self._launch()
 
     def _launch(self) -> None:
         """Scores the layers that wait, those of one dtype and device together."""
@@ -369,31 +364,20 @@ class Capture:
             scores, dys, xs = (list(each) for each in zip(*layers, strict=True))
             fisher_diag_(scores, dys, xs, share=self._batch.share)
 
-    def _rows(self, part: Part) -> tuple[int, int, Tensor]:
-        """The rows of `part` to score, counted from its start, and their scores [rows, width]."""
+    def _entries(self, part: Part) -> tuple[int, int, Tensor]:
+        """The entries of `part` to score, counted from its start, and their scores, flat."""
         self._reached.add(part.name)
-        first, last = self._selection[part.name].rows or (0, len(part.param))
-        low = max(part.start, first)
-        high = max(min(part.stop, last), low)
-        score = self._score_of(part.name).view(len(part.param), -1)[low:high]
+        param = part.param
+        first, last = self._selection[part.name].rows or (0, len(param))
+        row = param.numel() // max(len(param), 1)
+        low = max(part.start, first * row)
+        high = max(min(part.stop, last * row), low)
+        score = self._score_of(part.name).view(-1)[low:high]
         return low - part.start, high - part.start, score
 
 
-def _joined(rows: list[Tensor]) -> Tensor:
-    """Rows [outer, B, inner, ...] of several uses as those of one."""
-    if len(rows) == 1:
-        return rows[0]
-    return torch.cat([each.transpose(0, 1).flatten(1, 2) for each in rows], 1)[None]
-
-
-def _dtypes(losses: Tensor) -> set[torch.dtype]:
-    """The dtypes that the backward of `losses` goes through, be it by autocast or by the model."""
-    nodes, seen, found = [losses.grad_fn], set(), {losses.dtype}
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found |= {output.dtype for output in node._input_metadata}
-        nodes.extend(following for following, _ in node.next_functions)
-    return found
+def _way(part: Part, piece: Piece) -> tuple[bool, bool, bool, int]:
+    """As what a use sees a part, and how wide."""
+    vector, sink = piece.inputs is None, piece.sink
+    rows = piece.dy if piece.inputs is None or sink.transposed else piece.inputs
+    return vector, part == sink.table, sink.transposed, rows.shape[-1]

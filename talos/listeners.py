@@ -7,7 +7,7 @@ listener dY, and hands none to the parameters.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,33 @@ __all__ = ["Part", "Sink", "copies", "linear", "look_up", "norm"]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `[start, stop)` of dimension 0 of a listened-to parameter: what one call uses of it."""
+    """Entries `[start, stop)` of a listened-to parameter, flattened: what one call uses of it.
+
+    Attributes:
+        flipped: whether the call sees the transpose of the matrix that lies there.
+    """
 
     name: str
     param: nn.Parameter = field(compare=False)
     start: int
     stop: int
+    flipped: bool = field(default=False, compare=False)
 
-    def overlaps(self, other: "Part") -> bool:
-        """Whether two different parts share rows."""
-        same = self.name == other.name and self != other
-        return same and self.start < other.stop and other.start < self.stop
+    @property
+    def numel(self) -> int:
+        """The number of its entries."""
+        return self.stop - self.start
 
-    def narrowed(self, rows: slice) -> "Part":
-        """Some of its rows, counted from its start."""
-        return Part(self.name, self.param, self.start + rows.start, self.start + rows.stop)
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the parameter."""
+        return self.numel == self.param.numel()
+
+    def chunk(self, number: int, count: int) -> "Part":
+        """One of `count` equal parts of it, in the order of its entries."""
+        size = self.numel // count
+        start = self.start + number * size
+        return Part(self.name, self.param, start, start + size)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,10 @@ class _Linear(torch.autograd.Function):
         # Flat, because without a history torch takes rows apart in memory for a batch of products.
         rows = inputs.flatten(0, -2) if inputs.dim() > 2 else inputs
         y: Tensor = torch._C._nn.linear(rows, weight, bias)
-        return y.view(*inputs.shape[:-1], len(weight)) if inputs.dim() > 2 else y
+        if inputs.dim() <= 2:
+            return y
+        # No view to autograd, so that an activation may work in place.
+        return cast(Tensor, torch.ops.aten._unsafe_view(y, (*inputs.shape[:-1], len(weight))))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,8 +4,9 @@ Three presets and any regular expression choose the tensors:
 
 - `"maskable"`, the set of the paper (arXiv 2504.02620): `nn.Linear` and Conv1D of transformers, the
   projections of `nn.MultiheadAttention` (in_proj, out_proj, q/k/v_proj_weight), `nn.Conv2d` (in a
-  vision transformer the patch embedding), LayerNorm and RMSNorm, biases included. Not the head, not
-  embeddings of any kind, nothing that is tied to an embedding.
+  vision transformer the patch embedding), LayerNorm and RMSNorm, the experts of a mixture that are
+  stacked in one tensor, biases included. Not the head, not embeddings of any kind, nothing that is
+  tied to an embedding.
 - `"qk"`, the projections to queries and keys: `q_proj`/`k_proj`, `query`/`key`, `q`/`k` and their
   like, of fused projections (`in_proj_weight`, `qkv`, `Wqkv`) the rows `[0, 2E)`. The `c_attn` of
   GPT-2 has its queries and keys in columns and is refused, and so is a fused layer whose rows are
@@ -33,13 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_projections
+from .computed import computed_weights
 from .errors import TalosTypeError, TalosValueError
+from .experts import expert_weights
 from .memory import check_separate, place
-from .projections import PACKED, SPLIT, Projection, is_linear, projections
+from .projections import PACKED, SPLIT, Projection, is_linear, projections, roles_named
 
 __all__ = [
     "Selected",
     "Selection",
+    "body",
     "check_one_memory",
     "named_modules",
     "named_parameters",
@@ -113,18 +117,23 @@ class Selection(dict[str, Selected]):
         return {name: each.rows for name, each in self.items() if each.rows is not None}
 
 
-def _wrapped_attribute(module: nn.Module) -> str | None:
+def _wrappers() -> dict[type, str]:
+    """The classes of wrappers that were imported, each with its attribute for what it wraps."""
+    found = [(getattr(sys.modules.get(home), kind, None), name) for home, kind, name in _WRAPPERS]
+    return {kind: name for kind, name in found if kind is not None}
+
+
+def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
     """The attribute that holds the wrapped module, or None where `module` wraps nothing."""
-    for home, kind, attribute in _WRAPPERS:
-        found = getattr(sys.modules.get(home), kind, None)
-        if found is not None and isinstance(module, found):
-            return attribute
-    return None
+    if not isinstance(module, tuple(wrappers)):
+        return None
+    return next(name for kind, name in wrappers.items() if isinstance(module, kind))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DDP, FSDP and checkpoint wrappers, or `module` itself."""
-    while (attribute := _wrapped_attribute(module)) is not None:
+    wrappers = _wrappers()
+    while (attribute := _wrapped_attribute(module, wrappers)) is not None:
         module = getattr(module, attribute)
     return module
 
@@ -142,18 +151,19 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         Name and module, each module once. A wrapper and what it wraps have the same name.
     """
     seen: set[int] = set()
-
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    wrappers = _wrappers()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
-        yield name, module
-        hidden = _wrapped_attribute(module)
-        for child_name, child in module.named_children():
-            own = [] if child_name == hidden else [child_name]
-            yield from walk(child, ".".join([*filter(None, [name]), *own]))
-
-    return walk(model, "")
+        yield path, module
+        hidden = _wrapped_attribute(module, wrappers)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                own = path if name == hidden else f"{path}.{name}" if path else name
+                waiting.append((own, child))
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
@@ -220,13 +230,20 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith(("rmsnorm", "t5layernorm")) and vectors
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether all parameters of a layer are "maskable"."""
+    return is_linear(module) or isinstance(module, nn.Conv2d) or is_norm(module)
+
+
 def _maskable(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
     """What the preset "maskable" takes."""
     for module in modules.values():
-        whole = is_linear(module) or isinstance(module, nn.Conv2d) or is_norm(module)
+        whole = _is_known(module)
         for name, param in module.named_parameters(recurse=False):
             if whole or name in PACKED or name in SPLIT:
                 yield param, None
+        for param in expert_weights(module):
+            yield param, None
 
 
 def _qk(modules: Modules) -> Iterator[tuple[nn.Parameter, Rows | None]]:
@@ -285,7 +302,7 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         top = unwrapped(next(iter(children.values())))
 
 
-def _body(model: nn.Module) -> Modules:
+def body(model: nn.Module) -> Modules:
     """The modules of the model by name, without those of its heads."""
     heads = {id(module) for head in _heads(model) for module in head.modules()}
     return {name: module for name, module in named_modules(model) if id(module) not in heads}
@@ -294,7 +311,7 @@ def _body(model: nn.Module) -> Modules:
 def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
     """The row ranges of the parameters that a preset takes, by their places in memory."""
     left_out = {place(param) for head in _heads(model) for param in head.parameters()}
-    modules = _body(model)
+    modules = body(model)
     for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(place, module.parameters()))
@@ -306,14 +323,44 @@ def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
 
 def _matching(named: dict[str, nn.Parameter], pattern: str) -> dict[Hashable, Rows | None]:
     """The parameters whose name a regular expression finds, by place, every row of each."""
+    return {place(param): None for name, param in named.items() if re.search(pattern, name)}
+
+
+def _check_pattern(params: str) -> None:
     try:
-        expression = re.compile(pattern)
+        re.compile(params)
     except re.error as error:
         raise TalosValueError(
             f"params must be one of {', '.join(map(repr, _PRESETS))} or a regular expression, "
-            f"got {pattern!r} ({error}); escape its special characters"
+            f"got {params!r} ({error}); escape its special characters"
         ) from error
-    return {place(param): None for name, param in named.items() if expression.search(name)}
+
+
+def _check_computed(model: nn.Module, params: str) -> None:
+    """Refuse weights that would be taken if they were parameters."""
+    modules = body(model) if params in _PRESETS else dict(named_modules(model))
+    for path, module in modules.items():
+        for each in computed_weights(module):
+            if not any(param.requires_grad for param in each.sources.values()):
+                continue
+            inside = f"{path}." if path else ""
+            names = [inside + name for name in (each.name, *each.sources)]
+            if params not in _PRESETS:
+                meant = any(re.search(params, name) for name in names)
+            elif params == "maskable":
+                meant = _is_known(module) or each.name in (*PACKED, *SPLIT)
+            else:
+                leaf = path.rpartition(".")[2] if is_linear(module) else each.name
+                roles = roles_named(leaf)
+                wanted = ("query", "key") if params == "qk" else ("query", "key", "value", "output")
+                meant = any(role in wanted for role in roles)
+            if meant:
+                raise TalosValueError(
+                    f"params={params!r} must find weights that are parameters, got {names[0]}, "
+                    f"computed by {each.kind} of {', '.join(names[1:])}; make it a parameter with "
+                    f"{each.remedy}, freeze these to leave it out (requires_grad_(False)), or name "
+                    "others by a regular expression"
+                )
 
 
 def _check_tensor(name: str, param: nn.Parameter) -> None:
@@ -347,7 +394,7 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
         TalosValueError: nothing matches, or all that does has requires_grad=False; another
             parameter shares memory with a chosen one; "qk" meets a fused projection whose queries
             and keys are columns, or not told apart; "attention" meets an attention module of which
-            it knows a part.
+            it knows a part; a weight is computed of others, as torch's parametrizations do.
         TalosTypeError: a chosen tensor is not real floating point, or holds no values (meta).
 
     Example:
@@ -362,6 +409,8 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             f"params must be a str, got {type(params).__name__}; join names by '|' to a regular "
             "expression"
         )
+    _check_pattern(params)
+    _check_computed(model, params)
     named = named_parameters(model)
     taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
     selection = Selection()
@@ -441,6 +490,6 @@ def select_attention(model: nn.Module) -> dict[str, Projection]:
     """
     chosen = select_parameters(model, "attention")
     found: dict[Hashable, Projection] = {}
-    for each in attention_projections(_body(model).items()):
+    for each in attention_projections(body(model).items()):
         found.setdefault(place(each.param), each)
     return {name: found[place(each.param)] for name, each in chosen.items()}

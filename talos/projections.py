@@ -19,7 +19,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["PACKED", "SPLIT", "Projection", "is_conv1d", "is_linear", "projections"]
+__all__ = [
+    "PACKED",
+    "SPLIT",
+    "Projection",
+    "is_conv1d",
+    "is_linear",
+    "projections",
+    "roles_named",
+]
 
 PACKED = ("in_proj_weight", "in_proj_bias")  # rows of the queries, of the keys, of the values
 SPLIT = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -120,6 +128,18 @@ def projections(
             yield Projection(name, param, _ALL)
         elif linear and (roles := _roles(path, module, owner)):
             yield Projection(name, param, roles, is_conv1d(module))
+
+
+def roles_named(leaf: str) -> tuple[str, ...]:
+    """The roles that the outputs of a layer of this name may have; see `Projection`.
+
+    Example:
+        >>> roles_named("q_proj"), roles_named("fc1")
+        (('query',), ())
+    """
+    if leaf in (*PACKED, *_IN_THIRDS, *_LAID_OUT_VARIOUSLY):
+        return _ALL
+    return (_ALL[SPLIT.index(leaf)],) if leaf in SPLIT else _ROLES.get(leaf, ())
 
 
 def _roles(path: str, layer: nn.Module, owner: nn.Module | None) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class Rounds:
             for losses, share, last in self.estimator.losses(logits, self.done, samples):
                 capture.backward(losses, share, last=last)
             samples += len(logits.values)
+            del logits, losses  # and the activations with them: not every last backward frees them
             count += 1
             self._report(samples)
         if samples == 0 and self.done:

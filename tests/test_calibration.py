@@ -140,6 +140,31 @@ class Both(nn.Module):
         return torch.tanh(self.layer(x)).mean(1) + self.layer(x.mean(1))
 
 
+class Again(nn.Module):
+    """A layer of a batch as it comes and of the batch before it was sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = x[x[:, 1, 0].argsort()]
+        return torch.cat([self.layer(x), self.layer(back)[x[:, 1, 0].argsort().argsort()]], -1)
+
+
+class SharedBias(nn.Module):
+    """Two layers with one bias, the one of a batch as it comes, the other before it was sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(E, E), nn.Linear(E, E, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = x[x[:, 1, 0].argsort()]
+        other = functional.linear(back, self.other.weight, self.one.bias)
+        return torch.cat([self.one(x), other[x[:, 1, 0].argsort().argsort()]], -1)
+
+
 class OnlyBias(nn.Module):
     """Layer norm of which only the bias is a parameter."""
 
@@ -222,6 +247,48 @@ def rejoin_swapped(x: Tensor, like: Tensor) -> Tensor:
 def halves(x: Tensor) -> Tensor:
     """Two windows of each sample, the sample first: [B, T, E] to [2 B, T, E]."""
     return x.reshape(len(x) * 2, x.shape[1], -1).repeat(1, 1, 2)
+
+
+def sort(x: Tensor) -> Tensor:
+    return x[x[:, 0, 0].argsort()]
+
+
+def unsort(y: Tensor, x: Tensor) -> Tensor:
+    return y[x[:, 0, 0].argsort().argsort()]
+
+
+def unsort_both(y: Tensor, x: Tensor) -> Tensor:
+    one, other = unsort(y, x).chunk(2, -1)
+    return one * other
+
+
+def lengths(x: Tensor) -> list[int]:
+    """Of the sequences that `pack` makes of samples: 1 to 5 tokens."""
+    return (x[:, 0, 0].abs() * 4).long().clamp(0, 4).add(1).tolist()
+
+
+def pack(x: Tensor) -> Tensor:
+    return torch.cat([row[:n] for row, n in zip(x, lengths(x), strict=True)])
+
+
+def unpack(y: Tensor, x: Tensor) -> Tensor:
+    rows = [functional.pad(each, (0, 0, 0, 5 - len(each))) for each in y.split(lengths(x))]
+    return torch.stack(rows)
+
+
+def chosen(x: Tensor) -> Tensor:
+    """Which tokens of a batch a layer gets, in an order that none of the samples has."""
+    rows = x.flatten(0, 1)
+    order = (rows[:, 1] * 1e3).sin().argsort()
+    return order[rows[order, 2] > -0.5]
+
+
+def route(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)[chosen(x)]
+
+
+def gather(y: Tensor, x: Tensor) -> Tensor:
+    return torch.zeros_like(x.flatten(0, 1)).index_copy(0, chosen(x), y).view_as(x)
 
 
 def images_of(x: Tensor) -> Tensor:
@@ -315,6 +382,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "embedding with padding": lambda: pooled(Lookup(padding_idx=3), nn.Tanh()),
     "embedding, sequence first": lambda: pooled(Around(Lookup(), swap, swap)),
     "relative position bias": lambda: pooled(RelativeBias(), nn.Tanh()),
+    "sorted batch": lambda: pooled(Around(mlp(), sort, unsort)),
+    "sorted batch, used twice": lambda: pooled(Around(Again(), sort, unsort_both), nn.Tanh()),
+    "sorted batch, shared bias": lambda: pooled(Around(SharedBias(), sort, unsort_both), nn.Tanh()),
+    "sorted batch, attention": lambda: pooled(Around(Attend("same", True), sort, unsort)),
+    "sorted batch, norm": lambda: pooled(Around(nn.LayerNorm(E), sort, unsort), nn.Tanh()),
+    "sorted batch, embedding": lambda: pooled(Around(Lookup(), sort, unsort), nn.Tanh()),
+    "sorted batch, convolution": lambda: Around(convolution(stride=2), sort, unsort),
+    "packed sequences": lambda: pooled(Around(mlp(), pack, unpack), nn.Tanh()),
+    "packed sequences, layer used twice": lambda: pooled(Around(Twice(), pack, unpack), nn.Tanh()),
+    "tokens in any order": lambda: pooled(Around(mlp(), route, gather), nn.Tanh()),
+    "checkpoint of tokens in any order": lambda: pooled(
+        Around(Checkpointed(mlp()), route, gather), nn.Tanh()
+    ),
     "checkpoint": lambda: pooled(Checkpointed(mlp()), Checkpointed(encoder(True))),
 }
 
@@ -620,6 +700,7 @@ def test_a_mask_does_not_depend_on_the_batch_size_and_tells_what_made_it() -> No
         "method": "talos",
         "params": "maskable",
         "passed_over": 2,
+        "left_out": {"names": [], "share": 0.0},
         "density": 0.2,
         "rounds": 4,
         "samples": 10,
@@ -940,23 +1021,13 @@ REFUSALS: dict[str, tuple[nn.Module, type[Exception], str]] = {
         mixing(lambda x: x + x.roll(1, 0)),
         *(TalosRuntimeError, r"must not influence one another"),
     ),
-    "packed sequences": (
+    "packed sequences that mix": (
         Around(
             nn.Linear(E, E),
-            lambda x: torch.cat([x[0, :2], x[1:].flatten(0, 1), x[0, 2:]]),
-            lambda y, x: torch.stack(
-                [torch.cat([y[:2], y[-3:]]).mean(0), *y[2:-3].view(-1, 5, E).mean(1)]
-            ),
+            pack,
+            lambda y, x: unpack(y + y.roll(2, 0), x),
         ),
         *(TalosRuntimeError, "must not influence one another"),
-    ),
-    "rows that are no multiple of the batch": (
-        Around(
-            nn.Linear(E, E),
-            lambda x: x.flatten(0, 1)[1:],
-            lambda y, x: torch.cat([y[:1], y]).view(len(x), 5, E).mean(1),
-        ),
-        *(TalosValueError, r"layer\.weight must see the 6 samples.*leading dimensions \[29\]"),
     ),
     "logits without a gradient": (
         nn.Sequential(mlp(), Apply(lambda x: x.detach().mean(1))),
@@ -998,6 +1069,9 @@ def test_what_cannot_be_scored_exactly_is_refused_by_name(name: str) -> None:
         ("encoder layer", 1),
         ("weights [in, out]", 1),  # views: what they flattened is known
         ("windows", 1),
+        ("sorted batch", 1),
+        ("sorted batch, used twice", 1 + 2 * 3),  # the uses must agree
+        ("tokens in any order", 2 * 3),
         ("tokens flattened", 3),  # the inner layer's might be packed
     ],
 )
@@ -1014,25 +1088,6 @@ def test_layouts_are_probed_once_where_they_can_be_known(
     monkeypatch.setattr(torch.autograd, "grad", counting)
     fisher_diag(model, [part.clone() for part in batched(x, 4)], params=".")
     assert len(calls) == 3 + probes
-
-
-def test_packed_sequences_are_refused_in_a_later_batch_too() -> None:
-    def lengths(x: Tensor) -> list[int]:
-        return x[:, 0, 0].long().tolist()
-
-    def pack(x: Tensor) -> Tensor:
-        return torch.cat([row[:n] for row, n in zip(x, lengths(x), strict=True)])
-
-    def unpack(y: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([part.mean(0) for part in y.split(lengths(x))])
-
-    model, equal = Around(nn.Linear(E, E), pack, unpack).double(), inputs()
-    equal[:, 0, 0] = 4
-    unequal = equal.clone()
-    unequal[1, 0, 0], unequal[2, 0, 0] = 5, 3
-    assert_scores(fisher_diag(model, [equal], draws="exact"), oracle(model, equal))
-    with pytest.raises(TalosRuntimeError, match="packed sequences"):
-        fisher_diag(model, [equal, unequal])
 
 
 def test_batch_norm_with_statistics_is_scored_in_eval_mode() -> None:

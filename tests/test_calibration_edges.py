@@ -7,26 +7,35 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional
 
 from talos.calibration import calibrate, fisher_diag
 from talos.errors import TalosRuntimeError, TalosValueError
-from talos.layouts import Layouts
+from talos.layouts import Layouts, Use
+from talos.listeners import Sink
+from talos.pieces import Piece, blocks
 from tests.test_calibration import (
     MODELS,
     Apply,
+    Around,
     C,
     E,
     N,
     assert_scores,
     batched,
+    gather,
     inputs,
     mlp,
     oracle,
     pooled,
+    route,
+    sort,
+    unsort,
 )
 
 
@@ -145,11 +154,147 @@ def test_weak_influence_of_samples_is_noticed_at_every_batch_size(count: int) ->
             fisher_diag(mixing(mix), [x], params=".")
 
 
+@pytest.mark.parametrize("count", [2, 3, 31, 32, 62])
+def test_weak_influence_is_noticed_where_rows_have_no_layout(count: int) -> None:
+    x = inputs(count)
+
+    def mixing(mix: Callable[[Tensor], Tensor]) -> nn.Module:
+        return pooled(Around(mlp(), route, lambda y, x: mix(gather(y, x))), nn.Tanh()).double()
+
+    for mix in (lambda h: h + 0.03 * h.mean(0), lambda h: h + 0.1 * h.roll(count // 2, 0)):
+        with pytest.raises(TalosRuntimeError, match="must not influence one another"):
+            fisher_diag(mixing(mix), [x], params=r"0\.layer")
+
+
+@pytest.mark.parametrize("name", ["tokens in any order", "packed sequences, layer used twice"])
+@pytest.mark.parametrize("count", [40, 70])
+def test_more_samples_than_codes_where_rows_have_no_layout(name: str, count: int) -> None:
+    model, x = MODELS[name]().double(), inputs(count)
+    alone, together = (
+        fisher_diag(model, batched(x, size), draws=3, params=".") for size in (1, count)
+    )
+    assert_scores(together, {key: score.double() for key, score in alone.items()}, floor=1e-9)
+
+
+def test_only_some_batches_are_put_in_another_order() -> None:
+    """The first one is not, and what it shows of the layout is kept: whole samples may change."""
+    model = pooled(Around(mlp(), sort, unsort)).double()
+    x = inputs(8)
+    x[:, 0, 0] = torch.tensor([0, 1, 2, 3, 5, 4, 9, 7])
+    assert_scores(fisher_diag(model, batched(x, 2), draws="exact"), oracle(model, x))
+
+
+def test_rows_that_the_first_class_does_not_reach_are_named_by_the_next() -> None:
+    model, x = MODELS["tokens in any order"]().double(), inputs(5)
+    options: dict[str, Any] = {"logits_fn": without_class_0, "draws": "exact", "params": "."}
+    together, alone = (fisher_diag(model, batched(x, size), **options) for size in (5, 1))
+    assert_scores(together, {name: score.double() for name, score in alone.items()}, floor=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 5, 3], [1, 5, 6], [6, 6]])
+def test_later_batches_may_be_packed_in_other_ways(sizes: list[int]) -> None:
+    """Equal lengths come first: they have a layout, which packed sequences do not keep."""
+    model, x = MODELS["packed sequences"]().double(), inputs(12)
+    x[: sizes[0], 0, 0] = 0.6
+    batches = list(x.split([*sizes, 12 - sum(sizes)] if sum(sizes) < 12 else sizes))
+    assert_scores(fisher_diag(model, batches, draws="exact", params="."), oracle(model, x))
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_rows_of_any_samples_in_any_order_are_scored(data: st.DataObject) -> None:
+    """Each sample's rows go to the layer in any number and order, mixed with those of others."""
+    count = data.draw(st.integers(2, 40), label="samples")
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count), label="rows")
+    tokens = [(sample, row) for sample, rows in enumerate(counts) for row in range(rows)]
+    order = data.draw(st.permutations(range(len(tokens))), label="order")
+    torch.manual_seed(count)
+    layer, read = nn.Linear(E, E).double(), nn.Linear(E, C).double()
+    x = inputs(count)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.read = layer, read
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = [tokens[i] for i in order]
+            if len(x) == 1:  # a sample by itself, in the order of its tokens
+                chosen = [(0, row) for row in range(counts[int(x[0, 0, 0])])]
+            places = torch.tensor([5 * sample + row for sample, row in chosen], dtype=torch.int64)
+            rows = self.layer(x.flatten(0, 1)[places])
+            y = torch.zeros_like(x.flatten(0, 1)).index_copy(0, places, rows).view_as(x)
+            return self.read(torch.tanh(y + x).mean(1))
+
+    x[:, 0, 0] = torch.arange(count)
+    if not tokens:
+        return
+    alone, together = (
+        fisher_diag(Model(), batched(x, size), draws=2, params=".") for size in (1, count)
+    )
+    assert_scores(together, {name: score.double() for name, score in alone.items()}, floor=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_float16_names_rows_or_refuses_what_is_too_small(scale: float) -> None:
+    """Half precision has fewer codes, and less room for them."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.read = mlp(), nn.Linear(E, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                y = gather(self.inner(route(x)).to(x.dtype), x)
+            return self.read(scale * torch.tanh(y).mean(1))
+
+    model, x = Half(), inputs(12).float()
+    if scale < 1:
+        with pytest.raises(TalosValueError, match="too small for float16; calibrate in bfloat16"):
+            fisher_diag(model, [x], params=".")
+        return
+    alone, together = (fisher_diag(model, batched(x, size), params=".") for size in (1, 12))
+    for name, score in alone.items():
+        assert (score - together[name]).norm() <= 0.02 * score.norm(), name
+
+
+def test_samples_of_very_unequal_lengths_are_padded_with_bounds() -> None:
+    owners = torch.cat([torch.arange(64), torch.zeros(5000, dtype=torch.int64)])
+    owners = owners[torch.randperm(len(owners))]
+    owners[7] = -1
+    use = Use("w", (len(owners),), "layer")
+    piece = Piece(Sink(use, lambda *_: None), torch.randn(len(owners), 3), None, owners)
+    sizes, sums = 0, torch.zeros(64, 3)
+    for dy, _ in blocks([piece], 64):
+        sizes += dy.numel()
+        sums[: dy.shape[1]] += dy.sum((0, 2)).abs().sort(0, descending=True).values
+    assert sizes <= 2 * piece.dy.numel()
+    wanted = torch.zeros(64, 3).index_add(0, owners[owners >= 0], piece.dy[owners >= 0])
+    torch.testing.assert_close(sums.sum(), wanted.abs().sum())
+
+
 def test_codes_of_the_probe_are_far_apart_where_samples_are_few() -> None:
     layouts = Layouts()
     for count, least in ((2, 2.0**30), (4, 2.0**10), (31, 2.0)):
-        scales = layouts.probe_scales(torch.zeros(count).double(), half=False).sort().values
+        layouts.probes([], count, half=False)
+        scales = layouts.scales(torch.zeros(count).double(), 0).sort().values
         assert (scales[1:] / scales[:-1]).min() >= least
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("count", [2, 7, 8, 31, 32, 49, 50, 962])
+def test_codes_of_all_probes_name_a_sample_and_one_probe_is_to_spare(
+    count: int, half: bool
+) -> None:
+    layouts = Layouts()
+    layouts.probes([], count, half=half)
+    losses = torch.zeros(count).double()
+    scales = torch.stack([layouts.scales(losses, probe) for probe in range(layouts.most)])
+    for left_out in {0, layouts.most - 1} if count <= 31 - 24 * half else {0}:
+        rest = scales[[probe for probe in range(layouts.most) if probe != left_out]]
+        assert len({tuple(column) for column in rest.T.tolist()}) == count
+    assert scales.max() / scales.min() <= 2.0 ** (6 if half else 30)
 
 
 class ScaleRMSNorm(nn.Module):
@@ -230,6 +375,34 @@ def test_two_threads_wait_for_each_other() -> None:
         thread.join()
     assert not errors
     assert functional.linear is original
+
+
+class Kept:
+    """What a backward keeps."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@pytest.mark.parametrize("name", ["tokens", "tokens in any order"])
+def test_a_batch_is_gone_when_the_next_one_begins(name: str) -> None:
+    """The last backward of a batch frees its activations, or the round does."""
+    kept: list[weakref.ref[Kept]] = []
+
+    def keep(x: Tensor) -> Kept:
+        box = Kept(x.detach())  # with its history it would keep itself
+        kept.append(weakref.ref(box))
+        return box
+
+    def spy(x: Tensor) -> Tensor:
+        assert not [each for each in kept if each() is not None]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.x):
+            return x.exp()
+
+    layers = MODELS[name]()
+    model = nn.Sequential(nn.Linear(E, E), Apply(spy), *layers).double()
+    fisher_diag(model, batched(inputs(), 2), draws=2, params=".")
+    assert len(kept) == 3
 
 
 def test_scores_go_when_nobody_holds_them() -> None:

@@ -77,6 +77,10 @@ def kind_of(name: str, users: list[nn.Module]) -> str:
         return "linear, weight [in, out]"
     if isinstance(module, nn.Linear):
         return "linear"
+    if ".experts." in name:
+        return "linear, stacked experts"
+    if "gate." in name or "router." in name:
+        return "router"
     if isinstance(module, nn.Conv2d):
         return "patch convolution"
     return "norm" if type(module).__name__.endswith(NORMS) else "bare parameter"
@@ -144,6 +148,9 @@ QWEN2 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
 QWEN2 |= {"num_key_value_heads": 2, "intermediate_size": 4864} | QWEN
 QWEN3 = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16}
 QWEN3 |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072} | QWEN
+QWEN3_MOE = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+QWEN3_MOE |= {"num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768}
+QWEN3_MOE |= {"num_experts": 128, "vocab_size": 151936}
 LLAMA = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64}
 LLAMA |= {"num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256}
 LLAMA |= {"tie_word_embeddings": True}
@@ -177,6 +184,15 @@ SIZES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "Llama 3.2 1B": ("LlamaForCausalLM", full_size("LlamaForCausalLM", "LlamaConfig", **LLAMA)),
     "Qwen2 0.5B": ("Qwen2ForCausalLM", full_size("Qwen2ForCausalLM", "Qwen2Config", **QWEN2)),
     "Qwen3 0.6B": ("Qwen3ForCausalLM", full_size("Qwen3ForCausalLM", "Qwen3Config", **QWEN3)),
+    "Mixtral 8x7B": ("MixtralForCausalLM", full_size("MixtralForCausalLM", "MixtralConfig")),
+    "Qwen3 30B-A3B": (
+        "Qwen3MoeForCausalLM",
+        full_size("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **QWEN3_MOE),
+    ),
+    "gpt-oss 20B": (
+        "GptOssForCausalLM",
+        full_size("GptOssForCausalLM", "GptOssConfig", num_hidden_layers=24, num_local_experts=32),
+    ),
     "timm vit_base_patch16_224": (
         "timm VisionTransformer",
         lambda: create_model("vit_base_patch16_224"),

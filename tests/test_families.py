@@ -107,6 +107,7 @@ VISION = LAYERS | {"hidden_size": WIDTH, "image_size": 16, "patch_size": 8}
 TEXT = LAYERS | {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
 CLIP_TEXT = TEXT | {"bos_token_id": 0, "eos_token_id": VOCABULARY - 1}
 GROUPED = TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = GROUPED | {"num_experts_per_tok": 2}
 DISTILLED = {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 40, "vocab_size": VOCABULARY}
 GPT2 = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": VOCABULARY}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -114,12 +115,12 @@ T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2}
 T5 |= {"vocab_size": VOCABULARY, "decoder_start_token_id": 0, "relative_attention_num_buckets": 8}
 
 
-def of_transformers(name: str, config: Any) -> Callable[[str], nn.Module]:
+def of_transformers(name: str, config: Any, **options: Any) -> Callable[[str], nn.Module]:
     """A class of transformers by its name, for an implementation of attention."""
 
     def build(attention: str) -> nn.Module:
         model: nn.Module = getattr(transformers, name)._from_config(
-            copy.deepcopy(config), attn_implementation=attention
+            copy.deepcopy(config), attn_implementation=attention, **options
         )
         return model
 
@@ -171,9 +172,10 @@ class Family:
         """The model that is scored; no weight is zero or the same as its neighbours."""
         model = self.wrap(self.build(attention)).eval()
         with torch.no_grad():
-            for param in model.parameters():
+            for name, param in model.named_parameters():
                 if param.dim() > 1:
-                    param.normal_(std=(len(param) / param.numel()) ** 0.5)
+                    rows = param.shape[:2].numel() if "experts" in name else len(param)
+                    param.normal_(std=(rows / param.numel()) ** 0.5)
                 else:
                     param.add_(0.1 * torch.randn_like(param))
         return model
@@ -215,6 +217,7 @@ T5_QK = (
     "{encoder,decoder}.block.*.layer.*.SelfAttention.{q,k}.weight",
     "decoder.block.*.layer.*.EncDecAttention.{q,k}.weight",
 )
+MIXTURE_LEFT_OUT = ("model.embed_tokens.weight", "lm_head.weight")
 LLAMA_QK = "model.layers.*.self_attn.{q_proj,k_proj}.weight"
 
 FAMILIES = {
@@ -362,6 +365,41 @@ FAMILIES = {
         batch=padded,
         left_out=("model.embed_tokens.weight",),
         qk=(LLAMA_QK,),
+    ),
+    "MixtralForCausalLM": Family(
+        build=of_transformers(
+            "MixtralForCausalLM",
+            transformers.MixtralConfig(**EXPERTS, num_local_experts=4),
+            experts_implementation="eager",
+        ),
+        batch=padded,
+        left_out=(*MIXTURE_LEFT_OUT, "model.layers.*.mlp.gate.weight"),
+        qk=(LLAMA_QK,),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        build=of_transformers(
+            "Qwen3MoeForCausalLM",
+            transformers.Qwen3MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=20),
+            experts_implementation="eager",
+        ),
+        batch=padded,
+        left_out=(*MIXTURE_LEFT_OUT, "model.layers.*.mlp.gate.weight"),
+        qk=(LLAMA_QK,),
+    ),
+    "GptOssForCausalLM": Family(
+        build=of_transformers(
+            "GptOssForCausalLM",
+            transformers.GptOssConfig(**EXPERTS, num_local_experts=4),
+            experts_implementation="eager",
+        ),
+        batch=padded,
+        left_out=(
+            *MIXTURE_LEFT_OUT,
+            "model.layers.*.mlp.router.{weight,bias}",
+            "model.layers.*.self_attn.sinks",
+        ),
+        qk=(LLAMA_QK, "model.layers.*.self_attn.{q_proj,k_proj}.bias"),
+        attentions=("eager",),
     ),
     "timm VisionTransformer": Family(
         build=timm_vit,

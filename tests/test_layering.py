@@ -15,17 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {
-        *(
-            "buffers",
-            "errors",
-            "patches",
-            "watching",
-            "projections",
-            "selection",
-            "shared_cast",
-            "structure",
-        ),
-        "trees",
+        *("buffers", "computed", "errors", "experts", "patches", "projections"),
+        *("selection", "shared_cast", "structure", "trees", "watching"),
     },
     {"attention", "memory", "reals"},
     {
@@ -45,14 +36,16 @@ ORDER = (
         "estimators",
         "frozen",
         "gradients",
+        "left_out",
         "listeners",
         "masks",
         "param_groups",
+        "single_backwards",
         "states",
         "tasks",
     },
-    {"buckets", "models", "routing", "task_vectors"},
-    {"flat_state"},
+    {"buckets", "models", "pieces", "task_vectors", "uses"},
+    {"flat_state", "routing"},
     {"capture", "clipping", "metrics"},
     {"rounds"},
     {"calibration", "optim"},
