@@ -389,6 +389,25 @@ def test_buffers_that_move_in_anybodys_loop_are_told() -> None:
     assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: [{"params": list(model[0].named_parameters("0"))}],
+    ],
+)
+def test_buffers_that_move_are_told_whatever_the_optimizer_was_given(given: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    mask = Mask.from_dense({"0.weight": torch.ones(8, 6) > 0})
+    optimizer = SparseAdam(given(model), mask)
+    for trained, own in ((model, optimizer), copy.deepcopy((model, optimizer))):
+        train(trained, own, 1)
+        with pytest.warns(UserWarning, match=r"not in the task vector: .*running_mean"):
+            vector = own.task_vector()
+        assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
+
+
 def both() -> list[tuple[nn.Module, Any]]:
     """A model under torch's optimizer and one under ours, which train alike."""
     models = network(), network()
