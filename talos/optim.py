@@ -429,7 +429,7 @@ class SparseAdam(torch.optim.Optimizer):
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry; the constructor has done so once."""
         for param in self._untrained.values():
-            param.requires_grad_(False)
+            param.requires_grad = False
         if self._untrained and self._stop_watching is None:
             self._stop_watching = watch_frozen(self, self._untrained)
             _logger.info("%d parameters without a selected entry are frozen", len(self.frozen))
@@ -441,7 +441,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         self.compact_gradients(False)
         for param in self._untrained.values():
-            param.requires_grad_(True)
+            param.requires_grad = True
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None

@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -506,3 +507,15 @@ def test_what_others_keep_follows_its_parameter_as_torchs_does() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     assert {each["slow"].dtype for each in resumed.state.values()} == {torch.float64}
     assert {each["count"].dtype for each in resumed.state.values()} == {torch.int64}
+
+
+def test_a_lazy_layer_that_is_not_selected_is_frozen_and_given_back() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy layers are new, torch says
+        model = nn.ModuleDict({"a": nn.Linear(4, 4), "later": nn.LazyLinear(3)})
+    optimizer = SparseAdam(model, Mask.from_dense({"a.weight": torch.ones(4, 4) > 0}))
+    assert set(optimizer.frozen) == {"a.bias", "later.weight", "later.bias"}
+    model["later"](torch.randn(2, 4))
+    assert not model["later"].weight.requires_grad
+    optimizer.release()
+    assert model["later"].weight.requires_grad
