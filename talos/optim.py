@@ -38,6 +38,7 @@ from .param_groups import (
     check_moments,
     check_not_wrapped,
     check_trainable,
+    module_of,
     named_groups,
     several_processes,
 )
@@ -164,10 +165,9 @@ class SparseAdam(torch.optim.Optimizer):
         self._clipping = Clipping(self._buckets)
         self._changes: list[Any] = []  # of `state`, by others
         self._saved: Saved | None = None  # while it is loaded
-        self._buffers = WatchedBuffers(model if isinstance(model, nn.Module) else nn.Module())
+        self._buffers = WatchedBuffers(module_of(model, self._names))
         self._base_known = True
-        self._stepped = self._trained = False
-        self._complete = False
+        self._stepped = self._trained = self._complete = False
         self._fingerprints = fingerprints({n: p for p, n in self._names.items()})
         super().__init__(groups, defaults)
         self._complete = True
@@ -429,7 +429,7 @@ class SparseAdam(torch.optim.Optimizer):
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry; the constructor has done so once."""
         for param in self._untrained.values():
-            param.requires_grad_(False)
+            param.requires_grad = False
         if self._untrained and self._stop_watching is None:
             self._stop_watching = watch_frozen(self, self._untrained)
             _logger.info("%d parameters without a selected entry are frozen", len(self.frozen))
@@ -441,7 +441,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         self.compact_gradients(False)
         for param in self._untrained.values():
-            param.requires_grad_(True)
+            param.requires_grad = True
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
@@ -525,7 +525,7 @@ class SparseAdam(torch.optim.Optimizer):
         if "_names" in state:
             self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
             self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
-            self._saved, self._buffers = None, WatchedBuffers(nn.Module())
+            self._saved, self._buffers = None, WatchedBuffers(module_of(None, self._names))
             self._hand_out()
         elif (saved := self._saved) is not None:
             bases = self._buckets.bases() if saved.base is None else saved.base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "check_moments",
     "check_not_wrapped",
     "check_trainable",
+    "module_of",
     "named_groups",
     "several_processes",
 ]
@@ -67,12 +68,7 @@ def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict
 
     A parameter does not know its name, so the modules of this process are looked through.
     """
-    wanted = {id(param) for param in params}
-    for module in gc.get_objects():
-        if not issubclass(type(module), nn.Module) or "_parameters" not in module.__dict__:
-            continue
-        if not wanted <= set(map(id, module.parameters())):
-            continue
+    for module in _modules_of(params):
         named = named_parameters(module, remove_duplicate=False)
         if len(resolve_names(selected, named)) == len(selected):
             return {id(param): name for name, param in reversed(named.items())}
@@ -80,6 +76,28 @@ def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict
         "params must be (name, parameter) pairs or the parameters of one module whose names are "
         "the mask's, got bare tensors; pass the model or model.named_parameters()"
     )
+
+
+def _modules_of(params: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """The modules of this process that hold all of these parameters."""
+    wanted = set(map(id, params))
+    for module in gc.get_objects():
+        if not issubclass(type(module), nn.Module) or "_parameters" not in module.__dict__:
+            continue
+        if wanted <= set(map(id, module.parameters())):
+            yield module
+
+
+def module_of(model: object, names: Mapping[Tensor, str]) -> nn.Module:
+    """The model, or one that has the parameters under these names; an empty one where none has."""
+    if isinstance(model, nn.Module):
+        return model
+    for module in _modules_of(names):
+        named = named_parameters(module, remove_duplicate=False)
+        known = resolve_names(names.values(), named)
+        if all(named.get(known.get(name, "")) is param for param, name in names.items()):
+            return module
+    return nn.Module()
 
 
 def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

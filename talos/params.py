@@ -45,6 +45,7 @@ __all__ = [
     "Selection",
     "body",
     "check_one_memory",
+    "named_buffers",
     "named_modules",
     "named_parameters",
     "own_parameters",
@@ -193,6 +194,16 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
                 seen.add(where)
                 found[f"{module_name}.{name}" if module_name else name] = param
     return found
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of `model` by names without wrappers, under every one of their names."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in named_modules(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -389,6 +390,25 @@ def test_buffers_that_move_in_anybodys_loop_are_told() -> None:
     assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: [{"params": list(model[0].named_parameters("0"))}],
+    ],
+)
+def test_buffers_that_move_are_told_whatever_the_optimizer_was_given(given: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    mask = Mask.from_dense({"0.weight": torch.ones(8, 6) > 0})
+    optimizer = SparseAdam(given(model), mask)
+    for trained, own in ((model, optimizer), copy.deepcopy((model, optimizer))):
+        train(trained, own, 1)
+        with pytest.warns(UserWarning, match=r"not in the task vector: .*running_mean"):
+            vector = own.task_vector()
+        assert vector.metadata["moved_buffers"] == ["1.running_mean", "1.running_var"]
+
+
 def both() -> list[tuple[nn.Module, Any]]:
     """A model under torch's optimizer and one under ours, which train alike."""
     models = network(), network()
@@ -487,3 +507,15 @@ def test_what_others_keep_follows_its_parameter_as_torchs_does() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     assert {each["slow"].dtype for each in resumed.state.values()} == {torch.float64}
     assert {each["count"].dtype for each in resumed.state.values()} == {torch.int64}
+
+
+def test_a_lazy_layer_that_is_not_selected_is_frozen_and_given_back() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy layers are new, torch says
+        model = nn.ModuleDict({"a": nn.Linear(4, 4), "later": nn.LazyLinear(3)})
+    optimizer = SparseAdam(model, Mask.from_dense({"a.weight": torch.ones(4, 4) > 0}))
+    assert set(optimizer.frozen) == {"a.bias", "later.weight", "later.bias"}
+    model["later"](torch.randn(2, 4))
+    assert not model["later"].weight.requires_grad
+    optimizer.release()
+    assert model["later"].weight.requires_grad

@@ -703,3 +703,45 @@ def test_integers_that_differ_are_told() -> None:
     with pytest.warns(UserWarning, match="not in the task vector: scale"):
         vector = TaskVector.from_models(base, tuned)
     assert vector.metadata["moved_buffers"] == ["scale"]
+
+
+def test_a_difference_of_state_dicts_holds_buffers_and_is_put_on_those_too() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    tuned = copy.deepcopy(base)
+    tuned(torch.randn(8, 4))
+    with torch.no_grad():
+        tuned[0].weight.mul_(1.5)
+    vector = TaskVector.from_models(base.state_dict(), tuned.state_dict())
+    before = copy.deepcopy(base.state_dict())
+    x = torch.randn(3, 4)
+    wanted = tuned.eval()(x)
+    base.eval()
+    with vector.applied(base):
+        assert_close(base(x), wanted)
+    with talos.ResidentVectors(torch.nn.DataParallel(base), {"a": vector}) as resident:
+        resident.swap("a")
+        assert_close(base(x), wanted)
+    for name, each in base.state_dict().items():
+        assert_bit_equal(each, before[name])
+    resident = talos.ResidentVectors(base, {"a": vector})
+    base[1].running_mean = base[1].running_mean.clone()
+    with pytest.raises(TalosRuntimeError, match=r"1\.running_mean replaced by another tensor"):
+        resident.swap("a")
+    vector.apply_(base)
+    assert_close(base(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_copies_of_a_tied_weight_of_any_float_are_compared(dtype: torch.dtype) -> None:
+    base = nn.Module()
+    base.linear = nn.Linear(2, 2)
+    base.one = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    base.two = base.one
+    tuned = copy.deepcopy(base)
+    tuned.two = nn.Parameter(base.one.detach().clone(), requires_grad=False)
+    mask = Mask.from_dense({"linear.weight": torch.ones(2, 2) > 0})
+    assert not TaskVector.from_models(base, tuned, mask).values.any()
+    tuned.two = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
+    with pytest.raises(TalosValueError, match="which is tied in base"):
+        TaskVector.from_models(base, tuned, mask)

@@ -15,7 +15,7 @@ from talos.fingerprints import fingerprints
 from talos.masks import Mask
 from talos.matching import resolve_names
 from talos.memory import check_separate, place
-from talos.params import named_modules, named_parameters
+from talos.params import named_buffers, named_parameters
 from talos_kernels import TensorIndex
 
 from .sums import slices_of
@@ -76,12 +76,7 @@ class _Named:
     def of(cls, what: str, model: Weights) -> _Named:
         if isinstance(model, nn.Module):
             found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
-            buffers = {
-                f"{path}.{name}" if path else name: buffer
-                for path, module in named_modules(model)
-                for name, buffer in module._buffers.items()
-                if buffer is not None
-            }
+            buffers = named_buffers(model)
         elif isinstance(model, Mapping):
             found, buffers = model, {}
         else:
@@ -141,9 +136,10 @@ def _moved(ours: _Named, theirs: _Named) -> list[str]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(
-        one.detach().cpu().nan_to_num(), other.detach().cpu().to(one.dtype).nan_to_num()
-    )
+    if one.shape != other.shape:
+        return False
+    one, other = (_comparable(each.detach().cpu().to(one.dtype)) for each in (one, other))
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _refuse_lacking(what: str, other: str, lacking: list[str], known: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from talos.fingerprints import Edit
 from talos.masks import Mask
 from talos.matching import match_tensors
 from talos.memory import check_separate
-from talos.params import named_parameters
+from talos.params import named_buffers, named_parameters
 from talos.reals import as_real
 from talos_kernels import Index, add_delta_, revert_delta_
 
@@ -176,13 +176,15 @@ def check_sums(
 def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """A model's weights where a mask selects entries, by the mask's names.
 
+    Buffers are among them: two state dicts have a difference there, too.
+
     Raises:
         TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
         TalosValueError: the model lacks a tensor or has another shape of it.
     """
     if not isinstance(model, nn.Module):
         raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    every_name = named_parameters(model, remove_duplicate=False)
+    every_name = {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
     matched = match_tensors(mask.shapes, every_name, what="task vector")
     touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
     for name, param in touched.items():

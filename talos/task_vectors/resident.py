@@ -199,9 +199,9 @@ class _Home:
     """Where a module holds a weight that is edited, under one of its names."""
 
     name: str
-    parameters: dict[str, nn.Parameter | None]
+    parameters: Mapping[str, Tensor | None]
     key: str
-    param: nn.Parameter
+    param: Tensor
 
     @property
     def is_left(self) -> bool:
@@ -211,8 +211,9 @@ class _Home:
 def _homes(model: nn.Module, params: Mapping[str, Tensor]) -> list[_Home]:
     names = {place(param): name for name, param in params.items()}
     return [
-        _Home(names[place(param)], module._parameters, key, param)
+        _Home(names[place(param)], held, key, param)
         for module in model.modules()
-        for key, param in module._parameters.items()
+        for held in (module._parameters, module._buffers)
+        for key, param in held.items()
         if param is not None and place(param) in names
     ]
