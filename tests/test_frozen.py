@@ -1,6 +1,7 @@
 """Frozen weights in autocast's dtype: the same bits, the same weights afterwards, less kept."""
 
 import copy
+import gc
 import pickle
 import random
 from collections.abc import Callable
@@ -23,6 +24,12 @@ from tests.cases import assert_bit_equal
 from tests.test_families import FAMILIES
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def nobody_elses_gradients_are_compact() -> None:
+    """Linear layers are routed, and mind their dtype, while some optimizer lives: none does."""
+    gc.collect()
 
 
 def results(model: nn.Module, forward: Callable[[], Any], seed: int = 0) -> list[Tensor]:
