@@ -300,8 +300,9 @@ class Bucket:
         norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
             rows = -(-self.index.nnz // PIECE)
-            pieces = self.exp_avg.new_zeros(rows, PIECE, dtype=self._wide)
-            out = pieces.view(-1)[: self.index.nnz]
+            pieces = self.exp_avg.new_empty(rows, PIECE, dtype=self._wide)
+            out, rest = pieces.view(-1).split([self.index.nnz, pieces.numel() - self.index.nnz])
+            rest.zero_()
             if not compact and self._plain(grads) and not self._is_wide:
                 torch.ops.talos.gather_grad_(out, grads, self.index.buffers, False)
             else:
