@@ -80,11 +80,12 @@ def left_out(model: nn.Module, chosen: Selection) -> LeftOut:
     for module in body(model).values():
         meant = isinstance(module, _ON_PURPOSE) or is_router(module)
         (known if meant else unknown).update(map(place, module.parameters(recurse=False)))
+    unknown -= known
     named = {name: param for name, param in named_parameters(model).items() if not is_lazy(param)}
     sizes: dict[str, int] = {}
     for name, param in named.items():
         bare = kind_of(name) == "embedding" or _EMBEDDING.search(name.lower())
-        if param.requires_grad and place(param) in unknown - known and not bare:
+        if param.requires_grad and place(param) in unknown and not bare:
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             sizes[pattern] = sizes.get(pattern, 0) + param.numel()
     total = sum(param.numel() for param in named.values())

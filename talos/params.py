@@ -319,10 +319,15 @@ def body(model: nn.Module) -> Modules:
     return {name: module for name, module in named_modules(model) if id(module) not in heads}
 
 
-def _preset(model: nn.Module, preset: str) -> dict[Hashable, Rows | None]:
-    """The row ranges of the parameters that a preset takes, by their places in memory."""
-    left_out = {place(param) for head in _heads(model) for param in head.parameters()}
-    modules = body(model)
+def _preset(model: nn.Module, modules: Modules, preset: str) -> dict[Hashable, Rows | None]:
+    """The row ranges of the parameters that a preset takes of a body, by their places in memory."""
+    inside = {id(module) for module in modules.values()}
+    left_out = {
+        place(param)
+        for module in model.modules()
+        if id(module) not in inside  # of a head, or a wrapper
+        for param in module.parameters(recurse=False)
+    }
     for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(place, module.parameters()))
@@ -347,9 +352,8 @@ def _check_pattern(params: str) -> None:
         ) from error
 
 
-def _check_computed(model: nn.Module, params: str) -> None:
+def _check_computed(modules: Modules, params: str) -> None:
     """Refuse weights that would be taken if they were parameters."""
-    modules = body(model) if params in _PRESETS else dict(named_modules(model))
     for path, module in modules.items():
         for each in computed_weights(module):
             if not any(param.requires_grad for param in each.sources.values()):
@@ -421,9 +425,10 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
             "expression"
         )
     _check_pattern(params)
-    _check_computed(model, params)
+    modules = body(model) if params in _PRESETS else dict(named_modules(model))
+    _check_computed(modules, params)
     named = named_parameters(model)
-    taken = _preset(model, params) if params in _PRESETS else _matching(named, params)
+    taken = _preset(model, modules, params) if params in _PRESETS else _matching(named, params)
     selection = Selection()
     for name, param in named.items():
         if place(param) not in taken:
