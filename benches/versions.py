@@ -22,7 +22,10 @@ from benches.results_file import write_json
 
 TURNS = 7
 CALLS = 7
-WORKS = ("step", "step, compact", "clip", "score", "threshold", "apply and take off")
+WORKS = (
+    *("step", "step, compact", "clip", "score", "score six batches", "threshold"),
+    "apply and take off",
+)
 
 # Runs in either checkout, on what both versions have.
 WORKER = """
@@ -70,6 +73,11 @@ tower = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
 batch = torch.randn(8, 64, 256)
 logits = lambda model, batch: model(batch).mean(1)
 found["score"] = timed(lambda: talos.fisher_diag(tower, [batch], logits_fn=logits))
+calls = 2
+found["score six batches"] = timed(
+    lambda: talos.fisher_diag(tower, [batch] * 6, logits_fn=logits)
+)
+calls = int(sys.argv[1])
 scores = [torch.rand(1536, 768).square() for _ in names]
 count = sum(each.numel() for each in scores) // 10
 found["threshold"] = timed(lambda: select_threshold(scores, count))

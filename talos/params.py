@@ -321,13 +321,9 @@ def body(model: nn.Module) -> Modules:
 
 def _preset(model: nn.Module, modules: Modules, preset: str) -> dict[Hashable, Rows | None]:
     """The row ranges of the parameters that a preset takes of a body, by their places in memory."""
-    inside = {id(module) for module in modules.values()}
-    left_out = {
-        place(param)
-        for module in model.modules()
-        if id(module) not in inside  # of a head, or a wrapper
-        for param in module.parameters(recurse=False)
-    }
+    inside = set(map(id, modules.values()))
+    outside = [module for module in model.modules() if id(module) not in inside]  # heads, wrappers
+    left_out = {place(p) for module in outside for p in module.parameters(recurse=False)}
     for module in modules.values():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             left_out.update(map(place, module.parameters()))
