@@ -14,6 +14,7 @@ from .buckets import Bucket
 from .errors import TalosRuntimeError
 from .fingerprints import fingerprint
 from .masks import Mask
+from .params import check_one_memory
 from .states import State
 
 __all__ = ["FlatState"]
@@ -102,9 +103,17 @@ class FlatState(list[Bucket]):
             group.setdefault("mask", self.mask.fingerprint)
         return True
 
-    @property
-    def is_moved(self) -> bool:
-        """Whether a weight has another device or dtype than the state was made for."""
+    def have_moved(self, others: Mapping[str, Tensor]) -> bool:
+        """Whether a weight has another device or dtype than the state was made for.
+
+        Args:
+            others: the parameters of the model that are not trained, by name.
+
+        Raises:
+            TalosValueError: a weight was tied to another parameter since, by its memory.
+        """
+        own = {name: param for bucket in self for name, param in bucket.params.items()}
+        check_one_memory({**others, **own}, own)
         return any(bucket.is_moved for bucket in self)
 
     def have_gradients(self, checked: Sequence[Sequence[Tensor]]) -> bool:

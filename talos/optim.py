@@ -250,7 +250,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _make_ready(self) -> None:
         """Take over what others put into `state`; before the first step follow the parameters."""
         self._refresh()
-        if not self._stepped and self._buckets.is_moved:
+        if not self._stepped and self._buckets.have_moved(self._untrained):
             self._follow()
 
     def _refresh(self) -> None:

@@ -82,7 +82,9 @@ def test_what_is_no_number_is_refused(value: Any) -> None:
         talos.SparseAdam(model(), mask, eps=value)
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"]
+)
 def test_an_integer_of_any_kind_is_that_integer(kind: Any) -> None:
     batches = [(torch.ones(2, 4), torch.tensor([0, 2]))]
     results = []

@@ -519,3 +519,13 @@ def test_a_lazy_layer_that_is_not_selected_is_frozen_and_given_back() -> None:
     assert not model["later"].weight.requires_grad
     optimizer.release()
     assert model["later"].weight.requires_grad
+
+
+def test_weights_tied_after_the_optimizer_was_made_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    model[2].weight.data = model[0].weight.data
+    before = model[0].weight.detach().clone()
+    with pytest.raises(TalosValueError, match=r"one parameter, got .*\.weight and .*\.weight"):
+        train(model, optimizer, 1)
+    assert torch.equal(model[0].weight, before)
