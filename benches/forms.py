@@ -130,9 +130,9 @@ def ours(
     )
 
 
-def whole(shape: ModelShape, device: torch.device) -> Form:
-    named = parameters(shape.tensors, device)
-    optimizer = torch.optim.AdamW(
+def fused_adamw(named: Named, device: torch.device) -> torch.optim.AdamW:
+    """Torch's own step in one call."""
+    return torch.optim.AdamW(
         named.values(),
         lr=LR,
         betas=BETAS,
@@ -141,6 +141,11 @@ def whole(shape: ModelShape, device: torch.device) -> Form:
         fused=True,
         capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
     )
+
+
+def whole(shape: ModelShape, device: torch.device) -> Form:
+    named = parameters(shape.tensors, device)
+    optimizer = fused_adamw(named, device)
     return Form(
         optimizer.step,
         {tensor.name: named[tensor.name].data for tensor in shape.touched},
@@ -153,15 +158,7 @@ def frozen(shape: ModelShape, device: torch.device) -> Form:
     named = parameters(shape.touched, device)
     masks = [mask.float() for mask in selected(shape, QK_DENSITY, device).values()]
     grads = [parameter.grad for parameter in named.values()]
-    optimizer = torch.optim.AdamW(
-        named.values(),
-        lr=LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=0.0,
-        fused=True,
-        capturable=device.type == "cuda",  # by a CUDA graph; its steps are on the device anyway
-    )
+    optimizer = fused_adamw(named, device)
 
     def step() -> None:
         torch._foreach_mul_(grads, masks)

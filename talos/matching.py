@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import TalosValueError
 from .memory import place
 
-__all__ = ["match_tensors", "resolve_names"]
+__all__ = ["match_tensors", "resolve_names", "with_nearest"]
 
 # What wrappers call the module inside; no module of a model is called so.
 _HIDDEN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -76,7 +76,7 @@ def match_tensors(
     if missing:
         raise TalosValueError(
             f"{what} must name parameters of the model, got {len(missing)} that it lacks: "
-            + "; ".join(_with_nearest(name, params) for name in missing[:5])
+            + "; ".join(with_nearest(name, params) for name in missing[:5])
             + ("; ..." if len(missing) > 5 else "")
         )
     matched = {name: params[found[name]] for name in shapes}
@@ -101,6 +101,19 @@ def match_tensors(
     return matched
 
 
-def _with_nearest(name: str, params: Mapping[str, Tensor]) -> str:
+def with_nearest(name: str, params: Mapping[str, Tensor]) -> str:
+    """Say a name that is not known, and the known ones that are most like it.
+
+    Args:
+        name: the unknown one.
+        params: by the known names.
+
+    Returns:
+        For a message.
+
+    Example:
+        >>> with_nearest("a.wieght", {"a.weight": Tensor()})
+        'a.wieght (nearest: a.weight)'
+    """
     nearest = difflib.get_close_matches(name, params, n=2, cutoff=0.5)
     return f"{name} (nearest: {', '.join(nearest)})" if nearest else name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from talos.buffers import moved_buffers
 from talos.errors import TalosTypeError, TalosValueError
 from talos.fingerprints import fingerprints
 from talos.masks import Mask
-from talos.matching import resolve_names
+from talos.matching import resolve_names, with_nearest
 from talos.memory import check_separate, place
 from talos.params import named_buffers, named_parameters
 from talos_kernels import TensorIndex
@@ -146,7 +145,7 @@ def _refuse_lacking(what: str, other: str, lacking: list[str], known: Mapping[st
     if lacking:
         raise TalosValueError(
             f"{what} must have the weights of {other}, lacks {len(lacking)}: "
-            + "; ".join(_with_nearest(name, known) for name in lacking[:5])
+            + "; ".join(with_nearest(name, known) for name in lacking[:5])
         )
 
 
@@ -159,11 +158,6 @@ def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
             )
 
 
-def _with_nearest(name: str, known: Mapping[str, Tensor]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f"{name} (nearest: {', '.join(nearest)})" if nearest else name
-
-
 def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict[str, str]:
     """Our first name of each tensor of a mask."""
     first, known = ours.first_names(), resolve_names(mask.names, ours.tensors)
@@ -172,7 +166,7 @@ def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict
         own = first.get(known.get(name, ""), "")
         if own not in before:
             raise TalosValueError(
-                f"mask must name weights of base, got {_with_nearest(name, before)}"
+                f"mask must name weights of base, got {with_nearest(name, before)}"
             )
         if shape != tuple(before[own].shape):
             raise TalosValueError(
