@@ -27,9 +27,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._checks import check_flat, check_params, contiguous, dense_gradients, write_back
-from ._ops import define, increment_version, op_for
+from ._ops import define, op_for
 from .errors import TalosValueError
 from .index import Index
 
@@ -126,11 +127,7 @@ def _rounded(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), bits.view(torch.bfloat16), x.bfloat16())
 
 
-def _fake(*args: object) -> None:
-    return None
-
-
-define("sparse_adam_", SCHEMA, sparse_adam_reference, _fake)
+define("sparse_adam_", SCHEMA, sparse_adam_reference)
 
 
 def sparse_adam_(
