@@ -89,8 +89,7 @@ def add_delta_(
         check_flat("saved", saved, index, (params[0].dtype,))
     rows = contiguous(params)
     op_for("add_delta_", params[0].dtype, values.dtype)(rows, index.buffers, values, scale, saved)
-    with torch.no_grad():
-        write_back(params, rows)
+    write_back(params, rows)
     increment_version(params)
 
 

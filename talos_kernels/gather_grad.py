@@ -106,6 +106,5 @@ def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:
         return
     rows = contiguous(params)
     op_for("scatter_", params[0].dtype, values.dtype)(rows, index.buffers, values)
-    with torch.no_grad():
-        write_back(params, rows)
+    write_back(params, rows)
     increment_version(params)

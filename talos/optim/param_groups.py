@@ -18,6 +18,7 @@ __all__ = [
     "check_hyperparameters",
     "check_moments",
     "check_not_wrapped",
+    "check_same_parameters",
     "check_trainable",
     "module_of",
     "named_groups",
@@ -108,6 +109,20 @@ def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
                     "prefix the names of each module"
                 )
     return params
+
+
+def check_same_parameters(groups: Iterable[list[Tensor]], names: Mapping[Tensor, str]) -> None:
+    """Refuse regrouped parameters that are not exactly the named ones."""
+    every = [param for params in groups for param in params]
+    strange = [tuple(param.shape) for param in every if param not in names]
+    lost = [name for param, name in names.items() if param not in set(every)]
+    if strange or lost or len(every) != len(names):
+        raise TalosRuntimeError(
+            "param_groups must hold the parameters that the optimizer was made with, each "
+            f"once, lacks {', '.join(lost[:5]) or 'none'}, got others of shapes "
+            f"{strange[:5] or 'none'}; make a new optimizer, or call requires_grad_(False) on "
+            "parameters that should not be trained"
+        )
 
 
 def check_not_wrapped(model: nn.Module) -> None:
