@@ -24,7 +24,7 @@ from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Method, Phase, method_of
 from talos.optim.param_groups import check_hyperparameters
-from talos.reals import integer
+from talos.options import integer
 from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
 
@@ -203,7 +203,7 @@ class _Run:
                 yield from self._phase(phase)
             vector = phase.task_vector()
             if "moved_buffers" not in vector.metadata:  # SparseAdam says it by itself
-                told = buffers.tell(stacklevel=2)
+                told = buffers.metadata(stacklevel=2)
                 vector = replace(vector, metadata={**vector.metadata, **told})
             yield FineTuneFinished(vector, self.taken, self._seconds())
         finally:

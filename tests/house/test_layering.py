@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {"errors"},
-    {"tensors", "reals", "files", "architecture"},
+    {"tensors", "options", "files", "architecture"},
     {"names"},
     {"params", "masks"},
     {"batches"},
