@@ -27,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu) \
-	  examples/cpp/*.cpp tests/*.h tests/*.cpp)
+	  examples/cpp/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
 
 clean:
 	rm -rf build demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)

@@ -23,10 +23,10 @@ from benches import measure
 from benches.scoring import Batch, Scores, samples
 from benches.table import OURS, Record
 from talos import Mask
-from talos.demo.judge import calibration_batches
-from talos.models import ZeroShotClassifier, load_text_encoder
+from talos.app.demo.judge import calibration_batches
+from talos.app.models import ZeroShotClassifier, load_text_encoder
+from talos.app.tasks import load_task
 from talos.params import select_parameters
-from talos.tasks import load_task
 
 TASK, DENSITY, ROUNDS, SOFT = "character_kind", 0.1, 4, 0.01
 BATCH_SIZE, MAX_LENGTH = 16, 24

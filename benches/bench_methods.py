@@ -1,6 +1,6 @@
 """A whole training iteration, by method: the paper's table of costs, and strong baselines beside.
 
-`talos.costs` measures, and checks each form before it is timed. The ratios to non-linear
+`talos.app.costs` measures, and checks each form before it is timed. The ratios to non-linear
 fine-tuning stand beside the paper's. A form that cannot run here is named with its reason.
 """
 
@@ -11,8 +11,8 @@ import torch
 
 from benches import measure, other_libraries
 from benches.shapes import SHAPES
-from talos.costs import COMPILED, FORMS, Cost, make_workload
-from talos.costs import measure as measure_forms
+from talos.app.costs import COMPILED, FORMS, Cost, make_workload
+from talos.app.costs import measure as measure_forms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = {"cpu": 16, "cuda": 128}

@@ -19,8 +19,8 @@ from benches import forms, measure
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
-from talos.costs.step_bytes import sector_share
-from talos.costs.workload import QK_DENSITY
+from talos.app.costs.step_bytes import sector_share
+from talos.app.costs.workload import QK_DENSITY
 from talos_kernels import Index, gather_grad_, sddmm_
 
 FORMS = (OURS, "(a) product and gather")

@@ -15,7 +15,7 @@ import torch
 from benches import forms, measure
 from benches.shapes import ModelShape
 from benches.table import OURS, Record
-from talos.costs.workload import QK_DENSITY
+from talos.app.costs.workload import QK_DENSITY
 from talos_kernels._ops import cuda_backends
 from tests.cases import assert_bit_equal, assert_close
 

@@ -16,8 +16,8 @@ from benches.forms import parameters
 from benches.shapes import ModelShape
 from benches.table import OURS
 from benches.work import Work
-from talos.costs.step_bytes import sector_share
-from talos.costs.workload import QK_DENSITY
+from talos.app.costs.step_bytes import sector_share
+from talos.app.costs.workload import QK_DENSITY
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 from tests.cases import assert_bit_equal, assert_close
 

@@ -12,8 +12,8 @@ from benches import measure
 from benches.results_file import add_result, draw_costs
 from benches.shapes import SHAPES
 from benches.table import METHODS, Record, table_lines
-from talos.costs import Cost
-from talos.costs.results import table_lines as costs_lines
+from talos.app.costs import Cost
+from talos.app.costs.results import table_lines as costs_lines
 
 RECORDS = pytest.StashKey[list[Record]]()
 COSTS = pytest.StashKey[list[tuple[str, str, list[dict[str, Any]]]]]()

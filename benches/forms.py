@@ -20,8 +20,8 @@ import torch
 
 import talos
 from benches.shapes import ModelShape, TensorShape
-from talos.costs.step_bytes import dense_step, masked_step, sparse_step
-from talos.costs.workload import QK_DENSITY
+from talos.app.costs.step_bytes import dense_step, masked_step, sparse_step
+from talos.app.costs.workload import QK_DENSITY
 from talos_kernels._ops import CUDA_BACKENDS, cuda_backends
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8

@@ -17,11 +17,11 @@ import torch
 import talos
 from benches import measure
 from benches.table import Record
-from talos.demo.judge import Judge, load_tasks, training_batches
-from talos.demo.protocol import share
-from talos.demo.settings import TITLES, DemoSettings
+from talos.app.demo.judge import Judge, load_tasks, training_batches
+from talos.app.demo.protocol import share
+from talos.app.demo.settings import TITLES, DemoSettings
+from talos.app.models import load_text_encoder
 from talos.methods import METHODS, Lota, Method, method_of
-from talos.models import load_text_encoder
 
 SETTINGS = DemoSettings(task_count=2, methods=tuple(TITLES))
 FACTORS = (1 / 3, 1.0, 3.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from talos.costs.meters import (
+from talos.app.costs.meters import (
     clock,
     copy_bandwidth,
     median_and_spread,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from talos.costs import Form, Running, Workload
-from talos.costs.running import HYPER
+from talos.app.costs import Form, Running, Workload
+from talos.app.costs.running import HYPER
 
 RANK = 16
 PROJECTIONS = (["query", "value"], ["q", "v"], ["q_proj", "v_proj"])

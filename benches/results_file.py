@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from talos.costs.figure import memory_bars, time_bars
-from talos.costs.results import ratios
+from talos.app.costs.figure import memory_bars, time_bars
+from talos.app.costs.results import ratios
 
 KEY = ("op", "shape", "form")
 

@@ -32,7 +32,7 @@ import talos
 from benches import measure
 from benches.shapes import SHAPES
 from benches.table import OURS
-from talos.costs import library_model
+from talos.app.costs import library_model
 from talos.params import is_norm, select_parameters
 
 CLASSES = 64

@@ -4,7 +4,7 @@ Each model is the list of its parameters with the names its library gives them (
 tower; transformers' T5 and MiniLM), and with the rows that hold selected entries: after the four
 pruning rounds 99 % of the entries lie in Q and K, at a density of about .6 there, and the other
 tensors are frozen as a whole. A test compares the lists with the libraries' own models, which
-`talos.costs.library_model` makes.
+`talos.app.costs.library_model` makes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from talos.costs.workload import QK_DENSITY
+from talos.app.costs.workload import QK_DENSITY
 
 
 @dataclass(frozen=True)

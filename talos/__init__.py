@@ -12,21 +12,21 @@ only those, and edit models with the small task vectors that result:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .activations import checkpoint_frozen_mlps, few_bit_backward
-from .batches import choice_logits
-from .calibration import calibrate, fisher_diag
-from .errors import (
+from talos.activations import checkpoint_frozen_mlps, few_bit_backward
+from talos.batches import choice_logits
+from talos.calibration import calibrate, fisher_diag
+from talos.errors import (
     TalosError,
     TalosOSError,
     TalosRuntimeError,
     TalosTypeError,
     TalosValueError,
 )
-from .frozen import hold_frozen
-from .masks import Mask
-from .optim import SparseAdam
-from .task_vectors import ResidentVectors, TaskVector
-from .training import FineTuneFinished, FineTuneStep, fine_tune
+from talos.frozen import hold_frozen
+from talos.masks import Mask
+from talos.optim import SparseAdam
+from talos.task_vectors import ResidentVectors, TaskVector
+from talos.training import FineTuneFinished, FineTuneStep, fine_tune
 
 __all__ = [
     "FineTuneFinished",

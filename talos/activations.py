@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import TalosRuntimeError, TalosValueError
-from .params import named_modules
-from .structure import kind_of
+from talos.architecture.structure import kind_of
+from talos.errors import TalosRuntimeError, TalosValueError
+from talos.names import named_modules
 
 __all__ = ["checkpoint_frozen_mlps", "few_bit_backward"]
 
@@ -47,11 +47,11 @@ Forward = Callable[..., Tensor]
 def checkpoint_frozen_mlps(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Compute the MLPs whose weights are all frozen again in the backward.
 
-    An MLP is a module that holds nothing but the layers that `talos.structure` calls "mlp in" and
-    "mlp out", and activation functions; of BERT, whose layer holds the second one itself, the
-    module of the first one with its activation. It runs under `torch.utils.checkpoint` (not
-    reentrant), so that only its input is kept. Dropout draws the same numbers again. An MLP with
-    buffers is left out: what it notes in them it would note twice.
+    An MLP is a module that holds nothing but the layers that `talos.architecture.structure` calls
+    "mlp in" and "mlp out", and activation functions; of BERT, whose layer holds the second one
+    itself, the module of the first one with its activation. It runs under `torch.utils.checkpoint`
+    (not reentrant), so that only its input is kept. Dropout draws the same numbers again. An MLP
+    with buffers is left out: what it notes in them it would note twice.
 
     Cost: the products into the hidden layer and the activation run once more; the product out of it
     does not, for the recomputation stops when it has what the backward needs. With `n` tokens,

@@ -1,7 +1,5 @@
 """What a batch is: how a model is called on it, and where its labels are."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import TalosTypeError, TalosValueError
-from .params import unwrapped
+from talos.errors import TalosTypeError, TalosValueError
+from talos.names import unwrapped
 
 __all__ = [
     "choice_logits",

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .buffers import KeptBuffers, equal_bits
-from .errors import TalosRuntimeError, TalosTypeError
-from .trees import tensors_in
+from talos.errors import TalosRuntimeError, TalosTypeError
+from talos.tensors import KeptBuffers, equal_bits, tensors_in
 
 __all__ = ["Trial", "Watch", "same_bits"]
 

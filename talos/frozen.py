@@ -15,8 +15,6 @@ model is on a GPU, from where giving them back copies 4n bytes. Who else holds s
 finds it there.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buffers import equal_bits
-from .casts import Trial, Watch, same_bits
-from .errors import TalosRuntimeError, TalosTypeError
-from .params import named_modules, named_parameters
+from talos.casts import Trial, Watch, same_bits
+from talos.errors import TalosRuntimeError, TalosTypeError
+from talos.names import named_modules, named_parameters
+from talos.tensors import equal_bits
 
 __all__ = ["HeldWeights", "hold_frozen"]
 
@@ -52,7 +50,7 @@ class _Held:
     @classmethod
     def hold(
         cls, original: nn.Parameter, places: list[tuple[nn.Module, str]], dtype: torch.dtype
-    ) -> _Held:
+    ) -> "_Held":
         held = nn.Parameter(original.detach().to(dtype), requires_grad=False)
         if original.device.type != "cpu":
             aside = original.detach().cpu()
@@ -121,7 +119,7 @@ class HeldWeights:
                 f"{', '.join(written[:5])}, which are lost; load, edit or unfreeze after release"
             )
 
-    def __enter__(self) -> HeldWeights:
+    def __enter__(self) -> "HeldWeights":
         return self
 
     def __exit__(

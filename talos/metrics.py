@@ -1,7 +1,5 @@
 """Accuracies with confidence intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from talos.app.models import evaluation_mode
 from talos.batches import default_logits, labels_of
 from talos.errors import TalosValueError
-from talos.models import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ Three presets and any regular expression choose the tensors:
   GPT-2 has its queries and keys in columns and is refused, and so is a fused layer whose rows are
   not three times its inputs or not known to be thirds (`query_key_value`, `qkv_proj`).
 - `"attention"`, the projections to queries, keys and values and the one behind the heads, biases
-  included, every row and column of them (Jin 2025, arXiv 2407.07089). `talos.attention` says what
-  is attention; a module that is known in part is refused.
+  included, every row and column of them (Jin 2025, arXiv 2407.07089).
+  `talos.architecture.attention` says what is attention; a module that is known in part is refused.
 - anything else is a regular expression, tried with `re.search` on each name; what it matches is
   taken as it is, heads and embeddings too.
 
@@ -26,65 +26,57 @@ single module.
 import difflib
 import logging
 import re
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .attention import attention_projections
-from .computed import computed_weights
-from .errors import TalosTypeError, TalosValueError
-from .experts import expert_weights
-from .memory import check_separate, place
-from .projections import PACKED, SPLIT, Projection, is_linear, projections, roles_named
+from talos.architecture.attention import attention_projections
+from talos.architecture.computed import computed_weights
+from talos.architecture.experts import expert_weights
+from talos.architecture.projections import (
+    PACKED,
+    SPLIT,
+    Projection,
+    is_linear,
+    projections,
+    roles_named,
+)
+from talos.errors import TalosTypeError, TalosValueError
+from talos.names import named_modules, named_parameters, unwrapped
+from talos.tensors import check_separate, place
 
 __all__ = [
-    "Selected",
-    "Selection",
+    "Candidate",
+    "Candidates",
     "body",
     "check_one_memory",
-    "named_buffers",
-    "named_modules",
-    "named_parameters",
     "own_parameters",
     "select_attention",
     "select_parameters",
-    "unwrapped",
 ]
 
 Rows = tuple[int, int]
+
+
 Modules = dict[str, nn.Module]
+
 
 _logger = logging.getLogger(__name__)
 
-# Where a wrapper is defined, its class, the attribute that holds the wrapped module. A wrapper
-# whose home was never imported wraps nothing, so none is imported for the sake of the question.
-_WRAPPERS = (
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    (
-        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        "ActivationWrapper",
-        "_checkpoint_wrapped_module",
-    ),
-    (
-        "torch.distributed.fsdp.fully_sharded_data_parallel",
-        "FullyShardedDataParallel",
-        "_fsdp_wrapped_module",
-    ),
-)
+
 _HEADS = (
     *("head", "heads", "classifier", "pre_classifier", "lm_head", "score", "fc"),
     *("visual_projection", "text_projection"),  # CLIP's last layer, a bare parameter in open_clip
 )
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class Selected:
+class Candidate:
     """A parameter that may be selected.
 
     Attributes:
@@ -103,7 +95,7 @@ class Selected:
         return (self.rows[1] - self.rows[0]) * (self.param.numel() // max(len(self.param), 1))
 
 
-class Selection(dict[str, Selected]):
+class Candidates(dict[str, Candidate]):
     """The selected parameters by name, in the order of the model.
 
     Attributes:
@@ -116,94 +108,6 @@ class Selection(dict[str, Selected]):
     def rows(self) -> dict[str, Rows]:
         """The row ranges of those parameters of which not every row may be selected."""
         return {name: each.rows for name, each in self.items() if each.rows is not None}
-
-
-def _wrappers() -> dict[type, str]:
-    """The classes of wrappers that were imported, each with its attribute for what it wraps."""
-    found = [(getattr(sys.modules.get(home), kind, None), name) for home, kind, name in _WRAPPERS]
-    return {kind: name for kind, name in found if kind is not None}
-
-
-def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
-    """The attribute that holds the wrapped module, or None where `module` wraps nothing."""
-    if not isinstance(module, tuple(wrappers)):
-        return None
-    return next(name for kind, name in wrappers.items() if isinstance(module, kind))
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DDP, FSDP and checkpoint wrappers, or `module` itself."""
-    wrappers = _wrappers()
-    while (attribute := _wrapped_attribute(module, wrappers)) is not None:
-        module = getattr(module, attribute)
-    return module
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` with names as if nothing were wrapped.
-
-    Wrappers (`torch.compile`, DataParallel, DDP, FSDP, activation checkpointing) are known by their
-    type: a module that is really called "module" keeps its name.
-
-    Args:
-        model: any module.
-
-    Yields:
-        Name and module, each module once. A wrapper and what it wraps have the same name.
-    """
-    seen: set[int] = set()
-    wrappers = _wrappers()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        hidden = _wrapped_attribute(module, wrappers)
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                own = path if name == hidden else f"{path}.{name}" if path else name
-                waiting.append((own, child))
-
-
-def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """The parameters of `model` by names without wrappers, tied ones once, under their first name.
-
-    Tied are parameters that are one memory, also where they are two objects.
-
-    Args:
-        model: any module.
-        remove_duplicate: False: a tied parameter comes under every one of its names.
-
-    Returns:
-        Name and parameter in the order of `model.named_parameters()`.
-
-    Example:
-        >>> import torch, talos.params
-        >>> model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3)))
-        >>> list(talos.params.named_parameters(model))
-        ['0.weight', '0.bias']
-    """
-    found: dict[str, nn.Parameter] = {}
-    seen: set[Hashable] = set()
-    for module_name, module in named_modules(model):
-        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            where = place(param)
-            if not remove_duplicate or where not in seen:
-                seen.add(where)
-                found[f"{module_name}.{name}" if module_name else name] = param
-    return found
-
-
-def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of `model` by names without wrappers, under every one of their names."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in named_modules(model)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -387,7 +291,7 @@ def _check_tensor(name: str, param: nn.Parameter) -> None:
         )
 
 
-def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
+def select_parameters(model: nn.Module, params: str = "maskable") -> Candidates:
     """Chooses the parameters that may be scored and selected.
 
     Parameters with requires_grad=False are passed over: that is how a user says that a part of the
@@ -425,13 +329,13 @@ def select_parameters(model: nn.Module, params: str = "maskable") -> Selection:
     _check_computed(modules, params)
     named = named_parameters(model)
     taken = _preset(model, modules, params) if params in _PRESETS else _matching(named, params)
-    selection = Selection()
+    selection = Candidates()
     for name, param in named.items():
         if place(param) not in taken:
             continue
         if param.requires_grad:
             _check_tensor(name, param)
-            selection[name] = Selected(param, taken[place(param)])
+            selection[name] = Candidate(param, taken[place(param)])
         else:
             selection.passed_over += 1
     if not taken:

@@ -1,7 +1,5 @@
 """Real numbers as people hand them over: Python's, NumPy's, tensors of one element."""
 
-from __future__ import annotations
-
 import operator
 from numbers import Real
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .errors import TalosValueError
+from talos.errors import TalosValueError
 
 __all__ = ["as_real", "integer"]
 

@@ -7,8 +7,6 @@
 business: see `talos.methods`.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import frozen
-from .batches import default_logits, labels_of
-from .buffers import WatchedBuffers
-from .errors import TalosTypeError, TalosValueError
-from .masks import Mask
-from .methods import LogitsFunction, Method, Phase, method_of
-from .param_groups import check_hyperparameters
-from .reals import integer
-from .task_vectors import TaskVector
+from talos import frozen
+from talos.batches import default_logits, labels_of
+from talos.errors import TalosTypeError, TalosValueError
+from talos.masks import Mask
+from talos.methods import LogitsFunction, Method, Phase, method_of
+from talos.optim.param_groups import check_hyperparameters
+from talos.reals import integer
+from talos.task_vectors import TaskVector
+from talos.tensors import WatchedBuffers
 
 __all__ = ["FineTuneFinished", "FineTuneStep", "fine_tune"]
 

@@ -1,7 +1,5 @@
 """Checks that every public function makes on entry, before anything is written."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

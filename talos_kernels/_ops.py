@@ -7,8 +7,6 @@ Python. On CUDA devices Triton's kernels run where Triton is and the library's w
 where both are, `CUDA_BACKENDS` says which.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

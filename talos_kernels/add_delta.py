@@ -8,8 +8,6 @@ In bf16 adding and then subtracting is not the identity, so `revert_delta_` writ
 back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -16,8 +16,6 @@ Cheap relatives serve vectors (a bias; the gain of a norm, whose dY is dy * xhat
 Source: TaLoS, arXiv 2504.02620, section 4.1 (the sensitivity of a parameter).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ out[rank(t, j)] <- [out[rank(t, j)] +] grads[t][j]      for every selected entry
 params[t][j]    <- values[rank(t, j)]                   (`scatter_`)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -16,8 +16,6 @@ A program takes one block of 2048 dense entries (`full`, `bitmap`) or one segmen
 A block without a selected entry has no program: of a fused QKV, the values' third.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -71,7 +69,7 @@ class Index:
     programs: Tensor
 
     @classmethod
-    def pack(cls, parts: Sequence[TensorIndex], device: torch.device | str = "cpu") -> Index:
+    def pack(cls, parts: Sequence[TensorIndex], device: torch.device | str = "cpu") -> "Index":
         """Pack the indices of many tensors.
 
         Args:
@@ -105,7 +103,7 @@ class Index:
         )
 
     @classmethod
-    def from_buffers(cls, buffers: Sequence[Tensor]) -> Index:
+    def from_buffers(cls, buffers: Sequence[Tensor]) -> "Index":
         """The index whose `buffers` these are; reads the table (a host sync on a GPU)."""
         words, positions, starts, table, programs = buffers
         rows = table.cpu()
@@ -149,7 +147,7 @@ class Index:
             ends.append(ends[-1] + nnz)
         return tuple(slice(a, b) for a, b in pairwise(ends))
 
-    def split(self) -> list[Index]:
+    def split(self) -> "list[Index]":
         """One index a tensor; the bitmaps and positions are views of this one's."""
         parts = []
         for part in _parts(self.buffers, self.numels, self.nnzs):  # a host sync on a GPU
@@ -167,7 +165,7 @@ class Index:
             )
         return parts
 
-    def to(self, device: torch.device | str) -> Index:
+    def to(self, device: torch.device | str) -> "Index":
         """The same index on another device."""
         moved = [buffer.to(device) for buffer in self.buffers]
         return Index(self.numels, self.nnzs, *moved)

@@ -10,8 +10,6 @@ work on whole tiles; tiles without one are passed over. The field calls the oper
 dense-dense matrix multiplication).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

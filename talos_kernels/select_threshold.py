@@ -13,8 +13,6 @@ an entry, with 16 KB of counts at most. Integers are counted, so no order of add
 split of the tensors over processes, changes the result.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Sequence

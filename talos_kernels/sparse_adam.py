@@ -23,8 +23,6 @@ Bytes moved at least, N entries in the touched tensors, f the share of 32-byte s
 2 N f b_param + [N f | compact: nnz] b_grad + nnz (4 b_moment + index [+ 8 master])
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

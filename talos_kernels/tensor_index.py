@@ -15,8 +15,6 @@ positions and ranks are int64: a tensor may have more than 2**31 entries.
 `TensorIndex` encodes one tensor; `index.Index` packs many of them for one kernel launch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +69,7 @@ class TensorIndex:
     starts: Tensor
 
     @classmethod
-    def encode(cls, dense: Tensor) -> TensorIndex:
+    def encode(cls, dense: Tensor) -> "TensorIndex":
         """Encode a dense selection.
 
         Args:
@@ -98,7 +96,7 @@ class TensorIndex:
         return cls._from_sorted(torch.cat(positions) if positions else _empty_int64(), numel)
 
     @classmethod
-    def from_positions(cls, positions: Tensor, numel: int) -> TensorIndex:
+    def from_positions(cls, positions: Tensor, numel: int) -> "TensorIndex":
         """Encode from flat positions.
 
         Args:
@@ -143,7 +141,7 @@ class TensorIndex:
         words: Tensor | None = None,
         positions: Tensor | None = None,
         counts: Tensor | None = None,
-    ) -> TensorIndex:
+    ) -> "TensorIndex":
         """Rebuild an index from what a file holds, checking all of it.
 
         Args:
@@ -191,18 +189,18 @@ class TensorIndex:
         raise TalosValueError(f"encoding must be one of {ENCODINGS}, got {encoding!r}")
 
     @classmethod
-    def _full(cls, numel: int) -> TensorIndex:
+    def _full(cls, numel: int) -> "TensorIndex":
         return cls(numel, numel, "full", _empty_int32(), _empty_uint16(), _empty_int64())
 
     @classmethod
-    def _from_words(cls, words: Tensor, numel: int) -> TensorIndex:
+    def _from_words(cls, words: Tensor, numel: int) -> "TensorIndex":
         per_block = words.view(-1, BLOCK_SIZE // WORD_SIZE)
         starts = torch.zeros(per_block.shape[0] + 1, dtype=torch.int64, device="cpu")
         starts[1:] = popcount(per_block).sum(1, dtype=torch.int64).cumsum(0)
         return cls(numel, int(starts[-1]), "bitmap", words, _empty_uint16(), starts)
 
     @classmethod
-    def _from_sorted(cls, positions: Tensor, numel: int) -> TensorIndex:
+    def _from_sorted(cls, positions: Tensor, numel: int) -> "TensorIndex":
         edges = (
             torch.arange(blocks_of(numel, SEGMENT_SIZE) + 1, dtype=torch.int64, device="cpu")
             * SEGMENT_SIZE
@@ -275,7 +273,7 @@ class TensorIndex:
         rank = self.starts[block] + in_block + lower
         return torch.where((bits >> bit) & 1 == 1, rank, -1)
 
-    def intersection_nnz(self, other: TensorIndex) -> int:
+    def intersection_nnz(self, other: "TensorIndex") -> int:
         """Number of entries that both select, counted on the compressed form."""
         if self.encoding == "full":
             return other.nnz
@@ -287,7 +285,7 @@ class TensorIndex:
             return other.intersection_nnz(self)
         return int((other.rank(self.positions_int64()) >= 0).sum())
 
-    def __and__(self, other: TensorIndex) -> TensorIndex:
+    def __and__(self, other: "TensorIndex") -> "TensorIndex":
         """Entries that both select."""
         self._check_same_size(other)
         if self.encoding == "full":
@@ -301,7 +299,7 @@ class TensorIndex:
         own = self.positions_int64()
         return self.from_positions(own[other.rank(own) >= 0], self.numel)
 
-    def __or__(self, other: TensorIndex) -> TensorIndex:
+    def __or__(self, other: "TensorIndex") -> "TensorIndex":
         """Entries that either selects."""
         self._check_same_size(other)
         if self.encoding == "full" or other.nnz == 0:
@@ -336,13 +334,13 @@ class TensorIndex:
             self.numel, self.nnz, self.encoding, self.words, positions, self.starts,
         )  # fmt: skip
 
-    def _recoded(self) -> TensorIndex:
+    def _recoded(self) -> "TensorIndex":
         """The same selection in the encoding that its density asks for."""
         if self.nnz == self.numel or self.nnz < U16_DENSITY * self.numel or self.nnz == 0:
             return self.from_positions(self.positions_int64(), self.numel)
         return self
 
-    def _check_same_size(self, other: TensorIndex) -> None:
+    def _check_same_size(self, other: "TensorIndex") -> None:
         if self.numel != other.numel:
             raise TalosValueError(
                 "indices must cover tensors of one size, "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.errors import TalosError
-from talos.params import named_parameters
+from talos.names import named_parameters
 
 KINDS = (
     *("own", "tied", "aliased", "overlapping", "expanded", "transposed", "channels last"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import talos
 from talos.errors import TalosValueError
-from talos.memory import check_separate, place
+from talos.tensors import check_separate, place
 
 
 def addresses(tensor: Tensor) -> list[int]:

@@ -9,7 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from talos.calibration import fisher_diag
 from talos.errors import TalosTypeError, TalosValueError
-from talos.params import named_parameters, select_parameters
+from talos.names import named_parameters
+from talos.params import select_parameters
 
 E = 8
 

@@ -1,12 +1,12 @@
-"""`talos.trees`: the one walk over nested tensors, and what the costs add to it."""
+"""`talos.tensors`: the one walk over nested tensors, and what the costs add to it."""
 
 from collections import OrderedDict, defaultdict
 
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from talos.costs.running import stored_in
-from talos.trees import tensors_in
+from talos.app.costs.running import stored_in
+from talos.tensors import tensors_in
 
 
 def test_nested_tensors_come_in_order_and_whole() -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from talos.costs import meters
+from talos.app.costs import meters
 
 Work = Callable[[], object]
 

@@ -17,7 +17,7 @@ def step(shape: str, density: float, form: str, how: str) -> str:
 
 
 def method(model: str, form: str) -> str:
-    """Of the stage `methods`; form: the name of a `talos.costs` form, as `nonlinear`."""
+    """Of the stage `methods`; form: the name of a `talos.app.costs` form, as `nonlinear`."""
     return f"{model}, {form}"
 
 

@@ -7,7 +7,7 @@ from benches.shapes import SHAPES, ModelShape, TensorShape
 
 @dataclass(frozen=True)
 class Iteration:
-    """A whole training iteration: a model of `talos.costs.MODELS` and what it reads."""
+    """A whole training iteration: a model of `talos.app.costs.MODELS` and what it reads."""
 
     model: str
     batch: int
@@ -71,9 +71,9 @@ class Sizes:
 
 # What a device cannot change, what compiles for minutes, and what `tests` has run.
 _NO_DEVICE = (
-    *("aot", "csrc", "csrc_cuda", "nvcc", "sass", "house", "layering", "docs", "readme"),
-    *("gpu_schedule", "gpu_stages", "examples", "demo", "cli", "bench_shapes", "benches"),
-    *("triton", "triton_primitives", "ops"),
+    *("app", "house", "benches"),
+    *(f"kernels/test_{name}.py" for name in ("aot", "csrc", "csrc_cuda", "nvcc", "sass")),
+    *(f"kernels/test_{name}.py" for name in ("triton", "triton_primitives", "ops")),
 )
 
 FULL = Sizes(
@@ -98,19 +98,19 @@ FULL = Sizes(
     tests=(
         "tests/gpu",
         "--ignore=tests/gpu/test_steps.py",  # the stage runs its checks by itself, one by one
-        "tests/test_triton.py",
-        "tests/test_triton_primitives.py",
-        "tests/test_ops.py",
-        "tests/test_fisher_diag.py",
-        "tests/test_sddmm.py",
-        "tests/test_resident_vectors.py",
-        "tests/test_task_vectors.py",
+        "tests/kernels/test_triton.py",
+        "tests/kernels/test_triton_primitives.py",
+        "tests/kernels/test_ops.py",
+        "tests/kernels/test_fisher_diag.py",
+        "tests/kernels/test_sddmm.py",
+        "tests/task_vectors/test_resident_vectors.py",
+        "tests/task_vectors/test_task_vectors.py",
         *("-k", "gpu or triton or cuda and not reference", "-m", "not slow"),
     ),
     other_tests=(
         "tests",
         "--ignore=tests/gpu",
-        *(f"--ignore=tests/test_{name}.py" for name in _NO_DEVICE),
+        *(f"--ignore=tests/{name}" for name in _NO_DEVICE),
         *("-m", "not slow"),
     ),
 )
@@ -141,6 +141,6 @@ TINY = Sizes(
     queued=Iteration("minilm", 2, layers=1),
     chunks=(256,),
     processes=1,
-    tests=("tests/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
-    other_tests=("tests/test_index.py", "-k", "empty"),
+    tests=("tests/task_vectors/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
+    other_tests=("tests/kernels/test_index.py", "-k", "empty"),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from benches.gpu.context import DONE, FAILED, LATE, RUNNING, StageResult, read_stage
 from benches.gpu.predictions import PREDICTIONS, Prediction
-from talos.costs.results import table_lines as costs_lines
+from talos.app.costs.results import table_lines as costs_lines
 
 UNITS: dict[str, tuple[str, float, str]] = {
     "seconds": ("ms", 1e-3, "{:.4g}"),

@@ -20,9 +20,9 @@ The safetensors library reads and checks what it defines; here is what it does n
 identity, keys that come twice, and writing atomically, in equal bytes, one tensor at a time.
 """
 
-from .atomic import atomic_write
-from .checked import load_file, save_file
-from .entries import check_entries
-from .writer import write_tensors
+from talos.files.atomic import atomic_write
+from talos.files.checked import load_file, save_file
+from talos.files.entries import check_entries
+from talos.files.writer import write_tensors
 
 __all__ = ["atomic_write", "check_entries", "load_file", "save_file", "write_tensors"]

@@ -1,7 +1,5 @@
 """Writing a file so that its readers find the old one or the whole new one, never a mix."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Files of masks and task vectors: identity, version and checksums around the buffers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-
-from .reader import opened, parse_json
-from .writer import DTYPES, bytes_of, code_of, write_tensors
+from talos.files.reader import opened, parse_json
+from talos.files.writer import DTYPES, bytes_of, code_of, write_tensors
 
 __all__ = ["VERSION", "load_file", "save_file"]
 

@@ -1,7 +1,5 @@
 """The list of tensors in a file's metadata, checked before a size in it is used."""
 
-from __future__ import annotations
-
 from collections import Counter
 from math import prod
 from typing import Any

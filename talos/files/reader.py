@@ -1,7 +1,5 @@
 """Opening safetensors files that are not trusted."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import stat

@@ -7,8 +7,6 @@ The safetensors library reads these files. It does not write them, because its `
 - writes to a temporary file of its own, which replaces the one that is synchronised here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,8 +17,7 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-
-from .atomic import atomic_write
+from talos.files.atomic import atomic_write
 
 __all__ = ["DTYPES", "bytes_of", "code_of", "write_tensors"]
 

@@ -11,8 +11,6 @@
 | `random`, `magnitude` | as many entries as TaLoS, drawn or by size: controls |
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
@@ -20,16 +18,15 @@ from typing import Any
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
-
-from .attention_only import AttentionOnly
-from .base import Hyperparameters, LogitsFunction, Method, Phase
-from .l_lora import LLora
-from .linearized import Linearized, LinearizedModel
-from .lota import Lota
-from .magnitude import Magnitude
-from .nonlinear import Nonlinear
-from .random import Random
-from .talos import Talos
+from talos.methods.attention_only import AttentionOnly
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
+from talos.methods.l_lora import LLora
+from talos.methods.linearized import Linearized, LinearizedModel
+from talos.methods.lota import Lota
+from talos.methods.magnitude import Magnitude
+from talos.methods.nonlinear import Nonlinear
+from talos.methods.random import Random
+from talos.methods.talos import Talos
 
 __all__ = [
     "METHODS",

@@ -7,16 +7,13 @@ Source: Jin et al. 2025, "Fine-tuning attention modules only: enhancing weight d
 task arithmetic", arXiv 2407.07089.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn
 
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
+from talos.methods.nonlinear import Dense
 from talos.params import select_attention
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase
-from .nonlinear import Dense
 
 __all__ = ["AttentionOnly"]
 

@@ -6,8 +6,6 @@ vector is; a method of several phases names the next one in `following`. `talos.
 them; nothing here loops.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosValueError
-from talos.params import check_one_memory, named_parameters, unwrapped
+from talos.names import named_parameters, unwrapped
+from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
 
 __all__ = ["Hyperparameters", "LogitsFunction", "Method", "Phase"]
@@ -85,7 +84,7 @@ class Phase(ABC):
         """Change the weights."""
         self.optimizer.step()
 
-    def following(self) -> Phase | None:
+    def following(self) -> "Phase | None":
         """The phase that comes after this one; None: training is over."""
         return None
 

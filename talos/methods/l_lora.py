@@ -16,8 +16,6 @@ Source: Tang et al. 2024, "Parameter-efficient multi-task model fusion with part
 arXiv 2310.04742.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import weakref
@@ -28,15 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from talos.architecture.projections import Projection
 from talos.errors import TalosValueError
-from talos.linear_backward import route, unroute
 from talos.masks import Mask
-from talos.param_groups import several_processes
-from talos.params import select_attention
-from talos.projections import Projection
-from talos.task_vectors import TaskVector
-
-from .base import (
+from talos.methods.base import (
     Hyperparameters,
     LogitsFunction,
     Method,
@@ -45,7 +38,11 @@ from .base import (
     check_seed,
     untrained,
 )
-from .nonlinear import clip
+from talos.methods.nonlinear import clip
+from talos.optim.linear_backward import route, unroute
+from talos.optim.param_groups import several_processes
+from talos.params import select_attention
+from talos.task_vectors import TaskVector
 
 __all__ = ["LLora", "first_factor"]
 
@@ -145,7 +142,7 @@ class _Adapter:
 
 
 class _Weight:
-    """A weight whose gradient goes to its adapters: a `talos.linear_backward.Receiver`."""
+    """A weight whose gradient goes to its adapters: a `talos.optim.linear_backward.Receiver`."""
 
     def __init__(self, adapters: list[_Adapter]) -> None:
         self.param: Tensor = adapters[0].param
@@ -256,6 +253,6 @@ def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
     if not found:
         raise TalosValueError(
             "model must have query or value projections that require a gradient, got none whose "
-            "names are known; talos.projections lists those that are"
+            "names are known; talos.architecture.projections lists those that are"
         )
     return found

@@ -10,8 +10,6 @@ checkpointing is not possible: torch refuses it inside of `jvp`.
 Source: Ortiz-Jimenez et al. 2023, "Task arithmetic in the tangent space", arXiv 2305.12827.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
 from talos.errors import TalosTypeError
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase, check_bare, trainable
-from .nonlinear import Dense
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, check_bare, trainable
+from talos.methods.nonlinear import Dense
 
 __all__ = ["Linearized", "LinearizedModel"]
 
@@ -41,7 +38,7 @@ class LinearizedModel(nn.Module):
     Args:
         model: the model; its modules' modes count as they are at each call.
         logits_fn: `logits_fn(model, batch)`, the function that is expanded.
-        base: theta_0 by the names of `talos.params.named_parameters`, shared and not copied; None:
+        base: theta_0 by the names of `talos.names.named_parameters`, shared and not copied; None:
             a copy of the weights as they are now.
 
     Attributes:

@@ -7,18 +7,13 @@
 Source: Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from talos.buffers import KeptBuffers
 from talos.masks import Mask
-from talos.param_groups import check_not_wrapped, check_trainable
-
-from .base import (
+from talos.methods.base import (
     Hyperparameters,
     LogitsFunction,
     Method,
@@ -27,8 +22,10 @@ from .base import (
     check_positive,
     trainable,
 )
-from .nonlinear import Dense
-from .talos import Sparse
+from talos.methods.nonlinear import Dense
+from talos.methods.talos import Sparse
+from talos.optim.param_groups import check_not_wrapped, check_trainable
+from talos.tensors import KeptBuffers
 
 __all__ = ["Lota"]
 

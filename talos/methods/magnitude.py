@@ -1,7 +1,5 @@
 """Masks by the magnitude of the pretrained weights: the control that needs no data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +7,9 @@ from torch import nn
 
 from talos.errors import TalosValueError
 from talos.masks import Mask
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, check_density
+from talos.methods.talos import Sparse
 from talos.params import select_parameters
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density
-from .talos import Sparse
 
 __all__ = ["Magnitude"]
 

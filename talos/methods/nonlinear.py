@@ -3,8 +3,6 @@
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable, untrained
 from talos.task_vectors import TaskVector
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase, trainable, untrained
 
 __all__ = ["Dense", "Nonlinear"]
 

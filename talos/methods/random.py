@@ -1,7 +1,5 @@
 """Random masks: the control that tells what calibration is worth at the same density."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +7,16 @@ import torch
 from torch import nn
 
 from talos.masks import Mask
+from talos.methods.base import (
+    Hyperparameters,
+    LogitsFunction,
+    Method,
+    Phase,
+    check_density,
+    check_seed,
+)
+from talos.methods.talos import Sparse
 from talos.params import select_parameters
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase, check_density, check_seed
-from .talos import Sparse
 
 __all__ = ["Random"]
 

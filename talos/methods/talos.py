@@ -3,8 +3,6 @@
 Source: arXiv 2504.02620, equation 8.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +12,10 @@ from torch import Tensor, nn
 
 from talos.errors import TalosTypeError
 from talos.masks import Mask
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
 from talos.optim import SparseAdam
-from talos.param_groups import several_processes
+from talos.optim.param_groups import several_processes
 from talos.task_vectors import TaskVector
-
-from .base import Hyperparameters, LogitsFunction, Method, Phase
 
 __all__ = ["Sparse", "Talos"]
 

@@ -1,6 +1,6 @@
 """Task vectors: what fine-tuning changed, as a small value to add, scale and apply."""
 
-from .resident import ResidentVectors
-from .vector import TaskVector
+from talos.task_vectors.resident import ResidentVectors
+from talos.task_vectors.vector import TaskVector
 
 __all__ = ["ResidentVectors", "TaskVector"]

@@ -1,7 +1,5 @@
 """The operators of a vector space, from one weighted sum."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from numbers import Real

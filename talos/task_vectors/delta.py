@@ -1,7 +1,5 @@
 """Values at the entries of a mask: what a task vector is before it knows models and files."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import Any, Self
@@ -9,11 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from talos.describe import text_table
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
-
-from .sums import same_order, slices_of, spread
+from talos.masks.table import text_table
+from talos.task_vectors.sums import same_order, slices_of, spread
 
 __all__ = ["SparseDelta"]
 
@@ -124,7 +121,7 @@ class SparseDelta:
         ]
         return text_table([header, *lines])
 
-    def allclose(self, other: SparseDelta, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+    def allclose(self, other: "SparseDelta", rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether |self - other| <= atol + rtol |other| at every entry that either selects."""
         union = self.mask if same_order(self.mask, other.mask) else self.mask | other.mask
         return torch.allclose(

@@ -1,23 +1,18 @@
 """The difference of two models at the selected entries."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from talos.buffers import moved_buffers
 from talos.errors import TalosTypeError, TalosValueError
-from talos.fingerprints import fingerprints
 from talos.masks import Mask
-from talos.matching import resolve_names, with_nearest
-from talos.memory import check_separate, place
-from talos.params import named_buffers, named_parameters
+from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
+from talos.task_vectors.fingerprints import fingerprints
+from talos.task_vectors.sums import slices_of
+from talos.tensors import check_separate, moved_buffers, place
 from talos_kernels import TensorIndex
-
-from .sums import slices_of
 
 __all__ = ["Weights", "difference"]
 
@@ -72,7 +67,7 @@ class _Named:
     integers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, what: str, model: Weights) -> _Named:
+    def of(cls, what: str, model: Weights) -> "_Named":
         if isinstance(model, nn.Module):
             found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
             buffers = named_buffers(model)

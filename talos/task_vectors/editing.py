@@ -1,7 +1,5 @@
 """Put a sparse delta on a model's weights, and take it off bit for bit."""
 
-from __future__ import annotations
-
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.fingerprints import Edit
 from talos.masks import Mask
-from talos.matching import match_tensors
-from talos.memory import check_separate
-from talos.params import named_buffers, named_parameters
+from talos.names import match_tensors, named_buffers, named_parameters
 from talos.reals import as_real
+from talos.task_vectors.fingerprints import Edit
+from talos.task_vectors.sums import slices_of
+from talos.tensors import check_separate
 from talos_kernels import Index, add_delta_, revert_delta_
-
-from .sums import slices_of
 
 __all__ = [
     "ModelEdit",

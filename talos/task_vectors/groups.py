@@ -1,19 +1,16 @@
 """The weights of one device and dtype, with many deltas ready to be put on them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from talos.memory import place
+from talos.task_vectors.editing import check_sums, may_overflow
+from talos.task_vectors.sums import slices_of
+from talos.task_vectors.vector import TaskVector
+from talos.tensors import place
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
-
-from .editing import check_sums, may_overflow
-from .sums import slices_of
-from .vector import TaskVector
 
 __all__ = ["Scaled", "WeightGroup", "weight_groups"]
 

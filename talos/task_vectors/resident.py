@@ -6,8 +6,6 @@ exchange of one task for another, moves the selected entries and nothing else: n
 or loaded, nothing is allocated, and the host never waits for a device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.fingerprints import Edit
-from talos.memory import check_separate, place
-
-from .editing import check_base, check_scale, touched_weights
-from .groups import Scaled, weight_groups
-from .vector import TaskVector
+from talos.task_vectors.editing import check_base, check_scale, touched_weights
+from talos.task_vectors.fingerprints import Edit
+from talos.task_vectors.groups import Scaled, weight_groups
+from talos.task_vectors.vector import TaskVector
+from talos.tensors import check_separate, place
 
 __all__ = ["ResidentVectors"]
 

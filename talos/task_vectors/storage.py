@@ -1,7 +1,5 @@
 """Task vectors in files."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -13,8 +11,7 @@ from torch import Tensor
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file, write_tensors
 from talos.masks import Mask
-
-from .sums import slices_of
+from talos.task_vectors.sums import slices_of
 
 __all__ = ["export_dense", "load_parts", "save_parts"]
 

@@ -6,8 +6,6 @@ over the union of the selections. Nothing is made dense: a term's ranks in the u
 on the compressed form, so that the peak is the result and one tensor's positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_

@@ -7,8 +7,6 @@
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from talos.buffers import warn_of_moved
 from talos.errors import TalosValueError
-from talos.fingerprints import fingerprint
 from talos.masks import Mask
-
-from .arithmetic import VectorSpace
-from .delta import SparseDelta
-from .differences import Weights, difference
-from .editing import ModelEdit, check_scale
-from .storage import export_dense, load_parts, save_parts
-from .sums import is_sum, sources, weighted_sum
+from talos.task_vectors.arithmetic import VectorSpace
+from talos.task_vectors.delta import SparseDelta
+from talos.task_vectors.differences import Weights, difference
+from talos.task_vectors.editing import ModelEdit, check_scale
+from talos.task_vectors.fingerprints import fingerprint
+from talos.task_vectors.storage import export_dense, load_parts, save_parts
+from talos.task_vectors.sums import is_sum, sources, weighted_sum
+from talos.tensors import warn_of_moved
 
 __all__ = ["TaskVector"]
 
@@ -76,7 +73,7 @@ class TaskVector(SparseDelta, VectorSpace):
         *,
         strict: bool = True,
         metadata: Mapping[str, Any] | None = None,
-    ) -> TaskVector:
+    ) -> "TaskVector":
         """The difference of two models.
 
         Args:
@@ -108,7 +105,7 @@ class TaskVector(SparseDelta, VectorSpace):
         return cls(kept, values, found, {**(metadata or {}), **left_out})
 
     @classmethod
-    def combine(cls, terms: Iterable[tuple[float, TaskVector]]) -> TaskVector:
+    def combine(cls, terms: "Iterable[tuple[float, TaskVector]]") -> "TaskVector":
         """The weighted sum of many task vectors in one pass, over the union of their masks.
 
         Args:
@@ -263,7 +260,7 @@ class TaskVector(SparseDelta, VectorSpace):
         save_parts(path, self.mask, values, self.fingerprints, self.metadata, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TaskVector:
+    def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
         """Read a vector from a file, checking all of it.
 
         Raises:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from talos_kernels import _ops
-from tests import test_csrc_cuda as csrc
+from tests.kernels import test_csrc_cuda as csrc
 
 test_sparse_adam = csrc.test_sparse_adam_is_the_references
 test_every_instance = csrc.test_every_instance_is_the_references

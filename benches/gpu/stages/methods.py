@@ -1,7 +1,7 @@
 """A whole training iteration by method, at the paper's batch sizes, under bf16 autocast.
 
-`talos.costs` measures: a form's loss, and its gradient where it trains the mask, are those of the
-forms before it, and nothing moves that must not. The paper's five methods come first, of all
+`talos.app.costs` measures: a form's loss, and its gradient where it trains the mask, are those of
+the forms before it, and nothing moves that must not. The paper's five methods come first, of all
 models; then the best that torch does by itself, compiled code, and other libraries.
 """
 
@@ -14,7 +14,7 @@ from benches import other_libraries
 from benches.gpu import keys
 from benches.gpu.context import Context, stage_main
 from benches.gpu.sizes import Iteration
-from talos.costs import COMPILED, FORMS, Agreement, Form, Workload, make_workload, measure
+from talos.app.costs import COMPILED, FORMS, Agreement, Form, Workload, make_workload, measure
 
 PAPER = ("talos", "nonlinear", "linearized", "l_lora", "lota")
 LARGE = ("nonlinear", "linearized")

@@ -277,7 +277,11 @@ SWEEPS = (
     Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, False),
     Sweep(f"{TRITON}.sddmm", "plan", dict(product_plans()), product),
     Sweep(
-        "talos.capture", "_QUEUE_BYTES", {f"{n} MB": n << 20 for n in (32, 8, 128)}, queued, False
+        "talos.calibration.capture",
+        "_QUEUE_BYTES",
+        {f"{n} MB": n << 20 for n in (32, 8, 128)},
+        queued,
+        False,
     ),
     Sweep(f"{TRITON}.add_delta", "NUM_WARPS", WARPS, op(bench_add_delta)),
     Sweep(f"{TRITON}.gather_grad", "NUM_WARPS", WARPS, op(bench_gather_grad)),

@@ -29,7 +29,7 @@ from benches.gpu.sizes import Iteration
 from benches.shapes import SHAPES, ModelShape
 from benches.table import OURS
 from benches.work import Work
-from talos.calibration import CalibrationProgress
+from talos.calibration.fisher import CalibrationProgress
 from talos_kernels.select_threshold import DIGITS, GPU_DIGITS
 
 SCORE_TENSORS = 16

@@ -1,0 +1,1 @@
+"""The application: the command line, the demo, its report, models and tasks."""

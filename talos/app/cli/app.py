@@ -1,0 +1,135 @@
+"""The application: its commands, and what an error or Ctrl-C looks like."""
+
+import inspect as inspection
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, TextIO
+
+import typer
+
+import talos
+from talos.app.cli.commands import bench, calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.console import Interrupted
+from talos.errors import TalosError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="talos",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _paragraphs(text: str | None) -> str:
+    """Joins the lines of each paragraph, so that the terminal's width alone breaks them."""
+    return "\n\n".join(
+        " ".join(part.split()) for part in inspection.cleandoc(text or "").split("\n\n")
+    )
+
+
+for _command, _examples in (
+    (demo.demo, demo.EXAMPLES),
+    (calibrate.calibrate, calibrate.EXAMPLES),
+    (train.train, train.EXAMPLES),
+    (merge.merge, merge.EXAMPLES),
+    (evaluate.evaluate, evaluate.EXAMPLES),
+    (inspect.inspect, inspect.EXAMPLES),
+    (report.report, report.EXAMPLES),
+    (bench.bench, bench.EXAMPLES),
+):
+    app.command(
+        "eval" if _command is evaluate.evaluate else _command.__name__,
+        help=_paragraphs(_command.__doc__),
+        epilog="\n".join(("[bold]Examples[/bold]", *(f"  {line}" for line in _examples))),
+    )(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"talos {talos.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    invoke_without_command=True,
+    help=_paragraphs(
+        """Sparse fine-tuning for task arithmetic.
+
+        Find the weights that matter least, train only those, and edit models with the small task
+        vectors that result: add abilities, take them away, combine them.
+
+        Start with `talos demo --out demo --quick`; the --help of each command ends with examples.
+        """
+    ),
+)
+def _talos(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Shows the help where no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: what follows `talos`; by default those of the process.
+
+    Returns:
+        The exit status: 0, 2 after an error (told in one line on stderr), 130 after Ctrl-C.
+
+    Example:
+        >>> main(["--version"])
+        talos 0...
+        0
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = app(
+                args=None if arguments is None else list(arguments),
+                prog_name="talos",
+                standalone_mode=False,
+            )
+        sys.stdout.flush()
+        return int(status or 0)
+    except (TalosError, typer.TyperException) as error:
+        return _fail(error)
+    except Interrupted as interrupted:
+        sys.stderr.write(f"\ninterrupted: {interrupted}\n")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("\ninterrupted: nothing was written\n")
+    except BrokenPipeError:
+        # Whoever reads us (`| head`) has seen enough; Python's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 130
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Tells a warning in one line, without the place in our code that raised it."""
+    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+
+
+def _fail(error: TalosError | typer.TyperException) -> int:
+    """Tells an error in one line, whatever line breaks its message has."""
+    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    return 2

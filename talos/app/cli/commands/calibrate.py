@@ -1,0 +1,259 @@
+"""`talos calibrate`: which weights matter least."""
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from talos.app.cli.console import Bars, keeping, next_step, per_second, say, stdout
+from talos.app.cli.options import (
+    Batch,
+    Data,
+    Length,
+    Model,
+    Overwrite,
+    Seed,
+    check_at_least,
+    check_choice,
+    check_density,
+    check_output,
+)
+from talos.app.models import Classifier
+from talos.errors import TalosValueError
+from talos.masks import Mask
+
+__all__ = ["EXAMPLES", "calibrate"]
+
+EXAMPLES = (
+    "talos calibrate --data docstring_topic --out mask.safetensors",
+    "talos calibrate --data reviews.csv --density 0.05 --samples 512 --out mask.safetensors",
+    "talos calibrate --data reviews.jsonl --params qk --draws exact --out mask.safetensors",
+    "talos calibrate --model openclip:ViT-B-32:openai --data photos --dry-run --layers",
+    "talos calibrate --model t5-small --data reviews.csv --check --out mask.safetensors",
+)
+
+SAMPLES = 256  # the default, where the task has as many
+
+
+def calibrate(
+    context: typer.Context,
+    data: Data,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The file to write (.safetensors); a dry run needs none."),
+    ] = None,
+    model: Model = "minilm",
+    density: Annotated[
+        float, typer.Option("--density", help="Fraction of the weights to train, in (0, 1].")
+    ] = 0.1,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Rounds of scoring; each drops a part.")
+    ] = 4,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", help="Training examples to score on; by default 256, or all there are."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="What is differentiated: log_prob or logit; by default what --parity says.",
+        ),
+    ] = None,
+    draws: Annotated[
+        str, typer.Option("--draws", help="Labels drawn for each sample, or exact: all of them.")
+    ] = "1",
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels",
+            help="How labels are drawn from the model: sampled, or importance: with less noise.",
+        ),
+    ] = "sampled",
+    parity: Annotated[
+        str,
+        typer.Option("--parity", help="Follow the paper, or released: the code of its authors."),
+    ] = "paper",
+    params: Annotated[
+        str,
+        typer.Option(
+            "--params", help="Where to look: maskable, qk, attention, or a regular expression."
+        ),
+    ] = "maskable",
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="First compare three samples' scores with plain autograd."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell what would be scored; score and write nothing."),
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show a row for each layer and type.")
+    ] = False,
+    batch_size: Batch = 32,
+    max_length: Length = 48,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the weights that matter least, and write them as a mask.
+
+    Scores each weight by the diagonal of the Fisher information on a few hundred examples and keeps
+    the lowest (TaLoS, arXiv 2504.02620). Those are the weights that `talos train` then trains.
+
+    --dry-run tells which weights would be scored, which not and why, and what memory that takes.
+    """
+    check_density(density)
+    check_at_least("--rounds", rounds, 1)
+    if samples is not None:
+        check_at_least("--samples", samples, 1)
+    check_at_least("--batch-size", batch_size, 1)
+    check_at_least("--max-length", max_length, 3)
+    if target is not None:
+        check_choice("--target", target, ("log_prob", "logit"))
+    check_choice("--labels", labels, ("sampled", "importance"))
+    check_choice("--parity", parity, ("paper", "released"))
+    if parity == "released" and target == "log_prob":
+        raise TalosValueError("--target must be logit with --parity released, got log_prob")
+    if draws != "exact" and not (draws.isdecimal() and int(draws) > 0):
+        raise TalosValueError(f"--draws must be exact or at least 1, got {draws}")
+    if out is not None:
+        check_output(out, overwrite)
+    elif not dry_run:
+        raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
+    from talos.app.cli.loading import load_classifier, load_data
+    from talos.app.demo.judge import calibration_batches
+    from talos.app.report.results import megabytes
+    from talos.calibration import calibrate as find
+    from talos.calibration.fisher import CalibrationProgress
+
+    console = stdout()
+    with keeping("nothing was written"), Bars() as bars:
+        task = load_data(data)
+        samples = min(SAMPLES, len(task.train)) if samples is None else samples
+        if samples > len(task.train):
+            raise TalosValueError(
+                f"--samples must be at most {len(task.train)}, the training examples of "
+                f"{task.name}, got {samples}; leave it out to use 256 or all there are"
+            )
+        classifier = load_classifier(model, task)
+        batches = calibration_batches(
+            task,
+            classifier.encoder,
+            count=min(samples, batch_size) if dry_run else samples,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+        )
+        if out is None or dry_run:
+            _tell(console, classifier, batches[0], params, density, samples, rounds, layers)
+            next_step(console, _again(context, out or Path("mask.safetensors")))
+            return
+
+        def show(progress: CalibrationProgress) -> None:
+            done = (progress.round - 1) * samples + progress.samples
+            bars.show(f"calibrate {task.name}", done, rounds * samples, unit="samples")
+
+        bars.show(f"calibrate {task.name}", 0, rounds * samples, unit="samples")
+        options: dict[str, Any] = {"labels": labels, "parity": parity, "check": check}
+        if target is not None:
+            options["target"] = target
+        start = time.monotonic()
+        mask = find(
+            classifier,
+            batches,
+            density,
+            rounds,
+            params=params,
+            draws="exact" if draws == "exact" else int(draws),
+            seed=seed,
+            on_progress=show,
+            **options,
+        )
+        seconds = time.monotonic() - start
+        made = {**mask.metadata, "model": classifier.encoder.name, "task": task.name}
+        mask = replace(mask, metadata=made)
+        mask.save(out)
+    console.print(_densities(mask, layers))
+    say(
+        console,
+        f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
+        f"{megabytes(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
+    )
+    if (stability := made.get("stability")) is not None:
+        say(
+            console,
+            f"stability {stability:.2f}: the share of the last round's choice that two halves of "
+            f"the samples agree on ({made['stability_by_chance']:.2f} by chance)",
+        )
+    next_step(
+        console,
+        f"talos inspect {out}",
+        f"talos train --model {model} --data {data} --mask {out} --out vector.safetensors",
+    )
+
+
+def _tell(
+    console: Console,
+    classifier: Classifier,
+    batch: Mapping[str, Tensor],
+    params: str,
+    density: float,
+    samples: int,
+    rounds: int,
+    layers: bool,
+) -> None:
+    """Prints what would be scored and selected, and the memory it takes."""
+    from talos.app.cli.plan import SCORED, activation_bytes, shares, table
+    from talos.app.report.results import megabytes
+
+    found = shares(classifier, params)
+    console.print(table(found, layers=layers))
+    scored = [each for each in found if each.fate == SCORED]
+    entries = sum(each.numel for each in scored)
+    say(
+        console,
+        f"\n{round(density * entries):,} of {entries:,} entries will be selected "
+        f"(density {density:g})",
+    )
+    size = len(batch["labels"])
+    weights = sum(each.nbytes for each in scored) if rounds > 1 else 0
+    inputs = sum(each.nbytes for each in batch.values())
+    for what, nbytes in (
+        (f"scores of {entries:,} entries, float32", 4 * entries),
+        ("the same weights, set aside between the rounds", weights),
+        (f"{samples:,} samples", inputs * samples // size),
+        (f"activations of a batch of {size:,}", activation_bytes(classifier, batch)),
+    ):
+        say(console, f"{megabytes(nbytes):>10}  {what}")
+
+
+def _again(context: typer.Context, out: Path) -> str:
+    """Writes the command line that does what the dry run told."""
+    words = ["talos", "calibrate"]
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if option.name not in ("out", "dry_run", "layers") and value != option.default:
+            words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
+    return shlex.join([*words, "--out", str(out)])
+
+
+def _densities(mask: Mask, layers: bool) -> Table:
+    """Lays out the density of each type, or of each layer and type."""
+    structure = mask.describe()
+    shown = Table(box=None, header_style="bold")
+    shown.add_column("type")
+    for column in ("entries", "selected", "density"):
+        shown.add_column(column, justify="right")
+    for row in structure.by_layer_and_kind() if layers else structure.by_kind():
+        shown.add_row(row.name, f"{row.numel:,}", f"{row.nnz:,}", f"{row.density:.3f}")
+    return shown

@@ -1,0 +1,32 @@
+"""`talos report`: the page of a demo, made again from its results.json."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from talos.app.cli.console import keeping, next_step, say, stdout
+from talos.app.cli.options import Overwrite, check_input, check_output
+
+__all__ = ["EXAMPLES", "report"]
+
+EXAMPLES = ("talos report demo/results.json --out again.html",)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="The results.json of a demo.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the HTML report of a demo again from its results.json."""
+    check_input("RESULTS", results)
+    check_output(out, overwrite, ".html")
+    from talos.app.report import headline, load_results, write_report
+
+    loaded = load_results(results)
+    with keeping("nothing was written"):
+        write_report(loaded, out)
+    console = stdout()
+    for sentence in headline(loaded):
+        say(console, sentence)
+    next_step(console, f"open {out} in a browser")

@@ -1,0 +1,74 @@
+"""Models and data as the options name them."""
+
+from pathlib import Path
+
+from talos.app.demo.machine import default_device
+from talos.app.models import Classifier, Encoder, takes_images
+from talos.app.models import load_encoder as load
+from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
+from talos.errors import TalosValueError
+
+__all__ = ["load_classifier", "load_data", "load_encoder"]
+
+
+def load_data(data: str) -> Task | ImageTask:
+    """Loads a built-in task, a file or a folder of images, in the splits of seed 0.
+
+    The commands' --seed is for training and labels only: were the splits to follow it, a model
+    could be evaluated on what it was trained on.
+
+    Args:
+        data: a task's name; a path that ends in .csv or .jsonl or is a file; or a folder.
+
+    Returns:
+        The task.
+
+    Raises:
+        TalosError: a package is not installed that opens images.
+        TalosValueError: there is no such task, or the file's or folder's content is wrong.
+        TalosOSError: the file or folder cannot be read.
+    """
+    path = Path(data)
+    if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
+        return load_file(path)
+    if data == "digits":
+        return load_digits()
+    return load_image_folder(path) if path.is_dir() else load_task(data)
+
+
+def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
+    """Loads a model to the GPU, or the CPU where there is none.
+
+    Args:
+        model: minilm, a folder, a name on the hub, or openclip:NAME:WEIGHTS.
+        *tasks: what it is to read.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        TalosValueError: the model reads texts and a task holds images, or the other way round.
+    """
+    reads = "images" if takes_images(model) else "texts"
+    for task in tasks:
+        if task.reads != reads:
+            raise TalosValueError(
+                f"--model must read the {task.reads} of {task.name}, got {model}, which reads "
+                f"{reads}; take "
+                + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
+                + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
+            )
+    return load(model).to(default_device())
+
+
+def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
+    """Loads a model as a classifier of a task.
+
+    Args:
+        model: as `load_encoder` takes it.
+        task: its class texts are the classes.
+
+    Returns:
+        The classifier.
+    """
+    return load_encoder(model, task).classifier(task.class_texts)

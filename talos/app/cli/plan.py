@@ -1,0 +1,160 @@
+"""What a calibration would score and what it would take, told before anything is scored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from talos.app.models import evaluation_mode
+from talos.architecture.structure import KINDS, kind_of, layer_of
+from talos.names import named_modules, named_parameters
+from talos.params import is_norm, select_parameters
+
+__all__ = ["Share", "activation_bytes", "shares", "table"]
+
+SCORED, FROZEN, LEFT_OUT = "scored", "frozen", "left out"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What becomes of a parameter, or of a part of its rows.
+
+    Attributes:
+        name: the parameter's name.
+        numel: entries.
+        nbytes: their bytes.
+        fate: "scored", "frozen" or "left out".
+        reason: why it is not scored.
+    """
+
+    name: str
+    numel: int
+    nbytes: int
+    fate: str
+    reason: str = ""
+
+
+def shares(model: nn.Module, params: str) -> list[Share]:
+    """Says for each parameter whether it would be scored, or why it would not.
+
+    Args:
+        model: the model.
+        params: as `talos.calibrate` takes it.
+
+    Returns:
+        A share a parameter, in the model's order; two where a part of the rows is scored.
+
+    Raises:
+        TalosValueError: nothing would be scored.
+        TalosTypeError: what is chosen cannot be scored.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 3))
+        >>> [(each.name, each.fate, each.reason) for each in shares(model, "maskable")][:2]
+        [('0.weight', 'left out', 'embedding'), ('1.weight', 'scored', '')]
+    """
+    selection = select_parameters(model, params)
+    uses: dict[int, list[nn.Module]] = {}
+    for _, module in named_modules(model):
+        for param in module.parameters(recurse=False):
+            uses.setdefault(id(param), []).append(module)
+    found = []
+    for name, param in named_parameters(model).items():
+        numel, size = param.numel(), param.element_size()
+        if name in selection:
+            scored = selection[name].numel
+            found.append(Share(name, scored, scored * size, SCORED))
+            numel -= scored
+            reason = "rows of values"
+        elif not param.requires_grad:
+            found.append(Share(name, numel, numel * size, FROZEN, "requires_grad=False"))
+            numel = 0
+        else:
+            reason = _reason(name, uses[id(param)], params)
+        if numel:
+            found.append(Share(name, numel, numel * size, LEFT_OUT, reason))
+    return found
+
+
+def table(found: list[Share], *, layers: bool) -> Table:
+    """Lays shares out: a row for each fate, type and reason.
+
+    Args:
+        found: what `shares` returns.
+        layers: a row for each layer too.
+
+    Returns:
+        The table, with a total of each fate.
+    """
+    shown = Table(box=None, header_style="bold")
+    for column in ("", *(("layer",) if layers else ()), "type"):
+        shown.add_column(column)
+    for column in ("tensors", "entries"):
+        shown.add_column(column, justify="right")
+    shown.add_column("reason")
+    for fate in (SCORED, FROZEN, LEFT_OUT):
+        groups: dict[tuple[int, int, str], list[Share]] = {}
+        for each in found:
+            if each.fate == fate:
+                layer = layer_of(each.name) if layers else None
+                key = (-1 if layer is None else layer, KINDS.index(kind_of(each.name)), each.reason)
+                groups.setdefault(key, []).append(each)
+        for (layer, kind, reason), group in sorted(groups.items()):
+            place = ["" if layer < 0 else str(layer)] if layers else []
+            shown.add_row(fate, *place, KINDS[kind], *_sums(group), escape(reason))
+        whole = [each for group in groups.values() for each in group]
+        if whole:
+            shown.add_row(fate, *([""] if layers else []), "total", *_sums(whole), style="bold")
+    return shown
+
+
+def activation_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Counts what one forward pass of a batch keeps for its backward pass.
+
+    Args:
+        model: called on the batch, in evaluation mode.
+        batch: the batch.
+
+    Returns:
+        Bytes of tensors, each memory once; parameters, buffers and inputs are not counted.
+    """
+    held = [*model.parameters(), *model.buffers(), *batch.values()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in known:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with evaluation_mode(model), torch.enable_grad(), hooks:
+        logits = model(batch)  # holds the graph, so that no memory is counted that is used again
+        total = sum(kept.values())
+        del logits
+    return total
+
+
+def _reason(name: str, used_by: list[nn.Module], params: str) -> str:
+    """Why a trainable parameter is not among those that `params` chooses."""
+    embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in used_by)
+    if embedding and len(used_by) > 1 and params in ("maskable", "qk", "attention"):
+        return "tied to an embedding"
+    if params == "qk":
+        return "neither query nor key"
+    if params == "attention":
+        return "no projection of attention"
+    if params != "maskable":
+        return f"{params} does not match"
+    if embedding or kind_of(name) == "embedding":
+        return "embedding"
+    layer = any(isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module) for module in used_by)
+    return "head" if layer else "no linear, patch or norm layer"
+
+
+def _sums(group: list[Share]) -> tuple[str, str]:
+    return f"{len(group):,}", f"{sum(each.numel for each in group):,}"

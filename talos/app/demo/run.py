@@ -1,0 +1,306 @@
+"""The demo from end to end: calibrate, fine-tune, add, negate, measure, report."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import talos
+from talos.app.demo.estimates import Estimator
+from talos.app.demo.folder import clear, prepare
+from talos.app.demo.judge import Judge, load_tasks, training_batches
+from talos.app.demo.machine import default_device
+from talos.app.demo.protocol import add, negate, scaling_coefs, share
+from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
+from talos.app.demo.summary import Measured, summarise
+from talos.errors import TalosRuntimeError
+from talos.masks import Mask
+from talos.methods import method_of
+from talos.app.models import TextEncoder, load_text_encoder
+from talos.app.report import save_results, write_report
+from talos.task_vectors import ResidentVectors, TaskVector
+from talos.app.tasks import Task
+from talos.training import FineTuneFinished, FineTuneStep
+
+__all__ = ["run_demo"]
+
+
+def run_demo(
+    settings: DemoSettings,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda progress: None,
+    encoder: TextEncoder | None = None,
+) -> dict[str, Any]:
+    """Runs the demo and writes `results.json`, `report.html`, `vectors/` and `masks/`.
+
+    Every file appears whole or not at all; `results.json` and `report.html` come last.
+
+    Args:
+        settings: what to run.
+        out: the folder; made when it is missing.
+        overwrite: whether a folder that holds something may be used; files of an earlier demo in
+            it are removed, others are left alone.
+        on_progress: called with a `Progress` at every step.
+        encoder: use this encoder instead of `settings.model`; it is left as it was.
+
+    Returns:
+        The results, see `talos.app.report.results`.
+
+    Raises:
+        TalosValueError: a task is unknown, or fewer tasks are available than asked for.
+        TalosOSError: the folder is not empty, or cannot be written.
+        TalosRuntimeError: a package of the `demo` extra is missing.
+    """
+    folder = prepare(Path(out), overwrite)
+    return _Demo(settings, folder, on_progress).run(encoder)
+
+
+class _Demo:
+    """State that the phases share."""
+
+    def __init__(self, settings: DemoSettings, out: Path, on_progress: OnProgress) -> None:
+        self.settings = settings
+        self.out = out
+        self.on_progress = on_progress
+        self.phases: list[dict[str, Any]] = []
+        self.files: list[dict[str, Any]] = []
+        self.training: dict[str, dict[str, Any]] = {name: {} for name in settings.methods}
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def phase(
+        self, name: str, method: str | None = None, task: str | None = None, total: int = 1
+    ) -> Iterator[Callable[..., None]]:
+        """Times a phase; yields what is called after each of its steps."""
+        start = time.perf_counter()
+        title = TITLES[method] if method else None
+        done = 0
+
+        def tick(loss: float | None = None) -> None:
+            nonlocal done
+            done += 1
+            self.on_progress(Progress(name, title, task, done, total, loss))
+
+        self.on_progress(Progress(name, title, task, 0, total))
+        yield tick
+        if done < total:
+            self.on_progress(Progress(name, title, task, total, total))
+        seconds = round(time.perf_counter() - start, 3)
+        self.phases.append({"phase": name, "method": method, "task": task, "seconds": seconds})
+
+    def run(self, encoder: TextEncoder | None) -> dict[str, Any]:
+        """Runs all phases in order."""
+        settings = self.settings
+        with self.phase("load") as tick:
+            tasks = load_tasks(settings)
+            encoder = encoder or load_text_encoder(settings.model).to(default_device())
+            tick()
+        clear(self.out)
+        with self.phase("zero-shot", total=2 * len(tasks)) as tick:
+            judge = Judge(
+                encoder,
+                tasks,
+                max_length=settings.max_length,
+                batch_size=settings.evaluation_batch_size,
+            )
+            zero_shot = {split: judge.all(split, tick) for split in ("validation", "test")}
+        masks = {task.name: self.calibrate(judge, task) for task in tasks}
+        vectors: dict[str, dict[str, TaskVector]] = {name: {} for name in settings.methods}
+        for task in tasks:
+            for method in settings.methods:
+                mask = masks[task.name] if method == "talos" else None
+                vectors[method][task.name] = self.train(judge, task, method, mask)
+                judge.restore_()
+        estimator = Estimator(
+            judge.examples("test"), resamples=settings.bootstrap, seed=settings.seed
+        )
+        measured = {
+            method: self.measure(
+                judge.linearized() if method == "linearized" else judge,
+                method,
+                vectors[method],
+                zero_shot,
+                estimator,
+            )
+            for method in settings.methods
+        }
+        results = summarise(
+            settings,
+            judge,
+            tasks,
+            masks=masks,
+            measured=measured,
+            zero_shot=zero_shot["test"],
+            estimator=estimator,
+            training=self.training,
+            files=self.files,
+        )
+        results["timings"] = {"total": self.seconds(), "phases": self.phases}
+        with self.phase("report"):
+            write_report(results, self.out / "report.html")
+        results["timings"]["total"] = self.seconds()
+        save_results(results, self.out / "results.json")
+        return results
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return round(time.perf_counter() - self.start, 3)
+
+    def calibrate(self, judge: Judge, task: Task) -> Mask:
+        """Finds the least sensitive entries for one task."""
+        settings = self.settings
+        batches = training_batches(
+            task,
+            judge.encoder,
+            count=settings.samples,
+            batch_size=settings.calibration_batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+        )
+        with self.phase("calibrate", "talos", task.name, settings.rounds * len(batches)) as tick:
+            mask = talos.calibrate(
+                judge.classifiers[task.name],
+                batches,
+                settings.density,
+                settings.rounds,
+                seed=settings.seed,
+                on_progress=lambda progress: tick(),
+            )
+        path = self.out / "masks" / f"{task.name}.safetensors"
+        mask = replace(
+            mask, metadata=mask.metadata | {"model": judge.encoder.name, "task": task.name}
+        )
+        mask.save(path)
+        self.note_file(path, "mask", None, task.name, mask.nnz)
+        return mask
+
+    def train(self, judge: Judge, task: Task, method: str, mask: Mask | None) -> TaskVector:
+        """Fine-tunes on one task and saves its vector; the weights stay tuned."""
+        settings = self.settings
+        batches = training_batches(
+            task,
+            judge.encoder,
+            count=settings.steps * settings.batch_size,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+        )
+        losses: list[float] = []
+        vector: TaskVector | None = None
+        torch.manual_seed(settings.seed)  # dropout
+        chosen = method_of(method, mask, {"density": settings.density})
+        rate, total = settings.rate(method), settings.steps * chosen.phases
+        with self.phase("train", method, task.name, total) as tick:
+            for event in talos.fine_tune(
+                judge.classifiers[task.name],
+                batches,
+                method=chosen,
+                steps=settings.steps,
+                lr=rate,
+            ):
+                if isinstance(event, FineTuneStep):
+                    losses.append(event.loss)
+                    tick(event.loss)
+                elif isinstance(event, FineTuneFinished):
+                    vector = event.task_vector
+        if vector is None:
+            raise TalosRuntimeError("fine_tune must end with a task vector, got none")
+        origin = {**vector.metadata, "model": judge.encoder.name, "task": task.name}
+        setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
+        # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.
+        vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
+        last = losses[-10:]
+        self.training[method][task.name] = {
+            "steps": total,
+            "first_loss": losses[0],
+            "last_loss": sum(last) / len(last),
+        }
+        with self.phase("save", method, task.name):
+            path = self.out / "vectors" / f"{method}-{task.name}.safetensors"
+            vector.save(path)
+        self.note_file(path, "vector", method, task.name, vector.mask.nnz)
+        return vector
+
+    def measure(
+        self,
+        judge: Judge,
+        method: str,
+        vectors: dict[str, TaskVector],
+        zero_shot: dict[str, dict[str, Tensor]],
+        estimator: Estimator,
+    ) -> Measured:
+        """Evaluates single models, their sum and their negations."""
+        settings = self.settings
+        tasks = list(vectors)
+        coefs = scaling_coefs(settings.grid)
+        test: dict[str, dict[str, Tensor]] = {}
+        validation: dict[str, Tensor] = {}
+        total = TaskVector.combine((1.0, vectors[task]) for task in tasks)
+        merged_name = " + ".join(tasks)
+        with ResidentVectors(judge.model, {**vectors, merged_name: total}) as resident:
+            with self.phase("single tasks", method, total=len(tasks)) as tick:
+                for task in tasks:
+                    resident.swap(task)
+                    test[task] = {other: judge.correct(other, "test") for other in tasks}
+                    validation[task] = judge.correct(task, "validation")
+                    tick()
+            single = {task: test[task][task] for task in tasks}
+            with self.phase("addition", method, total=len(coefs) + 1) as tick:
+                addition, merged = add(
+                    judge,
+                    partial(resident.swap, merged_name),
+                    coefs=coefs,
+                    single_validation=validation,
+                    zero_shot_validation=zero_shot["validation"],
+                    single_test=single,
+                    estimator=estimator,
+                    tick=tick,
+                )
+            negation = {}
+            for task in tasks:
+                with self.phase("negation", method, task, len(coefs) + 1) as tick:
+                    negation[task] = negate(
+                        judge,
+                        partial(resident.swap, task),
+                        task,
+                        coefs=coefs,
+                        control_share=settings.control_share,
+                        zero_shot_validation=zero_shot["validation"],
+                        zero_shot_test=zero_shot["test"],
+                        estimator=estimator,
+                        tick=tick,
+                    )
+        interference = [
+            [share(test[i][j]) / max(share(zero_shot["test"][j]), 1e-3) for j in tasks]
+            for i in tasks
+        ]
+        return Measured(
+            single={task: estimator.accuracy(task, single[task]) for task in tasks},
+            addition=addition,
+            negation=negation,
+            interference=interference,
+            merged_correct=merged,
+            single_correct=single,
+        )
+
+    def note_file(self, path: Path, kind: str, method: str | None, task: str, entries: int) -> None:
+        """Remembers a written file for the results."""
+        self.files.append(
+            {
+                "path": path.relative_to(self.out).as_posix(),
+                "kind": kind,
+                "method": method,
+                "task": task,
+                "bytes": path.stat().st_size,
+                "entries": entries,
+            }
+        )

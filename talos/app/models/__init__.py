@@ -1,0 +1,30 @@
+"""Adapters that turn pretrained models into modules `talos` can score, fine-tune and merge."""
+
+from talos.app.models.base import (
+    Classifier,
+    Encoder,
+    ZeroShotClassifier,
+    ZeroShotEncoder,
+    evaluation_mode,
+)
+from talos.app.models.clip import ClipEncoder, load_clip
+from talos.app.models.language import AnswerClassifier, LanguageModel, load_language_model
+from talos.app.models.load import load_encoder, takes_images
+from talos.app.models.text import TextEncoder, load_text_encoder
+
+__all__ = [
+    "AnswerClassifier",
+    "Classifier",
+    "ClipEncoder",
+    "Encoder",
+    "LanguageModel",
+    "TextEncoder",
+    "ZeroShotClassifier",
+    "ZeroShotEncoder",
+    "evaluation_mode",
+    "load_clip",
+    "load_encoder",
+    "load_language_model",
+    "load_text_encoder",
+    "takes_images",
+]

@@ -1,0 +1,198 @@
+"""The sections on accuracy: tasks, single tasks, addition, negation, interference."""
+
+from talos.app.report import charts, heatmaps
+from talos.app.report.html import escape, estimate, figure, method_label, section, table
+from talos.app.report.results import Results, percent
+
+__all__ = ["addition", "interference", "negation", "single", "tasks"]
+
+
+def tasks(results: Results) -> str:
+    """Lists the tasks with their classes and examples.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    rows = []
+    for task in results["tasks"]:
+        used = task["examples"]
+        rows.append(
+            (
+                f"<b>{escape(task['name'])}</b>",
+                f"<div class=long>{escape(task['description'])}</div>",
+                str(task["classes"]),
+                f"{used['train']:,}",
+                f"{used['validation']:,}",
+                f"{used['test']:,}",
+            )
+        )
+    return section(
+        "The tasks",
+        "Texts are classified by comparing their embedding with the embeddings of the class texts "
+        "(a frozen zero-shot head). Scaling coefficients are chosen on validation examples; every "
+        "figure in a table below comes from test examples that nothing was chosen on.",
+        table(
+            ("task", "what it asks", "classes", "train", "validation", "test"), rows, text_columns=2
+        ),
+    )
+
+
+def single(results: Results) -> str:
+    """Compares zero-shot and single-task accuracy.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    methods = results["methods"]
+    rows = []
+    for task in results["tasks"]:
+        name = task["name"]
+        row = [escape(name), estimate(results["zero_shot"][name])]
+        row += [estimate(results["single"][m["name"]][name]) for m in methods]
+        rows.append(row)
+    mean = ["<i>mean</i>", _mean(results["zero_shot"])]
+    mean += [_mean(results["single"][m["name"]]) for m in methods]
+    rows.append(mean)
+    return section(
+        "Single-task accuracy",
+        "Test accuracy in per cent with its 95 % bootstrap interval: the pretrained encoder, and "
+        "the encoder tuned on that task alone.",
+        table(("task", "zero-shot", *(method_label(results, m) for m in methods)), rows),
+    )
+
+
+def addition(results: Results) -> str:
+    """Shows the merged models and how the coefficient was chosen.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    methods = results["methods"]
+    added = [results["addition"][m["name"]] for m in methods]
+    rows = [
+        ["scaling coefficient", *(f"<b>{a['scaling_coef']:.2f}</b>" for a in added)],
+        ["absolute", *(estimate(a["absolute"]) for a in added)],
+        ["normalised", *(estimate(a["normalised"]) for a in added)],
+    ]
+    for task in results["tasks"]:
+        rows.append([escape(task["name"]), *(estimate(a["tasks"][task["name"]]) for a in added)])
+    return section(
+        "Addition: one model for all tasks",
+        "base + scaling coefficient × (sum of all task vectors). Absolute: mean accuracy over the "
+        "tasks. Normalised: the mean of each task's accuracy divided by that of its own single-task"
+        " model. Task rows: accuracy of the merged model.",
+        "<div class=pair>",
+        table(("", *(method_label(results, m) for m in methods)), rows),
+        figure(
+            charts.accuracy_curve(results),
+            "Mean validation accuracy of the merged model; the dot is the coefficient chosen.",
+            "accuracy of the merged model against the scaling coefficient",
+        ),
+        "</div>",
+    )
+
+
+def negation(results: Results) -> str:
+    """Shows how far each task was forgotten, and at what price.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    methods = results["methods"]
+    rows = []
+    for task in results["tasks"]:
+        for method in methods:
+            entry = results["negation"][method["name"]][task["name"]]
+            rows.append(
+                (
+                    escape(task["name"]) if method is methods[0] else "",
+                    method_label(results, method),
+                    f"{entry['scaling_coef']:.2f}",
+                    percent(entry["target_zero_shot"]["value"]),
+                    estimate(entry["target"]),
+                    percent(entry["control_zero_shot"]["value"]),
+                    estimate(entry["control"]),
+                )
+            )
+    share = percent(results["settings"].get("control_share", 0.95))
+    pictures = "".join(
+        figure(
+            charts.negation_curve(results, task["name"]),
+            f"Forgetting {task['name']}: validation accuracy, target solid, control dashed.",
+            f"negation of {task['name']} against the scaling coefficient",
+        )
+        for task in results["tasks"]
+    )
+    return section(
+        "Negation: forgetting one task",
+        "base − scaling coefficient × task vector. The coefficient is the one with the lowest "
+        f"validation accuracy on the target among those that keep {share} % of the pretrained "
+        "accuracy on the control, the mean of the other tasks. Target: lower is better. Control: "
+        "higher is better. Test accuracy, before and after.",
+        table(
+            (
+                "task forgotten",
+                "method",
+                "coef.",
+                "target before",
+                "target after",
+                "control before",
+                "control after",
+            ),
+            rows,
+            text_columns=2,
+        ),
+        f"<div class=grid>{pictures}</div>",
+    )
+
+
+def interference(results: Results) -> str:
+    """Draws what each vector does to the other tasks.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    names = [task["name"] for task in results["tasks"]]
+    pictures = "".join(
+        figure(
+            heatmaps.matrix(
+                f"interference-{method['name']}",
+                results["interference"][method["name"]],
+                names,
+                low=0.7,
+                high=1.3,
+                colours="RdBu",
+                row_label="vector of",
+                column_label="accuracy on",
+            ),
+            f"{method['title']}: test accuracy with one vector added, relative to zero-shot.",
+            f"interference matrix of {method['title']}",
+        )
+        for method in results["methods"]
+    )
+    return section(
+        "Interference",
+        "What one task's vector does to the others: acc_j(base + vector_i) / acc_j(base). On the "
+        "diagonal a task helps itself; elsewhere 1.00 is no interference, less is harm.",
+        f"<div class=grid>{pictures}</div>",
+    )
+
+
+def _mean(estimates: dict[str, dict[str, float]]) -> str:
+    values = [estimate["value"] for estimate in estimates.values()]
+    return f"<b>{percent(sum(values) / len(values))}</b>"

@@ -1,0 +1,266 @@
+"""The sections on what was made: masks, files, time, the next steps, the settings."""
+
+from talos.app.report import charts, heatmaps
+from talos.app.report.html import escape, figure, method_label, section, table
+from talos.app.report.results import Results, megabytes, percent, vector_bytes
+from talos.app.report.svg import method_colour
+
+__all__ = ["files", "made", "masks", "next_steps", "timings"]
+
+
+def masks(results: Results) -> str:
+    """Shows where the masks lie and how far they overlap.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    rows = []
+    for task in results["tasks"]:
+        mask = results["masks"][task["name"]]
+        share = {"query, key": 0, "mlp": 0}
+        for entry in mask["structure"]:
+            if entry["kind"] in ("query", "key"):
+                share["query, key"] += entry["nnz"]
+            elif entry["kind"].startswith("mlp"):
+                share["mlp"] += entry["nnz"]
+        rows.append(
+            (
+                escape(task["name"]),
+                f"{mask['nnz']:,}",
+                percent(mask["nnz"] / mask["numel"]),
+                f"{mask['tensors_touched']} of {mask['tensors']}",
+                percent(share["query, key"] / mask["nnz"]),
+                percent(share["mlp"] / mask["nnz"]),
+            )
+        )
+    names = [task["name"] for task in results["tasks"]]
+    return section(
+        "Where the masks lie",
+        "Each task's mask holds the entries with the lowest diagonal Fisher information: those "
+        "that the pretrained model's output depends on least. Only they are trained; tensors "
+        "without a selected entry are frozen whole.",
+        table(
+            (
+                "task",
+                "entries",
+                "density, %",
+                "tensors touched",
+                "% of them in queries, keys",
+                "% of them in MLPs",
+            ),
+            rows,
+        ),
+        "<div class=pair>",
+        figure(
+            heatmaps.mask_structure(results),
+            "Density in per cent of each layer and type, mean over the tasks.",
+            "mask density per layer and type",
+        ),
+        figure(
+            heatmaps.matrix("iou", results["mask_iou"], names, low=0.0, high=1.0),
+            "Overlap of the tasks' masks, intersection over union; random masks have about .05.",
+            "mask overlap between tasks",
+        ),
+        "</div>",
+    )
+
+
+def files(results: Results) -> str:
+    """Compares the files with a dense checkpoint.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    dense = results["model"]["dense_bytes"]
+    rows = []
+    bars = [("dense checkpoint", dense / 1e6, "#94a3b8")]
+    for method in results["methods"]:
+        files = [
+            f for f in results["files"] if f["kind"] == "vector" and f["method"] == method["name"]
+        ]
+        if not files:
+            continue
+        size = vector_bytes(results, method["name"])
+        entries = sum(f["entries"] for f in files) / len(files)
+        rows.append(
+            (
+                f"{method_label(results, method)}: vector",
+                f"{entries:,.0f}",
+                megabytes(size),
+                f"{size / entries:.2f}",
+                f"{dense / size:.1f}×",
+            )
+        )
+        colour = method_colour(results, method["name"])
+        bars.append((f"vector, {method['title']}", size / 1e6, colour))
+    masks = [f for f in results["files"] if f["kind"] == "mask"]
+    if masks:
+        size = sum(f["bytes"] for f in masks) / len(masks)
+        entries = sum(f["entries"] for f in masks) / len(masks)
+        rows.append(
+            (
+                "mask",
+                f"{entries:,.0f}",
+                megabytes(size),
+                f"{size / entries:.2f}",
+                f"{dense / size:.1f}×",
+            )
+        )
+        bars.append(("mask", size / 1e6, "#334155"))
+    rows.append(
+        (
+            "dense checkpoint",
+            f"{results['model']['parameters']:,}",
+            megabytes(dense),
+            "4.00",
+            "1.0×",
+        )
+    )
+    return section(
+        "What lies on disk",
+        "Mean size of a file. Bytes an entry counts the whole file: values, index and names.",
+        "<div class=pair>",
+        table(("", "entries", "size", "bytes an entry", "smaller by"), rows),
+        figure(charts.size_bars(bars), "Size of one file of each kind.", "file sizes"),
+        "</div>",
+    )
+
+
+def timings(results: Results) -> str:
+    """Draws the seconds of each phase.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    machine = results["machine"]
+    total = results["timings"]["total"]
+    return section(
+        "Where the time went",
+        f"{total / 60:.1f} minutes in all on {machine['cpu']}, {machine['cores']} cores.",
+        "<div class=pair>",
+        figure(
+            charts.phase_bars(results),
+            "Seconds of each phase, summed over the tasks.",
+            "seconds of each phase",
+        ),
+        _seconds(results),
+        "</div>",
+    )
+
+
+def next_steps(results: Results) -> str:
+    """Lists commands that go on from here.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    names = [task["name"] for task in results["tasks"]]
+    first = results["methods"][0]["name"]
+    files = {f["task"]: f["path"] for f in results["files"] if f["method"] == first}
+    masks = {f["task"]: f["path"] for f in results["files"] if f["kind"] == "mask"}
+    one, two = names[0], names[-1]
+    source = results["model"]["source"]
+    lines = [
+        ("look into a vector", f"talos inspect {files.get(one, 'vector.safetensors')}"),
+        ("look into a mask", f"talos inspect {masks.get(one, 'mask.safetensors')}"),
+        (
+            "combine: add one task, forget another",
+            f"talos merge {files.get(one, 'a.safetensors')}:0.6 "
+            f"{files.get(two, 'b.safetensors')}:-0.4 --out edit.safetensors",
+        ),
+        (
+            "measure the edit",
+            f"talos eval --model {source} --data {one} --data {two} --vector edit.safetensors",
+        ),
+        (
+            "your own texts (a CSV or JSON Lines file with the columns text and label)",
+            f"talos calibrate --model {source} --data mine.csv --out mask.safetensors\n"
+            f"talos train --model {source} --data mine.csv --mask mask.safetensors "
+            "--out mine.safetensors",
+        ),
+    ]
+    parts = [
+        f"<p class=step>{escape(label)}</p><pre><code>{escape(command)}</code></pre>"
+        for label, command in lines
+    ]
+    return section("What to do next", "Run these in the folder of this page.", *parts)
+
+
+def made(results: Results) -> str:
+    """Lists settings, versions and losses.
+
+    Args:
+        results: the results.
+
+    Returns:
+        A section of HTML.
+    """
+    settings = [(key, value) for key, value in results["settings"].items() if key != "model"]
+    facts = [
+        ("model", f"{results['model']['source']}, {results['model']['parameters']:,} entries"),
+        ("scope", f"{results['model']['maskable']:,} entries may be selected"),
+        *(
+            (f"{m['title']}", ", ".join(f"{k} {v}" for k, v in m["settings"].items()))
+            for m in results["methods"]
+        ),
+        *((key.replace("_", " "), value) for key, value in settings),
+        *((f"{key}", value) for key, value in results["versions"].items()),
+        *((f"machine: {key}", value) for key, value in results["machine"].items()),
+        ("made", results["created"]),
+    ]
+    rows = [(escape(key), escape(_plain(value))) for key, value in facts]
+    losses = []
+    for method in results["methods"]:
+        for task in results["tasks"]:
+            entry = results["training"][method["name"]][task["name"]]
+            losses.append(
+                (
+                    escape(task["name"]),
+                    method_label(results, method),
+                    str(entry["steps"]),
+                    f"{entry['first_loss']:.3f}",
+                    f"{entry['last_loss']:.3f}",
+                )
+            )
+    return section(
+        "How it was made",
+        "The same seed on the same machine gives the same numbers.",
+        "<div class=pair>",
+        table(("setting", "value"), rows, text_columns=2),
+        table(("task", "method", "steps", "first loss", "last loss"), losses, text_columns=2),
+        "</div>",
+    )
+
+
+def _seconds(results: Results) -> str:
+    """The same as a table: a row a phase, a column for what both share and for each method."""
+    columns = [None, *(method["name"] for method in results["methods"])]
+    phases: dict[str, dict[str | None, float]] = {}
+    for entry in results["timings"]["phases"]:
+        row = phases.setdefault(entry["phase"], dict.fromkeys(columns, 0.0))
+        row[entry["method"]] += entry["seconds"]
+    rows = [
+        (escape(name), *(f"{row[column]:.1f}" if row[column] else "" for column in columns))
+        for name, row in phases.items()
+    ]
+    labels = (method_label(results, method) for method in results["methods"])
+    shared = "both" if len(columns) < 4 else "all"
+    return table(("seconds", shared, *labels), rows)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -1,0 +1,143 @@
+"""Matrices over tasks, and the density of a mask over layers and types."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from talos.app.report.results import Results
+from talos.app.report.svg import GREY, INK, draw
+from talos.architecture.structure import KINDS
+
+__all__ = ["mask_structure", "matrix"]
+
+_SHORT = {"query": "q", "key": "k", "value": "v", "attention out": "attn\nout"}
+
+
+def mask_structure(results: Results, task: str | None = None) -> str:
+    """Draws the density of each layer's projections, norms and biases.
+
+    Args:
+        results: the results.
+        task: one task's mask; by default the mean over all tasks.
+
+    Returns:
+        An SVG element: layers down, types across, shade and number the density in per cent.
+    """
+    names = [task] if task is not None else list(results["masks"])
+    nnz: dict[tuple[str, str], int] = {}
+    numel: dict[tuple[str, str], int] = {}
+    for name in names:
+        for entry in results["masks"][name]["structure"]:
+            key = (str(entry["layer"]), str(entry["kind"]))
+            nnz[key] = nnz.get(key, 0) + entry["nnz"]
+            numel[key] = numel.get(key, 0) + entry["numel"]
+    layers = sorted({layer for layer, _ in numel}, key=_layer_order)
+    present = {kind for _, kind in numel}
+    kinds = [kind for kind in KINDS if kind in present] + sorted(present - set(KINDS))
+    values = [
+        [
+            100 * nnz[layer, kind] / numel[layer, kind] if numel.get((layer, kind)) else None
+            for kind in kinds
+        ]
+        for layer in layers
+    ]
+
+    def paint(axes: Any) -> None:
+        labels = [_SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
+        _heat(axes, values, layers, labels, low=0, high=100, colours="YlGnBu", form="{:.1f}")
+        axes.set_ylabel("layer")
+
+    return draw(f"structure-{task or 'mean'}", 0.9 + 0.33 * len(layers), paint)
+
+
+def matrix(
+    name: str,
+    values: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    *,
+    low: float,
+    high: float,
+    colours: str = "YlGnBu",
+    form: str = "{:.2f}",
+    row_label: str = "",
+    column_label: str = "",
+) -> str:
+    """Draws a square matrix over the tasks.
+
+    Args:
+        name: the figure's name, for its ids.
+        values: rows.
+        labels: the tasks' names, for rows and columns.
+        low: the value of the lightest shade.
+        high: the value of the darkest.
+        colours: a matplotlib colour map.
+        form: how a value is written.
+        row_label: what the rows are.
+        column_label: what the columns are.
+
+    Returns:
+        An SVG element.
+    """
+
+    def paint(axes: Any) -> None:
+        short = [_folded(label) for label in labels]
+        _heat(axes, values, short, short, low=low, high=high, colours=colours, form=form)
+        axes.tick_params(axis="x", labelsize=8 if len(labels) < 5 else 7)
+        axes.set_ylabel(row_label)
+        axes.set_xlabel(column_label)
+
+    return draw(name, 1.1 + 0.46 * len(labels), paint)
+
+
+def _heat(
+    axes: Any,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    low: float,
+    high: float,
+    colours: str,
+    form: str,
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    scale = Normalize(low, high)
+    palette = colormaps[colours]
+    filled = [[float("nan") if v is None else v for v in row] for row in values]
+    axes.pcolormesh(filled, cmap=palette, norm=scale, edgecolors="#e2e8f0", linewidth=1.0)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if value is None:
+                axes.text(j + 0.5, i + 0.5, "·", ha="center", va="center", color=GREY)
+                continue
+            red, green, blue, _ = palette(scale(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.55
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                form.format(value),
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color="white" if dark else INK,
+            )
+    axes.set_xticks([j + 0.5 for j in range(len(columns))], columns)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+
+
+def _layer_order(layer: str) -> tuple[int, str]:
+    return (int(layer), "") if layer.isdigit() else (-1, layer)
+
+
+def _folded(label: str) -> str:
+    """Breaks a name into lines at its underscores, and cuts lines that are too long even so."""
+    lines = [""]
+    for part in label.replace("_", "_\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(part) > 11:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line if len(line) <= 12 else line[:11] + "…" for line in lines)

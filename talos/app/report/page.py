@@ -1,0 +1,95 @@
+"""The page: headline, tiles and sections around the same results."""
+
+import os
+
+from talos.app.report import accuracies, artefacts
+from talos.app.report.html import escape
+from talos.app.report.results import (
+    Results,
+    check_results,
+    headline,
+    megabytes,
+    percent,
+    vector_bytes,
+)
+from talos.app.report.style import CSS
+from talos.files import atomic_write
+
+__all__ = ["render", "write_report"]
+
+
+def write_report(results: Results, path: str | os.PathLike[str]) -> None:
+    """Renders the results and writes the page in one atomic step.
+
+    Args:
+        results: the results, see `talos.app.report.results`.
+        path: where to; replaced when it exists.
+
+    Raises:
+        TalosValueError: the results are of another schema or lack a key.
+        TalosRuntimeError: matplotlib is missing.
+        TalosOSError: the file cannot be written.
+    """
+    page = render(results).encode()
+    atomic_write(path, lambda file: file.write(page))
+
+
+def render(results: Results) -> str:
+    """Turns results into one HTML document.
+
+    Args:
+        results: the results, see `talos.app.report.results`.
+
+    Returns:
+        The document: styles and figures inline, no script, nothing loaded from elsewhere.
+
+    Raises:
+        TalosValueError: the results are of another schema or lack a key.
+        TalosRuntimeError: matplotlib is missing.
+    """
+    check_results(results)
+    count = len(results["tasks"])
+    first, *others = headline(results)
+    body = [
+        "<header>",
+        "<p class=eyebrow>talos · sparse fine-tuning and task arithmetic</p>",
+        f"<h1>{count} tasks, one encoder: edit it with sparse task vectors</h1>",
+        f"<p class=lead>{escape(first)}</p>",
+        f"<p class=more>{escape(' '.join(others))}</p>",
+        _tiles(results),
+        "</header>",
+        accuracies.tasks(results),
+        accuracies.single(results),
+        accuracies.addition(results),
+        accuracies.negation(results),
+        artefacts.masks(results),
+        accuracies.interference(results),
+        artefacts.files(results),
+        artefacts.timings(results),
+        artefacts.next_steps(results),
+        artefacts.made(results),
+    ]
+    return (
+        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
+        f"<title>talos demo: {count} tasks</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _tiles(results: Results) -> str:
+    tiles = []
+    for method in results["methods"]:
+        value = results["addition"][method["name"]]["normalised"]["value"]
+        tiles.append((f"{percent(value)} %", f"normalised addition, {method['title']}"))
+    size = vector_bytes(results, results["methods"][0]["name"])
+    tiles.append((megabytes(size), f"a task vector of {results['methods'][0]['title']}"))
+    tiles.append((f"{results['timings']['total'] / 60:.1f} min", "for everything on this page"))
+    return (
+        "<div class=tiles>"
+        + "".join(
+            f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in tiles
+        )
+        + "</div>"
+    )

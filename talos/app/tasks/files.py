@@ -1,0 +1,201 @@
+"""Tasks from a user's file: CSV or JSON lines with a text and a label in each row."""
+
+import csv
+import json
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from talos.app.tasks.splits import split_classes
+from talos.app.tasks.task import Example, Task
+from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+
+COLUMNS = ("text", "label")
+# One for each split.
+MIN_CLASS = 3
+
+
+def load_file(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    name: str | None = None,
+    class_texts: Mapping[str, str] | None = None,
+) -> Task:
+    r"""Loads a task from a file and splits it 80/10/10, each class on its own.
+
+    A `.csv` file has a header row with the columns `text` and `label`; each line of a `.jsonl` file
+    is an object with these keys. Other columns are allowed and not read. Both are UTF-8. A row that
+    repeats a text with the same label is dropped, so that no text is in two splits.
+
+    Args:
+        path: The file.
+        seed: Decides which rows come into which split.
+        name: Name of the task, by default the file's name without its suffix.
+        class_texts: For each label the text that the zero-shot head is made of, by default the
+            label with spaces for underscores and hyphens.
+
+    Returns:
+        The task; its classes are the labels, sorted, by value where all are whole numbers.
+
+    Raises:
+        TalosOSError: The file cannot be read.
+        TalosTypeError: `seed` is not an integer.
+        TalosValueError: The file has another suffix, is not what its suffix says, lacks a column,
+            has no rows, an empty text or label, one text with two labels, fewer than two classes,
+            or a class with fewer than three texts; or `class_texts` has other keys than the labels.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> rows = [f"{w} {i},{w}" for w in ("cat", "dog") for i in range(10)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "pets.csv")
+        ...     _ = path.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+        ...     task = load_file(path)
+        >>> task.class_names, len(task.train), len(task.validation), len(task.test)
+        (('cat', 'dog'), 16, 2, 2)
+    """
+    path = Path(path)
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TalosTypeError(f"seed must be an integer, got {seed!r}") from None
+    rows = _unique(path, _read(path))
+    counts = Counter(rows.values())
+    if len(counts) < 2:
+        raise TalosValueError(
+            f"path must hold at least two classes, got {len(counts)} ({', '.join(counts)}) in "
+            f"{path}; add rows with another label"
+        )
+    small = [f"{label!r} {count}" for label, count in counts.items() if count < MIN_CLASS]
+    if small:
+        raise TalosValueError(
+            f"path must hold at least {MIN_CLASS} different texts of each class, one for each "
+            f"split, got {', '.join(small)} in {path}; add rows or leave these classes out"
+        )
+    whole = all(label.lstrip("-").isdecimal() for label in counts)
+    names = sorted(counts, key=lambda label: (int(label) if whole else 0, label))
+    if class_texts is not None and set(class_texts) != set(names):
+        raise TalosValueError(
+            f"class_texts must have the labels of {path} as keys ({', '.join(names)}), got "
+            f"{', '.join(class_texts)}"
+        )
+    texts = class_texts or {label: label.replace("_", " ").replace("-", " ") for label in names}
+    classes = [
+        [Example(text, label) for text, found in rows.items() if found == name]
+        for label, name in enumerate(names)
+    ]
+    train, validation, test = split_classes(classes, seed)
+    return Task(
+        name=path.stem if name is None else name,
+        description=f"Rows of {path.name}, split 80/10/10 within each class.",
+        class_names=tuple(names),
+        class_texts=tuple(texts[label] for label in names),
+        train=train,
+        validation=validation,
+        test=test,
+    )
+
+
+def _unique(path: Path, rows: Iterator[tuple[int, str, str]]) -> dict[str, str]:
+    """Returns labels by text in the file's order."""
+    labels: dict[str, str] = {}
+    first: dict[str, int] = {}
+    for line, text, label in rows:
+        if labels.setdefault(text, label) != label:
+            raise TalosValueError(
+                f"path must give each text one label, got {labels[text]!r} in line {first[text]} "
+                f"and {label!r} in line {line} of {path}; remove one of the rows"
+            )
+        first.setdefault(text, line)
+    if not labels:
+        raise TalosValueError(f"path must hold at least one row, got an empty {path}")
+    return labels
+
+
+def _read(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yields line number, text and label of each row."""
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise TalosValueError(
+            f"path must end in {' or '.join(readers)}, got {path}; save the rows in one of "
+            "these forms"
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TalosOSError(
+            f"path must be a file that can be read, got {path} ({error.strerror})"
+        ) from error
+    try:
+        decoded = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TalosValueError(
+            f"path must hold UTF-8 text, got byte {content[error.start]:#04x} at position "
+            f"{error.start} of {path}; save the file as UTF-8"
+        ) from error
+    for line, row in readers[path.suffix.lower()](path, decoded):
+        for column in COLUMNS:
+            if not row[column].strip():
+                raise TalosValueError(
+                    f"path must give each row a {column}, got an empty one in line {line} of "
+                    f"{path}; fill it in or remove the row"
+                )
+        yield line, row["text"].strip(), row["label"].strip()
+
+
+def _missing(path: Path, line: int, found: list[str]) -> TalosValueError:
+    return TalosValueError(
+        f"path must have the columns text and label, got {', '.join(found) or 'none'} in line "
+        f"{line} of {path}; rename the columns"
+    )
+
+
+def _read_csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
+    if not content.strip():
+        return
+    reader = csv.DictReader(content.splitlines(keepends=True), strict=True)
+    try:
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise _missing(path, 1, list(reader.fieldnames or ()))
+        for row in reader:
+            if None in row or None in row.values():
+                raise TalosValueError(
+                    f"path must have {len(reader.fieldnames or ())} columns in each row, got "
+                    f"another number in line {reader.line_num} of {path}; put texts with commas "
+                    "into quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TalosValueError(
+            f"path must be a CSV file, got {path} with a fault in line {reader.line_num}: {error}"
+        ) from error
+
+
+def _read_jsonl(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
+    # Not splitlines(): JSON texts may hold other line ends, such as U+2028, unescaped.
+    for line, text in enumerate(content.split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TalosValueError(
+                f"path must hold one JSON object per line, got a fault in line {line} of "
+                f"{path}: {error}"
+            ) from error
+        if not isinstance(row, dict):
+            raise TalosValueError(
+                f"path must hold one JSON object per line, got {type(row).__name__} in line "
+                f"{line} of {path}"
+            )
+        if not set(COLUMNS) <= set(row):
+            raise _missing(path, line, list(row))
+        label = row["label"]
+        if not isinstance(row["text"], str) or isinstance(label, bool | float | list | dict | None):
+            raise TalosValueError(
+                f"path must hold texts and labels that are strings (labels may be whole "
+                f"numbers), got {row['text']!r:.60} and {label!r:.60} in line {line} of {path}"
+            )
+        yield line, {"text": row["text"], "label": str(label)}

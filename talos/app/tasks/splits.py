@@ -1,0 +1,152 @@
+"""Turns candidates into train, validation and test without a group in two of them."""
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+E = TypeVar("E")
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_SIZES = (1600, 400, 600)
+
+# Texts that follow each other in a file and stay together when the file is cut into regions.
+REGION = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text that a task may use.
+
+    Attributes:
+        text: The text.
+        label: Index of its class.
+        origin: Where it was found; a file's path below the library's folder, or a region's name.
+        group: Candidates of one group always come into the same split.
+    """
+
+    text: str
+    label: int
+    origin: str
+    group: str
+
+
+def text_key(text: str) -> str:
+    r"""Returns what two texts must differ in to count as different: letters, case folded.
+
+    Example:
+        >>> text_key("x = f(1)  # One") == text_key("X = F(2)\n# one")
+        True
+    """
+    return re.sub(r"[\W\d_]+", " ", text.casefold()).strip()
+
+
+def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Keeps the first of equal texts, and none of those that occur with two labels."""
+    first: dict[str, Candidate] = {}
+    ambiguous = set()
+    for candidate in candidates:
+        key = text_key(candidate.text)
+        known = first.setdefault(key, candidate)
+        if known.label != candidate.label:
+            ambiguous.add(key)
+    return [c for key, c in first.items() if key and key not in ambiguous]
+
+
+def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int) -> list[Candidate]:
+    """Groups by file; the files of a class that has few are cut into disjoint regions.
+
+    With fewer than `min_files` files a split holds so few that one of them decides what is in it.
+    A file must hold candidates of one class only.
+    """
+    files: dict[int, set[str]] = {label: set() for label in range(n_classes)}
+    for candidate in candidates:
+        files[candidate.label].add(candidate.origin)
+    cut = {label for label, paths in files.items() if len(paths) < min_files}
+    seen: Counter[str] = Counter()
+    result = []
+    for c in candidates:
+        group = c.origin
+        if c.label in cut:
+            group = f"{c.origin}#{seen[c.origin] // REGION}"
+            seen[c.origin] += 1
+        result.append(Candidate(c.text, c.label, group, group))
+    return result
+
+
+def split_groups(
+    candidates: Sequence[Candidate], n_classes: int, seed: int, sizes: tuple[int, int, int]
+) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    """Draws three splits of at most `sizes` candidates, each with every class equally often.
+
+    Groups go, the largest first, to the split that lacks most of its share of their classes, so
+    that the largest end in the largest split and the others hold many small ones.
+    Where a class has too few candidates for its share, all three splits and all classes shrink:
+    balance is kept, size is not.
+    """
+    draw = random.Random(f"talos {seed}")
+    groups: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        groups[candidate.group].append(candidate)
+    totals = Counter(candidate.label for candidate in candidates)
+    names = sorted(groups)
+    draw.shuffle(names)
+    names.sort(key=lambda name: -len(groups[name]))
+    shares = [size / sum(sizes) for size in sizes]
+    filled = [Counter[int]() for _ in sizes]
+    assigned: list[list[str]] = [[] for _ in sizes]
+    for name in names:
+        counts = Counter(candidate.label for candidate in groups[name])
+
+        def room(split: int, counts: Counter[int] = counts) -> float:
+            return sum(
+                count / totals[label] * (shares[split] - filled[split][label] / totals[label])
+                for label, count in counts.items()
+            )
+
+        best = max(range(len(sizes)), key=room)
+        assigned[best].append(name)
+        filled[best].update(counts)
+    train, validation, test = (
+        _draw(draw, [groups[name] for name in names], n_classes, size)
+        for names, size in zip(assigned, sizes, strict=True)
+    )
+    return train, validation, test
+
+
+def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], list[E], list[E]]:
+    """Draws three splits, 80/10/10 within each class and at least one example of it in each."""
+    draw = random.Random(f"talos {seed}")
+    splits: tuple[list[E], list[E], list[E]] = ([], [], [])
+    for members in classes:
+        examples = list(members)
+        draw.shuffle(examples)
+        held_out = max(1, round(0.1 * len(examples)))
+        splits[1].extend(examples[:held_out])
+        splits[2].extend(examples[held_out : 2 * held_out])
+        splits[0].extend(examples[2 * held_out :])
+    for drawn in splits:
+        draw.shuffle(drawn)
+    return splits
+
+
+def _draw(
+    draw: random.Random, groups: Sequence[Sequence[Candidate]], n_classes: int, size: int
+) -> list[Candidate]:
+    """Draws `size` candidates, equally many of each class, spread over the groups."""
+    pools: list[list[tuple[int, float, Candidate]]] = [[] for _ in range(n_classes)]
+    for group in groups:
+        ranks = Counter[int]()
+        for candidate in draw.sample(group, len(group)):
+            pools[candidate.label].append((ranks[candidate.label], draw.random(), candidate))
+            ranks[candidate.label] += 1
+    quota = min([size // n_classes, *(len(pool) for pool in pools)])
+    rest = size - quota * n_classes if quota == size // n_classes else 0
+    drawn: list[Candidate] = []
+    for label, pool in enumerate(pools):
+        pool.sort(key=lambda item: item[:2])
+        drawn += [candidate for _, _, candidate in pool[: quota + (label < rest)]]
+    draw.shuffle(drawn)
+    return drawn

@@ -1,0 +1,1 @@
+"""What the layers of a model are: projections, attention, experts, computed weights."""

@@ -1,0 +1,450 @@
+"""Which weights of a model are trained: a selection over named tensors, held compressed.
+
+`Mask.from_scores` takes the round(density * N) entries with the lowest scores of all N; equal
+scores are taken in (tensor, position) order, so a mask depends neither on a device nor on a sort.
+
+A mask lives on the CPU in the encoding of `talos_kernels.tensor_index`; set algebra and the
+intersection over union work on that form, one tensor at a time.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from talos.architecture.structure import kind_of, layer_of
+from talos.errors import TalosTypeError, TalosValueError
+from talos.files import check_entries, load_file, save_file
+from talos.masks.lowest import lowest_entries
+from talos.masks.table import MaskTable, MaskTableRow
+from talos.reals import as_real
+from talos_kernels import Index, TensorIndex
+
+__all__ = ["Mask"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A selection of entries of named tensors.
+
+    Attributes:
+        shapes: shape of every tensor that the mask covers, in order; a tensor may have no selected
+            entry.
+        indices: the selected entries of each, compressed.
+        metadata: what made the mask (method, seed, target, samples, ...), JSON-able.
+
+    Example:
+        >>> mask = Mask.from_dense({"q.weight": torch.eye(2) > 0, "q.bias": torch.zeros(2) > 0})
+        >>> mask.nnz, round(mask.density, 2), mask.to_dense("q.weight").tolist()
+        (2, 0.33, [[True, False], [False, True]])
+    """
+
+    shapes: dict[str, Shape]
+    indices: dict[str, TensorIndex]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse shapes and indices that do not belong together."""
+        if list(self.shapes) != list(self.indices):
+            raise TalosValueError("shapes and indices must name the same tensors in the same order")
+        for name, shape in self.shapes.items():
+            if prod(shape) != self.indices[name].numel:
+                raise TalosValueError(
+                    f"shapes[{name!r}] must have {self.indices[name].numel} entries, got {shape}"
+                )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        density: float,
+        select: Literal["lowest", "highest"] = "lowest",
+        *,
+        rows: Mapping[str, tuple[int, int]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """Select exactly `round(density * N)` entries by score, over all tensors at once.
+
+        Args:
+            scores: non-negative and finite, of any shape; N is their number of entries.
+            density: fraction to select, in (0, 1].
+            select: `lowest` (TaLoS) or `highest`.
+            rows: `[first, last)` rows of the first dimension that may be selected, for the tensors
+                of which only a part may (a fused QKV); N counts those rows only. None: the `rows`
+                of what `fisher_diag` returned, every row of other scores.
+            metadata: what made the scores; kept in the mask.
+
+        Raises:
+            TalosValueError: `density` is out of range or selects nothing; a score is NaN, infinite
+                or negative; `rows` does not fit.
+
+        Example:
+            >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.0])}
+            >>> Mask.from_scores(scores, density=0.5).to_dense("b")
+            tensor([False,  True])
+        """
+        if not isinstance(scores, Mapping):
+            raise TalosTypeError(
+                f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
+            )
+        asked, density = density, as_real(density) or 0.0
+        if not 0.0 < density <= 1.0:
+            raise TalosValueError(f"density must lie in (0, 1], got {asked}")
+        if select not in ("lowest", "highest"):
+            raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
+        for name, score in scores.items():
+            _check_score(name, score)
+        rows = getattr(scores, "rows", None) if rows is None else rows
+        eligible = {name: _eligible(name, score, rows) for name, score in scores.items()}
+        entries = sum(int(e.count_nonzero()) for e in eligible.values())
+        nnz = round(density * entries)
+        if nnz == 0:
+            raise TalosValueError(
+                f"density must select at least one of {entries} entries, got {density}: "
+                "no weight selected"
+            )
+        _warn_if_equal(scores, nnz, entries)
+        largest = select == "highest"
+        last = -torch.inf if largest else torch.inf
+        marked = {
+            name: score.masked_fill(~eligible[name], last) if rows and name in rows else score
+            for name, score in scores.items()
+        }
+        chosen = lowest_entries(marked, nnz, largest=largest)
+        made = {"density": density, "select": select, **(metadata or {})}
+        return cls.from_dense(chosen, metadata=made)
+
+    @classmethod
+    def from_dense(
+        cls, dense: Mapping[str, Tensor], *, metadata: Mapping[str, Any] | None = None
+    ) -> "Mask":
+        """Compress dense selections.
+
+        Args:
+            dense: bool tensors of the weights' shapes; numbers are taken where all are 0 or 1.
+            metadata: what made the mask; kept in it.
+
+        Raises:
+            TalosValueError: a tensor is neither bool nor exactly 0 and 1.
+        """
+        indices = {name: TensorIndex.encode(_as_bool(name, t)) for name, t in dense.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
+        return cls(shapes, indices, dict(metadata or {}))
+
+    @classmethod
+    def from_indices(
+        cls,
+        positions: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """Compress flat positions.
+
+        Args:
+            positions: integer `[nnz]` of each tensor, strictly ascending, row-major.
+            shapes: shape of each tensor.
+            metadata: what made the mask; kept in it.
+
+        Raises:
+            TalosValueError: the names differ, or positions are out of range, repeated or unsorted.
+
+        Example:
+            >>> Mask.from_indices({"w": torch.tensor([0, 3])}, {"w": (2, 2)}).nnz
+            2
+        """
+        if set(positions) != set(shapes):
+            raise TalosValueError(
+                f"positions and shapes must name the same tensors, differ in "
+                f"{sorted(set(positions) ^ set(shapes))}"
+            )
+        indices = {}
+        for name, shape in shapes.items():
+            try:
+                indices[name] = TensorIndex.from_positions(positions[name], prod(shape))
+            except TalosValueError as error:
+                raise TalosValueError(f"{name}: {error}") from None
+        return cls(
+            {name: tuple(shape) for name, shape in shapes.items()}, indices, dict(metadata or {})
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensors that the mask covers, in order."""
+        return tuple(self.shapes)
+
+    @property
+    def nnz(self) -> int:
+        """Number of selected entries."""
+        return sum(index.nnz for index in self.indices.values())
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of all tensors that the mask covers."""
+        return sum(index.numel for index in self.indices.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction selected of the entries that the mask covers."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the compressed selection."""
+        return sum(index.nbytes for index in self.indices.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name this selection: the same for equal masks only."""
+        digest = hashlib.sha256()
+        for name, index in sorted(self.indices.items()):  # masks that differ in order are equal
+            digest.update(f"{name}|{self.shapes[name]}|{index.encoding}|".encode())
+            for buffer in (index.words, index.positions):
+                digest.update(buffer.view(torch.uint8).numpy().tobytes())
+            digest.update(index.starts.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def to_dense(self, name: str) -> Tensor:
+        """The selection of one tensor: bool, in its shape.
+
+        Raises:
+            TalosValueError: the mask does not cover `name`.
+        """
+        if name not in self.indices:
+            raise TalosValueError(f"name must be a tensor of the mask, got {name!r}")
+        return self.indices[name].decode().view(self.shapes[name])
+
+    def pack(self, names: Sequence[str], device: torch.device | str = "cpu") -> Index:
+        """The compressed index of these tensors for one kernel launch."""
+        return Index.pack([self.indices[name] for name in names], device)
+
+    def describe(self, *, layers: bool = False) -> MaskTable:
+        """A table of the mask's structure: one row a tensor, summed by layer and type.
+
+        Args:
+            layers: print a row for each layer and type, not for each type only.
+
+        Returns:
+            The rows and their sums; `print` it.
+
+        Example:
+            >>> print(Mask.from_dense({"h.0.q.weight": torch.eye(2) > 0}).describe())
+            type   tensors  entries  selected  density  encoding  bytes
+            query        1        4         2    0.500  bitmap      272
+            total        1        4         2    0.500  bitmap      272
+        """
+        return MaskTable(
+            tuple(
+                MaskTableRow(
+                    name,
+                    layer_of(name),
+                    kind_of(name),
+                    index.numel,
+                    index.nnz,
+                    index.encoding,
+                    index.nbytes,
+                )
+                for name, index in self.indices.items()
+            ),
+            layers,
+        )
+
+    def iou(self, other: "Mask") -> float:
+        """Intersection over union of two selections; 1 for equal masks, also empty ones."""
+        self._check_shapes(other)
+        both = sum(
+            index.intersection_nnz(other.indices[name])
+            for name, index in self.indices.items()
+            if name in other.indices
+        )
+        either = self.nnz + other.nnz - both
+        return both / either if either else 1.0
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """Entries that both select, over the tensors that both cover."""
+        self._check_shapes(other)
+        names = [name for name in self.shapes if name in other.shapes]
+        return Mask(
+            {name: self.shapes[name] for name in names},
+            {name: self.indices[name] & other.indices[name] for name in names},
+        )
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """Entries that either selects, over the tensors that either covers."""
+        self._check_shapes(other)
+        indices = dict(self.indices)
+        for name, index in other.indices.items():
+            indices[name] = indices[name] | index if name in indices else index
+        return Mask({**self.shapes, **other.shapes}, indices)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when they cover the same tensors and select the same entries."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self.shapes == other.shapes and all(
+            index == other.indices[name] for name, index in self.indices.items()
+        )
+
+    def __hash__(self) -> int:
+        """Of the selection, as `fingerprint`."""
+        return hash(self.fingerprint)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the mask covers a tensor of this name."""
+        return name in self.shapes
+
+    def __repr__(self) -> str:
+        return f"Mask({self.nnz:,} of {self.numel:,} entries in {len(self.shapes)} tensors)"
+
+    def to_buffers(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What a file holds of the selection.
+
+        Returns:
+            Buffers, `<name>.words` or `<name>.positions` and `<name>.counts`; and one JSON-able
+            entry a tensor: name, shape, encoding, nnz.
+        """
+        buffers: dict[str, Tensor] = {}
+        entries = []
+        for name, index in self.indices.items():
+            if index.encoding == "bitmap":
+                buffers[f"{name}.words"] = index.words
+            elif index.encoding == "u16" and index.nnz:
+                buffers[f"{name}.positions"] = index.positions
+                buffers[f"{name}.counts"] = index.counts
+            entries.append(
+                {
+                    "name": name,
+                    "shape": list(self.shapes[name]),
+                    "encoding": index.encoding,
+                    "nnz": index.nnz,
+                }
+            )
+        return buffers, entries
+
+    @classmethod
+    def from_buffers(
+        cls, buffers: Mapping[str, Tensor], entries: Sequence[Mapping[str, Any]]
+    ) -> "Mask":
+        """Rebuild a mask from what `to_buffers` gave, checking all of it.
+
+        Raises:
+            TalosValueError: a buffer is missing or does not fit; a name comes twice; the number of
+                selected entries is not the one recorded.
+        """
+        check_entries(entries)
+        shapes: dict[str, Shape] = {}
+        indices: dict[str, TensorIndex] = {}
+        for entry in entries:
+            name, shape, nnz = entry["name"], tuple(entry["shape"]), entry["nnz"]
+            numel = prod(shape)
+            try:
+                if entry["encoding"] == "u16" and nnz == 0:
+                    none = torch.zeros(0, dtype=torch.int64, device="cpu")
+                    indices[name] = TensorIndex.from_positions(none, numel)
+                else:
+                    indices[name] = TensorIndex.from_buffers(
+                        entry["encoding"],
+                        numel,
+                        words=buffers.get(f"{name}.words"),
+                        positions=buffers.get(f"{name}.positions"),
+                        counts=buffers.get(f"{name}.counts"),
+                    )
+            except TalosValueError as error:
+                raise TalosValueError(f"{name}: {error}") from None
+            if indices[name].nnz != nnz:
+                raise TalosValueError(f"{name}: must select {nnz} entries, got {indices[name].nnz}")
+            shapes[name] = shape
+        return cls(shapes, indices)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask to a safetensors file, atomically.
+
+        Raises:
+            TalosOSError: the file cannot be written; an older one is left as it was.
+        """
+        buffers, entries = self.to_buffers()
+        save_file(path, "mask", buffers, {"tensors": entries, "made": self.metadata})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Mask":
+        """Read a mask from a file, checking all of it.
+
+        Raises:
+            TalosValueError: the file is not a mask, is damaged, or is from a newer version.
+            TalosOSError: it cannot be read.
+        """
+        buffers, metadata = load_file(path, "mask")
+        try:
+            mask = cls.from_buffers(buffers, metadata["tensors"])
+        except (TalosValueError, KeyError, TypeError) as error:
+            raise TalosValueError(f"{path}: not a valid mask: {error}") from None
+        return Mask(mask.shapes, mask.indices, metadata.get("made", {}))
+
+    def _check_shapes(self, other: "Mask") -> None:
+        for name, shape in self.shapes.items():
+            if other.shapes.get(name, shape) != shape:
+                raise TalosValueError(
+                    f"masks must agree on the shape of {name}, got {shape} and {other.shapes[name]}"
+                )
+
+
+def _check_score(name: str, score: Tensor) -> None:
+    if not score.is_floating_point():
+        raise TalosTypeError(f"scores[{name!r}] must be floating point, got {score.dtype}")
+    if not bool(torch.isfinite(score).all()):
+        raise TalosValueError(
+            f"scores[{name!r}] must be finite, got NaN or infinity; "
+            "look for overflow in the model's loss or leave the tensor out"
+        )
+    if bool((score < 0).any()):
+        raise TalosValueError(
+            f"scores[{name!r}] must not be negative, got {float(score.min())}; "
+            "take the absolute value or the square"
+        )
+
+
+def _eligible(name: str, score: Tensor, rows: Mapping[str, tuple[int, int]] | None) -> Tensor:
+    eligible = torch.ones_like(score, dtype=torch.bool)
+    if rows is not None and name in rows:
+        first, last = rows[name]
+        if score.dim() == 0 or not 0 <= first < last <= score.shape[0]:
+            raise TalosValueError(
+                f"rows[{name!r}] must lie in the first dimension of {tuple(score.shape)}, "
+                f"got [{first}, {last})"
+            )
+        eligible[:first] = False
+        eligible[last:] = False
+    return eligible
+
+
+def _warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:
+    if nnz == entries:
+        return
+    lows = [float(s.min()) for s in scores.values() if s.numel()]
+    highs = [float(s.max()) for s in scores.values() if s.numel()]
+    if min(lows) == max(highs):
+        warnings.warn(
+            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, "
+            "which says nothing about the model; check that the gradients reach its weights",
+            stacklevel=3,
+        )
+
+
+def _as_bool(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.bool:
+        return tensor
+    chosen = tensor == 1
+    if not bool((chosen | (tensor == 0)).all()):
+        raise TalosValueError(
+            f"dense[{name!r}] must be bool or exactly 0 and 1, got {tensor.dtype} with other "
+            "values; compare first, e.g. `scores < threshold`"
+        )
+    return chosen

@@ -1,0 +1,123 @@
+"""The structure of a mask as a table: one row a tensor, summed by layer and type."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from talos.architecture.structure import KINDS
+
+__all__ = ["MaskTable", "MaskTableRow", "text_table"]
+
+
+@dataclass(frozen=True)
+class MaskTableRow:
+    """One tensor, or a sum of tensors, of a mask.
+
+    Attributes:
+        name: the tensor's name, or the group's.
+        layer: number of its layer; None outside of the layers and for sums over layers.
+        kind: its type, one of `structure.KINDS`; `total` for sums over types.
+        numel: entries.
+        nnz: selected entries.
+        encoding: of the index; several joined by `+` for a sum.
+        nbytes: bytes of the index.
+        tensors: number of tensors summed.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    numel: int
+    nnz: int
+    encoding: str
+    nbytes: int
+    tensors: int = 1
+
+    @property
+    def density(self) -> float:
+        """Fraction selected."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """The structure of a mask; `str()` of it is a table by type, or by layer and type.
+
+    Attributes:
+        rows: one a tensor, in the mask's order.
+        layers: whether the table has a row for each layer and type.
+    """
+
+    rows: tuple[MaskTableRow, ...]
+    layers: bool = False
+
+    def by_kind(self) -> list[MaskTableRow]:
+        """One row a type, in the order of `structure.KINDS`."""
+        order = [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
+        return [_sum([row for row in self.rows if row.kind == kind], kind) for kind in order]
+
+    def by_layer(self) -> list[MaskTableRow]:
+        """One row a layer; what lies outside of the layers comes first, as layer None."""
+        layers = sorted({row.layer for row in self.rows}, key=lambda n: -1 if n is None else n)
+        return [
+            _sum([row for row in self.rows if row.layer == layer], "total", layer)
+            for layer in layers
+        ]
+
+    def by_layer_and_kind(self) -> list[MaskTableRow]:
+        """One row a layer and type."""
+        pairs = sorted(
+            {(row.layer, row.kind) for row in self.rows},
+            key=lambda pair: (-1 if pair[0] is None else pair[0], KINDS.index(pair[1])),
+        )
+        return [
+            _sum([row for row in self.rows if (row.layer, row.kind) == (layer, kind)], kind, layer)
+            for layer, kind in pairs
+        ]
+
+    def total(self) -> MaskTableRow:
+        """The sum of all rows."""
+        return _sum(self.rows, "total")
+
+    def __str__(self) -> str:
+        header = ("type", "tensors", "entries", "selected", "density", "encoding", "bytes")
+        rows = self.by_layer_and_kind() if self.layers else self.by_kind()
+        lines = [
+            (
+                row.name,
+                f"{row.tensors:,}",
+                f"{row.numel:,}",
+                f"{row.nnz:,}",
+                f"{row.density:.3f}",
+                row.encoding,
+                f"{row.nbytes:,}",
+            )
+            for row in [*rows, self.total()]
+        ]
+        return text_table([header, *lines], left=(0, 5))
+
+
+def _sum(rows: Sequence[MaskTableRow], kind: str, layer: int | None = None) -> MaskTableRow:
+    encodings = dict.fromkeys(row.encoding for row in rows if row.nnz)
+    return MaskTableRow(
+        kind if layer is None else f"{layer} {kind}",
+        layer,
+        kind,
+        sum(row.numel for row in rows),
+        sum(row.nnz for row in rows),
+        "+".join(encodings) or "none",
+        sum(row.nbytes for row in rows),
+        len(rows),
+    )
+
+
+def text_table(rows: Iterable[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
+    """Align columns with two spaces between; columns in `left` are flush left."""
+    lines = list(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

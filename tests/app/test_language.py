@@ -1,0 +1,137 @@
+"""Language models that choose among the classes' texts."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import talos
+from talos.app.models import (
+    AnswerClassifier,
+    LanguageModel,
+    TextEncoder,
+    load_encoder,
+    load_language_model,
+    load_text_encoder,
+)
+from talos.app.tasks import Batches
+from talos.errors import TalosOSError, TalosValueError
+from tests.tiny import save_tiny_encoder
+from tests.tiny_models import save_tiny_gpt2, save_tiny_t5
+
+TEXTS = ("cat", "a big dog")
+SAVE = {"t5": save_tiny_t5, "gpt2": save_tiny_gpt2}
+
+
+@pytest.fixture(scope="module", params=sorted(SAVE))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SAVE[request.param](tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture
+def model(folder: Path) -> LanguageModel:
+    return load_language_model(folder)
+
+
+def batch_of(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
+    ids = model.tokenizer(texts)["input_ids"]
+    labels = [0] * len(texts)
+    [batch] = Batches(ids, labels, batch_size=64, pad_token_id=model.tokenizer.pad_token_id)
+    return batch
+
+
+def log_probability(model: LanguageModel, text: str, answer: str) -> Tensor:
+    """Of one answer after one text, token by token, without padding."""
+    asked = model.tokenizer(text)["input_ids"]
+    bare, total = model.model, torch.zeros(())
+    if bare.config.is_encoder_decoder:
+        answered, before = model.tokenizer(answer)["input_ids"], [0]
+    else:
+        answered, before = model.tokenizer(f" {answer}")["input_ids"], asked
+    for token in answered:
+        ids = torch.tensor([before])
+        if bare.config.is_encoder_decoder:
+            output = bare(input_ids=torch.tensor([asked]), decoder_input_ids=ids)
+        else:
+            output = bare(input_ids=ids)
+        total = total + output.logits[0, -1].log_softmax(-1)[token]
+        before = [*before, token]
+    return total
+
+
+def test_logits_are_the_log_probabilities_of_the_answers(model: LanguageModel) -> None:
+    texts = ["the old cat sleeps", "wow", "a longer text about dogs, 12 of them"]
+    with torch.no_grad():
+        logits = model.classifier(TEXTS)(batch_of(model, texts))
+        for i, text in enumerate(texts):
+            for j, answer in enumerate(TEXTS):
+                expected = log_probability(model, text, answer)
+                torch.testing.assert_close(logits[i, j], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_every_parameter_is_the_models_and_no_answer_is_in_the_state(model: LanguageModel) -> None:
+    one = model.classifier(TEXTS)
+    assert isinstance(one, AnswerClassifier)
+    names = [name for name, _ in one.named_parameters()]
+    assert names == [f"encoder.model.{name}" for name, _ in model.model.named_parameters()]
+    other = model.classifier(["sun", "moon", "stars"])
+    assert other.encoder is model
+    other.load_state_dict(one.state_dict())
+    assert copy.deepcopy(other).choice_ids.shape[0] == 3
+
+
+def test_it_is_calibrated(model: LanguageModel) -> None:
+    classifier = model.classifier(TEXTS)
+    texts = [batch_of(model, ["purr, purr", "the dog barks", "a", "b c d"]) for _ in range(2)]
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    mask = talos.calibrate(classifier, texts, density=0.2, rounds=2)
+    assert mask.density == pytest.approx(0.2, abs=1e-3)
+    assert not [n for n in mask.names if "shared" in n or "lm_head" in n or "wte" in n]
+    assert all(torch.equal(value, before[n]) for n, value in classifier.state_dict().items())
+
+
+def test_the_configuration_decides_what_is_loaded(folder: Path, tmp_path: Path) -> None:
+    loaded = load_encoder(str(folder))
+    assert isinstance(loaded, LanguageModel)
+    assert loaded.name == folder.name
+    assert len(loaded.sha256) == 64
+    assert not loaded.training
+    assert loaded.tokenizer.pad_token_id is not None
+    encoder = save_tiny_encoder(tmp_path / "bert")
+    assert isinstance(load_encoder(str(encoder)), TextEncoder)
+    with pytest.raises(TalosValueError, match=r"must be a language model, got .*bert"):
+        load_language_model(encoder)
+
+
+def test_an_encoder_decoder_is_no_text_encoder(tmp_path: Path) -> None:
+    with pytest.raises(
+        TalosValueError, match=r"encoder-decoder T5Model; load it with load_encoder"
+    ):
+        load_text_encoder(save_tiny_t5(tmp_path))
+
+
+def test_answers_without_tokens_are_refused(model: LanguageModel, monkeypatch) -> None:
+    monkeypatch.setattr(
+        model, "tokenizer", lambda texts, **options: {"input_ids": [[5], []][: len(texts)]}
+    )
+    with pytest.raises(TalosValueError, match="class_texts must have tokens, got 'b'"):
+        model.classifier(["a", "b"])
+    with pytest.raises(TalosValueError, match="at least two texts"):
+        model.classifier(["a"])
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path: Path) -> None:
+    save_tiny_gpt2(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(TalosValueError, match="a tokenizer with a token to pad with"):
+        load_language_model(tmp_path)
+
+
+def test_a_path_that_is_no_folder_is_refused() -> None:
+    with pytest.raises(TalosOSError, match="which is no folder; check the path"):
+        load_language_model(Path("nowhere"))

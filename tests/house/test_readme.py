@@ -1,0 +1,212 @@
+"""Every code block of README.md runs, in order, in one folder: a block that no rule knows fails.
+
+- ``python`` blocks share one namespace. `<!--python ... -->` is such a block that readers do not
+  see: it holds what the shown ones need but should not explain.
+- ``bash`` blocks go line by line: `make` targets must exist; `talos` commands are run, long ones
+  only parsed; `pip install` must name this distribution and extras that it has.
+- ``toml`` and ``json`` must parse; ``bibtex`` and ``math`` must have balanced braces.
+"""
+
+import functools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from talos.app.cli.app import app, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BLOCK = re.compile(
+    r"^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ ]*$"
+    r"|^<!--python\n(?P<hidden>.*?)^-->[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+# Commands that are only parsed: they train or score a real model. Every other one is run.
+ONLY_PARSED = {"demo", "calibrate", "train", "eval", "report"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the line of README.md it starts on."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks_of(text: str) -> list[Block]:
+    """All blocks in order; raises if a fence is open or indented, which would never be found."""
+    found = []
+    for match in BLOCK.finditer(text):
+        hidden = match["hidden"] is not None
+        first_line = text.count("\n", 0, match.start()) + 2
+        language = "python" if hidden else match["language"].strip()
+        found.append(Block(language, match["hidden"] if hidden else match["code"], first_line))
+    rest = BLOCK.sub("", text)
+    assert not re.search(r"^\s*(?:```|~~~|<!--\s*python)", rest, re.MULTILINE), (
+        "README.md must open and close each fence at the start of a line"
+    )
+    return found
+
+
+def commands_of(code: str) -> list[list[str]]:
+    """The commands of a shell block as argument lists, without prompts and comments."""
+    lines = code.replace("\\\n", " ").splitlines()
+    split = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [words for words in split if words]
+
+
+def check_make(words: list[str]) -> None:
+    known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = [word for word in words[1:] if "=" not in word]
+    assert targets, "make must name its target"
+    assert set(targets) <= set(known), f"no such target: {set(targets) - set(known)}"
+
+
+def parser_of(app: typer.Typer) -> typer.Typer:
+    """An application with the same commands and options whose commands do nothing."""
+    parser = typer.Typer(pretty_exceptions_enable=False)
+    parser.callback()(lambda: None)
+    for command in app.registered_commands:
+        parser.command(command.name)(functools.wraps(command.callback)(lambda **_: None))
+    return parser
+
+
+def check_talos(words: list[str]) -> None:
+    arguments = words[1:]
+    if not set(arguments[:1]) <= ONLY_PARSED:
+        assert main(arguments) == 0, f"{shlex.join(words)} must succeed"
+        return
+    result = CliRunner().invoke(parser_of(app), arguments)
+    assert result.exit_code == 0, result.output
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[1] == "install"
+    wanted = [word for word in words[2:] if not word.startswith("-")]
+    assert wanted, "pip install must name what"
+    for requirement in wanted:
+        match = re.fullmatch(r"(\.|[A-Za-z0-9._-]+)(?:\[([a-z,]+)\])?", requirement)
+        assert match is not None, requirement
+        assert match[1] in {".", PYPROJECT["name"]}, f"not this project: {match[1]}"
+        extras = set(match[2].split(",")) if match[2] else set()
+        assert extras <= set(PYPROJECT["optional-dependencies"]), extras
+
+
+def check_python(words: list[str]) -> None:
+    assert words[1:3] == ["-m", "benches.gpu"], "only `python -m benches.gpu` is known here"
+    subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)
+
+
+def check_pytest(words: list[str]) -> None:
+    paths = [word for word in words[1:] if not word.startswith("-")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def check_git(words: list[str]) -> None:
+    assert words[1] == "clone"
+    assert words[2].startswith("https://"), words[2]
+
+
+def check_cd(words: list[str]) -> None:
+    assert len(words) == 2
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "talos": check_talos,
+    "pip": check_pip,
+    "python": check_python,
+    "pytest": check_pytest,
+    "git": check_git,
+    "cd": check_cd,
+}
+
+
+def run_block(block: Block, namespace: dict[str, object]) -> None:
+    """Executes or checks one block by its language's rule; a language without one raises."""
+    if block.language == "python":
+        # Blank lines in front, so that a traceback's line number is the README's.
+        exec(compile("\n" * (block.line - 1) + block.code, "README.md", "exec"), namespace)
+    elif block.language in {"bash", "sh", "console"}:
+        commands = commands_of(block.code)
+        assert commands, "a shell block must hold a command"
+        for words in commands:
+            assert words[0] in COMMANDS, f"no rule for the command {words[0]!r}"
+            COMMANDS[words[0]](words)
+    elif block.language == "toml":
+        tomllib.loads(block.code)
+    elif block.language == "json":
+        json.loads(block.code)
+    elif block.language in {"bibtex", "math"}:
+        assert block.code.count("{") == block.code.count("}")
+    else:
+        raise AssertionError(f"no rule for the language {block.language!r}")
+
+
+def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of((ROOT / "README.md").read_text())
+    assert {"python", "bash"} <= {block.language for block in blocks}
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        try:
+            run_block(block, namespace)
+        except BaseException as error:
+            error.add_note(f"in the block at README.md:{block.line}")
+            raise
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    text = "# A\n\n```python\nx = 1\n```\ntext\n<!--python\ny = 2\n-->\n```bash\n$ make demo\n```\n"
+    assert blocks_of(text) == [
+        Block("python", "x = 1\n", 4),
+        Block("python", "y = 2\n", 8),
+        Block("bash", "$ make demo\n", 11),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["```python\nx = 1\n", "- item\n  ```python\n  x\n  ```\n", "~~~\n"]
+)
+def test_a_fence_that_would_be_passed_over_is_refused(text: str) -> None:
+    with pytest.raises(AssertionError, match="each fence"):
+        blocks_of(text)
+
+
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [
+        ("", "plain"),
+        ("text", "plain"),
+        ("python", "assert False"),
+        ("python", "x = "),
+        ("bash", "# nothing but a comment"),
+        ("bash", "rm -rf x"),
+        ("bash", "make coffee"),
+        ("bash", "make"),
+        ("bash", "talos demo --no-such-option"),
+        ("bash", "talos no-such-command"),
+        ("bash", "pip install something-else"),
+        ("bash", 'pip install "talos-sparse[nothing]"'),
+        ("bash", "python -c pass"),
+        ("bash", "pytest no/such/folder"),
+        ("toml", "a = "),
+        ("json", "{"),
+        ("bibtex", "@misc{a"),
+    ],
+)
+def test_a_block_that_is_wrong_fails(language: str, code: str) -> None:
+    with pytest.raises((AssertionError, SyntaxError, ValueError)):
+        run_block(Block(language, code, 1), {})
