@@ -42,36 +42,36 @@ def holds_cuda(home):
 
 def extensions():
     try:
-        from torch.utils import cpp_extension
+        from torch.utils import cpp_extension as cpp
     except ImportError as error:
         return skip(error)
 
-    class OptionalBuild(cpp_extension.BuildExtension):
+    class OptionalBuild(cpp.BuildExtension):
         def run(self):
-            while self.extensions:  # of none the install would look for the file
-                try:
-                    return super().run()
-                except Exception as error:
-                    skip(str(error).splitlines()[0])
+            try:
+                super().run()
+            except Exception as error:
+                skip(str(error).splitlines()[0])
                 without_cuda = [name for name in names if "cuda" not in name]
                 self.extensions = [] if extension.sources == without_cuda else [extension]
                 extension.sources, extension.libraries = without_cuda, ["torch_cpu"]
                 self.compiler = None  # made anew: nvcc may fail where the C++ compiler works
+                self.run()
 
-    wanted = cpp_extension.torch.version.cuda and os.environ.get("TALOS_CUDA") != "0"
+    wanted = cpp.torch.version.cuda and os.environ.get("TALOS_CUDA") != "0"
     # torch's CUDA_HOME is the folder above `which nvcc`, which is wrong if that is a wrapper.
-    homes = filter(holds_cuda, (cpp_extension.CUDA_HOME, "/usr/local/cuda"))
+    homes = filter(holds_cuda, (cpp.CUDA_HOME, "/usr/local/cuda"))
     home = next(homes, None) if wanted else None
     names = sorted(str(p) for p in Path("csrc").rglob("*.c[pu]*") if home or "cuda" not in p.parts)
     options = {"extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": ["-O3", "-fmad=false"]}}
     if home:
-        cpp_extension.CUDA_HOME = home
+        cpp.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         options |= {"include_dirs": [f"{home}/include"], "library_dirs": [f"{home}/lib64"]}
         # libtorch.so stands for both kinds of torch: this loads into a CPU-only one too.
         options |= {"libraries": ["cudart_static", "rt", "dl", "pthread"]}
         options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch"]
-    extension = cpp_extension.CppExtension("talos_kernels._C", names, py_limited_api=True, **options)
+    extension = cpp.CppExtension("talos_kernels._C", names, py_limited_api=True, **options)
     COMMANDS["build_ext"] = OptionalBuild.with_options(no_python_abi_suffix=True)
     return [extension]
 
