@@ -10,13 +10,11 @@ puts into `state` or `param_groups` counts from the next step on, as with torch'
 Until the first step the state follows its parameters to another device or dtype.
 """
 
-import hashlib
 import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from operator import is_
 from typing import Any, overload
 
 import torch
@@ -24,28 +22,28 @@ from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
-from talos.names import match_tensors, named_parameters
+from talos.optim.base import Base
 from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
 from talos.optim.compaction import compact
 from talos.optim.param_groups import (
     NamedParams,
+    alike,
     by_name,
     check_hyperparameters,
     check_moments,
     check_not_wrapped,
-    check_same_parameters,
-    check_trainable,
+    complete_groups,
     module_of,
     named_groups,
+    selected_names,
     several_processes,
 )
 from talos.optim.states import OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import warn_of_no_gradient, watch_frozen
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
-from talos.task_vectors.fingerprints import fingerprint, fingerprints
-from talos.tensors import WatchedBuffers, place
+from talos.tensors import WatchedBuffers
 
 __all__ = ["SparseAdam"]
 
@@ -102,8 +100,8 @@ class SparseAdam(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Copies and pickles keep these beside torch's own attributes; hooks are dropped, as by torch.
     _KEPT = (
-        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base", "_fingerprints"),
-        *("_base_known", "_complete", "_stepped", "_trained"),
+        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base"),
+        *("_complete", "_stepped", "_trained"),
     )
 
     def __init__(
@@ -126,23 +124,8 @@ class SparseAdam(torch.optim.Optimizer):
         check_moments(moment_dtype, seed)
         groups = named_groups(model, mask.names)
         params = by_name(groups)
-        if mask.nnz == 0:
-            raise TalosValueError("mask must select at least one entry: no weight selected")
-        aliases: Mapping[str, Tensor] = params
-        if isinstance(model, nn.Module):
-            aliases = named_parameters(model, remove_duplicate=False)
-        matched = match_tensors(mask.shapes, aliases)
-        check_one_memory(aliases, {n: p for n, p in matched.items() if mask.indices[n].nnz})
-        covered = {place(param) for param in matched.values()}
-        if strict and (unknown := [n for n, p in params.items() if place(p) not in covered]):
-            raise TalosValueError(
-                f"mask must cover every parameter when strict, lacks {len(unknown)}: "
-                f"{', '.join(unknown[:5])}"
-            )
         self._mask = mask
-        self._names = {p: n for n, p in matched.items() if mask.indices[n].nnz}
-        for param, name in self._names.items():
-            check_trainable(name, param)
+        self._names = selected_names(model, params, mask, strict)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -167,18 +150,11 @@ class SparseAdam(torch.optim.Optimizer):
         self._buckets: list[Bucket] = []
         self._clipping = Clipping(self._buckets)
         self._buffers = WatchedBuffers(module_of(model, self._names))
-        self._base_known = True
         self._stepped = self._trained = self._complete = False
-        self._fingerprints = fingerprints({n: p for p, n in self._names.items()})
         super().__init__(groups, defaults)
         self._complete = True
         self._build({})
-        # Initial weights by name: flat, on the CPU, in the weights' dtype or a checkpoint's.
-        self._base = {
-            name: weights.to("cpu", next(iter(bucket.params.values())).dtype, copy=True)
-            for bucket in self._buckets
-            for name, weights in bucket.weights_by_name().items()
-        }
+        self._base = Base.of(self._buckets)
         self._show()
         self.freeze()
 
@@ -277,44 +253,28 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _regrouped(self) -> bool:
         """Return whether other code regrouped or reordered the parameters; name them then."""
-        now = [group["params"] for group in self.param_groups]
-        if list(map(len, now)) == list(map(len, self._grouped)) and all(
-            all(map(is_, *pair)) for pair in zip(now, self._grouped, strict=True)
-        ):
+        if self._grouped == [list(map(id, group["params"])) for group in self.param_groups]:
             return False
-        check_same_parameters(now, self._names)
-        for group in self.param_groups:
-            group["param_names"] = [self._names[param] for param in group["params"]]
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+        complete_groups(self.param_groups, self._names, self.defaults)
         return True
 
     def _follow(self) -> None:
         """Move the state to where its parameters are now, in their dtype; no step was taken yet."""
-        cast = {n: p for p, n in self._names.items() if self._base[n].dtype != p.dtype}
-        self._base |= {name: self._base[name].to(param.dtype) for name, param in cast.items()}
+        dtypes = {name: weights.dtype for name, weights in self._base.weights.items()}
+        cast = {n: p for p, n in self._names.items() if dtypes[n] != p.dtype}
         states = {param: dict(self.state[param]) for param in self._names}
         for param in cast.values():  # the master is the cast weight
             states[param].pop("master", None)
         self._build(states)
+        self._base.cast(cast, self._buckets)
         self._show()
-        # A weight that was only cast is a base with its own fingerprint.
-        deltas = self._deltas()
-        kept = {name: base for name, base in self._fingerprints.items() if name not in cast}
-        unchanged = {name: param for name, param in cast.items() if not deltas[name].any()}
-        self._fingerprints = kept | fingerprints(unchanged)
 
     def _build(self, states: Mapping[Tensor, State]) -> None:
         """Make all buckets anew with this state by parameter; old arrays stay as they were."""
         compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
-        alike: dict[tuple[int, torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                kind = number, param.device, param.dtype
-                alike.setdefault(kind, {})[self._names[param]] = param
         self._buckets[:] = [
             Bucket.create(number, params, self._mask, self._moment_dtype, states)
-            for (number, _, _), params in alike.items()
+            for number, params in alike(self.param_groups, self._names)
         ]
         for bucket in self._buckets:
             bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
@@ -325,19 +285,9 @@ class SparseAdam(torch.optim.Optimizer):
             for param, views in bucket.views.items():
                 others = {k: v for k, v in self.state.get(param, {}).items() if k not in OWN}
                 self.state[param] = {**others, **views}
-        self._grouped = [list(group["params"]) for group in self.param_groups]
+        self._grouped = [list(map(id, group["params"])) for group in self.param_groups]
         for group in self.param_groups:
-            names = sorted(self._names[param] for param in group["params"])
-            every = "".join(fingerprint(self._base[name]) for name in names)
-            group["base"] = hashlib.sha256(every.encode()).hexdigest()[:16]
-
-    def _deltas(self) -> dict[str, Tensor]:
-        """Return current minus initial weights by name: float32, on the CPU."""
-        return {
-            name: (weights.cpu() - self._base[name].to(weights.dtype)).float()
-            for bucket in self._buckets
-            for name, weights in bucket.weights_by_name().items()
-        }
+            group["base"] = self._base.digest(self._names[param] for param in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and a deferred clipping with them.
@@ -457,17 +407,17 @@ class SparseAdam(torch.optim.Optimizer):
             >>> optimizer.task_vector().values
             tensor([-0.5000, -0.5000])
         """
-        if not self._base_known:
+        if not self._base.known:
             raise TalosRuntimeError(
                 "the initial weights are not known: the loaded state belongs to other ones and "
                 "does not hold them; use TaskVector.from_models(base, model, mask)"
             )
         self._checked()
-        deltas = self._deltas()
+        deltas = self._base.deltas(self._buckets)
         empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
         made = {"method": "talos", **self._buffers.metadata(stacklevel=2)}
-        return TaskVector(self._mask, values, fingerprints=self._fingerprints, metadata=made)
+        return TaskVector(self._mask, values, fingerprints=self._base.fingerprints, metadata=made)
 
     def freeze(self) -> None:
         """Freeze the parameters without a selected entry, as the constructor does."""
@@ -508,8 +458,8 @@ class SparseAdam(torch.optim.Optimizer):
         state = super().state_dict()
         state["state"] = {key: copy(each) for key, each in state["state"].items()}
         params = [param for group in self.param_groups for param in group["params"]]
-        base = [self._base[self._names[param]] for param in params]
-        return {**state, "base": base, "fingerprints": dict(self._fingerprints)}
+        base = [self._base.weights[self._names[param]] for param in params]
+        return {**state, "base": base, "fingerprints": dict(self._base.fingerprints)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state that an optimizer with the same mask saved.
@@ -542,11 +492,10 @@ class SparseAdam(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer) -> None:
             (found,) = saved
-            if found.base is None:
-                self._base_known &= own == [group.get("base") for group in self.param_groups]
-            else:
-                self._base, self._fingerprints = found.base, found.fingerprints
-                self._base_known = True
+            if found.base is not None:
+                self._base = Base(found.base, found.fingerprints)
+            elif own != [group.get("base") for group in self.param_groups]:
+                self._base.known = False
             self.state = defaultdict(dict, found.others)
             self._build(found.states)
             self._show()

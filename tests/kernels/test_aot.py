@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from benches.measure import ROOT
-
-from .aot import TARGETS, launches
+from tests.kernels.aot import TARGETS, launches
 
 KERNELS = tuple(launches())
 INDEXED = tuple(
