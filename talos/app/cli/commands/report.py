@@ -1,12 +1,13 @@
-"""`talos report`: the page of a demo, made again from its results.json."""
+"""`talos report`: make the page of a demo again from its results.json."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from talos.app.checks import check_input, check_output
 from talos.app.cli.console import keeping, next_step, say, stdout
-from talos.app.cli.options import Overwrite, check_input, check_output
+from talos.app.cli.options import Overwrite
 
 __all__ = ["EXAMPLES", "report"]
 
