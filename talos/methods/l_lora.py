@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from talos.architecture.projections import Projection
+from talos.architecture.attention import Projection
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods.base import (
@@ -253,6 +253,6 @@ def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
     if not found:
         raise TalosValueError(
             "model must have query or value projections that require a gradient, got none whose "
-            "names are known; talos.architecture.projections lists those that are"
+            "names are known; talos.architecture.layers lists them"
         )
     return found

@@ -358,7 +358,7 @@ def test_a_library_that_was_brought_along_is_built_anew(
         return SimpleNamespace(wait=lambda limit: 0)
 
     (tmp_path / "talos_kernels").mkdir()
-    (tmp_path / "talos_kernels" / "_C.abi3.so").write_text("of other sources")
+    (tmp_path / "talos_kernels" / "_C.so").write_text("of other sources")
     monkeypatch.setattr(ceilings.subprocess, "Popen", start)
     monkeypatch.setattr(ceilings.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
     monkeypatch.setattr(ceilings.measure, "ROOT", tmp_path)

@@ -15,17 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {"errors"},
-    {"tensors", "reals", "files", "architecture"},
+    {"tensors", "options", "files", "architecture"},
     {"names"},
-    {"params", "masks", "casts"},
-    {"batches", "frozen", "activations"},
+    {"params", "masks"},
+    {"batches"},
     {"calibration", "task_vectors"},
     {"optim"},
     {"methods"},
     {"training"},
     {"__init__"},
     {"app"},
-    {"metrics"},
 )
 NOT_LOADED_BY_IMPORT_TALOS = ("open_clip", "transformers", "matplotlib", "typer", "rich")
 

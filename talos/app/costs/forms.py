@@ -1,8 +1,8 @@
 """The forms of fine-tuning whose costs stand beside each other.
 
-The paper's five methods, as `talos.methods` has them; TaLoS without its savings, and with frozen
-weights held in bf16; and the best that torch does by itself: everything but the touched tensors
-frozen with fused AdamW on a masked gradient, and compiled code. All AdamW is fused where torch has
+The paper's five methods, as `talos.methods` has them; TaLoS without its savings; and the best that
+torch does by itself: everything but the touched tensors frozen with fused AdamW on a masked
+gradient, and compiled code. All AdamW is fused where torch has
 that, attention is torch's own, gradients are set to None, bf16 is autocast.
 
 The copy of the initial weights from which a task vector is made is no part of what is measured.
@@ -16,7 +16,6 @@ from torch import nn
 from talos.app.costs.running import HYPER, Form, Running
 from talos.app.costs.step_bytes import dense_step, masked_step, sparse_step
 from talos.app.costs.workload import Workload
-from talos.frozen import hold_frozen
 from talos.masks import Mask
 from talos.methods import Linearized, LLora, Nonlinear, Phase, Talos
 from talos.methods.lota import Lota
@@ -127,19 +126,6 @@ def _dense_gradients(workload: Workload) -> Running:
     return _sparse(workload, compact=False)
 
 
-def _held(workload: Workload) -> Running:
-    running = _talos(workload)
-    held = hold_frozen(workload.model, lambda: workload.logits(workload.model, workload.batch))
-    release = running.finish
-
-    def finish() -> None:
-        held.release()
-        release()
-
-    running.finish = finish
-    return running
-
-
 def _masked(workload: Workload) -> Running:
     params = named_parameters(workload.model)
     masks = {name: workload.mask.to_dense(name) for name in workload.mask.names}
@@ -173,10 +159,6 @@ def _masked(workload: Workload) -> Running:
     )
 
 
-def _only_mixed(workload: Workload) -> str | None:
-    return None if workload.dtype == torch.bfloat16 else "weights are held in bf16 under autocast"
-
-
 FORMS: Sequence[Form] = (
     Form(BASELINE, "non-linear", _nonlinear),
     Form("linearized", "linearized", _linearized),
@@ -184,7 +166,6 @@ FORMS: Sequence[Form] = (
     Form("lota", "LoTA, second phase", _lota),
     Form(OURS, "TaLoS", _talos),
     Form("talos_dense_gradients", "TaLoS, dense gradients", _dense_gradients),
-    Form("talos_held", "TaLoS, held bf16", _held, _only_mixed),
     Form("masked_adamw", "frozen, masked, fused AdamW", _masked),
 )
 """All that needs nothing but torch; LoTA's first phase costs what non-linear fine-tuning does."""

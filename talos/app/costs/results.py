@@ -79,7 +79,7 @@ def save_results(results: Mapping[str, Any], path: Path) -> None:
         path: the file.
     """
     text = json.dumps(results, indent=1) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda new: new.write_bytes(text.encode()))
 
 
 def ratios(forms: Sequence[Mapping[str, Any]], form: Mapping[str, Any]) -> tuple[float, ...] | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import talos
 from talos.errors import TalosTypeError, TalosValueError
-from talos.reals import as_real
+from talos.options import as_real
 
 NUMBERS: tuple[Any, ...] = (
     0.25,
