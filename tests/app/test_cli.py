@@ -139,8 +139,8 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("bogus", "bogus"),
         ("merge", "Missing"),
         ("calibrate --nonsense", "nonsense"),
-        ("calibrate --data a --out m.safetensors --density 0", r"--density must be in \(0, 1\]"),
-        ("calibrate --data a --out m.safetensors --density nan", "--density must be"),
+        ("calibrate --data a --out m.safetensors --density 0", r"--density must lie in \(0, 1\]"),
+        ("calibrate --data a --out m.safetensors --density nan", "--density must lie"),
         ("calibrate --data a --out m.safetensors --density x", "--density"),
         (
             "calibrate --data a --out m.safetensors --rounds 0",
@@ -205,7 +205,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --method l_lora --rank 0",
             "--rank must be an int",
         ),
-        ("train --data a --out v.safetensors --method lota --density 2", "--density must be in"),
+        ("train --data a --out v.safetensors --method lota --density 2", "--density must lie in"),
         (
             "train --data a --out v.safetensors --sparse-lr 0.1",
             "--sparse-lr must be left out with --method nonlinear, got 0.1; it is for lota",

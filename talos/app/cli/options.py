@@ -1,11 +1,26 @@
-"""Options that several commands share."""
+"""Options that several commands share, and checks of choices and paths before any work."""
 
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["Batch", "Data", "Length", "Model", "Out", "Overwrite", "Seed"]
+from talos.errors import TalosOSError, TalosValueError
+
+__all__ = [
+    "Batch",
+    "Data",
+    "Length",
+    "Model",
+    "Out",
+    "Overwrite",
+    "Seed",
+    "check_choice",
+    "check_input",
+    "check_output",
+]
 
 Model = Annotated[
     str,
@@ -36,3 +51,31 @@ Seed = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples per batch.")]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens per text; the rest is cut off.")]
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a word that is not among the choices."""
+    if value not in choices:
+        raise TalosValueError(f"{name} must be {' or '.join(choices)}, got {value}")
+
+
+def check_input(name: str, path: Path) -> None:
+    """Refuse a file that does not exist."""
+    if not path.is_file():
+        raise TalosOSError(f"{name} must be an existing file, got {path}")
+
+
+def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
+    """Refuse an --out that could not be written, or that exists without --overwrite."""
+    if path.suffix != suffix:
+        raise TalosValueError(f"--out must end in {suffix}, got {path}")
+    if not path.parent.is_dir():
+        raise TalosOSError(f"--out must lie in an existing folder, got {path}; make {path.parent}")
+    if path.is_dir():
+        raise TalosOSError(f"--out must be a file, got the folder {path}")
+    if path.exists() and not overwrite:
+        raise TalosOSError(f"--out must not exist, got {path}; pass --overwrite to replace it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise TalosOSError(f"--out must lie in a folder that can be written, got {path}") from error

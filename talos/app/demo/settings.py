@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from talos.app.checks import check_fraction, check_positive
 from talos.app.models import takes_images
 from talos.errors import TalosValueError
 from talos.methods import METHODS
-from talos.reals import integer
+from talos.options import fraction, integer, positive
 
 __all__ = ["TITLES", "DemoSettings", "OnProgress", "Progress"]
 
@@ -81,9 +80,9 @@ class DemoSettings:
                 "folder"
             )
         for name in ("density", "control_share"):
-            check_fraction(name, getattr(self, name))
+            fraction(name, getattr(self, name))
         for name in ("lr", "nonlinear_lr"):
-            check_positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in (
             *("rounds", "samples", "steps", "batch_size", "bootstrap"),
             *("calibration_batch_size", "evaluation_batch_size"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from talos.reals import integer
+from talos.options import integer
 
 E = TypeVar("E")
 

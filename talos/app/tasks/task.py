@@ -12,7 +12,7 @@ from torch import Tensor
 
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
-from talos.reals import integer
+from talos.options import integer
 
 Collate = Callable[[Sequence[int]], dict[str, Tensor]]
 

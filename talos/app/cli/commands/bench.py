@@ -7,11 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from talos.app.checks import check_choice
 from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Overwrite
+from talos.app.cli.options import Overwrite, check_choice
 from talos.errors import TalosOSError, TalosRuntimeError
-from talos.reals import integer
+from talos.options import integer
 
 __all__ = ["EXAMPLES", "bench"]
 

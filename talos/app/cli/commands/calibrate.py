@@ -11,12 +11,20 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from talos.app.checks import check_choice, check_fraction, check_output
 from talos.app.cli.console import Bars, keeping, next_step, per_second, say, stdout
-from talos.app.cli.options import Batch, Data, Length, Model, Overwrite, Seed
+from talos.app.cli.options import (
+    Batch,
+    Data,
+    Length,
+    Model,
+    Overwrite,
+    Seed,
+    check_choice,
+    check_output,
+)
 from talos.app.models import Classifier
 from talos.errors import TalosValueError
-from talos.reals import integer
+from talos.options import fraction, integer
 
 __all__ = ["EXAMPLES", "calibrate"]
 
@@ -105,7 +113,7 @@ def calibrate(
 
     --dry-run shows which weights would be scored, which not and why, and the memory it takes.
     """
-    check_fraction("--density", density)
+    fraction("--density", density)
     integer("--rounds", rounds, 1)
     if samples is not None:
         integer("--samples", samples, 1)

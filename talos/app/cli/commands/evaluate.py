@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from talos.app.checks import check_input
 from talos.app.cli.console import Bars, keeping, next_step, say, stdout, table
-from talos.app.cli.options import Batch, Length, Model, Seed
+from talos.app.cli.options import Batch, Length, Model, Seed, check_input
 from talos.app.cli.tables import interval
 from talos.errors import TalosValueError
-from talos.reals import integer
+from talos.options import integer
 
 __all__ = ["EXAMPLES", "evaluate"]
 

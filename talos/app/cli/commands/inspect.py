@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from talos.app.checks import check_input
 from talos.app.cli.console import next_step, say, stdout
+from talos.app.cli.options import check_input
 
 __all__ = ["EXAMPLES", "inspect"]
 
@@ -29,12 +29,13 @@ def inspect(
     """
     check_input("FILE", file)
     from talos.app.report.results import megabytes
+    from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import TaskVector
 
     size = file.stat().st_size
     console = stdout()
-    if _kind(file) == "task_vector":
+    if claimed_kind(file) == "task_vector":
         vector = TaskVector.load(file)
         mask, metadata = vector.mask, vector.metadata
         say(
@@ -62,20 +63,9 @@ def inspect(
     next_step(
         console,
         f"talos eval --data TASK --vector {file} --scale grid"
-        if _kind(file) == "task_vector"
+        if claimed_kind(file) == "task_vector"
         else f"talos train --data TASK --mask {file} --out vector.safetensors",
     )
-
-
-def _kind(file: Path) -> str:
-    """Read the kind of a file; the loader, which checks everything, reports what is wrong."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return str(json.loads((opened.metadata() or {})["kind"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return "mask"
 
 
 def _plain(value: Any) -> str:

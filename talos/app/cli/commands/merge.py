@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from talos.app.checks import check_input, check_output
 from talos.app.cli.console import keeping, next_step, say, stdout
-from talos.app.cli.options import Out, Overwrite
+from talos.app.cli.options import Out, Overwrite, check_input, check_output
 from talos.errors import TalosValueError
 
 __all__ = ["EXAMPLES", "merge", "parse_term"]

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from talos.app.checks import check_input, check_output
 from talos.app.cli.console import keeping, next_step, say, stdout
-from talos.app.cli.options import Overwrite
+from talos.app.cli.options import Overwrite, check_input, check_output
 
 __all__ = ["EXAMPLES", "report"]
 

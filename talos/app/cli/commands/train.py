@@ -6,18 +6,22 @@ from typing import Annotated
 
 import typer
 
-from talos.app.checks import (
+from talos.app.cli.console import Bars, keeping, next_step, say, stdout
+from talos.app.cli.options import (
+    Batch,
+    Data,
+    Length,
+    Model,
+    Out,
+    Overwrite,
+    Seed,
     check_choice,
-    check_fraction,
     check_input,
     check_output,
-    check_positive,
 )
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Batch, Data, Length, Model, Out, Overwrite, Seed
 from talos.errors import TalosValueError
 from talos.methods import METHODS
-from talos.reals import integer
+from talos.options import fraction, integer, positive
 
 __all__ = ["EXAMPLES", "train"]
 
@@ -97,7 +101,7 @@ def train(
     integer("--batch-size", batch_size, 1)
     integer("--max-length", max_length, 3)
     rate = lr if lr is not None else METHODS[method].usual_lr
-    check_positive("--lr", rate)
+    positive("--lr", rate)
     if mask is not None:
         check_input("--mask", mask)
     check_output(out, overwrite)
@@ -184,7 +188,7 @@ def _checked_method(
     if rank is not None:
         integer("--rank", rank, 1)
     if density is not None:
-        check_fraction("--density", density)
+        fraction("--density", density)
     if sparse_lr is not None:
-        check_positive("--sparse-lr", sparse_lr)
+        positive("--sparse-lr", sparse_lr)
     return method
