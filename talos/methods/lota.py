@@ -57,9 +57,8 @@ class _Search(Dense):
 
     def __init__(self, method: Lota, setup: Setup) -> None:
         params = trainable(setup.model)
-        check_not_wrapped(
-            setup.model
-        )  # refuse before the first training what the second cannot take
+        # Refuse before the first training what the second cannot take.
+        check_not_wrapped(setup.model)
         for name, param in params.items():
             check_trainable(name, param)
         super().__init__(setup, params)
