@@ -79,8 +79,7 @@ def _trained(
         method, rate = _method(name, masks.get(task.name), factor)
         torch.manual_seed(SETTINGS.seed)  # dropout
         start = measure.clock()
-        for _ in talos.fine_tune(classifier, batches, method=method, steps=SETTINGS.steps, lr=rate):
-            pass
+        talos.fine_tune(classifier, batches, method=method, steps=SETTINGS.steps, lr=rate)
         seconds = measure.clock() - start
         yield task.name, (seconds, share(answers.correct(task.name, "validation")))
         judge.restore_()

@@ -33,7 +33,8 @@ from benches import measure
 from benches.shapes import SHAPES
 from benches.table import OURS
 from talos.app.costs import library_model
-from talos.params import is_norm, select_parameters
+from talos.architecture.layers import is_norm
+from talos.params import select_parameters
 
 CLASSES = 64
 DECODER_TOKENS = 16

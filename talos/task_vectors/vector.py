@@ -22,7 +22,7 @@ from talos.errors import TalosTypeError, TalosValueError
 from talos.files import write_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
-from talos.reals import as_real
+from talos.options import as_real
 from talos.task_vectors.differences import Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
 from talos.task_vectors.fingerprints import fingerprint
