@@ -179,8 +179,6 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
         TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
         TalosValueError: the model lacks a tensor or has another shape of it.
     """
-    if not isinstance(model, nn.Module):
-        raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     every_name = {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
     matched = match_tensors(mask.shapes, every_name, what="task vector")
     touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
