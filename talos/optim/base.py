@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from talos.optim.buckets import Bucket
-from talos.task_vectors.fingerprints import fingerprint, fingerprints
+from talos.task_vectors.fingerprints import fingerprint
 
 __all__ = ["Base"]
 
@@ -35,7 +35,7 @@ class Base:
             for bucket in buckets
             for name, entries in bucket.weights_by_name().items()
         }
-        return cls(weights, fingerprints(params))
+        return cls(weights, {name: fingerprint(param) for name, param in params.items()})
 
     def digest(self, names: Iterable[str]) -> str:
         """Return a hash of the weights of these tensors, whatever their order."""
@@ -56,4 +56,4 @@ class Base:
         deltas = self.deltas(buckets)
         unchanged = {name: param for name, param in params.items() if not deltas[name].any()}
         kept = {name: each for name, each in self.fingerprints.items() if name not in params}
-        self.fingerprints = kept | fingerprints(unchanged)
+        self.fingerprints = kept | {name: fingerprint(param) for name, param in unchanged.items()}

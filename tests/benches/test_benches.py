@@ -32,7 +32,7 @@ from benches.bench_fisher_diag import OPS, TOLERANCE
 from benches.results_file import add_result, all_results, draw_costs, write_json
 from benches.shapes import ModelShape, TensorShape
 from benches.table import OURS, Record, table_lines
-from talos.app.models import ZeroShotClassifier, load_text_encoder
+from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.params import select_parameters
 from talos_kernels._ops import CUDA_BACKENDS
 from tests.tiny import save_tiny_encoder
@@ -362,7 +362,7 @@ def test_both_forms_make_the_same_sampled_gradient() -> None:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> ZeroShotClassifier:
     folder = save_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
-    return ZeroShotClassifier(load_text_encoder(folder), ["a letter", "a mark", "a digit"])
+    return ZeroShotClassifier(load_encoder(folder), ["a letter", "a mark", "a digit"])
 
 
 @pytest.fixture(scope="module")

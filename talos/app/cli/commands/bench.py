@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Overwrite, check_at_least, check_choice
+from talos.app.cli.options import Overwrite, check_choice
 from talos.errors import TalosOSError, TalosRuntimeError
+from talos.options import integer
 
 __all__ = ["EXAMPLES", "bench"]
 
@@ -79,7 +80,7 @@ def bench(
         batch = 128 if on_gpu else 16
     check_choice("--model", model, MODELS)
     check_choice("--dtype", dtype, ("fp32", "bf16"))
-    check_at_least("--rounds", rounds, 1)
+    integer("--rounds", rounds, 1)
     check_sizes(model, batch_size=batch, tokens=tokens, layers=layers)
     _prepare(out, overwrite)
     _check_installed(model)
