@@ -110,9 +110,11 @@ class Bucket:
         if first.dtype != wide:
             bucket.master = bucket.weights()
         for param, views in bucket.views.items():
-            for key, value in states.get(param, {}).items():
-                if key in views:
-                    views[key].copy_(torch.as_tensor(value))
+            given = states.get(param, {})
+            views["step"].fill_(float(given.get("step", 0)))
+            for key in OWN[1:]:
+                if key in views and key in given:
+                    views[key].copy_(given[key])
         return bucket
 
     @property
