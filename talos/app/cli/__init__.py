@@ -1,7 +1,6 @@
-"""The command line: `talos demo | calibrate | train | merge | eval | inspect | report | bench`.
+"""The command line: `talos demo | calibrate | train | merge | eval | inspect | report`.
 
-Only this package and `talos.app.demo`, `talos.app.report`, `talos.app.costs` import typer, rich and
-matplotlib.
+Only this package, `talos.app.demo` and `talos.app.report` import typer, rich and matplotlib.
 """
 
 from talos.app.cli.app import main
