@@ -1,15 +1,14 @@
-"""Builds csrc/ into talos_kernels/_C; everything else about the package is in pyproject.toml.
+"""Build csrc/ into talos_kernels/_C.so if there is a compiler; the rest is in pyproject.toml.
 
-The library is optional: where there is no compiler, or it fails, the install goes on without.
-TALOS_REQUIRE_CSRC=1 makes that an error, TALOS_CUDA=0 builds the CPU part only.
+TALOS_REQUIRE_CSRC=1 makes a failure an error, TALOS_CUDA=0 builds the CPU part only.
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 HINT = (
     "talos: csrc/ was not built, or without CUDA ({}); the reference kernels take its place. "
@@ -22,58 +21,59 @@ CXX_FLAGS = [
 ]
 
 
+class OneWheel(bdist_wheel):  # for every Python: the library uses torch's stable ABI alone
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+COMMANDS = {"bdist_wheel": OneWheel}
+
+
 def skip(reason):
     if os.environ.get("TALOS_REQUIRE_CSRC") == "1":
         raise SystemExit(HINT.format(reason))
     print(HINT.format(reason), file=sys.stderr)
-    return {}
+    return []
 
 
-def find_cuda(cpp_extension, torch):
-    """The toolkit's folder: nvcc and its headers, for a torch that was built for CUDA, or None."""
-    # torch takes the folder above `which nvcc`, which is wrong where that is a wrapper.
-    for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda"):
-        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda.h").exists():
-            return home if torch.version.cuda and os.environ.get("TALOS_CUDA") != "0" else None
-    return None
+def holds_cuda(home):
+    return home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda.h").exists()
 
 
-def extension_arguments():
+def extensions():
     try:
-        import torch
-        import torch.utils.cpp_extension as cpp_extension
+        from torch.utils import cpp_extension as cpp
     except ImportError as error:
         return skip(error)
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-        return skip("no C++ compiler")
 
-    class OptionalBuild(cpp_extension.BuildExtension):
+    class OptionalBuild(cpp.BuildExtension):
         def run(self):
             try:
                 super().run()
             except Exception as error:
                 skip(str(error).splitlines()[0])
-                sources = [name for name in names if "cuda" not in name]
-                if extension.sources == sources:
-                    self.extensions = []  # or the install would look for the file
-                    return
-                extension.sources, extension.libraries = sources, ["torch_cpu"]
+                without_cuda = [name for name in names if "cuda" not in name]
+                self.extensions = [] if extension.sources == without_cuda else [extension]
+                extension.sources, extension.libraries = without_cuda, ["torch_cpu"]
                 self.compiler = None  # made anew: nvcc may fail where the C++ compiler works
                 self.run()
 
-    home = find_cuda(cpp_extension, torch)
+    wanted = cpp.torch.version.cuda and os.environ.get("TALOS_CUDA") != "0"
+    # torch's CUDA_HOME is the folder above `which nvcc`, which is wrong if that is a wrapper.
+    homes = filter(holds_cuda, (cpp.CUDA_HOME, "/usr/local/cuda"))
+    home = next(homes, None) if wanted else None
     names = sorted(str(p) for p in Path("csrc").rglob("*.c[pu]*") if home or "cuda" not in p.parts)
-    options = {"py_limited_api": True, "extra_compile_args": {"cxx": CXX_FLAGS}}
+    options = {"extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": ["-O3", "-fmad=false"]}}
     if home:
-        cpp_extension.CUDA_HOME = home
+        cpp.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-        options["extra_compile_args"]["nvcc"] = ["-O3", "-fmad=false"]
         options |= {"include_dirs": [f"{home}/include"], "library_dirs": [f"{home}/lib64"]}
         # libtorch.so stands for both kinds of torch: this loads into a CPU-only one too.
-        options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+        options |= {"libraries": ["cudart_static", "rt", "dl", "pthread"]}
         options["extra_link_args"] = ["-Wl,--no-as-needed", "-ltorch"]
-    extension = cpp_extension.CppExtension("talos_kernels._C", names, **options)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    extension = cpp.CppExtension("talos_kernels._C", names, py_limited_api=True, **options)
+    COMMANDS["build_ext"] = OptionalBuild.with_options(no_python_abi_suffix=True)
+    return [extension]
 
 
-setup(**extension_arguments())
+setup(ext_modules=extensions(), cmdclass=COMMANDS)

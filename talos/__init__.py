@@ -12,7 +12,6 @@ only those, and edit models with the small task vectors that result:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from talos.activations import checkpoint_frozen_mlps, few_bit_backward
 from talos.batches import choice_logits
 from talos.calibration import calibrate, fisher_diag
 from talos.errors import (
@@ -22,7 +21,6 @@ from talos.errors import (
     TalosTypeError,
     TalosValueError,
 )
-from talos.frozen import hold_frozen
 from talos.masks import Mask
 from talos.optim import SparseAdam
 from talos.task_vectors import ResidentVectors, TaskVector
@@ -41,12 +39,9 @@ __all__ = [
     "TalosValueError",
     "TaskVector",
     "calibrate",
-    "checkpoint_frozen_mlps",
     "choice_logits",
-    "few_bit_backward",
     "fine_tune",
     "fisher_diag",
-    "hold_frozen",
 ]
 
 try:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from talos import frozen
 from talos.batches import default_logits, labels_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
@@ -98,7 +96,6 @@ def fine_tune(
     label_smoothing: float = 0.0,
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
-    hold_frozen: bool = False,
     loss_fn: LossFunction | None = None,
     logits_fn: LogitsFunction | None = None,
 ) -> Iterator[FineTuneStep | FineTuneFinished]:
@@ -124,8 +121,6 @@ def fine_tune(
         label_smoothing: of the default loss, in [0, 1).
         accumulate: batches a step; their mean loss is minimised.
         autocast: run the forward pass in this dtype where that is safe (torch.bfloat16).
-        hold_frozen: with autocast, hold the frozen weights in its dtype during training, see
-            `talos.hold_frozen`; between the events the model then runs under autocast only.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits. The
             method linearized hands it a `LinearizedModel`, whose `model(batch)` is logits.
         logits_fn: `logits_fn(model, batch)`, `[B, C]`, for the default loss.
@@ -152,11 +147,6 @@ def fine_tune(
     _check(steps, warmup, label_smoothing, max_grad_norm)
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
-    if hold_frozen and autocast not in (torch.bfloat16, torch.float16):
-        raise TalosValueError(
-            "hold_frozen must go with autocast in torch.bfloat16 or torch.float16, got "
-            f"{autocast}; pass autocast=torch.bfloat16"
-        )
     if not isinstance(model, nn.Module):
         raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chosen = method_of(method, mask)
@@ -178,7 +168,6 @@ def fine_tune(
         accumulate=accumulate,
         max_norm=math.inf if max_grad_norm is None else max_grad_norm,
         autocast=autocast,
-        hold_frozen=hold_frozen,
     )
     return run.events(model, first)
 
@@ -196,7 +185,6 @@ class _Run:
     accumulate: int
     max_norm: float
     autocast: torch.dtype | None
-    hold_frozen: bool
     taken: int = 0
     start: float = 0.0
 
@@ -227,11 +215,6 @@ class _Run:
         with ExitStack() as stack:
             stack.callback(phase.release)
             phase.freeze()
-            if self.hold_frozen and self.autocast is not None:
-                batch = next(stream)
-                stream = chain([batch], stream)
-                loss = partial(self.loss_fn, phase.module, batch)
-                stack.enter_context(frozen.hold_frozen(phase.module, loss, self.autocast))
             yield from self._steps(phase, stream)
 
     def _steps(self, phase: Phase, stream: Iterator[Any]) -> Iterator[FineTuneStep]:

@@ -33,7 +33,7 @@ call. A result of `benches/` on a device replaces "unmeasured"."""
 
 
 def _load_library() -> Path | None:
-    for path in sorted(Path(__file__).parent.glob("_C*.so")):
+    for path in sorted(Path(__file__).parent.glob("_C.so")):
         torch.ops.load_library(path)
         return path
     return None

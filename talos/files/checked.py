@@ -1,46 +1,49 @@
-"""Files of masks and task vectors: identity, version and checksums around the buffers."""
+"""Save and load the files of masks and task vectors, with a checksum for every bit."""
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
+from talos.files.atomic import atomic_write
 from talos.files.reader import opened, parse_json
-from talos.files.writer import DTYPES, bytes_of, code_of, write_tensors
 
-__all__ = ["VERSION", "load_file", "save_file"]
+__all__ = ["VERSION", "check_entries", "digest", "load_file", "save_file", "write_tensors"]
 
-VERSION = 1
-"""Of the format; a reader refuses newer ones."""
+VERSION = 2
+"""Version of the format that is written; no other is read."""
 
 _LOADERS = {"mask": "talos.Mask.load", "task_vector": "talos.TaskVector.load"}
-_OWN = ("format", "kind", "version", "digests", "checksum")
+_MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
 
 def save_file(
     path: str | os.PathLike[str],
     kind: str,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
+    content: Mapping[str, Any],
 ) -> None:
-    """Write buffers and metadata to a file, atomically; equal content gives equal bytes.
+    """Write tensors and JSON content to a file, atomically; equal content gives equal bytes.
 
     Args:
-        path: the file, conventionally `*.safetensors`; an older one is replaced.
+        path: the file, by convention `*.safetensors`; an older one is replaced.
         kind: `mask` or `task_vector`.
-        tensors: of any shape and device; int64, int32, uint16, uint8, float32, bfloat16, float16.
-            Floating-point ones must be finite.
-        metadata: JSON-able entries; tuples come back as lists.
+        tensors: dense, of any shape and device; floating-point ones must be finite.
+        content: JSON-able; tuples come back as lists.
 
     Raises:
-        TalosTypeError: a dtype has no place in the format, or an entry is not JSON-able.
-        TalosValueError: a value is NaN or infinite; a name is taken.
+        TalosTypeError: `content` is not JSON-able.
+        TalosValueError: a value is NaN or infinite.
         TalosOSError: the file cannot be written; an older one is left as it was.
 
     Example:
@@ -51,134 +54,166 @@ def save_file(
         ...     load_file(path, "mask")
         ({'w.counts': tensor([1, 1], dtype=torch.int32)}, {'made': 'by hand'})
     """
-    if kind not in _LOADERS:
-        raise TalosValueError(f"kind must be one of {', '.join(_LOADERS)}, got {kind!r}")
-    taken = [name for name in metadata if name in _OWN]
-    if taken:
-        raise TalosValueError(f"metadata must not use the names {taken}; choose others")
     for name, tensor in tensors.items():
         _check_finite(f"tensors[{name!r}]", tensor)
-    entries = {
-        "format": "talos",
-        "kind": kind,
+    about = {
         "version": VERSION,
-        "digests": {name: _digest(bytes_of(tensor)) for name, tensor in tensors.items()},
-        **metadata,
+        "kind": kind,
+        "digests": {name: digest(tensor) for name, tensor in tensors.items()},
+        "content": dict(content),
     }
-    strings = {name: _as_json(name, entry) for name, entry in entries.items()}
-    listed = [[name, code_of(name, t.dtype), list(t.shape)] for name, t in tensors.items()]
-    strings["checksum"] = json.dumps(_checksum(strings, listed))
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(path, shapes, strings, lambda name: tensors[name])
+    try:
+        about = parse_json(_canonical(about))  # keys that are numbers become strings
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TalosTypeError(
+            f"content must be JSON without NaN or infinity, got {error}; convert it to numbers, "
+            "strings, lists and dicts"
+        ) from None
+    text = _canonical({**about, "checksum": _checksum(about)})
+    write_tensors(path, tensors, {"talos": text})
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a plain safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tensors: by name; those on the CPU are not copied.
+        metadata: one entry at most; the library writes several in an order that varies.
+
+    Raises:
+        TalosOSError: the file cannot be written; an older one is left as it was.
+    """
+    plain: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        # The library refuses two names of one memory.
+        plain[name] = own.clone() if own.data_ptr() in addresses else own
+        addresses.add(own.data_ptr())
+
+    def write(new: Path) -> None:
+        try:
+            safetensors.torch.save_file(plain, new, metadata)
+        except SafetensorError as error:  # the library's only error, also for a full disk
+            raise OSError(str(error)) from None
+
+    atomic_write(path, write)
 
 
 def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file that `save_file` wrote, checking every bit of it; nothing is ever unpickled.
+    """Read a file that `save_file` wrote and check every bit of it; nothing is ever unpickled.
 
     Args:
         path: the file.
         kind: what it must hold, `mask` or `task_vector`.
 
     Returns:
-        The buffers, on the CPU, and the caller's metadata entries.
+        The tensors, on the CPU, and the content.
 
     Raises:
-        TalosValueError: the file is damaged, from a newer version, of another kind or format.
+        TalosValueError: the file is damaged, or of another version, kind or format.
         TalosOSError: it cannot be read.
     """
     path = Path(path)
     with opened(path) as file:
-        strings = file.metadata() or {}
-        entries = {name: _from_json(path, name, text) for name, text in strings.items()}
-        _check_identity(path, kind, entries)
-        listed = [_describe(path, file, name) for name in file.offset_keys()]
-        digests = entries.get("digests")
-        if not isinstance(digests, dict) or set(digests) != {name for name, _, _ in listed}:
+        about = _about(path, kind, (file.metadata() or {}).get("talos"))
+        if set(about["digests"]) != set(file.keys()):
             raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
-        if entries.get("checksum") != _checksum(strings, listed):
-            raise TalosValueError(
-                f"{path}: the checksum of its metadata does not fit: it is damaged or was edited; "
-                "fetch or save it again"
-            )
-        tensors = {name: _tensor(path, file, name, digests[name]) for name, _, _ in listed}
-    return tensors, {name: entry for name, entry in entries.items() if name not in _OWN}
+        tensors = {}
+        for name, wanted in about["digests"].items():
+            tensors[name] = file.get_tensor(name)
+            if digest(tensors[name]) != wanted:
+                raise TalosValueError(
+                    f"{path}: {name}: the checksum of its data does not fit, the file is damaged; "
+                    "fetch it again"
+                )
+            _check_finite(f"{path}: {name}", tensors[name])
+    return tensors, about["content"]
 
 
-def _describe(path: Path, file: Any, name: str) -> list[Any]:
-    stored = file.get_slice(name)
-    code = stored.get_dtype()
-    if code not in DTYPES.values():
-        raise TalosValueError(
-            f"{path}: {name}: dtype must be one of {', '.join(DTYPES.values())}, got {code}"
-        )
-    return [name, code, stored.get_shape()]
-
-
-def _tensor(path: Path, file: Any, name: str, digest: object) -> Tensor:
-    tensor: Tensor = file.get_tensor(name)
-    if _digest(bytes_of(tensor)) != digest:
-        raise TalosValueError(
-            f"{path}: {name}: the checksum of its data does not fit: the file is damaged; "
-            "fetch it again"
-        )
-    _check_finite(f"{path}: {name}", tensor)
-    return tensor
-
-
-def _check_identity(path: Path, kind: str, entries: Mapping[str, Any]) -> None:
-    if entries.get("format") != "talos":
+def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+    """Return the parsed metadata of a file, checked."""
+    if text is None:
         raise TalosValueError(
             f"{path}: a safetensors file that talos did not write; masks and task vectors come "
             "from .save()"
         )
-    version = entries.get("version")
-    if type(version) is not int or version < 1:
-        raise TalosValueError(f"{path}: version must be a number from 1 on, got {version!r}")
+    try:
+        about = dict(parse_json(text))
+        intact = about.pop("checksum", None) == _checksum(about)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TalosValueError(
+            f"{path}: its metadata must be a JSON object, got {error}; fetch it again"
+        ) from None
+    version, found = about.get("version"), about.get("kind")
+    if type(version) is not int or version < VERSION:
+        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; save it again")
     if version > VERSION:
         raise TalosValueError(
             f"{path}: version must be at most {VERSION}, got {version}; upgrade talos-sparse"
         )
-    found = entries.get("kind")
     if found != kind:
         loader = _LOADERS.get(found) if isinstance(found, str) else None
         remedy = f"load it with {loader}" if loader else "fetch it again"
-        raise TalosValueError(f"{path}: must hold a {kind}, this is a {found}; {remedy}")
-
-
-def _digest(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _checksum(strings: Mapping[str, str], listed: list[list[Any]]) -> str:
-    """Of everything but the buffers, which have their digests among the strings."""
-    others = {name: text for name, text in strings.items() if name != "checksum"}
-    return _digest(_dumps([others, sorted(listed)]).encode(errors="surrogatepass"))
-
-
-def _dumps(entry: object) -> str:
-    return json.dumps(
-        entry, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
-    )
-
-
-def _as_json(name: str, entry: object) -> str:
-    try:
-        return _dumps(entry)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TalosTypeError(
-            f"metadata[{name!r}] must be JSON without NaN or infinity, got {error}; "
-            "convert it to numbers, strings, lists and dicts"
-        ) from None
-
-
-def _from_json(path: Path, name: str, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except (ValueError, RecursionError) as error:
+        raise TalosValueError(f"{path}: must hold a {kind}, got a {found}; {remedy}")
+    if not intact:
         raise TalosValueError(
-            f"{path}: the metadata entry {name!r} must be JSON, got {error}; "
-            "the file is damaged or talos did not write it"
-        ) from None
+            f"{path}: the checksum of its metadata does not fit, it is damaged or was edited; "
+            "fetch or save it again"
+        )
+    if any(not isinstance(about.get(part), dict) for part in ("digests", "content")):
+        raise TalosValueError(f"{path}: digests and content must be objects; fetch it again")
+    return about
+
+
+def check_entries(entries: Any) -> None:
+    """Refuse a list that does not hold `name`, `shape`, `encoding` and `nnz` of each tensor.
+
+    Args:
+        entries: the parsed `tensors` of a file, which is not trusted.
+
+    Raises:
+        TalosValueError: its structure differs; a size is negative or no integer; a name comes
+            twice; tensors without a selected entry, for which the file holds no buffer, are
+            larger than any model.
+
+    Example:
+        >>> check_entries([{"name": "w", "shape": [2], "encoding": "full", "nnz": 2}])
+    """
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict)
+        and set(entry) == {"name", "shape", "encoding", "nnz"}
+        and isinstance(entry["name"], str)
+        and isinstance(entry["shape"], list)
+        and all(type(size) is int and size >= 0 for size in [*entry["shape"], entry["nnz"]])
+        for entry in entries
+    ):
+        raise TalosValueError("tensors must list name, shape, encoding and nnz of each")
+    names = Counter(entry["name"] for entry in entries)
+    if len(names) < len(entries):
+        raise TalosValueError(f"tensors must name {names.most_common(1)[0][0]!r} once, not twice")
+    empty = sum(prod(entry["shape"]) for entry in entries if entry["nnz"] == 0)
+    if empty > _MOST_EMPTY:
+        raise TalosValueError(f"tensors without a selected entry must be smaller, got {empty}")
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a dense tensor's dtype, shape and row-major bytes: 64 hex digits."""
+    found = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(about).encode()).hexdigest()
+
+
+def _canonical(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

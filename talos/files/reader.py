@@ -1,8 +1,7 @@
-"""Opening safetensors files that are not trusted."""
+"""Open safetensors files that are not trusted."""
 
 import contextlib
 import json
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ from talos.errors import TalosOSError, TalosValueError
 
 __all__ = ["opened", "parse_json"]
 
-# A parsed value takes at most this many bytes in memory, counted by the brackets and commas
-# around it; with the limit below, a header cannot make the reader need much more than the file.
+# Parsing JSON takes at most this many bytes per bracket or comma. With the limit below, no header
+# makes the reader need much more memory than the file's size.
 _BYTES_PER_MARK = 128
 _HEADER_MEMORY = 16 << 20
-# First bytes of what is given instead: pickle protocols 2 to 5, zip (torch.save, npz), ...
+# First bytes of files that are given by mistake.
 _MAGICS = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes"),
     (b"\x93NUMPY", "a NumPy array"),
@@ -31,27 +30,26 @@ _MAGICS = (
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a file with the safetensors library; its errors, then and later, name the file.
+    """Open a file with the safetensors library and check its header.
 
     Yields:
         The library's `safe_open`, whose methods have no types.
 
     Raises:
-        TalosValueError: it is no safetensors file, or its header lies, names something twice, or
-            would take much memory.
+        TalosValueError: the file is not safetensors, or its header is wrong or too large.
         TalosOSError: it cannot be read, or is not a regular file.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if path.exists() and not path.is_file():
             raise TalosOSError(
                 f"path must be a regular file, got {path}, a folder or device; name the file"
             )
-        # Not mapped into memory: who overwrites the file must not change what was checked.
+        # Not mapped into memory: if the file is overwritten, what was checked must not change.
         with safe_open(path, framework="pt", backend="pread") as file:
             _check_header(path)
             yield file
     except SafetensorError as error:
-        raise TalosValueError(f"{path}: {_explain(path, error)}") from None
+        raise TalosValueError(f"{path}: {_explanation(path, error)}") from None
     except TalosOSError:
         raise
     except OSError as error:
@@ -61,7 +59,7 @@ def opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _explain(path: Path, error: SafetensorError) -> str:
+def _explanation(path: Path, error: SafetensorError) -> str:
     with path.open("rb") as file:
         start = file.read(9)
     for magic, what in _MAGICS:
@@ -74,10 +72,10 @@ def _explain(path: Path, error: SafetensorError) -> str:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse what the library lets pass: keys that come twice, unknown ones, a bloated header.
+    """Refuse headers that the library accepts: bloated ones, keys that come twice, unknown keys.
 
-    Another file may have taken the name since the library opened it; what is loaded then is whole
-    all the same, as the checksums are taken over what the library read.
+    Another file may have taken the name since the library opened it. The checksums hold all the
+    same, because they are computed over what the library read.
     """
     limit = _HEADER_MEMORY + path.stat().st_size // 8
     with path.open("rb") as file:
@@ -86,30 +84,25 @@ def _check_header(path: Path) -> None:
     marks = sum(text.count(mark) for mark in (b"[", b"{", b","))
     if length > limit or marks * _BYTES_PER_MARK > limit:
         raise TalosValueError(
-            f"{path}: its header of {length} bytes and about {marks} values is out of proportion"
+            f"{path}: its header must be in proportion to the file, got {length} bytes and about "
+            f"{marks} values; fetch it again"
         )
     try:
-        header = parse_json(text)
-        strangers = [name for name, entry in header.items() if not _is_entry(name, entry)]
-    except (ValueError, AttributeError) as error:
+        for name, entry in parse_json(text).items():
+            if name != "__metadata__" and set(entry) != {"dtype", "shape", "data_offsets"}:
+                raise ValueError(f"the keys {', '.join(entry)} for {name}")
+    except (ValueError, AttributeError, TypeError) as error:
         raise TalosValueError(
-            f"{path}: its header must be JSON, got {error}; the file is damaged, fetch it again"
+            f"{path}: its header must hold dtype, shape and data_offsets of each tensor once, got "
+            f"{error}; fetch it again"
         ) from None
-    if strangers:
-        raise TalosValueError(
-            f"{path}: {strangers[0]}: its header entry must hold dtype, shape and offsets alone"
-        )
-
-
-def _is_entry(name: str, entry: dict[str, Any]) -> bool:
-    return name == "__metadata__" or entry.keys() == {"dtype", "shape", "data_offsets"}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON in which no object names a key twice.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is not such JSON.
+        ValueError: the text is not JSON, or an object names a key twice.
         RecursionError: it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_without_duplicates)

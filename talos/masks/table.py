@@ -55,14 +55,6 @@ class MaskTable:
         order = [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
         return [_sum([row for row in self.rows if row.kind == kind], kind) for kind in order]
 
-    def by_layer(self) -> list[MaskTableRow]:
-        """One row a layer; what lies outside of the layers comes first, as layer None."""
-        layers = sorted({row.layer for row in self.rows}, key=lambda n: -1 if n is None else n)
-        return [
-            _sum([row for row in self.rows if row.layer == layer], "total", layer)
-            for layer in layers
-        ]
-
     def by_layer_and_kind(self) -> list[MaskTableRow]:
         """One row a layer and type."""
         pairs = sorted(

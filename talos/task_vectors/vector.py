@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from talos.errors import TalosValueError
+from talos.files import write_tensors
 from talos.masks import Mask
 from talos.task_vectors.arithmetic import VectorSpace
 from talos.task_vectors.delta import SparseDelta
 from talos.task_vectors.differences import Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
 from talos.task_vectors.fingerprints import fingerprint
-from talos.task_vectors.storage import export_dense, load_parts, save_parts
+from talos.task_vectors.storage import load_parts, save_parts
 from talos.task_vectors.sums import is_sum, sources, weighted_sum
 from talos.tensors import warn_of_moved
 
@@ -272,7 +273,10 @@ class TaskVector(SparseDelta, VectorSpace):
     def export_dense(self, path: str | os.PathLike[str]) -> None:
         """Write a dense delta for other tools: plain safetensors, named and shaped as the weights.
 
+        All dense tensors are in memory at once.
+
         Raises:
             TalosOSError: the file cannot be written; an older one is left as it was.
         """
-        export_dense(path, self.mask, self.values)
+        dense = {name: self.to_dense(name) for name in self.mask.names}
+        write_tensors(path, dense, {"format": "pt"})

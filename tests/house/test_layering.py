@@ -17,15 +17,14 @@ ORDER = (
     {"errors"},
     {"tensors", "reals", "files", "architecture"},
     {"names"},
-    {"params", "masks", "casts"},
-    {"batches", "frozen", "activations"},
+    {"params", "masks"},
+    {"batches"},
     {"calibration", "task_vectors"},
     {"optim"},
     {"methods"},
     {"training"},
     {"__init__"},
     {"app"},
-    {"metrics"},
 )
 NOT_LOADED_BY_IMPORT_TALOS = ("open_clip", "transformers", "matplotlib", "typer", "rich")
 

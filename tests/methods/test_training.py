@@ -122,23 +122,6 @@ def test_a_run_that_never_begins_leaves_the_model_as_it_was() -> None:
     assert all(param.requires_grad for param in model.parameters())
 
 
-def test_held_weights_change_no_bit_of_the_training() -> None:
-    vectors = []
-    for hold in (False, True):
-        model, data = model_and_data()
-        mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0})
-        events = fine_tune(model, data, mask, steps=3, autocast=torch.bfloat16, hold_frozen=hold)
-        next(events)
-        assert model[3].weight.dtype == (torch.bfloat16 if hold else torch.float32)
-        *_, finished = events
-        assert isinstance(finished, FineTuneFinished)
-        vectors.append(finished.task_vector.values)
-        assert model[3].weight.dtype == torch.float32
-    assert_bit_equal(*vectors)
-    with pytest.raises(TalosValueError, match="hold_frozen must go with autocast"):
-        fine_tune(model, data, mask, steps=1, hold_frozen=True)
-
-
 @pytest.mark.parametrize("sparse", [True, False])
 def test_without_clipping_an_infinite_gradient_stays_in_its_entry(sparse: bool) -> None:
     model, data = model_and_data()
@@ -206,10 +189,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"lr": -1.0}, "Invalid learning rate"),
         ({"steps": 2.5}, "steps must be an integer"),
-        (
-            {"autocast": torch.float32, "hold_frozen": True},
-            "hold_frozen must go with autocast in .* got torch.float32",
-        ),
     ],
 )
 @pytest.mark.parametrize("sparse", [True, False])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import random
 import stat
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from safetensors import safe_open
 
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.files import atomic_write, load_file, save_file
@@ -62,26 +62,27 @@ def parts_of(raw: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def raw_of(header: Any, data: bytes) -> bytes:
+def raw_of(header: Any, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
-def forge(path: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
-    """Write a file by safetensors and by the format's own description: checksums that fit."""
-    codes = {"float32": "F32", "int32": "I32", "uint16": "U16", "float16": "F16"}
-    digests = {n: hashlib.sha256(t.tobytes()).hexdigest() for n, t in tensors.items()}
-    own = {"format": "talos", "kind": "task_vector", "version": 1, "digests": digests}
-    strings = {name: json.dumps(value) for name, value in {**own, **entries}.items()}
-    listed = sorted([n, codes[str(t.dtype)], list(t.shape)] for n, t in tensors.items())
-    canonical = json.dumps(
-        [strings, listed], sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
-    strings["checksum"] = json.dumps(hashlib.sha256(canonical.encode()).hexdigest())
-    safetensors.numpy.save_file(tensors, path, strings)
+def canonical(about: object) -> str:
+    return json.dumps(about, sort_keys=True, separators=(",", ":"))
 
 
-# What is read is what was written
+def forge(path: Path, tensors: dict[str, np.ndarray], content: Any, /, **more: Any) -> None:
+    """Write a file from docs/format.md alone: its checksums fit."""
+    digests = {
+        name: hashlib.sha256(f"torch.{t.dtype}|{t.shape}|".encode() + t.tobytes()).hexdigest()
+        for name, t in tensors.items()
+    }
+    about = {"version": 2, "kind": "task_vector", "digests": digests, "content": content} | more
+    about["checksum"] = hashlib.sha256(canonical(about).encode()).hexdigest()
+    safetensors.numpy.save_file(tensors, path, {"talos": canonical(about)})
+
+
+# Reading what was written
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
@@ -92,39 +93,27 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype | None) -> None:
     loaded = TaskVector.load(path)
     assert same(loaded, vector if dtype is None else vector.astype(dtype))
     assert list(loaded.mask.shapes) == list(SHAPES)
-    assert loaded.mask == vector.mask
 
 
-def test_other_tools_read_the_files_and_may_write_them_anew(saved: Path) -> None:
+def test_equal_vectors_give_equal_bytes_and_other_tools_may_rewrite_them(saved: Path) -> None:
+    before = saved.read_bytes()
+    TaskVector.load(saved).save(saved)
+    assert saved.read_bytes() == before
     tensors = safetensors.torch.load_file(saved)
-    vector = small_vector()
-    values = torch.cat([tensors[f"{name}.values"] for name in SHAPES])
-    assert torch.equal(values, vector.values)
-    with safe_open(saved, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["made"]) == {"task": "übung", "seed": 0}
-    safetensors.torch.save_file(tensors, saved, metadata)
-    assert same(TaskVector.load(saved), vector)
-    safetensors.torch.save_file(tensors, saved)
-    with pytest.raises(TalosValueError, match="talos did not write"):
-        TaskVector.load(saved)
-
-
-def test_equal_vectors_give_equal_bytes(saved: Path, tmp_path: Path) -> None:
-    TaskVector.load(saved).save(tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == saved.read_bytes()
+    assert torch.equal(
+        torch.cat([tensors[f"{name}.values"] for name in SHAPES]), small_vector().values
+    )
+    safetensors.torch.save_file(tensors, saved, parts_of(before)[0]["__metadata__"])
+    assert same(TaskVector.load(saved), small_vector())
 
 
 def test_the_format_is_the_one_described(tmp_path: Path) -> None:
     vector = TaskVector(Mask.from_dense({"w": torch.ones(2) > 0}), torch.tensor([1.0, 2.0]))
-    entries = {
-        "tensors": [{"name": "w", "shape": [2], "encoding": "full", "nnz": 2}],
-        "mask": {},
-        "fingerprints": {},
-        "made": {},
-    }
-    forge(tmp_path / "a", {"w.values": np.array([1, 2], np.float32)}, entries)
+    content = {"tensors": [entry("full", 2, 2)], "mask": {}, "fingerprints": {}, "made": {}}
+    forge(tmp_path / "a", {"w.values": np.array([1, 2], np.float32)}, content)
     assert TaskVector.load(tmp_path / "a") == vector
+    vector.save(tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
 def test_a_demo_vector_is_small(tmp_path: Path) -> None:
@@ -147,28 +136,25 @@ def test_export_dense_is_a_plain_delta(tmp_path: Path) -> None:
         assert torch.equal(tensor, vector.to_dense(name))
 
 
+def test_tensors_of_one_memory_and_keys_that_are_numbers(tmp_path: Path) -> None:
+    words = torch.arange(4)
+    tensors = {"a": words, "b": words, "c": words.view(2, 2).t()}
+    save_file(tmp_path / "a", "mask", tensors, {"rounds": {10: 0.1, 9: 0.2}})
+    loaded, content = load_file(tmp_path / "a", "mask")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert content == {"rounds": {"10": 0.1, "9": 0.2}}
+
+
 def test_save_refuses_what_a_file_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with pytest.raises(TalosTypeError, match=r"must be one of .* got torch\.float64"):
-        save_file(path, "mask", {"w": torch.ones(1).double()}, {})
     with pytest.raises(
         TalosValueError, match=r"tensors\['w'\] must be finite, got nan at position 1"
     ):
         save_file(path, "mask", {"w": torch.tensor([1.0, math.nan])}, {})
-    with pytest.raises(TalosValueError, match="kind must be one of"):
-        save_file(path, "model", {}, {})
-    with pytest.raises(TalosValueError, match="must not use the names"):
-        save_file(path, "mask", {}, {"version": 2})
-    for wrong in (math.nan, {1, 2}, object(), b"x"):
-        with pytest.raises(TalosTypeError, match=r"metadata\['made'\] must be JSON"):
+    for wrong in (math.nan, {1, 2}, object(), b"x", {1: 0, "1": 0}):
+        with pytest.raises(TalosTypeError, match="content must be JSON"):
             save_file(path, "mask", {}, {"made": wrong})
-    with pytest.raises(TalosValueError, match="'__metadata__'"):
-        save_file(path, "mask", {"__metadata__": torch.ones(1)}, {})
-    with pytest.raises(TalosValueError, match="valid Unicode"):
-        save_file(path, "mask", {"\ud800": torch.ones(1)}, {})
     assert not list(tmp_path.iterdir())
-    save_file(path, "mask", {}, {})
-    assert load_file(path, "mask") == ({}, {})
 
 
 # Damaged and lying files
@@ -185,44 +171,36 @@ def test_truncated_at_every_byte(saved: Path) -> None:
         TaskVector.load(saved)
 
 
-def test_every_flipped_bit(saved: Path) -> None:
+def test_a_random_bit_of_every_byte(saved: Path) -> None:
     raw, vector = bytearray(saved.read_bytes()), small_vector()
-    messages: set[str] = set()
-    with saved.open("r+b", buffering=0) as file:
-        for position, byte in enumerate(raw):
-            for bit in range(8):
-                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), position)
-                try:
-                    loaded = TaskVector.load(saved)
-                except TalosValueError as error:
-                    messages.add(str(error).partition(": ")[0])
-                else:
-                    assert same(loaded, vector), (position, bit)
-            os.pwrite(file.fileno(), bytes([byte]), position)
-    assert messages == {str(saved)}
-    assert same(TaskVector.load(saved), vector)
-
-
-def test_a_flipped_bit_in_the_data_names_the_tensor(saved: Path) -> None:
-    raw = bytearray(saved.read_bytes())
-    raw[-1] ^= 1
-    saved.write_bytes(raw)
-    with pytest.raises(
-        TalosValueError, match=r"a\.safetensors: .*: the checksum of its data does not"
-    ):
-        TaskVector.load(saved)
+    generator, data = random.Random(0), len(parts_of(raw)[1])
+    unrefused, messages = [], []
+    for position, byte in enumerate(raw):
+        damaged = raw.copy()
+        damaged[position] = byte ^ 1 << generator.randrange(8)
+        saved.write_bytes(damaged)
+        try:
+            assert same(TaskVector.load(saved), vector), position
+            unrefused.append(position)
+        except TalosValueError as error:
+            messages.append(str(error))
+    assert all(message.startswith(f"{saved}: ") for message in messages)
+    assert sum("the checksum of its data does not fit" in each for each in messages) >= data
+    assert all(position < len(raw) - data for position in unrefused)
+    assert len(unrefused) < 10  # JSON has several texts of one meaning
 
 
 Change = Callable[[dict[str, Any]], object]
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h["bits.values"].update(data_offsets=[0, 48]), "offset for tensor `bits.words`"),
-        (lambda h: h["bits.values"].update(data_offsets=[0, 2**63]), "offset for .*`bits.values`"),
+        (lambda h: h["bits.values"].update(data_offsets=[4, 52]), "offset for tensor"),
+        (lambda h: h["bits.values"].update(data_offsets=[0, 2**63]), "offset for tensor"),
         (lambda h: h["bits.values"].update(data_offsets=[0, 2**64]), "expected usize"),
-        (lambda h: h["bits.values"].update(data_offsets=[48, 0]), "offset for .*`bits.values`"),
+        (lambda h: h["bits.values"].update(data_offsets=[48, 0]), "offset for tensor"),
         (lambda h: h["bits.values"].update(data_offsets=[-4, 44]), "`-4`, expected usize"),
         (lambda h: h["bits.values"].update(data_offsets=[0.0, 48.0]), "expected usize"),
         (lambda h: h["bits.values"].update(data_offsets=[0]), "expected a tuple of size 2"),
@@ -233,34 +211,25 @@ Change = Callable[[dict[str, Any]], object]
         (lambda h: h["bits.values"].update(shape="12"), "expected a sequence"),
         (lambda h: h["bits.values"].update(dtype="F64"), "invalid shape, data type"),
         (lambda h: h["few.values"].update(dtype="U64"), "invalid shape, data type"),
-        (lambda h: h["bits.words"].update(dtype="F8_E4M3", shape=[256]), "dtype must be one of"),
-        (lambda h: h["bits.words"].update(dtype="F64", shape=[32]), "dtype must be one of"),
-        (lambda h: h["bits.words"].update(dtype="F32"), "checksum of its metadata"),
-        (lambda h: h["bits.words"].update(shape=[8, 8]), "checksum of its metadata"),
+        (lambda h: h["bits.words"].update(dtype="F8_E4M3", shape=[256]), "checksum of its data"),
+        (lambda h: h["bits.words"].update(dtype="F64", shape=[32]), "checksum of its data"),
+        (lambda h: h["bits.words"].update(dtype="F32"), "checksum of its data"),
+        (lambda h: h["bits.words"].update(shape=[8, 8]), "checksum of its data"),
         (lambda h: h["bits.values"].update(dtype=["F32"]), "invalid JSON"),
-        (lambda h: h["bits.values"].update(extra=1), "must hold dtype"),
+        (lambda h: h["bits.values"].update(extra=1), "header must hold dtype.* extra for bits"),
         (lambda h: h["bits.values"].pop("shape"), "missing field `shape`"),
         (lambda h: h.update({"bits.values": 3}), "integer `3`, expected"),
         (lambda h: h.pop("bits.values"), "invalid offset"),
-        (lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}), "digests"),
+        (lambda h: h.update(more=EMPTY), "digests must name every tensor"),
         (lambda h: h.pop("__metadata__"), "talos did not write"),
         (lambda h: h.update(__metadata__=[]), "expected a map"),
-        (lambda h: h["__metadata__"].update(made=3), "expected a string"),
-        (lambda h: h["__metadata__"].pop("format"), "talos did not write"),
-        (lambda h: h["__metadata__"].update(format='"pt"'), "talos did not write"),
-        (lambda h: h["__metadata__"].update(format="pt"), "'format' must be JSON"),
-        (lambda h: h["__metadata__"].update(made='{"a":1,"a":2}'), "the key 'a' twice"),
-        (lambda h: h["__metadata__"].pop("version"), "version must be a number"),
-        (lambda h: h["__metadata__"].update(version="true"), "version must be a number"),
-        (lambda h: h["__metadata__"].update(version="2"), "upgrade talos-sparse"),
-        (lambda h: h["__metadata__"].pop("kind"), "must hold a task_vector"),
-        (lambda h: h["__metadata__"].update(kind='"mask"'), r"load it with talos\.Mask\.load"),
-        (lambda h: h["__metadata__"].update(kind="[]"), "must hold a task_vector"),
-        (lambda h: h["__metadata__"].pop("digests"), "digests must name every tensor"),
-        (lambda h: h["__metadata__"].update(digests='{"a":1}'), "digests must name every tensor"),
-        (lambda h: h["__metadata__"].pop("checksum"), "checksum of its metadata"),
-        (lambda h: h["__metadata__"].update(more="1"), "checksum of its metadata"),
-        (lambda h: h["__metadata__"].update(made='{"task":"other"}'), "checksum of its metadata"),
+        (lambda h: h.update(__metadata__={"talos": 3}), "expected a string"),
+        (lambda h: h.update(__metadata__={"format": "pt"}), "talos did not write"),
+        (lambda h: h.update(__metadata__={"talos": "pt"}), "metadata must be a JSON object"),
+        (lambda h: h.update(__metadata__={"talos": "[]"}), "version must be 2, got None"),
+        (lambda h: h.update(__metadata__={"talos": "[1]"}), "metadata must be a JSON object"),
+        (lambda h: h.update(__metadata__={"talos": '{"a":1,"a":2}'}), "the key 'a' twice"),
+        (lambda h: h.update(__metadata__={"talos": '{"a":NaN}'}), "metadata must be a JSON object"),
     ],
 )
 def test_a_header_that_lies(saved: Path, change: Change, message: str) -> None:
@@ -272,7 +241,35 @@ def test_a_header_that_lies(saved: Path, change: Change, message: str) -> None:
     assert str(saved) in str(caught.value)
 
 
-EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about.pop("version"), "version must be 2, got None"),
+        (lambda about: about.update(version=True), "version must be 2, got True"),
+        (lambda about: about.update(version=1), "version must be 2, got 1"),
+        (lambda about: about.update(version=3), "upgrade talos-sparse"),
+        (lambda about: about.pop("kind"), "must hold a task_vector"),
+        (lambda about: about.update(kind="mask"), r"load it with talos\.Mask\.load"),
+        (lambda about: about.update(kind=[]), "must hold a task_vector"),
+        (lambda about: about.pop("digests"), "checksum of its metadata"),
+        (lambda about: about["digests"].popitem(), "checksum of its metadata"),
+        (lambda about: about.pop("checksum"), "checksum of its metadata"),
+        (lambda about: about.update(more=1), "checksum of its metadata"),
+        (lambda about: about["content"]["made"].update(task="b"), "checksum of its metadata"),
+    ],
+)
+def test_metadata_that_lies(saved: Path, change: Change, message: str) -> None:
+    header, data = parts_of(saved.read_bytes())
+    about = json.loads(header["__metadata__"]["talos"])
+    change(about)
+    header["__metadata__"]["talos"] = json.dumps(about)
+    saved.write_bytes(raw_of(header, data))
+    with pytest.raises(TalosValueError, match=message) as caught:
+        TaskVector.load(saved)
+    assert str(saved) in str(caught.value)
+
+
+RAW = json.dumps(EMPTY).encode()
 
 
 @pytest.mark.parametrize(
@@ -286,17 +283,17 @@ EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
         (b'{"w":{"dtype":"U8","dtype":"F32"}}', "duplicate field `dtype`"),
         (b'{"w":' + b"[" * 50_000 + b"]" * 50_000 + b"}", "recursion limit"),
         (b'{"w":' + b"9" * 5_000 + b"}", "number out of range"),
-        (b'{"w":%b,"w":%b}' % (EMPTY, EMPTY), "the key 'w' twice"),
+        (b'{"w":%b,"w":%b}' % (RAW, RAW), "the key 'w' twice"),
         (b'{"__metadata__":{"a":"1","a":"1"}}', "the key 'a' twice"),
-        (b'{"__metadata__":{"format":"' + b"[" * 50_000 + b'"}}', "'format' must be JSON"),
-        (b'{"w":' + EMPTY[:-1] + b',"more":[' + b"[]," * 300_000 + b"[]]}}", "out of proportion"),
-        (b'{"__metadata__":{"a":"[' + b"[]," * 300_000 + b'[]]"}}', "out of proportion"),
-        (b"{" + b" " * (32 << 20) + b"}", "out of proportion"),
+        (b'{"__metadata__":{"talos":"' + b"[" * 50_000 + b'"}}', "metadata must be a JSON object"),
+        (b'{"w":' + RAW[:-1] + b',"more":[' + b"[]," * 300_000 + b"[]]}}", "in proportion"),
+        (b'{"__metadata__":{"a":"[' + b"[]," * 300_000 + b'[]]"}}', "in proportion"),
+        (b"{" + b" " * (32 << 20) + b"}", "in proportion"),
     ],
 )
 def test_a_header_that_is_none(tmp_path: Path, header: bytes, message: str) -> None:
     path = tmp_path / "a"
-    path.write_bytes(raw_of(header, b""))
+    path.write_bytes(raw_of(header))
     with pytest.raises(TalosValueError, match=message):
         load_file(path, "mask")
 
@@ -312,130 +309,77 @@ def entry(encoding: str, size: int, nnz: int, name: str = "w") -> dict[str, Any]
     return {"name": name, "shape": [size], "encoding": encoding, "nnz": nnz}
 
 
-def values(count: int) -> np.ndarray:
-    return np.ones(count, np.float32)
+def numbers(count: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    return {"w.values": np.ones(count, dtype)}
+
+
+def u16(positions: list[int], count: int) -> dict[str, np.ndarray]:
+    found = {"w.positions": np.array(positions, np.uint16), "w.counts": np.array([count], np.int32)}
+    return numbers(2) | found
+
+
+FULL, FEW = [entry("full", 2, 2)], [entry("u16", 100, 2)]
+BEYOND = np.array([0, 1 << 30] + [0] * 62, np.int32)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "entries", "message"),
+    ("tensors", "content", "message"),
     [
-        ({"w.values": values(3)}, {"tensors": [entry("full", 2, 2)]}, r"w\.values must hold 2"),
-        ({}, {"tensors": [entry("full", 2, 2)]}, r"w\.values"),
+        (numbers(3), {"tensors": FULL}, r"w\.values must hold 2"),
+        ({}, {"tensors": FULL}, r"w\.values"),
+        (numbers(2), {"tensors": [entry("full", 2, 1)]}, "must select 1 entries, got 2"),
+        (numbers(0), {"tensors": [entry("full", 10**15, 10**15)]}, "must hold 1000"),
+        (numbers(0), {"tensors": [entry("u16", 2**60, 0)]}, "must be smaller"),
+        (numbers(0), {"tensors": [entry("bitmap", 2**40, 3)]}, "words"),
+        (numbers(2), {"tensors": [entry("gzip", 2, 2)]}, "encoding"),
+        (numbers(2), {"tensors": [entry("full", -2, 2)]}, "tensors must list"),
+        (numbers(2), {"tensors": FULL * 2}, "twice"),
+        (numbers(2), {"tensors": [{"name": "w"}]}, "tensors must list"),
+        (numbers(2), {"tensors": {}}, "tensors must list"),
+        (numbers(2), {"tensors": FULL, "made": []}, "objects"),
+        (numbers(2), {"tensors": FULL, "more": 1}, "its content must hold"),
+        (numbers(2), {}, "its content must hold"),
+        (numbers(2), {"tensors": FULL, "fingerprints": {"w": "XYZ"}}, "16 hex digits"),
+        (numbers(2), {"tensors": FULL, "fingerprints": {"v": "0" * 16}}, "must name its tensors"),
+        (numbers(2) | {"v": np.ones(2)}, {"tensors": FULL}, "only mask and values, got v"),
+        (numbers(2) | {"w.words": BEYOND}, {"tensors": FULL}, r"mask and values, got w\.words"),
+        ({"w.values": np.array([1, np.nan])}, {"tensors": FULL}, "finite, got nan at position 1"),
+        ({"w.values": np.array([1, np.inf])}, {"tensors": FULL}, "finite, got inf at position 1"),
+        (numbers(2, np.int32), {"tensors": FULL}, r"be float32, .* got torch\.int32"),
+        (numbers(2, np.float64), {"tensors": FULL}, r"be float32, .* got torch\.float64"),
         (
-            {"w.values": values(2)},
-            {"tensors": [entry("full", 2, 1)]},
-            "must select 1 entries, got 2",
-        ),
-        ({"w.values": values(0)}, {"tensors": [entry("full", 10**15, 10**15)]}, "must hold 1000"),
-        ({"w.values": values(0)}, {"tensors": [entry("u16", 2**60, 0)]}, "must be smaller"),
-        ({"w.values": values(0)}, {"tensors": [entry("bitmap", 2**40, 3)]}, "words"),
-        ({"w.values": values(2)}, {"tensors": [entry("gzip", 2, 2)]}, "encoding"),
-        ({"w.values": values(2)}, {"tensors": [entry("full", -2, 2)]}, "tensors must list"),
-        ({"w.values": values(2)}, {"tensors": [entry("full", 2, 2), entry("full", 2, 2)]}, "twice"),
-        ({"w.values": values(2)}, {"tensors": [{"name": "w"}]}, "tensors must list"),
-        ({"w.values": values(2)}, {"tensors": {}}, "tensors must list"),
-        ({"w.values": values(2)}, {"tensors": [entry("full", 2, 2)], "made": []}, "objects"),
-        ({"w.values": values(2)}, {"tensors": [entry("full", 2, 2)], "more": 1}, "metadata must"),
-        (
-            {"w.values": values(2)},
-            {"tensors": [entry("full", 2, 2)], "fingerprints": {"w": "XYZ"}},
-            "16 hex digits",
-        ),
-        (
-            {"w.values": values(2)},
-            {"tensors": [entry("full", 2, 2)], "fingerprints": {"v": "0" * 16}},
-            "fingerprints must name its tensors",
-        ),
-        (
-            {"w.values": values(2), "v.values": values(2)},
-            {"tensors": [entry("full", 2, 2)]},
-            r"only mask and values, got v\.values",
-        ),
-        (
-            {"w.values": values(2), "w.words": np.zeros(64, np.int32)},
-            {"tensors": [entry("full", 2, 2)]},
-            r"only mask and values, got w\.words",
-        ),
-        (
-            {"w.values": np.array([1, np.nan], np.float32)},
-            {"tensors": [entry("full", 2, 2)]},
-            r"w\.values must be finite, got nan at position 1",
-        ),
-        (
-            {"w.values": np.array([1, np.inf], np.float16)},
-            {"tensors": [entry("full", 2, 2)]},
-            r"w\.values must be finite, got inf at position 1",
-        ),
-        (
-            {"w.values": np.ones(2, np.int32)},
-            {"tensors": [entry("full", 2, 2)]},
-            r"w\.values must be floating point, got torch\.int32",
-        ),
-        (
-            {"w.values": values(1), "v.values": np.ones(1, np.float16)},
+            numbers(1) | {"v.values": np.ones(1, np.float16)},
             {"tensors": [entry("full", 1, 1), entry("full", 1, 1, "v")]},
             "share one dtype",
         ),
+        (u16([7, 3], 2), {"tensors": FEW}, "w: positions must be strictly ascending, broken at 1"),
+        (u16([3, 3], 2), {"tensors": FEW}, "strictly ascending"),
+        (u16([3, 100], 2), {"tensors": FEW}, r"w: positions must lie in \[0, 100\), got 100"),
+        (u16([3, 4], 2**31 - 1), {"tensors": FEW}, "w: counts must lie in"),
         (
-            {
-                "w.values": values(2),
-                "w.positions": np.array([7, 3], np.uint16),
-                "w.counts": np.array([2], np.int32),
-            },
-            {"tensors": [entry("u16", 100, 2)]},
-            "w: positions must be strictly ascending, broken at 1",
-        ),
-        (
-            {
-                "w.values": values(2),
-                "w.positions": np.array([3, 3], np.uint16),
-                "w.counts": np.array([2], np.int32),
-            },
-            {"tensors": [entry("u16", 100, 2)]},
-            "strictly ascending",
-        ),
-        (
-            {
-                "w.values": values(2),
-                "w.positions": np.array([3, 100], np.uint16),
-                "w.counts": np.array([2], np.int32),
-            },
-            {"tensors": [entry("u16", 100, 2)]},
-            r"w: positions must lie in \[0, 100\), got 100",
-        ),
-        (
-            {
-                "w.values": values(2),
-                "w.positions": np.array([3, 4], np.uint16),
-                "w.counts": np.array([2**31 - 1], np.int32),
-            },
-            {"tensors": [entry("u16", 100, 2)]},
-            "w: counts must lie in",
-        ),
-        (
-            {"w.values": values(1), "w.words": np.array([0, 1 << 30] + [0] * 62, np.int32)},
+            numbers(1) | {"w.words": BEYOND},
             {"tensors": [entry("bitmap", 40, 1)]},
             "w: words must select entries below 40",
         ),
     ],
 )
 def test_content_that_lies_behind_right_checksums(
-    tmp_path: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any], message: str
+    tmp_path: Path, tensors: dict[str, np.ndarray], content: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "a.safetensors"
-    forge(path, tensors, {"mask": {}, "fingerprints": {}, "made": {}, **entries})
+    forge(path, tensors, {"mask": {}, "fingerprints": {}, "made": {}, **content})
     with pytest.raises(TalosError, match=message) as caught:
         TaskVector.load(path)
     assert str(path) in str(caught.value)
 
 
-def test_missing_entries_of_metadata(tmp_path: Path) -> None:
-    for missing in ("tensors", "mask", "fingerprints", "made"):
-        entries = {"tensors": [], "mask": {}, "fingerprints": {}, "made": {}}
-        del entries[missing]
-        forge(tmp_path / "a", {}, entries)
-        with pytest.raises(TalosValueError, match="its metadata must hold"):
-            TaskVector.load(tmp_path / "a")
+@pytest.mark.parametrize("more", [{"digests": []}, {"content": []}, {"digests": {"v": "0"}}])
+def test_metadata_of_another_structure_behind_right_checksums(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    forge(tmp_path / "a", numbers(2), {}, **more)
+    with pytest.raises(TalosValueError, match="digests"):
+        TaskVector.load(tmp_path / "a")
 
 
 class Bomb:
@@ -443,15 +387,12 @@ class Bomb:
         return (pytest.fail, ("it was unpickled",))
 
 
-def torch_bytes(**options: Any) -> bytes:
+def bytes_of(write: Callable[..., object], content: object, **options: Any) -> bytes:
     file = io.BytesIO()
-    torch.save({"w": Bomb()}, file, **options)
-    return file.getvalue()
-
-
-def numpy_bytes(write: Callable[..., object], content: object) -> bytes:
-    file = io.BytesIO()
-    write(file, content)
+    if write is torch.save:
+        write(content, file, **options)
+    else:
+        write(file, content)
     return file.getvalue()
 
 
@@ -459,21 +400,18 @@ def numpy_bytes(write: Callable[..., object], content: object) -> bytes:
     ("raw", "what"),
     [
         *((pickle.dumps(Bomb(), protocol), "pickle") for protocol in range(2, 6)),
-        (torch_bytes(), "zip archive, as torch"),
-        (torch_bytes(_use_new_zipfile_serialization=False), "pickle"),
-        (numpy_bytes(np.save, np.ones(30)), "NumPy array"),
-        (numpy_bytes(np.savez, np.ones(30)), "zip archive"),
+        (bytes_of(torch.save, {"w": Bomb()}), "zip archive, as torch"),
+        (bytes_of(torch.save, Bomb(), _use_new_zipfile_serialization=False), "pickle"),
+        (bytes_of(np.save, np.ones(30)), "NumPy array"),
+        (bytes_of(np.savez, np.ones(30)), "zip archive"),
         (pickle.dumps(Bomb(), 0), "not a safetensors file"),
         (b"", "truncated"),
         (b"{}", "not a safetensors file"),
         (b"<!doctype html><html></html>", "not a safetensors file"),
     ],
 )
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-def test_other_formats_are_named_and_never_unpickled(
-    tmp_path: Path, raw: bytes, what: str, name: str
-) -> None:
-    path = tmp_path / name
+def test_other_formats_are_named_and_never_unpickled(tmp_path: Path, raw: bytes, what: str) -> None:
+    path = tmp_path / "a.safetensors"
     path.write_bytes(raw)
     for load in (TaskVector.load, Mask.load):
         with pytest.raises(TalosValueError, match=what):
@@ -484,7 +422,7 @@ def test_a_mask_is_no_task_vector(tmp_path: Path) -> None:
     vector = small_vector()
     vector.mask.save(tmp_path / "mask")
     vector.save(tmp_path / "vector")
-    with pytest.raises(TalosValueError, match=r"this is a mask; load it with talos\.Mask\.load"):
+    with pytest.raises(TalosValueError, match=r"got a mask; load it with talos\.Mask\.load"):
         TaskVector.load(tmp_path / "mask")
     with pytest.raises(TalosValueError, match=r"load it with talos\.TaskVector\.load"):
         Mask.load(tmp_path / "vector")
@@ -492,12 +430,13 @@ def test_a_mask_is_no_task_vector(tmp_path: Path) -> None:
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, Path("/dev/zero"), tmp_path / "pipe"):
+    (tmp_path / "device").symlink_to("/dev/null")
+    for path in (tmp_path, tmp_path / "device", tmp_path / "pipe"):
         with pytest.raises(TalosOSError, match="must be a regular file"):
             TaskVector.load(path)
         with pytest.raises(TalosOSError, match="must be a regular file"):
             small_vector().save(path)
-    assert stat.S_ISCHR(Path("/dev/zero").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
     with pytest.raises(TalosOSError, match="No such file"):
         TaskVector.load(tmp_path / "missing")
 
@@ -513,6 +452,10 @@ def test_what_was_loaded_does_not_change_with_the_file(saved: Path) -> None:
 
 
 def test_an_existing_file_keeps_its_mode_and_a_link_stays(saved: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    plain.unlink()
     saved.chmod(0o640)
     link = tmp_path / "link"
     link.symlink_to(saved.name)
@@ -521,9 +464,6 @@ def test_an_existing_file_keeps_its_mode_and_a_link_stays(saved: Path, tmp_path:
     assert stat.S_IMODE(saved.stat().st_mode) == 0o640
     assert TaskVector.load(saved) == small_vector(1)
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "link"}
-    (tmp_path / "device").symlink_to("/dev/null")
-    with pytest.raises(TalosOSError, match="must be a regular file"):
-        small_vector().save(tmp_path / "device")
 
 
 def test_overwrite_can_be_refused(saved: Path) -> None:
@@ -551,31 +491,15 @@ def test_a_failed_write_leaves_the_old_file_alone(
         monkeypatch.setattr(Path, "replace", fail)
     wanted = TalosOSError if isinstance(error, OSError) else type(error)
     with pytest.raises(wanted):
-        atomic_write(saved, fail if moment == "write" else lambda file: file.write(b"new"))
+        atomic_write(saved, fail if moment == "write" else lambda new: new.write_bytes(b"new"))
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize(
-    ("number", "remedy"),
-    [(errno.EROFS, "choose another folder"), (errno.ENOSPC, "free some space")],
-)
-def test_errors_of_the_system_come_with_a_remedy(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(TalosOSError, match=f"a.safetensors .{os.strerror(number)}.; {remedy}"):
-        small_vector().save(saved)
-
-
 def test_folders_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(TalosOSError, match="create its folder first"):
-        small_vector().save(tmp_path / "no" / "a")
-    with pytest.raises(TalosOSError, match="must be writable"):
-        small_vector().save(saved / "a")
+    for path in (tmp_path / "no" / "a", saved / "a"):
+        with pytest.raises(TalosOSError, match=r"must be writable, .*check that its folder exists"):
+            small_vector().save(path)
     long = tmp_path / ("x" * 255)
     small_vector().save(long)
     assert TaskVector.load(long) == small_vector()
@@ -656,7 +580,7 @@ for target in (path, path.with_name("b")):
     try:
         TaskVector(mask, torch.ones(50_000)).save(target)
     except TalosOSError as error:
-        assert "File too large" in str(error) and "raise the limit" in str(error), error
+        assert "File too large" in str(error) and "has room" in str(error), error
     else:
         raise AssertionError("the write went through")
 assert path.read_bytes() == before
@@ -679,24 +603,28 @@ def peak_kib():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
-def save():
-    generator = torch.Generator().manual_seed(0)
-    dense = {str(i): dense_mask(4_000_000, 0.6, generator) for i in range(2)}
-    dense["few"] = dense_mask(8_000_000, 0.03, generator)
-    mask = Mask.from_dense(dense)
-    TaskVector(mask, torch.randn(mask.nnz)).save(path)
+def peak_of(call):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = peak_kib()
+    call()
+    return peak_kib() - before
 
-save()
-size = path.stat().st_size // 1024
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-before = peak_kib()
-vector = TaskVector.load(path)
-print(peak_kib() - before, size)
+generator = torch.Generator().manual_seed(0)
+dense = {str(i): dense_mask(4_000_000, 0.6, generator) for i in range(2)}
+dense["few"] = dense_mask(8_000_000, 0.03, generator)
+mask = Mask.from_dense(dense)
+vector = TaskVector(mask, torch.randn(mask.nnz))
+vector.save(path)
+saving = peak_of(lambda: vector.save(path))
+TaskVector.load(path)
+del vector, mask, dense
+print(saving, peak_of(lambda: TaskVector.load(path)), path.stat().st_size // 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_loading_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
-    used, size = map(int, run_python(MEMORY, tmp_path / "a.safetensors").split())
+def test_loading_takes_the_file_s_memory_and_saving_none(tmp_path: Path) -> None:
+    saving, loading, size = map(int, run_python(MEMORY, tmp_path / "a.safetensors").split())
     assert size > 18 * 1024
-    assert used < size + 16 * 1024
+    assert loading < size + 16 * 1024
+    assert saving < 4 * 1024

@@ -1,18 +1,18 @@
 """Right or wrong on every example: one encoder, a classifier and batches for each task."""
 
 import random
-from copy import copy
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from talos.app.demo.settings import DemoSettings
+from talos.app.models import Encoder
+from talos.app.tasks import ImageTask, Task, available_tasks, load_task
 from talos.errors import TalosValueError
 from talos.methods import LinearizedModel
-from talos.app.models import Encoder
 from talos.names import named_parameters
-from talos.app.tasks import ImageTask, Task, available_tasks, load_task
 
 __all__ = ["Judge", "calibration_batches", "load_tasks", "training_batches"]
 
@@ -128,10 +128,7 @@ class Judge:
         Returns:
             Their number for each task.
         """
-        return {
-            task: len(self._batches[task, split].labels)
-            for task in self.classifiers
-        }
+        return {task: len(self._batches[task, split].labels) for task in self.classifiers}
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:
@@ -155,7 +152,7 @@ def load_tasks(settings: DemoSettings) -> list[Task]:
                 f"enough text for ({', '.join(available)}), got {settings.task_count}"
             )
         names = available[: settings.task_count]
-    # In the splits of seed 0, as `talos eval` has them: no vector is judged on what it was trained on.
+    # In the splits of seed 0, as in `talos eval`: no vector is judged on its training data.
     return [load_task(name, sizes=settings.sizes) for name in names]
 
 

@@ -20,13 +20,13 @@ from talos.app.demo.machine import default_device
 from talos.app.demo.protocol import add, negate, scaling_coefs, share
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
+from talos.app.models import TextEncoder, load_text_encoder
+from talos.app.report import save_results, write_report
+from talos.app.tasks import Task
 from talos.errors import TalosRuntimeError
 from talos.masks import Mask
 from talos.methods import method_of
-from talos.app.models import TextEncoder, load_text_encoder
-from talos.app.report import save_results, write_report
 from talos.task_vectors import ResidentVectors, TaskVector
-from talos.app.tasks import Task
 from talos.training import FineTuneFinished, FineTuneStep
 
 __all__ = ["run_demo"]

@@ -11,12 +11,12 @@ from talos.app.demo.estimates import Estimate, Estimator
 from talos.app.demo.judge import Judge
 from talos.app.demo.machine import machine, versions
 from talos.app.demo.settings import TITLES, DemoSettings
+from talos.app.report import SCHEMA, SCHEMA_VERSION
+from talos.app.tasks import Task
 from talos.masks import Mask
 from talos.methods import METHODS
 from talos.names import named_parameters
 from talos.params import select_parameters
-from talos.app.report import SCHEMA, SCHEMA_VERSION
-from talos.app.tasks import Task
 
 __all__ = ["Measured", "summarise"]
 
@@ -99,9 +99,7 @@ def summarise(
         "single": {method: measured[method].single for method in methods},
         "training": dict(training),
         "addition": {method: measured[method].addition for method in methods},
-        "addition_difference": (
-            estimator.difference(*pairs[:2]) if len(pairs) > 1 else None
-        ),
+        "addition_difference": (estimator.difference(*pairs[:2]) if len(pairs) > 1 else None),
         "negation": {method: measured[method].negation for method in methods},
         "interference": {method: measured[method].interference for method in methods},
         "masks": {name: _mask(mask) for name, mask in masks.items()},

@@ -149,22 +149,6 @@ class ZeroShotClassifier(Classifier):
         logits: Tensor = self.scale * (vectors @ self.head.to(vectors.dtype).T)
         return logits
 
-    def with_head(
-        self, class_texts: Sequence[str], *, scale: float | None = None
-    ) -> "ZeroShotClassifier":
-        """Returns a classifier for other classes that shares this one's encoder.
-
-        Args:
-            class_texts: One text per class.
-            scale: Another scale, by default this one's.
-
-        Returns:
-            The classifier. A change of the shared weights shows in both.
-        """
-        return ZeroShotClassifier(
-            self.encoder, class_texts, scale=self.scale if scale is None else scale
-        )
-
 
 def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:
     """Refuses what is not one text per class, for two classes or more."""

@@ -31,7 +31,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
         TalosOSError: the file cannot be written.
     """
     page = render(results).encode()
-    atomic_write(path, lambda file: file.write(page))
+    atomic_write(path, lambda new: new.write_bytes(page))
 
 
 def render(results: Results) -> str:

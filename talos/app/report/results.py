@@ -137,7 +137,7 @@ def save_results(results: Results, path: str | os.PathLike[str]) -> None:
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise TalosValueError(f"results must hold finite numbers only, got {error}") from error
-    atomic_write(path, lambda file: file.write((text + "\n").encode()))
+    atomic_write(path, lambda new: new.write_bytes((text + "\n").encode()))
 
 
 def percent(value: float) -> str:
