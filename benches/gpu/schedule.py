@@ -88,8 +88,11 @@ class Schedule:
         for partial in self.out.glob("*.partial"):  # of a process that was killed while it wrote
             partial.unlink()
         again = f"python -m benches.gpu --out {self.out} --resume"
-        again += " --rehearse" if self.rehearse else ""
-        rows = [(each.name, each.title, f"{again} --only {each.name}") for each in self.stages]
+        rehearse = " --rehearse" if self.rehearse else ""
+        rows = [
+            (each.name, each.title, f"{again} --only {each.name}{rehearse}")
+            for each in self.stages
+        ]
         page = table.page(self.out, rows)
         temporary = self.out / "table.partial"
         temporary.write_text(page)

