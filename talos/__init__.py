@@ -24,10 +24,9 @@ from talos.errors import (
 from talos.masks import Mask
 from talos.optim import SparseAdam
 from talos.task_vectors import ResidentVectors, TaskVector
-from talos.training import FineTuneFinished, FineTuneStep, fine_tune
+from talos.training import FineTuneStep, fine_tune
 
 __all__ = [
-    "FineTuneFinished",
     "FineTuneStep",
     "Mask",
     "ResidentVectors",

@@ -26,9 +26,9 @@ IGNORED = -100  # a label that does not count, as in torch's cross_entropy
 def default_logits(model: nn.Module, batch: Any) -> Tensor:
     """Call a model on a batch.
 
-    A tensor is the input; of a pair the first is. A mapping goes to `forward` by keyword, without
-    its labels, or whole where `forward` takes one argument only. An encoder-decoder of transformers
-    gets its label sequences too, for it makes the decoder's inputs of them.
+    A tensor is the input, and so is the first of a pair. A mapping goes to `forward` by keyword
+    without its labels, or whole if `forward` takes one argument only. An encoder-decoder of
+    transformers gets its label sequences too: it makes the decoder's inputs from them.
 
     Args:
         model: returns logits, or an object with `.logits` (transformers).
@@ -67,14 +67,14 @@ def default_logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def logits_and_positions(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Call a model on a batch, and tell which positions of a sequence are no padding.
+    """Call a model on a batch, and find the positions of a sequence that are not padding.
 
     Args:
         model: as `default_logits` takes it.
         batch: as `default_logits` takes it.
 
     Returns:
-        Logits [B, C]; or [B, T, V] and, of a mapping that tells padding from the rest, a bool
+        Logits [B, C]; or [B, T, V] and, if the batch is a mapping that marks padding, a bool
         [B, T]: where labels of an encoder-decoder are not -100, else where `attention_mask` is 1.
 
     Example:
@@ -97,7 +97,10 @@ def logits_and_positions(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor,
 
 
 def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The log-probability of each answer to choose among: a language model as a classifier.
+    """Return the log-probability of each answer to choose among: a language model as a classifier.
+
+    Logits are made only at the positions that predict an answer, if the model's `forward` takes
+    `logits_to_keep` as the decoders of transformers do.
 
     Args:
         model: an encoder-decoder or a decoder of transformers.
@@ -108,6 +111,7 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         [B, C], the sum over an answer's tokens of their log-probabilities.
 
     Raises:
+        TalosTypeError: `model` is no module.
         TalosValueError: a part of the batch is missing or has another shape, or an answer is empty.
 
     Example:
@@ -120,11 +124,30 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         >>> choice_logits(model, batch).shape
         torch.Size([1, 2])
     """
-    missing = {"input_ids", "attention_mask", "choice_ids"} - set(batch)
+    bare: Any = unwrapped(model)
+    ids, mask, choices = _checked_choices(batch)
+    answers = choices.flatten(0, 1)  # [B * C, L]
+    prompts, seen = (each.repeat_interleave(choices.shape[1], 0) for each in (ids, mask))
+    if _is_encoder_decoder(bare):
+        encoder = bare.get_encoder()  # once a prompt, not once an answer
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden.repeat_interleave(choices.shape[1], 0)
+        logits = model(encoder_outputs=(hidden,), attention_mask=seen, labels=answers).logits
+    else:
+        logits = _decoder_logits(model, prompts, seen, answers)
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none"
+    )
+    return -losses.sum(1).view(choices.shape[:2])
+
+
+def _checked_choices(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a batch's `input_ids`, `attention_mask` and `choice_ids`."""
+    missing = [key for key in ("input_ids", "attention_mask", "choice_ids") if key not in batch]
     if missing:
         raise TalosValueError(
-            "batch must hold input_ids, attention_mask and choice_ids, got none of "
-            f"{', '.join(sorted(missing))}; tokenise prompts and answers apart"
+            "batch must hold input_ids, attention_mask and choice_ids, but "
+            f"{' and '.join(missing)} is missing; tokenise prompts and answers apart"
         )
     ids, mask, choices = batch["input_ids"], batch["attention_mask"], batch["choice_ids"]
     if choices.dim() != 3 or len(choices) != len(ids) or mask.shape != ids.shape:
@@ -138,36 +161,38 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             "choice_ids must begin with an answer's tokens and be padded with -100 behind them, "
             "got an empty answer or padding before a token"
         )
-    answers = choices.flatten(0, 1)  # [B * C, L]
-    prompts, seen = (each.repeat_interleave(choices.shape[1], 0) for each in (ids, mask))
-    config = getattr(unwrapped(model), "config", None)
-    if getattr(config, "is_encoder_decoder", False) is True:
-        bare: Any = unwrapped(model)
-        encoder = bare.get_encoder()  # once a prompt, not once an answer
-        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        hidden = hidden.repeat_interleave(choices.shape[1], 0)
-        logits = model(encoder_outputs=(hidden,), attention_mask=seen, labels=answers).logits
-    else:
-        seen = torch.cat([seen.long(), (answers != IGNORED).long()], 1)
-        output = model(
-            input_ids=torch.cat([prompts, answers.clamp_min(0)], 1),
-            attention_mask=seen,
-            position_ids=(seen.cumsum(1) - 1).clamp_min(0),
-        )
-        longest = max(ids.shape[1], answers.shape[1])
-        places = torch.arange(longest, dtype=torch.int64, device=ids.device)
-        length, steps = ids.shape[1], places[: answers.shape[1]]
-        last = (seen[:, :length] * places[:length]).argmax(1)
-        where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # predict the answer
-        logits = output.logits.gather(1, where[..., None].expand(-1, -1, output.logits.shape[-1]))
-    losses = functional.cross_entropy(
-        logits.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none"
-    )
-    return -losses.sum(1).view(choices.shape[:2])
+    return ids, mask, choices
+
+
+def _decoder_logits(model: nn.Module, prompts: Tensor, seen: Tensor, answers: Tensor) -> Tensor:
+    """Return the logits [B * C, L, V] that predict the answers behind their prompts.
+
+    Args:
+        model: a decoder.
+        prompts: int64 [B * C, S].
+        seen: the prompts' attention mask.
+        answers: int64 [B * C, L], padded with -100.
+    """
+    length = prompts.shape[1]
+    places = torch.arange(length + answers.shape[1], dtype=torch.int64, device=prompts.device)
+    last = (seen * places[:length]).argmax(1)  # of the prompt, which may be padded
+    steps = places[: answers.shape[1]]
+    where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # [B * C, L]
+    seen = torch.cat([seen.long(), (answers != IGNORED).long()], 1)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([prompts, answers.clamp_min(0)], 1),
+        "attention_mask": seen,
+        "position_ids": (seen.cumsum(1) - 1).clamp_min(0),
+    }
+    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+        kept, where = where.unique(return_inverse=True)
+        inputs["logits_to_keep"] = kept
+    logits: Tensor = model(**inputs).logits
+    return logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch: its key `labels`, or the second of a pair.
+    """Return the labels of a batch: its key `labels` or `label`, or the second of a pair.
 
     Raises:
         TalosValueError: the batch has no labels.
@@ -197,11 +222,14 @@ def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return model(**inputs)
 
 
+def _is_encoder_decoder(bare: nn.Module) -> bool:
+    return getattr(getattr(bare, "config", None), "is_encoder_decoder", False) is True
+
+
 def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    config = getattr(unwrapped(model), "config", None)
     labels = batch.get("labels")
     return (
-        getattr(config, "is_encoder_decoder", False) is True
+        _is_encoder_decoder(unwrapped(model))
         and isinstance(labels, Tensor)
         and labels.dim() > 1
         and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
@@ -209,15 +237,9 @@ def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def known_length(batches: Any) -> int | None:
-    """Count batches without going through them.
+    """Return the number of batches without going through them; None if it is unknown.
 
-    A DataLoader of a stream has `__len__`, which raises: asking is the only way to know.
-
-    Args:
-        batches: any iterable.
-
-    Returns:
-        Their number, None where they do not say.
+    A DataLoader of a stream has a `__len__` that raises, so it is called to find out.
 
     Example:
         >>> known_length([1, 2]), known_length(iter([1, 2]))

@@ -1,7 +1,8 @@
-"""Names of a model's modules and tensors without wrappers, and how other names fit them.
+"""Names of modules and parameters as if nothing wrapped the model, and how names are matched.
 
-`torch.compile`, DDP, FSDP and checkpointing put a part of their own into the names. A name is first
-taken as it is, then without such parts, and without a leading `module.` where every name has it.
+`torch.compile`, DataParallel, DDP, FSDP and activation checkpointing put a part of their own into
+names. Here these parts are left out. Wrappers are recognised by their type: a module that is really
+called "module" keeps its name.
 """
 
 import difflib
@@ -10,10 +11,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from talos.errors import TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.tensors import place
 
 __all__ = [
+    "check_module",
     "match_tensors",
     "named_buffers",
     "named_modules",
@@ -23,8 +25,8 @@ __all__ = [
     "with_nearest",
 ]
 
-# Where a wrapper is defined, its class, the attribute that holds the wrapped module. A wrapper
-# whose home was never imported wraps nothing, so none is imported for the sake of the question.
+# Where a wrapper is defined, its class, and its attribute for the wrapped module. A wrapper whose
+# home was never imported wraps nothing, so nothing is imported here.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
@@ -40,41 +42,56 @@ _WRAPPERS = (
         "_fsdp_wrapped_module",
     ),
 )
+_HIDDEN = {name for _, _, name in _WRAPPERS} - {"module"}  # no module of a model has such a name
+
+
+def check_module(model: object, name: str = "model") -> None:
+    """Refuse a model that is no module.
+
+    Raises:
+        TalosTypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TalosTypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _wrappers() -> dict[type, str]:
-    """The classes of wrappers that were imported, each with its attribute for what it wraps."""
+    """Return the imported classes of wrappers, each with its attribute for the wrapped module."""
     found = [(getattr(sys.modules.get(home), kind, None), name) for home, kind, name in _WRAPPERS]
     return {kind: name for kind, name in found if kind is not None}
 
 
 def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
-    """The attribute that holds the wrapped module, or None where `module` wraps nothing."""
-    if not isinstance(module, tuple(wrappers)):
-        return None
-    return next(name for kind, name in wrappers.items() if isinstance(module, kind))
+    """Return the attribute that holds the wrapped module; None if `module` wraps nothing."""
+    return next((name for kind, name in wrappers.items() if isinstance(module, kind)), None)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DDP, FSDP and checkpoint wrappers, or `module` itself."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`, DDP, FSDP and checkpoint wrappers.
+
+    Raises:
+        TalosTypeError: `model` is no module.
+    """
+    check_module(model)
     wrappers = _wrappers()
-    while (attribute := _wrapped_attribute(module, wrappers)) is not None:
-        module = getattr(module, attribute)
-    return module
+    while (attribute := _wrapped_attribute(model, wrappers)) is not None:
+        model = getattr(model, attribute)
+    return model
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` with names as if nothing were wrapped.
-
-    Wrappers (`torch.compile`, DataParallel, DDP, FSDP, activation checkpointing) are known by their
-    type: a module that is really called "module" keeps its name.
+    """Yield what `model.named_modules()` yields, with names as if nothing were wrapped.
 
     Args:
         model: any module.
 
     Yields:
         Name and module, each module once. A wrapper and what it wraps have the same name.
+
+    Raises:
+        TalosTypeError: `model` is no module.
     """
+    check_module(model)
     seen: set[int] = set()
     wrappers = _wrappers()
     waiting = [("", model)]
@@ -92,9 +109,10 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """The parameters of `model` by names without wrappers, tied ones once, under their first name.
+    """Return the parameters of a model by names without wrappers.
 
-    Tied are parameters that are one memory, also where they are two objects.
+    A tied parameter comes once, under its first name. Parameters are tied if they are one memory,
+    even as two objects.
 
     Args:
         model: any module.
@@ -103,10 +121,12 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
     Returns:
         Name and parameter in the order of `model.named_parameters()`.
 
+    Raises:
+        TalosTypeError: `model` is no module.
+
     Example:
-        >>> import torch, talos.params
-        >>> model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3)))
-        >>> list(talos.names.named_parameters(model))
+        >>> model = nn.DataParallel(nn.Sequential(nn.Linear(2, 3)))
+        >>> list(named_parameters(model))
         ['0.weight', '0.bias']
     """
     found: dict[str, nn.Parameter] = {}
@@ -121,7 +141,7 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of `model` by names without wrappers, under every one of their names."""
+    """Return the buffers of a model by names without wrappers, under every one of their names."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in named_modules(model)
@@ -130,12 +150,11 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-# What wrappers call the module inside; no module of a model is called so.
-_HIDDEN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
 def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Find the known name of each, whatever wrappers the two come from.
+    """Find the known name of each name, whatever wrappers the two come from.
+
+    A name is first taken as it is, then without the parts of wrappers, and without a leading
+    `module.` if every name has it.
 
     Args:
         names: of parameters.
@@ -161,7 +180,7 @@ def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def _bare(names: Sequence[str]) -> list[str]:
-    """Names without what wrappers put into them."""
+    """Return names without the parts of wrappers."""
     bare = [".".join(part for part in name.split(".") if part not in _HIDDEN) for name in names]
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
@@ -176,14 +195,14 @@ def match_tensors(
     Args:
         shapes: shape of each wanted tensor.
         params: a model's parameters by name.
-        what: whose tensors the shapes are, for the message.
+        what: the owner of the shapes, for the message.
 
     Returns:
         The parameter of each name in `shapes`, in its order.
 
     Raises:
-        TalosValueError: a name is not in `params` (the nearest names are told), a shape differs, or
-            two names are one tied parameter.
+        TalosValueError: a name is not in `params` (the message lists the nearest names), a shape
+            differs, or two names are one tied parameter.
     """
     found = resolve_names(shapes, params)
     missing = [name for name in shapes if name not in found]
@@ -216,14 +235,7 @@ def match_tensors(
 
 
 def with_nearest(name: str, params: Mapping[str, Tensor]) -> str:
-    """Say a name that is not known, and the known ones that are most like it.
-
-    Args:
-        name: the unknown one.
-        params: by the known names.
-
-    Returns:
-        For a message.
+    """Return an unknown name with the known ones that are most like it, for a message.
 
     Example:
         >>> with_nearest("a.wieght", {"a.weight": Tensor()})

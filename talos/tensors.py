@@ -1,11 +1,8 @@
-"""Small helpers for tensors: which are one memory, nested ones, shared casts, a model's buffers.
+"""Small tensor helpers: tensors that share memory, buffers to restore, a cast that layers share.
 
-Tied weights are one memory: the same address, dtype, shape and strides, whatever objects they are.
-To share only a part is no tie: what is written to the one changes the other in places that nobody
-selected.
-
-A forward may write a buffer (`running_mean.add_`) or put another tensor in its place
-(`self.average = .9 * self.average + ...`), so both are kept: the tensor and what it holds.
+Tied weights are one memory: the same address, dtype, shape and strides, in one object or several.
+Tensors that share only a part of their memory are not tied: a write to one of them changes the
+other at places that nobody selected.
 """
 
 import warnings
@@ -33,13 +30,13 @@ __all__ = [
 
 
 def place(tensor: Tensor) -> Hashable:
-    """Tell where a tensor lies: equal for two tensors if they are one memory.
+    """Return a key that is equal for two tensors if they are one memory.
 
     Args:
-        tensor: any; one without values, or without memory of its own, is only itself.
+        tensor: any; one without values or without memory of its own equals only itself.
 
     Returns:
-        A key for dictionaries, good as long as the tensor lives.
+        A key for dictionaries, valid as long as the tensor lives.
 
     Example:
         >>> x = torch.zeros(2, 3)
@@ -64,15 +61,15 @@ def place(tensor: Tensor) -> Hashable:
 def check_separate(
     tensors: Mapping[str, Tensor], what: str, chosen: Collection[str] | None = None
 ) -> None:
-    """Refuse tensors that share a part of their memory; the same memory whole is allowed.
+    """Refuse tensors that share a part of their memory; tied tensors are allowed.
 
     Args:
         tensors: by name.
-        what: they are, for the message.
-        chosen: the names of which one must be in an overlap that is refused; None: all.
+        what: the word for them in the message.
+        chosen: refuse only overlaps with one of these names; None: all.
 
     Raises:
-        TalosValueError: two of them overlap, or entries of one are one memory (`expand`).
+        TalosValueError: two tensors overlap, or entries of one are one memory (`expand`).
 
     Example:
         >>> rows = torch.zeros(4, 3)
@@ -107,14 +104,14 @@ def check_separate(
 
 
 def _run(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first byte to behind its last."""
+    """Return the addresses of a tensor's first byte and of the byte behind its last."""
     last = sum((n - 1) * by for n, by in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _crosses_itself(tensor: Tensor) -> bool:
-    """Whether entries may share memory: a dimension steps by less than the smaller ones span."""
+    """Return whether a dimension steps by less than the smaller ones span."""
     span = 1
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     for by, size in sorted((by, size) for by, size in pairs if size > 1):
@@ -125,13 +122,13 @@ def _crosses_itself(tensor: Tensor) -> bool:
 
 
 def _check_cluster(tensors: Mapping[str, Tensor], what: str, chosen: Collection[str]) -> None:
-    """Refuse an overlap among tensors whose runs of addresses touch, by marking their bytes."""
+    """Refuse an overlap among tensors whose runs of addresses touch: mark the bytes of each."""
     if len(tensors) < 2 or not any(name in chosen for name in tensors):
         return
     first = min(_run(tensor)[0] for tensor in tensors.values())
     size = max(_run(tensor)[1] for tensor in tensors.values()) - first
     owners = torch.zeros(size, dtype=torch.int32, device="cpu")  # 0: nobody
-    names = ["", *sorted(tensors, key=lambda name: name not in chosen)]  # the chosen are first
+    names = ["", *sorted(tensors, key=lambda name: name not in chosen)]  # the chosen come first
     for number, name in enumerate(names[1:], 1):
         tensor = tensors[name]
         width = tensor.element_size()
@@ -140,7 +137,7 @@ def _check_cluster(tensors: Mapping[str, Tensor], what: str, chosen: Collection[
         other = names[int(own.max())]
         if other and (other in chosen or name in chosen):
             raise _overlap(what, f"{other} and {name}")
-        if name in chosen:  # what two others share is theirs
+        if name in chosen:  # an overlap of two others is allowed
             own.fill_(number)
 
 
@@ -152,16 +149,9 @@ def _overlap(what: str, which: str) -> TalosValueError:
 
 
 def tensors_in(tree: object) -> Iterator[Tensor]:
-    """The tensors of nested mappings, lists and tuples.
-
-    Args:
-        tree: any; what is none of these holds no tensor.
-
-    Yields:
-        Each, in order.
+    """Yield the tensors of nested mappings, lists and tuples, in order.
 
     Example:
-        >>> import torch
         >>> [each.numel() for each in tensors_in({"a": [torch.zeros(2)], "b": (3, torch.ones(1))})]
         [2, 1]
     """
@@ -174,30 +164,26 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-class SharedCast:
-    """The last input without its history in another dtype: layers that share it share the cast.
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one device have the same shape, dtype and bits.
 
-    Neither is kept alive by it: the cast lives as long as a layer keeps it for its backward.
+    NaN equals NaN, and 0 does not equal -0.
+
+    Example:
+        >>> equal_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+        True
     """
-
-    def __init__(self) -> None:
-        self._last: tuple[TensorWeakRef, int, TensorWeakRef] | None = None
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Casts `x`, or finds that this was done before."""
-        if self._last is not None:
-            source, version, kept = self._last
-            cast: Tensor | None = kept()
-            same = source() is x and version == x._version
-            if same and cast is not None and cast.dtype == dtype:
-                return cast
-        cast = x.detach().to(dtype)
-        self._last = (TensorWeakRef(x), x._version, TensorWeakRef(cast))
-        return cast
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (each.detach().to_dense().reshape(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(a, b)
 
 
 class KeptBuffers:
-    """Copies of all buffers of a model.
+    """Copies of all buffers of a model, to restore them later.
+
+    A forward may write a buffer (`running_mean.add_`) or assign another tensor
+    (`self.average = .9 * self.average + ...`). So both are kept: the tensor and its values.
 
     Args:
         model: any module.
@@ -226,35 +212,15 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put each tensor back into its place with what it held; of the others none is written."""
+        """Put every buffer back, and its values where they changed."""
         for module, name, buffer in self._places:
             module._buffers[name] = buffer
             if buffer is not None and not equal_bits(buffer, self._copies[id(buffer)]):
                 buffer.copy_(self._copies[id(buffer)])
 
 
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits.
-
-    Args:
-        a: of any shape and dtype.
-        b: on the same device.
-
-    Returns:
-        Whether they do; NaN equals NaN, 0 does not equal -0.
-
-    Example:
-        >>> equal_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
-        True
-    """
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = (each.detach().to_dense().reshape(-1).view(torch.uint8) for each in (a, b))
-    return torch.equal(a, b)
-
-
 class WatchedBuffers:
-    """The buffers of a model's state dict as they are now, to tell later which have moved.
+    """Copies of the buffers of a model's state dict, to find later those that changed.
 
     Args:
         model: any module; it is not kept alive.
@@ -269,21 +235,21 @@ class WatchedBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._before = {name: each.detach().clone() for name, each in _kept(model).items()}
+        self._before = {name: each.detach().clone() for name, each in _persistent(model).items()}
 
     def moved(self) -> list[str]:
-        """Name the buffers that hold something else now; see `moved_buffers`."""
+        """Return the names of the buffers that changed; see `moved_buffers`."""
         model = self._model()
-        return [] if model is None else moved_buffers(self._before, _kept(model))
+        return [] if model is None else moved_buffers(self._before, _persistent(model))
 
-    def tell(self, stacklevel: int) -> dict[str, list[str]]:
-        """Warn of those that have moved.
+    def metadata(self, stacklevel: int) -> dict[str, list[str]]:
+        """Return the metadata of a task vector that lacks the changed buffers, and warn of them.
 
         Args:
             stacklevel: as of `warnings.warn`, from the caller of this method.
 
         Returns:
-            Metadata of a task vector that does not hold them: `moved_buffers`, or nothing.
+            `moved_buffers`, or nothing if no buffer changed.
         """
         moved = self.moved()
         warn_of_moved(moved, stacklevel + 1)
@@ -291,30 +257,27 @@ class WatchedBuffers:
 
 
 def moved_buffers(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Name the buffers that differ; a count of batches, which computes nothing, is not looked at.
+    """Return the names of the buffers that differ, without counts of batches.
 
     Args:
         before: by name.
-        after: the same later, or of another model.
-
-    Returns:
-        Names, of those that both have with values.
+        after: the same buffers later, or those of another model.
     """
     return [
         name
         for name, old in before.items()
         if name in after
-        and not name.endswith("num_batches_tracked")
+        and not name.endswith("num_batches_tracked")  # nothing is computed from it
         and not (old.is_meta or after[name].is_meta)
         and not equal_bits(old, after[name].to(old.device))
     ]
 
 
 def warn_of_moved(names: Sequence[str], stacklevel: int) -> None:
-    """Say that a task vector does not hold what has moved.
+    """Warn that a task vector lacks the buffers of these names.
 
     Args:
-        names: of the buffers; none: nothing is said.
+        names: of the buffers; none: no warning.
         stacklevel: as of `warnings.warn`, from the caller of this function.
     """
     if names:
@@ -327,11 +290,34 @@ def warn_of_moved(names: Sequence[str], stacklevel: int) -> None:
         )
 
 
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name."""
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a state dict holds, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+class SharedCast:
+    """Casts an input once for all layers that share it.
+
+    Only the last input and its cast are remembered, by weak references: the cast lives as long as a
+    layer keeps it for its backward.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[TensorWeakRef, int, TensorWeakRef] | None = None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `x` in another dtype, without its history."""
+        if self._last is not None:
+            source, version, kept = self._last
+            cast: Tensor | None = kept()
+            same = source() is x and version == x._version
+            if same and cast is not None and cast.dtype == dtype:
+                return cast
+        cast = x.detach().to(dtype)
+        self._last = (TensorWeakRef(x), x._version, TensorWeakRef(cast))
+        return cast

@@ -1,18 +1,18 @@
 """Fine-tuning as a plain loop: cosine schedule with warm-up, autocast, clipping, accumulation.
 
-    lr(s) = lr * s / warmup                                      for s <= warmup
-    lr(s) = lr * (1 + cos(pi (s - warmup) / (steps - warmup + 1))) / 2    after that
+    lr(s) = lr * s / warmup                                                for s <= warmup
+    lr(s) = lr * (1 + cos(pi (s - warmup) / (steps - warmup + 1))) / 2     after that
 
-`fine_tune` yields an event a step and prints nothing. What is trained, and how, is the method's
-business: see `talos.methods`.
+`fine_tune` trains and returns the task vector, `fine_tune_steps` yields the same training step by
+step. The method (`talos.methods`) decides what is trained and how.
 """
 
+import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from talos.batches import default_logits, labels_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Method, Phase, method_of
+from talos.names import check_module
 from talos.optim.param_groups import check_hyperparameters
-from talos.reals import integer
+from talos.options import integer
 from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
 
-__all__ = ["FineTuneFinished", "FineTuneStep", "fine_tune"]
+__all__ = ["FineTuneStep", "fine_tune", "fine_tune_steps"]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -46,8 +47,8 @@ class FineTuneStep:
         seconds: since the first step began.
 
     Example:
-        >>> event = FineTuneStep(step=1, steps=80, loss=0.7, lr=1e-4, grad_norm=2.0, seconds=0.3)
-        >>> f"{event.step}/{event.steps} loss {event.loss:.2f}"
+        >>> step = FineTuneStep(step=1, steps=80, loss=0.7, lr=1e-4, grad_norm=2.0, seconds=0.3)
+        >>> f"{step.step}/{step.steps} loss {step.loss:.2f}"
         '1/80 loss 0.70'
     """
 
@@ -56,27 +57,6 @@ class FineTuneStep:
     loss: float
     lr: float
     grad_norm: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class FineTuneFinished:
-    """The last event.
-
-    Attributes:
-        task_vector: tuned minus initial weights, of what was trained.
-        steps: optimizer steps taken.
-        seconds: the whole training took.
-
-    Example:
-        >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
-        >>> *_, finished = fine_tune(torch.nn.Linear(4, 3), data, steps=2)
-        >>> finished.steps
-        2
-    """
-
-    task_vector: TaskVector
-    steps: int
     seconds: float
 
 
@@ -98,15 +78,18 @@ def fine_tune(
     autocast: torch.dtype | None = None,
     loss_fn: LossFunction | None = None,
     logits_fn: LogitsFunction | None = None,
-) -> Iterator[FineTuneStep | FineTuneFinished]:
-    """Fine-tune a model in place, one event a step.
+    on_step: Callable[[FineTuneStep], object] | None = None,
+) -> TaskVector:
+    """Fine-tune a model in place and return its task vector.
+
+    The model trains in train mode; its modes and frozen tensors are restored at the end, also after
+    an error. Layers with running statistics (BatchNorm) stay in eval mode: a task vector holds no
+    statistics.
 
     Args:
-        model: trained in train mode; its modes and frozen tensors are restored at the end. Layers
-            with running statistics (BatchNorm) stay in eval mode: a task vector holds weights, and
-            the statistics are the base's.
-        batches: re-iterable; begun again as often as the steps need. A batch is a dict with
-            `labels`, or a pair of inputs and labels.
+        model: the model.
+        batches: re-iterable; repeated as often as the steps need. A batch is a dict with `labels`,
+            or a pair of inputs and labels.
         mask: the entries that the method talos trains; other methods take none.
         method: one of `talos.methods` with its settings, or the name of one with its defaults;
             None: talos with a mask, else nonlinear, which trains every parameter that requires a
@@ -119,134 +102,219 @@ def fine_tune(
         weight_decay: decoupled weight decay of what is trained.
         max_grad_norm: clip the gradient's norm, over what is trained; None: no clipping.
         label_smoothing: of the default loss, in [0, 1).
-        accumulate: batches a step; their mean loss is minimised.
-        autocast: run the forward pass in this dtype where that is safe (torch.bfloat16).
-        loss_fn: `loss_fn(model, batch)`, a scalar; default: cross-entropy of the logits. The
-            method linearized hands it a `LinearizedModel`, whose `model(batch)` is logits.
-        logits_fn: `logits_fn(model, batch)`, `[B, C]`, for the default loss.
+        accumulate: batches a step; the step minimises their mean loss.
+        autocast: dtype of the forward pass where autocast is safe (torch.bfloat16).
+        loss_fn: `loss_fn(model, batch)` returns a scalar; default: cross-entropy of the logits.
+            The method linearized passes it a `LinearizedModel`, whose `model(batch)` is logits.
+        logits_fn: `logits_fn(model, batch)` returns [B, C], for the default loss.
+        on_step: called with a `FineTuneStep` after each step.
 
-    Yields:
-        `FineTuneStep` after each step, then one `FineTuneFinished` with the task vector.
+    Returns:
+        Tuned minus initial weights, of what was trained.
 
     Raises:
+        TalosTypeError: `model` is no module, or `autocast` no dtype.
         TalosValueError: a setting is out of range, the method is unknown or cannot train this
-            model, there is no batch, or the loss is not finite (the step is not taken then).
+            model, there is no batch, or the loss is not finite (that step is not taken).
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
-        >>> *events, finished = fine_tune(model, data, steps=2)
-        >>> [event.step for event in events], finished.task_vector.mask.nnz
-        ([1, 2], 15)
-        >>> *_, finished = fine_tune(model, data, method="linearized", steps=2)
-        >>> finished.task_vector.metadata
+        >>> fine_tune(model, data, steps=2, on_step=lambda step: print(step.step)).mask.nnz
+        1
+        2
+        15
+        >>> fine_tune(model, data, method="linearized", steps=2).metadata
         {'method': 'linearized'}
     """
-    steps, accumulate = integer("steps", steps, 1), integer("accumulate", accumulate, 1)
-    warmup = max(1, steps // 10) if warmup is None else integer("warmup", warmup, 0)
-    _check(steps, warmup, label_smoothing, max_grad_norm)
-    if autocast is not None and not isinstance(autocast, torch.dtype):
-        raise TalosTypeError(f"autocast must be a torch.dtype, got {autocast!r}")
-    if not isinstance(model, nn.Module):
-        raise TalosValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    chosen = method_of(method, mask)
-    if chosen.phases > 1 and isinstance(batches, Iterator):
-        raise TalosValueError(
-            f"batches must be re-iterable for the method {chosen.name}, got an iterator; pass a "
-            "list or a DataLoader"
-        )
-    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    check_hyperparameters(hyper)
-    first = chosen.start(model, hyper, logits_fn or default_logits)
     run = _Run(
+        model=model,
         batches=batches,
-        loss_fn=loss_fn or _cross_entropy(first.logits_fn, label_smoothing),
-        lr=lr,
-        schedule=partial(_cosine, warmup, steps),
+        mask=mask,
+        method=method,
         steps=steps,
-        total=steps * chosen.phases,
+        lr=lr,
+        warmup=warmup,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        label_smoothing=label_smoothing,
         accumulate=accumulate,
-        max_norm=math.inf if max_grad_norm is None else max_grad_norm,
         autocast=autocast,
+        loss_fn=loss_fn,
+        logits_fn=logits_fn,
+        on_step=on_step,
     )
-    return run.events(model, first)
+    with closing(run.stream()) as stream:
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                vector: TaskVector = end.value
+                return vector
 
 
-@dataclass
+def fine_tune_steps(
+    model: nn.Module, batches: Iterable[Any], mask: Mask | None = None, **settings: Any
+) -> Generator[FineTuneStep, None, TaskVector]:
+    """Fine-tune as `fine_tune` does, one step at a time.
+
+    Settings are checked at the call. The model is restored when the generator ends or is closed.
+
+    Args:
+        model: as of `fine_tune`.
+        batches: as of `fine_tune`.
+        mask: as of `fine_tune`.
+        **settings: further arguments of `fine_tune`.
+
+    Returns:
+        A generator of `FineTuneStep`; its return value, which `yield from` gives, is the task
+        vector.
+
+    Raises:
+        TalosTypeError: as `fine_tune`.
+        TalosValueError: as `fine_tune`.
+
+    Example:
+        >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> [step.step for step in fine_tune_steps(torch.nn.Linear(4, 3), data, steps=2)]
+        [1, 2]
+    """
+    given = inspect.signature(fine_tune).bind(model, batches, mask, **settings)
+    given.apply_defaults()
+    return _Run(**given.arguments).stream()
+
+
+@dataclass(kw_only=True)
 class _Run:
-    """One call of `fine_tune`: its settings, and the loop over phases and steps."""
+    """One training: the arguments of `fine_tune`, checked, and the loop over phases and steps."""
 
+    model: nn.Module
     batches: Iterable[Any]
-    loss_fn: LossFunction
-    lr: float
-    schedule: Callable[[float, int], float]
+    mask: Mask | None
+    method: Method | str | None
     steps: int
-    total: int
+    lr: float
+    warmup: int | None
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+    label_smoothing: float
     accumulate: int
-    max_norm: float
     autocast: torch.dtype | None
-    taken: int = 0
-    start: float = 0.0
+    loss_fn: LossFunction | None
+    logits_fn: LogitsFunction | None
+    on_step: Callable[[FineTuneStep], object] | None
 
-    def events(self, model: nn.Module, phase: Phase) -> Iterator[FineTuneStep | FineTuneFinished]:
-        modes = {module: module.training for module in model.modules()}
-        self.start = time.perf_counter()
+    def __post_init__(self) -> None:
+        """Check all settings and prepare the first phase; the model is left as it is."""
+        check_module(self.model)
+        self.steps = integer("steps", self.steps, 1)
+        self.accumulate = integer("accumulate", self.accumulate, 1)
+        if self.warmup is None:
+            self.warmup = max(1, self.steps // 10)
+        self.warmup = integer("warmup", self.warmup, 0)
+        if self.warmup > self.steps:
+            raise TalosValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise TalosValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise TalosValueError(
+                f"max_grad_norm must be positive or None, got {self.max_grad_norm}"
+            )
+        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
+            raise TalosTypeError(f"autocast must be a torch.dtype, got {self.autocast!r}")
+        method = method_of(self.method, self.mask)
+        if method.phases > 1 and isinstance(self.batches, Iterator):
+            raise TalosValueError(
+                f"batches must be re-iterable for the method {method.name}, got an iterator; pass "
+                "a list or a DataLoader"
+            )
+        hyper = {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+        check_hyperparameters(hyper)
+        self._first = method.start(self.model, hyper, self.logits_fn or default_logits)
+        self._loss = self.loss_fn or _cross_entropy(self._first.logits_fn, self.label_smoothing)
+        self._total = self.steps * method.phases
+        self._taken = 0
+
+    def stream(self) -> Generator[FineTuneStep, None, TaskVector]:
+        """Train: yield every step and return the task vector."""
+        modes = {module: module.training for module in self.model.modules()}
+        self._start = time.perf_counter()
         try:
-            model.train()
+            self.model.train()
             for module in modes:
                 if getattr(module, "running_mean", None) is not None:
                     module.eval()
-            buffers = WatchedBuffers(model)
+            buffers = WatchedBuffers(self.model)
+            phase = self._first
             yield from self._phase(phase)
             while (following := phase.following()) is not None:
                 phase = following
                 yield from self._phase(phase)
             vector = phase.task_vector()
-            if "moved_buffers" not in vector.metadata:  # SparseAdam says it by itself
-                told = buffers.tell(stacklevel=2)
-                vector = replace(vector, metadata={**vector.metadata, **told})
-            yield FineTuneFinished(vector, self.taken, self._seconds())
+            if "moved_buffers" not in vector.metadata:  # SparseAdam looks for them itself
+                moved = buffers.metadata(stacklevel=3)
+                vector = replace(vector, metadata={**vector.metadata, **moved})
+            return vector
         finally:
             for module, mode in modes.items():
                 module.training = mode
 
     def _phase(self, phase: Phase) -> Iterator[FineTuneStep]:
         stream = _endless(self.batches)
-        with ExitStack() as stack:
-            stack.callback(phase.release)
+        try:
             phase.freeze()
-            yield from self._steps(phase, stream)
-
-    def _steps(self, phase: Phase, stream: Iterator[Any]) -> Iterator[FineTuneStep]:
-        for step in range(1, self.steps + 1):
+            for step in range(1, self.steps + 1):
+                event = self._step(phase, stream, step)
+                if self.on_step is not None:
+                    self.on_step(event)
+                yield event
             phase.zero_grad()
-            loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
-            if step == 1:
-                phase.check_gradients()
-            if not math.isfinite(loss):
-                raise TalosValueError(
-                    f"the loss of step {self.taken + 1} is {loss}; the weights are those of "
-                    f"step {self.taken}: lower lr, or look for broken samples"
-                )
-            norm = phase.clip(self.max_norm)
-            rate = self.schedule(self.lr if phase.lr is None else phase.lr, step)
-            for group in phase.optimizer.param_groups:
-                group["lr"] = rate
-            phase.step()
-            self.taken += 1
-            yield FineTuneStep(self.taken, self.total, loss, rate, float(norm), self._seconds())
+        finally:
+            phase.release()
+
+    def _step(self, phase: Phase, stream: Iterator[Any], step: int) -> FineTuneStep:
         phase.zero_grad()
+        loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
+        if step == 1:
+            phase.check_gradients()
+        if not math.isfinite(loss):
+            raise TalosValueError(
+                f"the loss of step {self._taken + 1} is {loss}; the weights are those of step "
+                f"{self._taken}: lower lr, or look for broken samples"
+            )
+        norm = phase.clip(math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        rate = self._rate(self.lr if phase.lr is None else phase.lr, step)
+        for group in phase.optimizer.param_groups:
+            group["lr"] = rate
+        phase.step()
+        self._taken += 1
+        seconds = time.perf_counter() - self._start
+        return FineTuneStep(self._taken, self._total, loss, rate, float(norm), seconds)
 
     def _backward(self, phase: Phase, batch: Any) -> float:
-        """Adds a batch's share to the gradient; returns its share of the loss."""
+        """Add a batch's share to the gradient, and return its share of the loss."""
         device = phase.optimizer.param_groups[0]["params"][0].device  # others may be offloaded
         with _autocast(device, self.autocast):
-            loss = self.loss_fn(phase.module, batch)
+            loss = self._loss(phase.module, batch)
         (loss / self.accumulate).backward()
         return float(loss.detach()) / self.accumulate
 
-    def _seconds(self) -> float:
-        return time.perf_counter() - self.start
+    def _rate(self, peak: float, step: int) -> float:
+        """Return the learning rate of a step, from 1."""
+        warmup = self.warmup or 0
+        if step <= warmup:
+            return peak * step / max(warmup, 1)
+        angle = math.pi * (step - warmup) / (self.steps - warmup + 1)
+        return peak * (1 + math.cos(angle)) / 2
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
@@ -264,13 +332,6 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
         epoch += 1
 
 
-def _cosine(warmup: int, steps: int, lr: float, step: int) -> float:
-    """The learning rate of a step, from 1."""
-    if step <= warmup:
-        return lr * step / max(warmup, 1)
-    return lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
-
-
 def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFunction:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         logits = logits_fn(model, batch).float()
@@ -286,12 +347,3 @@ def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFun
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _check(steps: int, warmup: int, label_smoothing: float, max_grad_norm: float | None) -> None:
-    if warmup > steps:
-        raise TalosValueError(f"warmup must be at most steps ({steps}), got {warmup}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise TalosValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise TalosValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")

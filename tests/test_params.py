@@ -235,9 +235,7 @@ def test_gpt2_is_taken_by_its_own_linear_layer_and_has_no_rows_of_queries() -> N
     model = transformers.GPT2LMHeadModel(config)
     left = set(named_parameters(model)) - set(select_parameters(model))
     assert left == {"transformer.wte.weight", "transformer.wpe.weight"}
-    with pytest.raises(
-        TalosValueError, match=r"of a weight, got transformer.h.0.attn.c_attn, a .*Conv1D"
-    ):
+    with pytest.raises(TalosValueError, match=r"keys in transformer.h.0.attn.c_attn, a .*Conv1D"):
         select_parameters(model, "qk")
     scores = fisher_diag(model.double(), [{"input_ids": torch.arange(8).view(2, 4)}])
     attention = scores["transformer.h.0.attn.c_attn.weight"]

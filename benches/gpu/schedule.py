@@ -90,8 +90,7 @@ class Schedule:
         again = f"python -m benches.gpu --out {self.out} --resume"
         rehearse = " --rehearse" if self.rehearse else ""
         rows = [
-            (each.name, each.title, f"{again} --only {each.name}{rehearse}")
-            for each in self.stages
+            (each.name, each.title, f"{again} --only {each.name}{rehearse}") for each in self.stages
         ]
         page = table.page(self.out, rows)
         temporary = self.out / "table.partial"

@@ -1,34 +1,120 @@
-"""Which modules are attention: those that hold queries, keys, values and an output projection.
+"""Which weights project to queries, keys and values and back, and which modules are attention.
 
-By its name alone a layer says little: a state space model has an `out_proj` and an MLP a `c_proj`.
-Projections are therefore taken by the module that holds them, all or none. Where a module has some
-and the others go by names that nobody here knows, as in multi-head latent attention, it is refused:
-it would be trained in part. So is one with all four and further ones beside them that are called
-after a role, such as Longformer's `query_global`.
+A projection is a layer of its own (`q_proj`), a part of a fused one (`qkv`, `in_proj_weight`), or
+the output projection behind the heads (`out_proj`). `talos.architecture.layers` lists the names.
+
+The rows of a fused layer are queries, keys and values in three equal parts where its name and shape
+show it. Where libraries order them differently under one name (`query_key_value`, `qkv_proj`), the
+layer is taken as one whole.
+
+Attention is taken whole or not at all. A module that has some projections under known names and
+others under unknown ones, as multi-head latent attention does, is refused: only a part of it would
+be trained. So is one that has all four and further layers named after a role, such as Longformer's
+`query_global`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from talos.architecture.projections import Projection, is_linear, projections
+from talos.architecture.layers import (
+    ATTENTION,
+    PACKED,
+    PARTS,
+    SPLIT,
+    is_conv1d,
+    is_linear,
+    roles_of,
+)
 from talos.errors import TalosValueError
 
-__all__ = ["attention_projections"]
+__all__ = ["Projection", "attention_projections", "projections"]
 
 _INPUTS = ("query", "key", "value")
-# Parts of one attention module: `attention.self.query` and `attention.output.dense`, ...
-_PARTS = re.compile(r"(^|\.)(self|output|to_out)$|(?<=attention)\.(attention|att|self_attention)$")
 _ROLE_IN_NAME = re.compile(r"query|key|value|(^|_)[qkv]+(_|$)", re.IGNORECASE)
-_NAMED_ATTENTION = re.compile(r"(attn|attention)\d*(\.\d+)?$", re.IGNORECASE)
+# Where a layer named `qkv` or `c_attn` has the query, key and value of one head, then of the next.
+_BY_HEADS = (
+    *("timm.models.efficientformer", "timm.models.maxxvit", "timm.models.tiny_vit"),
+    "transformers.models.gpt_bigcode",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A parameter that projects.
+
+    Attributes:
+        name: its name in its module: weight, in_proj_bias, ...
+        param: the parameter.
+        roles: of each of the equal parts of its outputs: query, key, value or output; "fused" if
+            it holds all three in another order.
+        transposed: whether a weight is [in, out], as in GPT-2, instead of [out, in].
+    """
+
+    name: str
+    param: nn.Parameter
+    roles: tuple[str, ...]
+    transposed: bool = False
+
+    def part(self, tensor: Tensor, role: str) -> Tensor:
+        """Return the outputs of one role, a view: [out, in] of a weight, [out] of a bias.
+
+        Args:
+            tensor: of the parameter's shape.
+            role: one of `roles`.
+        """
+        outputs = tensor.T if self.transposed and tensor.dim() == 2 else tensor
+        return outputs.chunk(len(self.roles))[self.roles.index(role)]
+
+
+def projections(
+    path: str, module: nn.Module, owner: nn.Module | None = None
+) -> Iterator[Projection]:
+    """Yield the projections among one module's own parameters, biases included.
+
+    Args:
+        path: the module's name in its model.
+        module: the module.
+        owner: the module that holds it; some libraries order the rows of a fused layer by heads.
+
+    Example:
+        >>> module = nn.MultiheadAttention(4, 2)
+        >>> [(each.name, each.roles) for each in projections("attn", module)]
+        [('in_proj_weight', ('query', 'key', 'value')), ('in_proj_bias', ('query', 'key', 'value'))]
+        >>> [each.name for each in projections("attn.out_proj", module.out_proj)]
+        ['weight', 'bias']
+    """
+    linear = is_linear(module)
+    for name, param in module.named_parameters(recurse=False):
+        if name in (*PACKED, *SPLIT):
+            yield Projection(name, param, roles_of(name))
+        elif linear and (roles := _roles(path, module, owner)):
+            yield Projection(name, param, roles, is_conv1d(module))
+
+
+def _roles(path: str, layer: nn.Module, owner: nn.Module | None) -> tuple[str, ...]:
+    """Return the roles of a linear layer, by its name and the shape of its weight."""
+    roles = roles_of(path)
+    if roles != _INPUTS:
+        return roles
+    weight: Any = layer.weight  # no parameter where it is computed
+    outputs, inputs = weight.shape
+    if is_conv1d(layer):
+        inputs, outputs = outputs, inputs
+        if path.endswith("c_attn") and outputs == 2 * inputs:  # beside a `q_attn`
+            return ("key", "value")
+    by_heads = type(owner).__module__.startswith(_BY_HEADS)
+    return ("fused",) if by_heads or outputs != len(_INPUTS) * inputs else _INPUTS
 
 
 def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Projection]:
-    """The projections of all attention modules.
+    """Return the projections of all attention modules.
 
-    Queries, keys and values are attention without an output projection too where no other linear
-    layer beside them could be one. An output projection alone is not, unless its module is called
+    Queries, keys and values are attention without an output projection too, unless another linear
+    layer beside them could be one. An output projection alone is none, unless its module is called
     attention and has other linear layers.
 
     Args:
@@ -38,8 +124,8 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
         A `Projection` a parameter, in the order of the modules.
 
     Raises:
-        TalosValueError: an attention module holds some of the projections, one of which requires a
-            gradient, but not all, or others that are called after a role.
+        TalosValueError: an attention module that requires gradients has only some of the
+            projections under known names, or further layers that are named after a role.
 
     Example:
         >>> block = nn.TransformerEncoderLayer(4, 2, 8)
@@ -54,7 +140,7 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
         own = list(projections(path, module, named.get(parent)))
         if own:
             holder = parent if is_linear(module) else path
-            found.setdefault(_PARTS.sub("", holder), []).extend(own)
+            found.setdefault(PARTS.sub("", holder), []).extend(own)
         elif is_linear(module):
             others.append(path)
     taken = []
@@ -63,7 +149,7 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
         missing, more = _missing(own), any(path.startswith(inside) for path in others)
         if missing == ["output"] and not more:
             missing = []
-        called_attention = any(map(_NAMED_ATTENTION.search, (holder, kind)))
+        called_attention = any(map(ATTENTION.search, (holder, kind)))
         if (missing == [*_INPUTS] and not more) or ("query" in missing and not called_attention):
             continue
         beside = [path for path in others if _is_part(path, holder)]
@@ -79,12 +165,13 @@ def attention_projections(modules: Iterable[tuple[str, nn.Module]]) -> list[Proj
 
 
 def _is_part(path: str, holder: str) -> bool:
-    """Whether a linear layer of an unknown name is called after a role, inside the holder."""
+    """Return whether a linear layer of an unknown name is named after a role, in the holder."""
     parent, _, leaf = path.rpartition(".")
-    return _PARTS.sub("", parent) == holder and _ROLE_IN_NAME.search(leaf) is not None
+    return PARTS.sub("", parent) == holder and _ROLE_IN_NAME.search(leaf) is not None
 
 
 def _missing(own: list[Projection]) -> list[str]:
-    have = {role for each in own for role in each.roles}
-    have.update(_INPUTS if "fused" in have else ())
-    return [role for role in (*_INPUTS, "output") if role not in have]
+    """Return the roles that no projection has."""
+    present = {role for each in own for role in each.roles}
+    present.update(_INPUTS if "fused" in present else ())
+    return [role for role in (*_INPUTS, "output") if role not in present]

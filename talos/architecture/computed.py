@@ -1,8 +1,7 @@
-"""Weights that are computed of others before every use: torch's parametrizations and their elders.
+"""Weights that are computed from parameters before every use, which no mask can select.
 
-`torch.nn.utils.parametrizations.weight_norm` and its like, `torch.nn.utils.weight_norm`,
-`spectral_norm` and `prune` take a weight's place among the parameters. What they leave there is no
-weight of a linear layer, and what the layer uses is no parameter, so neither can be masked.
+torch's parametrizations, `weight_norm`, `spectral_norm` and `prune` replace a weight by other
+parameters. What the layer uses then is no parameter, and the parameters are no weight of a layer.
 """
 
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ class Computed:
     Attributes:
         name: of the weight in its module.
         kind: what computes it.
-        sources: the parameters that it is computed of, by their names in the module.
-        remedy: the call that makes a parameter of it again.
+        sources: the parameters from which it is computed, by their names in the module.
+        remedy: the call that makes it a parameter again.
     """
 
     name: str
@@ -33,13 +32,7 @@ class Computed:
 
 
 def computed_weights(module: nn.Module) -> Iterator[Computed]:
-    """The weights of one module that are computed.
-
-    Args:
-        module: any module.
-
-    Yields:
-        One `Computed` a weight.
+    """Yield the computed weights of one module.
 
     Example:
         >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))

@@ -1,9 +1,8 @@
-"""Mixtures of experts: weights that are stacked in one tensor, of which data choose the slices.
+"""Mixtures of experts: the weights of all experts of a layer, stacked in one tensor.
 
 Since version 5 transformers holds the experts of a layer as 3-d parameters, [experts, out, in] or
-[experts, in, out], with biases [experts, out]. Every slice is a linear layer. How they are
-multiplied is an option of the model: one after another, which is what can be scored, or all at once
-by a product of their own.
+[experts, in, out], with biases [experts, out]. Every slice is a linear layer. An option of the
+model decides how they are multiplied: one after another, which can be scored, or all at once.
 """
 
 import logging
@@ -22,16 +21,10 @@ _logger = logging.getLogger(__name__)
 
 
 def expert_weights(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The stacked weights and biases of experts among one module's own parameters.
+    """Yield the stacked weights and biases of experts among one module's own parameters.
 
-    They are 3-d, and the module is called after experts or has a number of experts that is their
-    dimension 0; or 2-d, [experts * out, in], and it has both.
-
-    Args:
-        module: any module.
-
-    Yields:
-        The parameters.
+    Stacked weights are 3-d, and the module is named after experts, or has a number of experts that
+    is their dimension 0. They may be 2-d, [experts * out, in], if both hold.
 
     Example:
         >>> import torch
@@ -66,13 +59,9 @@ def expert_weights(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module holds one row of weights for each expert, by which tokens are sent there.
+    """Return whether a module is a router: one row of weights for each expert.
 
-    What a router learns is who sees which token; a fine-tuning that means to touch little leaves
-    that to the base model.
-
-    Args:
-        module: any module.
+    A router decides which expert sees a token. The presets leave that to the base model.
     """
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear) or weight is None or is_lazy(weight) or weight.dim() != 2:
@@ -81,7 +70,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def _counts(module: nn.Module) -> set[int]:
-    """The numbers that a module has under names with "expert"."""
+    """Return a module's integer attributes whose names contain "expert"."""
     return {
         value
         for name, value in vars(module).items()
@@ -91,11 +80,11 @@ def _counts(module: nn.Module) -> set[int]:
 
 @contextmanager
 def one_by_one(model: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
-    """Let experts multiply one after another where transformers offers other ways.
+    """Make experts of transformers multiply one after another inside this context.
 
     Args:
         model: any module.
-        params: those that matter; modules that hold none of them stay as they are.
+        params: modules that hold none of these stay as they are.
     """
     wanted = {id(param) for param in params}
     configs: dict[int, Any] = {}

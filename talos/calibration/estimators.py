@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.reals import integer
+from talos.options import integer
 
 __all__ = ["Draws", "Estimator", "Labels", "Logits", "Target", "checked_logits"]
 

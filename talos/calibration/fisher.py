@@ -34,8 +34,8 @@ from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
 from talos.names import named_modules, named_parameters, unwrapped
+from talos.options import as_real, integer
 from talos.params import Candidate, Candidates, Rows, own_parameters, select_parameters
-from talos.reals import as_real, integer
 
 __all__ = ["CalibrationProgress", "FisherScores", "calibrate", "fisher_diag"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from talos.architecture.experts import is_router
-from talos.architecture.structure import kind_of
+from talos.architecture.layers import kind_of
 from talos.names import named_parameters
 from talos.params import Candidates, body
 from talos.tensors import place

@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from talos.architecture.layers import is_norm
 from talos.calibration import listeners
 from talos.calibration.layouts import Origin, Use
 from talos.calibration.listeners import Part, Sink
-from talos.params import Candidates, is_norm
+from talos.params import Candidates
 
 __all__ = ["Parts", "Uses", "detached"]
 

@@ -1,4 +1,4 @@
-"""The k lowest or largest scores over named tensors: exactly k, ties in their order."""
+"""The k lowest or largest scores over named tensors."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,19 +19,19 @@ def lowest_entries(
     largest: bool = False,
     all_ties: bool = False,
 ) -> dict[str, Tensor]:
-    """Select the k entries with the lowest scores.
+    """Select the k entries with the lowest or largest scores.
 
     Args:
-        scores: not negative, any shapes, one device, dtypes that `select_threshold` takes; inf, or
-            -inf where `largest`, where an entry may not be selected.
+        scores: not negative, any shapes, one device, dtypes that `select_threshold` takes. Entries
+            that may not be selected are inf, or -inf if `largest`.
         k: how many, at most the number of entries that may be selected.
-        among: bool, shaped as the scores: the entries to choose from. The others are overwritten
-            in `scores` with that infinity, so that no second list of scores is held.
+        among: bool, shaped as the scores: the entries to choose from. The scores of the others are
+            overwritten with that infinity, which saves a second list of scores.
         largest: select the largest.
-        all_ties: select every entry equal to the k-th, more than `k` in all where there are more.
+        all_ties: select all entries equal to the k-th, so that there may be more than `k`.
 
     Returns:
-        bool tensors shaped as the scores, exactly k True in all; equal scores are taken in
+        bool tensors shaped as the scores, exactly k of them True; equal scores are taken in
         (tensor, flat position) order.
 
     Raises:

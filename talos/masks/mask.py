@@ -1,10 +1,8 @@
-"""Which weights of a model are trained: a selection over named tensors, held compressed.
+"""A mask: which entries of named tensors are trained, compressed on the CPU.
 
-`Mask.from_scores` takes the round(density * N) entries with the lowest scores of all N; equal
-scores are taken in (tensor, position) order, so a mask depends neither on a device nor on a sort.
-
-A mask lives on the CPU in the encoding of `talos_kernels.tensor_index`; set algebra and the
-intersection over union work on that form, one tensor at a time.
+`Mask.from_scores` takes the round(density * N) entries with the lowest scores of all N. Equal
+scores are taken in (tensor, position) order, so that a mask depends on no device and no sort. Set
+algebra works on the compressed form (`talos_kernels.tensor_index`), one tensor at a time.
 """
 
 import hashlib
@@ -13,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from talos.architecture.structure import kind_of, layer_of
+from talos.architecture.layers import kind_of, layer_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file
 from talos.masks.lowest import lowest_entries
 from talos.masks.table import MaskTable, MaskTableRow
-from talos.reals import as_real
+from talos.options import fraction
 from talos_kernels import Index, TensorIndex
 
 __all__ = ["Mask"]
@@ -36,10 +34,10 @@ class Mask:
     """A selection of entries of named tensors.
 
     Attributes:
-        shapes: shape of every tensor that the mask covers, in order; a tensor may have no selected
+        shapes: shape of every tensor that the mask covers, in order; some may have no selected
             entry.
-        indices: the selected entries of each, compressed.
-        metadata: what made the mask (method, seed, target, samples, ...), JSON-able.
+        indices: the selected entries of each tensor, compressed.
+        metadata: how the mask was made (method, seed, target, samples, ...), JSON-able.
 
     Example:
         >>> mask = Mask.from_dense({"q.weight": torch.eye(2) > 0, "q.bias": torch.zeros(2) > 0})
@@ -70,19 +68,20 @@ class Mask:
         *,
         rows: Mapping[str, tuple[int, int]] | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> "Mask":
+    ) -> Self:
         """Select exactly `round(density * N)` entries by score, over all tensors at once.
 
         Args:
             scores: non-negative and finite, of any shape; N is their number of entries.
             density: fraction to select, in (0, 1].
             select: `lowest` (TaLoS) or `highest`.
-            rows: `[first, last)` rows of the first dimension that may be selected, for the tensors
-                of which only a part may (a fused QKV); N counts those rows only. None: the `rows`
-                of what `fisher_diag` returned, every row of other scores.
-            metadata: what made the scores; kept in the mask.
+            rows: the rows `[first, last)` of dimension 0 that may be selected, of tensors of which
+                only a part may (a fused QKV); N counts only those. None: the `rows` of the scores
+                if `fisher_diag` returned them, else every row.
+            metadata: how the scores were made; kept in the mask.
 
         Raises:
+            TalosTypeError: the scores are no mapping, or no floating-point tensors.
             TalosValueError: `density` is out of range or selects nothing; a score is NaN, infinite
                 or negative; `rows` does not fit.
 
@@ -95,16 +94,19 @@ class Mask:
             raise TalosTypeError(
                 f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
             )
-        asked, density = density, as_real(density) or 0.0
-        if not 0.0 < density <= 1.0:
-            raise TalosValueError(f"density must lie in (0, 1], got {asked}")
+        density = fraction("density", density)
         if select not in ("lowest", "highest"):
             raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
         for name, score in scores.items():
             _check_score(name, score)
         rows = getattr(scores, "rows", None) if rows is None else rows
-        eligible = {name: _eligible(name, score, rows) for name, score in scores.items()}
-        entries = sum(int(e.count_nonzero()) for e in eligible.values())
+        barred = {
+            name: _barred(name, scores[name], span)
+            for name, span in (rows or {}).items()
+            if name in scores
+        }
+        entries = sum(score.numel() for score in scores.values())
+        entries -= sum(int(each.count_nonzero()) for each in barred.values())
         nnz = round(density * entries)
         if nnz == 0:
             raise TalosValueError(
@@ -115,7 +117,7 @@ class Mask:
         largest = select == "highest"
         last = -torch.inf if largest else torch.inf
         marked = {
-            name: score.masked_fill(~eligible[name], last) if rows and name in rows else score
+            name: score.masked_fill(barred[name], last) if name in barred else score
             for name, score in scores.items()
         }
         chosen = lowest_entries(marked, nnz, largest=largest)
@@ -125,12 +127,12 @@ class Mask:
     @classmethod
     def from_dense(
         cls, dense: Mapping[str, Tensor], *, metadata: Mapping[str, Any] | None = None
-    ) -> "Mask":
+    ) -> Self:
         """Compress dense selections.
 
         Args:
-            dense: bool tensors of the weights' shapes; numbers are taken where all are 0 or 1.
-            metadata: what made the mask; kept in it.
+            dense: tensors of the weights' shapes, bool or exactly 0 and 1.
+            metadata: how the mask was made; kept in it.
 
         Raises:
             TalosValueError: a tensor is neither bool nor exactly 0 and 1.
@@ -146,13 +148,13 @@ class Mask:
         shapes: Mapping[str, Sequence[int]],
         *,
         metadata: Mapping[str, Any] | None = None,
-    ) -> "Mask":
+    ) -> Self:
         """Compress flat positions.
 
         Args:
             positions: integer `[nnz]` of each tensor, strictly ascending, row-major.
             shapes: shape of each tensor.
-            metadata: what made the mask; kept in it.
+            metadata: how the mask was made; kept in it.
 
         Raises:
             TalosValueError: the names differ, or positions are out of range, repeated or unsorted.
@@ -203,9 +205,9 @@ class Mask:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that name this selection: the same for equal masks only."""
+        """16 hex digits, the same only for equal masks."""
         digest = hashlib.sha256()
-        for name, index in sorted(self.indices.items()):  # masks that differ in order are equal
+        for name, index in sorted(self.indices.items()):  # the order of tensors does not count
             digest.update(f"{name}|{self.shapes[name]}|{index.encoding}|".encode())
             for buffer in (index.words, index.positions):
                 digest.update(buffer.view(torch.uint8).numpy().tobytes())
@@ -213,7 +215,7 @@ class Mask:
         return digest.hexdigest()[:16]
 
     def to_dense(self, name: str) -> Tensor:
-        """The selection of one tensor: bool, in its shape.
+        """Return the selection of one tensor: bool, in its shape.
 
         Raises:
             TalosValueError: the mask does not cover `name`.
@@ -223,17 +225,14 @@ class Mask:
         return self.indices[name].decode().view(self.shapes[name])
 
     def pack(self, names: Sequence[str], device: torch.device | str = "cpu") -> Index:
-        """The compressed index of these tensors for one kernel launch."""
+        """Return the compressed index of these tensors for one kernel launch."""
         return Index.pack([self.indices[name] for name in names], device)
 
     def describe(self, *, layers: bool = False) -> MaskTable:
-        """A table of the mask's structure: one row a tensor, summed by layer and type.
+        """Return a table of the mask, with one row a kind of weights; `print` it.
 
         Args:
-            layers: print a row for each layer and type, not for each type only.
-
-        Returns:
-            The rows and their sums; `print` it.
+            layers: print a row for each layer and kind.
 
         Example:
             >>> print(Mask.from_dense({"h.0.q.weight": torch.eye(2) > 0}).describe())
@@ -241,24 +240,22 @@ class Mask:
             query        1        4         2    0.500  bitmap      272
             total        1        4         2    0.500  bitmap      272
         """
-        return MaskTable(
-            tuple(
-                MaskTableRow(
-                    name,
-                    layer_of(name),
-                    kind_of(name),
-                    index.numel,
-                    index.nnz,
-                    index.encoding,
-                    index.nbytes,
-                )
-                for name, index in self.indices.items()
-            ),
-            layers,
-        )
+        rows = [
+            MaskTableRow(
+                name,
+                layer_of(name),
+                kind_of(name),
+                index.numel,
+                index.nnz,
+                index.encoding,
+                index.nbytes,
+            )
+            for name, index in self.indices.items()
+        ]
+        return MaskTable(tuple(rows), layers)
 
-    def iou(self, other: "Mask") -> float:
-        """Intersection over union of two selections; 1 for equal masks, also empty ones."""
+    def iou(self, other: Self) -> float:
+        """Return the intersection over union of two selections; 1 for equal masks."""
         self._check_shapes(other)
         both = sum(
             index.intersection_nnz(other.indices[name])
@@ -268,25 +265,25 @@ class Mask:
         either = self.nnz + other.nnz - both
         return both / either if either else 1.0
 
-    def __and__(self, other: "Mask") -> "Mask":
-        """Entries that both select, over the tensors that both cover."""
+    def __and__(self, other: Self) -> Self:
+        """Return the entries that both select, over the tensors that both cover."""
         self._check_shapes(other)
         names = [name for name in self.shapes if name in other.shapes]
-        return Mask(
+        return type(self)(
             {name: self.shapes[name] for name in names},
             {name: self.indices[name] & other.indices[name] for name in names},
         )
 
-    def __or__(self, other: "Mask") -> "Mask":
-        """Entries that either selects, over the tensors that either covers."""
+    def __or__(self, other: Self) -> Self:
+        """Return the entries that either selects, over the tensors that either covers."""
         self._check_shapes(other)
         indices = dict(self.indices)
         for name, index in other.indices.items():
             indices[name] = indices[name] | index if name in indices else index
-        return Mask({**self.shapes, **other.shapes}, indices)
+        return type(self)({**self.shapes, **other.shapes}, indices)
 
     def __eq__(self, other: object) -> bool:
-        """Equal when they cover the same tensors and select the same entries."""
+        """Return whether both cover the same tensors and select the same entries."""
         if not isinstance(other, Mask):
             return NotImplemented
         return self.shapes == other.shapes and all(
@@ -294,18 +291,18 @@ class Mask:
         )
 
     def __hash__(self) -> int:
-        """Of the selection, as `fingerprint`."""
+        """Return a hash of the selection."""
         return hash(self.fingerprint)
 
     def __contains__(self, name: object) -> bool:
-        """Whether the mask covers a tensor of this name."""
+        """Return whether the mask covers a tensor of this name."""
         return name in self.shapes
 
     def __repr__(self) -> str:
         return f"Mask({self.nnz:,} of {self.numel:,} entries in {len(self.shapes)} tensors)"
 
     def to_buffers(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """What a file holds of the selection.
+        """Return what a file holds of the selection.
 
         Returns:
             Buffers, `<name>.words` or `<name>.positions` and `<name>.counts`; and one JSON-able
@@ -332,12 +329,12 @@ class Mask:
     @classmethod
     def from_buffers(
         cls, buffers: Mapping[str, Tensor], entries: Sequence[Mapping[str, Any]]
-    ) -> "Mask":
-        """Rebuild a mask from what `to_buffers` gave, checking all of it.
+    ) -> Self:
+        """Rebuild a mask from what `to_buffers` returned, and check all of it.
 
         Raises:
-            TalosValueError: a buffer is missing or does not fit; a name comes twice; the number of
-                selected entries is not the one recorded.
+            TalosValueError: a buffer is missing or does not fit, a name comes twice, or the number
+                of selected entries differs from the recorded one.
         """
         check_entries(entries)
         shapes: dict[str, Shape] = {}
@@ -368,14 +365,14 @@ class Mask:
         """Write the mask to a safetensors file, atomically.
 
         Raises:
-            TalosOSError: the file cannot be written; an older one is left as it was.
+            TalosOSError: the file cannot be written; an older one stays as it was.
         """
         buffers, entries = self.to_buffers()
         save_file(path, "mask", buffers, {"tensors": entries, "made": self.metadata})
 
     @classmethod
-    def load(cls, path: str | Path) -> "Mask":
-        """Read a mask from a file, checking all of it.
+    def load(cls, path: str | Path) -> Self:
+        """Read a mask from a file, and check all of it.
 
         Raises:
             TalosValueError: the file is not a mask, is damaged, or is from a newer version.
@@ -386,9 +383,9 @@ class Mask:
             mask = cls.from_buffers(buffers, metadata["tensors"])
         except (TalosValueError, KeyError, TypeError) as error:
             raise TalosValueError(f"{path}: not a valid mask: {error}") from None
-        return Mask(mask.shapes, mask.indices, metadata.get("made", {}))
+        return cls(mask.shapes, mask.indices, metadata.get("made", {}))
 
-    def _check_shapes(self, other: "Mask") -> None:
+    def _check_shapes(self, other: Self) -> None:
         for name, shape in self.shapes.items():
             if other.shapes.get(name, shape) != shape:
                 raise TalosValueError(
@@ -411,18 +408,17 @@ def _check_score(name: str, score: Tensor) -> None:
         )
 
 
-def _eligible(name: str, score: Tensor, rows: Mapping[str, tuple[int, int]] | None) -> Tensor:
-    eligible = torch.ones_like(score, dtype=torch.bool)
-    if rows is not None and name in rows:
-        first, last = rows[name]
-        if score.dim() == 0 or not 0 <= first < last <= score.shape[0]:
-            raise TalosValueError(
-                f"rows[{name!r}] must lie in the first dimension of {tuple(score.shape)}, "
-                f"got [{first}, {last})"
-            )
-        eligible[:first] = False
-        eligible[last:] = False
-    return eligible
+def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Return the entries outside of the rows that may be selected."""
+    first, last = rows
+    if score.dim() == 0 or not 0 <= first < last <= score.shape[0]:
+        raise TalosValueError(
+            f"rows[{name!r}] must lie in the first dimension of {tuple(score.shape)}, "
+            f"got [{first}, {last})"
+        )
+    barred = torch.ones_like(score, dtype=torch.bool)
+    barred[first:last] = False
+    return barred
 
 
 def _warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:

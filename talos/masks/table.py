@@ -1,26 +1,26 @@
-"""The structure of a mask as a table: one row a tensor, summed by layer and type."""
+"""A mask as a table: one row a tensor, summed by layer and kind."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from talos.architecture.structure import KINDS
+from talos.architecture.layers import KINDS
 
 __all__ = ["MaskTable", "MaskTableRow", "text_table"]
 
 
 @dataclass(frozen=True)
 class MaskTableRow:
-    """One tensor, or a sum of tensors, of a mask.
+    """One tensor of a mask, or a sum of tensors.
 
     Attributes:
-        name: the tensor's name, or the group's.
+        name: the tensor's name, or the sum's.
         layer: number of its layer; None outside of the layers and for sums over layers.
-        kind: its type, one of `structure.KINDS`; `total` for sums over types.
+        kind: one of `talos.architecture.layers.KINDS`; `total` for sums over kinds.
         numel: entries.
         nnz: selected entries.
-        encoding: of the index; several joined by `+` for a sum.
+        encoding: of the index; of a sum several, joined by `+`.
         nbytes: bytes of the index.
-        tensors: number of tensors summed.
+        tensors: number of tensors.
     """
 
     name: str
@@ -40,23 +40,23 @@ class MaskTableRow:
 
 @dataclass(frozen=True)
 class MaskTable:
-    """The structure of a mask; `str()` of it is a table by type, or by layer and type.
+    """The table of a mask; `str()` of it has one row a kind, or one a layer and kind.
 
     Attributes:
         rows: one a tensor, in the mask's order.
-        layers: whether the table has a row for each layer and type.
+        layers: whether `str()` has a row for each layer and kind.
     """
 
     rows: tuple[MaskTableRow, ...]
     layers: bool = False
 
     def by_kind(self) -> list[MaskTableRow]:
-        """One row a type, in the order of `structure.KINDS`."""
+        """Return one row a kind, in the order of `KINDS`."""
         order = [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
         return [_sum([row for row in self.rows if row.kind == kind], kind) for kind in order]
 
     def by_layer_and_kind(self) -> list[MaskTableRow]:
-        """One row a layer and type."""
+        """Return one row a layer and kind; what is outside of the layers comes first."""
         pairs = sorted(
             {(row.layer, row.kind) for row in self.rows},
             key=lambda pair: (-1 if pair[0] is None else pair[0], KINDS.index(pair[1])),
@@ -67,7 +67,7 @@ class MaskTable:
         ]
 
     def total(self) -> MaskTableRow:
-        """The sum of all rows."""
+        """Return the sum of all rows."""
         return _sum(self.rows, "total")
 
     def __str__(self) -> str:

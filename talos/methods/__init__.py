@@ -20,12 +20,11 @@ from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.methods.attention_only import AttentionOnly
 from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
+from talos.methods.controls import Magnitude, Random
 from talos.methods.l_lora import LLora
 from talos.methods.linearized import Linearized, LinearizedModel
 from talos.methods.lota import Lota
-from talos.methods.magnitude import Magnitude
 from talos.methods.nonlinear import Nonlinear
-from talos.methods.random import Random
 from talos.methods.talos import Talos
 
 __all__ = [
@@ -58,19 +57,16 @@ def method_of(
     mask: Mask | None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Method:
-    """The method that a caller means.
+    """Return the method that a caller named.
 
     Args:
         method: one with its settings, the name of one with its defaults, or None: talos with a
             mask, nonlinear without.
-        mask: what talos trains, and nothing else takes.
-        settings: by name; those that the method has replace its own.
-
-    Returns:
-        The method.
+        mask: the entries that talos trains; other methods take none.
+        settings: by name; they replace those that the method has.
 
     Raises:
-        TalosValueError: the name is unknown, or a mask is missing or too many.
+        TalosValueError: the name is unknown, or a mask is missing or not wanted.
         TalosTypeError: `method` is something else.
 
     Example:
@@ -96,13 +92,12 @@ def method_of(
         raise TalosTypeError(f"method must be a name or a Method, got {type(method).__name__}")
     if mask is not None and isinstance(method, Talos):
         raise TalosValueError(
-            "mask must be left out where method is Talos(mask), which has one, got another; pass "
-            "mask alone"
+            "mask must be left out with method=Talos(mask), which has one, got another; pass mask "
+            "alone"
         )
     if mask is not None:
         raise TalosValueError(
-            f"mask must be left out with the method {method.name}, got one; only talos trains what "
-            "it is given"
+            f"mask must be left out with the method {method.name}, got one; only talos takes a mask"
         )
     own = {field.name for field in fields(method)}
     return replace(method, **{key: value for key, value in settings.items() if key in own})

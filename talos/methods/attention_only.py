@@ -1,7 +1,6 @@
-"""Attention only: AdamW over the projections to queries, keys and values and back.
+"""Attention only: AdamW over the preset "attention" of `talos.params`.
 
-What is trained is `talos.params`' preset "attention": those linear layers of the attention modules
-with their biases; norms, MLPs, embeddings and heads are frozen.
+Norms, MLPs, embeddings and heads are frozen.
 
 Source: Jin et al. 2025, "Fine-tuning attention modules only: enhancing weight disentanglement in
 task arithmetic", arXiv 2407.07089.
@@ -13,7 +12,7 @@ from torch import nn
 
 from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
 from talos.methods.nonlinear import Dense
-from talos.params import select_attention
+from talos.params import select_parameters
 
 __all__ = ["AttentionOnly"]
 
@@ -32,5 +31,5 @@ class AttentionOnly(Method):
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
-        params = {name: each.param for name, each in select_attention(model).items()}
+        params = {name: each.param for name, each in select_parameters(model, "attention").items()}
         return Dense(model, params, hyper, logits_fn, self.metadata)

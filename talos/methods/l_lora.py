@@ -2,15 +2,15 @@
 
     y = W x + (lora_alpha / r) (B0 A0 + B0 dA + dB A0) x,   A0 seeded and shared, B0 = 0
 
-With B0 = 0 the terms in A vanish: A moves nothing to first order and stays A0, the same for all
-tasks, and the weights are linear in B,
+With B0 = 0 the term in dA vanishes: A stays A0, the same for all tasks, and the weights are linear
+in B,
 
     W(B) = W + (lora_alpha / r) B A0,   grad_B = (lora_alpha / r) grad_W A0^T
 
-so that the model is trained as it is, and after each step its own query and value weights are
-written again from W and B. Of a linear layer grad_W = dYᵀX is never made: its backward multiplies
-dYᵀ (X A0ᵀ), whose factor behind has r columns. Where a weight is reached otherwise (Conv1D of
-transformers, compiled code), its gradient is projected and dropped as soon as autograd has made it.
+So the model is trained as it is: after each step its own query and value weights are computed again
+from W and B. A linear layer never makes grad_W = dYᵀX: its backward multiplies dYᵀ (X A0ᵀ), whose
+right factor has r columns. Elsewhere (Conv1D of transformers, compiled code) the gradient of the
+weight is projected and dropped as soon as autograd has made it.
 
 Source: Tang et al. 2024, "Parameter-efficient multi-task model fusion with partial linearization",
 arXiv 2310.04742.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from talos.architecture.projections import Projection
+from talos.architecture.attention import Projection
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods.base import (
@@ -34,13 +34,13 @@ from talos.methods.base import (
     LogitsFunction,
     Method,
     Phase,
-    check_positive,
-    check_seed,
+    read_seed,
     untrained,
 )
 from talos.methods.nonlinear import clip
 from talos.optim.linear_backward import route, unroute
 from talos.optim.param_groups import several_processes
+from talos.options import integer, positive
 from talos.params import select_attention
 from talos.task_vectors import TaskVector
 
@@ -51,12 +51,12 @@ _ROLES = ("query", "value")
 
 @dataclass(frozen=True)
 class LLora(Method):
-    """Adapters of rank `rank` on every query and value projection; biases stay as they are.
+    """Adapters on every query and value projection; biases stay as they are.
 
     Attributes:
         rank: r.
         lora_alpha: the adapters are scaled by `lora_alpha / rank`.
-        seed: of A0, which depends on it and on the weight's name only.
+        seed: of A0, which depends only on the seed and the weight's name.
 
     Example:
         >>> LLora(rank=8).metadata
@@ -71,10 +71,11 @@ class LLora(Method):
 
     def __post_init__(self) -> None:
         """Refuse a rank, a scale or a seed out of range."""
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise TalosValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        check_positive("lora_alpha", self.lora_alpha)
-        check_seed(self.seed)
+        self._store(
+            rank=integer("rank", self.rank, 1),
+            lora_alpha=positive("lora_alpha", self.lora_alpha),
+            seed=read_seed(self.seed),
+        )
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
@@ -82,7 +83,7 @@ class LLora(Method):
 
 
 def first_factor(name: str, role: str, shape: tuple[int, int], *, seed: int) -> Tensor:
-    """A0 of one projection, drawn as LoRA draws it: uniform, of variance 1 / (3 inputs).
+    """Draw A0 of one projection as LoRA does: uniform, of variance 1 / (3 inputs).
 
     Args:
         name: the weight's name.
@@ -113,13 +114,13 @@ class _Adapter:
         self.transposed = projection.transposed
         weight = self.part(self.param.detach())
         a0 = first_factor(name, role, (method.rank, weight.shape[1]), seed=method.seed)
-        # At least float32: the weights of a step are rounded once, from W and B.
+        # At least float32, so that the weights of a step are rounded once, from W and B.
         self.a0 = a0.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.b = nn.Parameter(self.a0.new_zeros(weight.shape[0], method.rank))
         self.scale = method.lora_alpha / method.rank
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The entries that are adapted, [out, in], a view."""
+        """Return the adapted entries of a tensor, [out, in], a view."""
         return self._projection.part(tensor, self._role)
 
     def add_gradient(self, dy: Tensor, x: Tensor | None = None) -> None:
@@ -127,7 +128,7 @@ class _Adapter:
 
         Args:
             dy: the gradient of the layer's output, transposed: [out, tokens]; without `x` the
-                gradient of the whole weight, of its shape.
+                gradient of the whole weight.
             x: the layer's input, [tokens, in].
         """
         with torch.autocast(dy.device.type, enabled=False):  # a backward may be called inside one
@@ -136,7 +137,7 @@ class _Adapter:
         self.b.grad = grad if self.b.grad is None else self.b.grad.add_(grad)
 
     def write(self, base: Tensor) -> None:
-        """Write the weight that B stands for."""
+        """Compute the weight from the base and B."""
         weight = self.part(base).to(self.a0) + self.scale * self.b @ self.a0
         self.part(self.param).copy_(weight)
 
@@ -149,13 +150,13 @@ class _Weight:
         self.adapters, self.active = adapters, True
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
-        """Take the gradient dyᵀ x, unmultiplied."""
+        """Take the two factors of the gradient dyᵀ x."""
         for each in self.adapters:
             each.add_gradient(dy.t(), x)
 
     @torch.no_grad()
     def project(self, _: Tensor | None = None) -> None:
-        """Take the dense gradient, if there is one; the hook behind autograd's accumulation."""
+        """Take and drop the dense gradient, if there is one; also a hook of autograd."""
         if self.param.grad is not None:
             for each in self.adapters:
                 each.add_gradient(self.param.grad)
@@ -180,9 +181,9 @@ class _Adapted(Phase):
         self.others = untrained(model, self.params.values())
 
     def freeze(self) -> None:
-        """Turn gradients off where nothing is trained, and take those of the weights."""
+        """Turn gradients off where nothing is trained, and send those of the weights to B."""
         super().freeze()
-        if several_processes():  # which average the weights' gradients
+        if several_processes():  # they average the gradients of the weights
             return
         for each in self._weights:
             each.active = True
@@ -190,12 +191,12 @@ class _Adapted(Phase):
             each.param.register_post_accumulate_grad_hook(each.project) for each in self._weights
         ]
         route([each for each in self._weights if not each.adapters[0].transposed])
-        stop = weakref.finalize(self, _give_back, self._weights, hooks)  # if it is forgotten
+        stop = weakref.finalize(self, _give_back, self._weights, hooks)  # without `release`
         stop.atexit = False
         self._stop = stop
 
     def release(self) -> None:
-        """Give both back."""
+        """Turn gradients on again, and leave them in the weights."""
         super().release()
         self._stop()
 
@@ -214,7 +215,7 @@ class _Adapted(Phase):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change B, and the weights with it."""
+        """Change B, then the weights."""
         for each in self._weights:
             each.project()
         self.optimizer.step()
@@ -222,7 +223,7 @@ class _Adapted(Phase):
             adapter.write(self.base[adapter.name])
 
     def task_vector(self) -> TaskVector:
-        """See `Phase.task_vector`: of fused weights it has the query and value rows only."""
+        """See `Phase.task_vector`; of fused weights it holds only the query and value rows."""
         dense = {name: torch.zeros(param.shape, dtype=torch.bool, device="cpu")
                  for name, param in self.params.items()}  # fmt: skip
         for each in self._adapters:
@@ -232,14 +233,14 @@ class _Adapted(Phase):
 
 
 def _give_back(weights: list[_Weight], hooks: list[RemovableHandle]) -> None:
-    """Let autograd have the weights' gradients again."""
+    """Undo `_Adapted.freeze`."""
     unroute(weights)
     for hook in hooks:
         hook.remove()
 
 
 def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
-    """An adapter for each query and value projection that requires a gradient."""
+    """Return an adapter for each query and value projection that requires a gradient."""
     found = []
     for name, each in select_attention(model).items():
         if each.param.dim() != 2:
@@ -253,6 +254,6 @@ def _adapters(method: LLora, model: nn.Module) -> list[_Adapter]:
     if not found:
         raise TalosValueError(
             "model must have query or value projections that require a gradient, got none whose "
-            "names are known; talos.architecture.projections lists those that are"
+            "names are known; talos.architecture.layers lists them"
         )
     return found

@@ -2,10 +2,10 @@
 
     f_lin(x; theta) = f(x; theta_0) + J_theta0(x) (theta - theta_0)
 
-One forward pass of `torch.func.jvp` computes both terms: dropout draws one mask for both. The
-gradient with respect to theta is J^T times that of the logits, which one backward pass computes.
+One forward pass of `torch.func.jvp` computes both terms, so that dropout draws one mask for both.
+One backward pass computes the gradient with respect to theta: J^T times that of the logits.
 Parameters that require no gradient and all buffers are not part of the expansion. Activation
-checkpointing is not possible: torch refuses it inside of `jvp`.
+checkpointing is not possible: torch refuses it inside `jvp`.
 
 Source: Ortiz-Jimenez et al. 2023, "Task arithmetic in the tangent space", arXiv 2305.12827.
 """
@@ -22,29 +22,31 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
-from talos.errors import TalosTypeError
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, check_bare, trainable
+from talos.errors import TalosTypeError, TalosValueError
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable
 from talos.methods.nonlinear import Dense
+from talos.names import unwrapped
 
 __all__ = ["Linearized", "LinearizedModel"]
 
 
 class LinearizedModel(nn.Module):
-    """A model's expansion around the weights that it has when this is made.
+    """The first-order expansion of a model around its present weights.
 
-    It shares the model's parameters: they are theta, so what trains or edits the model (a
-    `TaskVector`, say) moves along the expansion. Only a copy of theta_0 is held beside them.
+    It shares the model's parameters as theta: training or editing the model (with a `TaskVector`)
+    moves along the expansion. It holds a copy of theta_0.
 
     Args:
-        model: the model; its modules' modes count as they are at each call.
-        logits_fn: `logits_fn(model, batch)`, the function that is expanded.
-        base: theta_0 by the names of `talos.names.named_parameters`, shared and not copied; None:
-            a copy of the weights as they are now.
+        model: the model; the modes of its modules count as they are at each call.
+        logits_fn: `logits_fn(model, batch)`, the function to expand.
+        base: theta_0 by the names of `talos.names.named_parameters`, not copied; None: a copy of
+            the present weights.
 
     Attributes:
         model: the model.
 
     Raises:
+        TalosTypeError: the model is no module.
         TalosValueError: no parameter requires a gradient, or the model is wrapped.
 
     Example:
@@ -67,7 +69,11 @@ class LinearizedModel(nn.Module):
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        check_bare(model, Linearized.name)
+        if unwrapped(model) is not model:
+            raise TalosValueError(
+                f"model must not be wrapped for the method {Linearized.name}, got "
+                f"{type(model).__name__}; pass the module inside it"
+            )
         params = trainable(model)
         own = {id(param): name for name, param in model.named_parameters()}
         self.model = model
@@ -81,37 +87,30 @@ class LinearizedModel(nn.Module):
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """theta_0, of the parameters that require a gradient."""
+        """theta_0 of the parameters that require a gradient, by name."""
         return {name: self.get_buffer(f"base_{i}") for i, name in enumerate(self._names)}
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """Refuses a call as of the model: a loss that it computes is no part of the expansion.
+        """Call `forward`; refuse the model's own signature, which may return a loss.
 
         Raises:
-            TalosTypeError: it is called with anything but one batch.
+            TalosTypeError: the arguments are not one batch.
         """
         if len(args) != 1 or inputs:
             raise TalosTypeError(
                 f"a LinearizedModel must be called with one batch, got {len(args)} and "
-                f"{', '.join(inputs) or 'no keywords'}; it returns logits: let loss_fn compute the "
-                "loss of model(batch) and the batch's labels"
+                f"{', '.join(inputs) or 'no keywords'}; it returns logits: compute the loss of "
+                "model(batch) and the batch's labels in loss_fn"
             )
         return super().__call__(*args)
 
     def forward(self, batch: Any) -> Tensor:
-        """The logits of a batch on the expansion.
-
-        Args:
-            batch: what `logits_fn` takes.
-
-        Returns:
-            As `logits_fn` returns them, `[B, C]` or `[B, T, V]`.
-        """
+        """Return the expansion's logits of a batch, as `logits_fn` does: [B, C] or [B, T, V]."""
         caller = _Caller(self.model, self.logits_fn)
         buffers = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
 
         def logits(*weights: Tensor) -> Tensor:
-            # Clones: what a layer notes in its buffers is noted in them, and forgotten.
+            # A layer writes its buffers; it writes clones, which are dropped.
             swapped = {name: buffer.clone() for name, buffer in buffers.items()}
             swapped |= dict(zip(self._places, weights, strict=True))
             output: Tensor = torch.func.functional_call(caller, swapped, (batch,))
@@ -149,7 +148,7 @@ class Linearized(Method):
 
 
 class _Caller(nn.Module):
-    """Logits as a module's output, so that weights can be swapped all the while."""
+    """A module whose output is the logits, as `functional_call` needs it."""
 
     def __init__(self, model: nn.Module, logits_fn: LogitsFunction) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class _Caller(nn.Module):
 
 @contextmanager
 def _forward_differentiable() -> Iterator[None]:
-    """No fused attention, which has no forward derivative; no inference mode, which drops it."""
+    """Turn off fused attention and inference mode, which have no forward derivative."""
     fastpath, graph = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -177,7 +176,7 @@ def _forward_differentiable() -> Iterator[None]:
 
 @cache
 def _load_forward_derivatives() -> None:
-    """Torch loads its rules at the first use, and warns then of its own use of `torch.jit`."""
+    """Load torch's rules without the warning that torch gives at their first use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.func.jvp(

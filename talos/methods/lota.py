@@ -1,8 +1,8 @@
-"""LoTA: fine-tune everything, keep where it moved most, and train only that from the start.
+"""LoTA: train every weight, then only those that moved most, from the start.
 
     tau  = theta* - theta_0                  after fine-tuning every weight
     mask = the round(density * N) entries with the largest |tau| of all N
-    theta <- theta_0, then the masked entries are trained; all others keep every bit
+    theta <- theta_0, then the masked entries are trained; the others keep every bit
 
 Source: Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797.
 """
@@ -13,18 +13,11 @@ import torch
 from torch import nn
 
 from talos.masks import Mask
-from talos.methods.base import (
-    Hyperparameters,
-    LogitsFunction,
-    Method,
-    Phase,
-    check_density,
-    check_positive,
-    trainable,
-)
+from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable
 from talos.methods.nonlinear import Dense
 from talos.methods.talos import Sparse
 from talos.optim.param_groups import check_not_wrapped, check_trainable
+from talos.options import fraction, positive
 from talos.tensors import KeptBuffers
 
 __all__ = ["Lota"]
@@ -35,9 +28,9 @@ class Lota(Method):
     """Two trainings of all steps each: of every weight, then of those that moved most.
 
     Attributes:
-        density: the fraction of all trainable weights that the second one trains.
-        sparse_lr: the second one's peak learning rate; None: that of the first. Few weights bear,
-            and want, a larger one than all of them (see `Talos.usual_lr`).
+        density: the fraction of all trainable weights that the second training has.
+        sparse_lr: the second training's peak learning rate; None: that of the first. A few weights
+            need a larger one than all of them (see `Talos.usual_lr`).
 
     Example:
         >>> Lota(density=0.2).metadata
@@ -51,10 +44,10 @@ class Lota(Method):
     sparse_lr: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range before a whole training is spent on it."""
-        check_density(self.density)
+        """Refuse settings out of range before the first training."""
+        self._store(density=fraction("density", self.density))
         if self.sparse_lr is not None:
-            check_positive("sparse_lr", self.sparse_lr)
+            self._store(sparse_lr=positive("sparse_lr", self.sparse_lr))
 
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """See `Method.start`."""
@@ -62,13 +55,13 @@ class Lota(Method):
 
 
 class _Search(Dense):
-    """Fine-tuning of everything, that the mask is found by."""
+    """The first training, of every weight; its changes decide the mask."""
 
     def __init__(
         self, method: Lota, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
     ) -> None:
         params = trainable(model)
-        check_not_wrapped(model)  # what the second training cannot take is said before the first
+        check_not_wrapped(model)  # refuse before the first training what the second cannot take
         for name, param in params.items():
             check_trainable(name, param)
         super().__init__(model, params, hyper, logits_fn, method.metadata)
@@ -77,7 +70,7 @@ class _Search(Dense):
 
     @torch.no_grad()
     def following(self) -> Phase:
-        """Give the model its initial weights and train where they moved most."""
+        """Restore the initial weights, and return the training of those that moved most."""
         moved = {n: (p - self.base[n]).abs_().float() for n, p in self.params.items()}
         mask = Mask.from_scores(moved, self.method.density, select="highest")
         for name, param in self.params.items():

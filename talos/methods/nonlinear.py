@@ -1,4 +1,4 @@
-"""Non-linear fine-tuning: AdamW over every weight, what task arithmetic began with.
+"""Non-linear fine-tuning: AdamW over every weight, the method that task arithmetic began with.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable, untrained
+from talos.methods.base import (
+    Hyperparameters,
+    LogitsFunction,
+    Method,
+    Phase,
+    trainable,
+    untrained,
+)
 from talos.task_vectors import TaskVector
 
-__all__ = ["Dense", "Nonlinear"]
+__all__ = ["Dense", "Nonlinear", "clip"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,11 @@ class Dense(Phase):
 
     Args:
         model: the model.
-        params: what of it is trained, by name.
+        params: the parameters to train, by name.
         hyper: of the optimizer.
-        logits_fn: how logits are had.
+        logits_fn: maps a model and a batch to logits.
         metadata: of the task vector.
-        base: the initial weights of `params`; None: copies of what they are now.
-
-    Attributes:
-        params: what is trained.
-        base: what it was at the start.
+        base: the initial weights of `params`; None: copies of the present ones.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Dense(Phase):
 
 
 def clip(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Clip the norm over all gradients; an infinite `max_norm` only computes it."""
+    """Clip the norm over all gradients and return it; infinity: only return it."""
     if max_norm == math.inf:
         return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return nn.utils.clip_grad_norm_(params, max_norm)

@@ -1,4 +1,4 @@
-"""TaLoS: the entries that a mask selects, and nothing else, by `SparseAdam`.
+"""TaLoS: `SparseAdam` over the entries that a mask selects.
 
 Source: arXiv 2504.02620, equation 8.
 """
@@ -22,10 +22,10 @@ __all__ = ["Sparse", "Talos"]
 
 @dataclass(frozen=True)
 class Talos(Method):
-    """The selected entries only.
+    """Only the entries that a mask selects.
 
     Attributes:
-        mask: which, as `talos.calibrate` finds them.
+        mask: as `talos.calibrate` returns it.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class Talos(Method):
     mask: Mask
 
     def __post_init__(self) -> None:
-        """Refuse what is no mask."""
+        """Refuse what is not a mask."""
         if not isinstance(self.mask, Mask):
             raise TalosTypeError(
                 f"mask must be a talos.Mask, got {type(self.mask).__name__}; find one with "
@@ -51,7 +51,7 @@ class Talos(Method):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The method's name: the vector holds the mask itself."""
+        """The method's name; the task vector holds the mask itself."""
         return {"method": self.name}
 
 
@@ -60,9 +60,9 @@ class Sparse(Phase):
 
     Args:
         model: the model.
-        mask: the selection.
+        mask: the entries to train.
         hyper: of the optimizer.
-        logits_fn: how logits are had.
+        logits_fn: maps a model and a batch to logits.
         metadata: of the task vector.
     """
 
@@ -78,7 +78,7 @@ class Sparse(Phase):
     ) -> None:
         self.module, self.logits_fn, self.metadata = model, logits_fn, metadata
         self.optimizer = SparseAdam(model, mask, **hyper)
-        self.optimizer.release()  # until the loop begins: a caller may never begin it
+        self.optimizer.release()  # `freeze` freezes again, when the loop begins
 
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry, and keep gradients compact."""
@@ -87,7 +87,7 @@ class Sparse(Phase):
             self.optimizer.compact_gradients()
 
     def release(self) -> None:
-        """Give them back."""
+        """Turn their gradients on again."""
         self.optimizer.release()
 
     def check_gradients(self) -> None:
@@ -97,9 +97,8 @@ class Sparse(Phase):
         if missing:
             warnings.warn(
                 f"{missing} of {len(params)} selected tensors got no gradient in the first step "
-                "and are not trained; where activations are checkpointed, use_reentrant=False is "
-                "needed",
-                stacklevel=4,
+                "and are not trained; activation checkpointing needs use_reentrant=False",
+                stacklevel=6,
             )
 
     def clip(self, max_norm: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.names import named_parameters, resolve_names
-from talos.reals import as_real, integer
+from talos.options import as_real, integer
 
 __all__ = [
     "NamedParams",

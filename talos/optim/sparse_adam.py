@@ -420,7 +420,7 @@ class SparseAdam(torch.optim.Optimizer):
         deltas = self._buckets.deltas()
         empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
-        made = {"method": "talos", **self._buffers.tell(stacklevel=2)}
+        made = {"method": "talos", **self._buffers.metadata(stacklevel=2)}
         return TaskVector(self._mask, values, fingerprints=self._fingerprints, metadata=made)
 
     def freeze(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from talos.errors import TalosValueError
 from talos.names import resolve_names
-from talos.reals import as_real
+from talos.options import as_real
 
 __all__ = ["Saved", "State", "StateReader", "Watched", "foreign", "state_of", "watched"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Self
 
-from talos.reals import as_real
+from talos.options import as_real
 
 __all__ = ["VectorSpace"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.names import match_tensors, named_buffers, named_parameters
-from talos.reals import as_real
+from talos.options import as_real
 from talos.task_vectors.fingerprints import Edit
 from talos.task_vectors.sums import slices_of
 from talos.tensors import check_separate

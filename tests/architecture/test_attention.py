@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from talos.architecture.attention import attention_projections
-from talos.architecture.projections import Projection
+from talos.architecture.attention import Projection, attention_projections
 from talos.batches import default_logits
 from talos.errors import TalosValueError
 from talos.methods import METHODS
@@ -191,7 +190,7 @@ def test_rows_in_another_order_are_not_cut_into_thirds(name: str) -> None:
         thirds = used.view(3, -1)
         assert not torch.equal(thirds.all(1), torch.tensor([False, False, True])), key
         assert int(used.sum()) == len(used) // 3
-    with pytest.raises(TalosValueError, match="params='qk' must find queries and keys in rows"):
+    with pytest.raises(TalosValueError, match="params='qk' cannot select queries and keys in"):
         select_parameters(model, "qk")
     with pytest.raises(TalosValueError, match=r"in thirds of its rows for the method l_lora"):
         METHODS["l_lora"]().start(model, HYPER, default_logits)

@@ -524,7 +524,9 @@ def test_qk_scores_queries_and_keys_alone(name: str) -> None:
     model = family.model(family.attentions[-1]).double()
     batch = [cast(family.batch(N), torch.float64)]
     if family.qk is None:
-        with pytest.raises(TalosValueError, match=r"c_attn, a transformers.*, whose columns"):
+        with pytest.raises(
+            TalosValueError, match=r"c_attn, a .*Conv1D, which stores them in columns"
+        ):
             fisher_diag(model, batch, params="qk")
         return
     scores, everything = fisher_diag(model, batch, params="qk"), fisher_diag(model, batch)

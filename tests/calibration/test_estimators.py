@@ -214,6 +214,32 @@ def test_answers_have_the_log_probability_that_each_has_alone(kind: str, side: s
                 torch.testing.assert_close(found[row, choice], alone)
 
 
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_decoders_make_logits_only_where_an_answer_is_predicted(kind: str) -> None:
+    model = language_model(kind)
+    batch = {"input_ids": IDS, "attention_mask": MASK, "choice_ids": CHOICES.expand(3, -1, -1)}
+    shapes: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda head, inputs, output: shapes.append(output.shape))
+    found = choice_logits(model, batch)
+    ends = set((MASK.sum(1) - 1).tolist())  # of the prompts, then two more tokens of an answer
+    assert shapes == [(9, len(ends | {IDS.shape[1], IDS.shape[1] + 1}), 13)]
+
+    class Whole(nn.Module):
+        """Hides the argument, as a model without it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.model = model.config, model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
+
+    assert torch.equal(found, choice_logits(Whole(), batch))
+    assert shapes[1][1] == IDS.shape[1] + CHOICES.shape[1]
+
+
 @pytest.mark.parametrize("kind", ["T5", "GPT-2", "Llama"])
 def test_answers_are_scored_as_single_samples_are(kind: str) -> None:
     model = language_model(kind)
@@ -232,7 +258,7 @@ def test_answers_are_scored_as_single_samples_are(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choice_ids": None}, "got none of choice_ids"),
+        ({"choice_ids": None}, "but choice_ids is missing"),
         ({"choice_ids": CHOICES}, r"choice_ids must be \[B, C, L\]"),
         ({"attention_mask": MASK[:, :2]}, r"attention_mask \[B, S\]"),
         ({"choice_ids": CHOICES.flip(-1).expand(3, -1, -1)}, "padding before a token"),

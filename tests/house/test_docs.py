@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from talos.errors import TalosValueError
 from talos.names import named_parameters
-from talos.params import Selection, select_parameters
+from talos.params import Candidates, select_parameters
 from tests.architecture.test_families import FAMILIES, expand, pattern_of
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
@@ -93,7 +93,7 @@ def expected_rows(model: nn.Module) -> list[list[str]]:
     try:
         qk, otherwise = select_parameters(model, "qk"), "no"
     except TalosValueError:
-        qk, otherwise = Selection(), "refused"
+        qk, otherwise = Candidates(), "refused"
     modules = dict(model.named_modules())
     users: dict[int, list[nn.Module]] = {}
     for name, param in named_parameters(model, remove_duplicate=False).items():

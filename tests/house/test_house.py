@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import is_dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -34,7 +35,7 @@ EXCUSES = re.compile(r"(?:^|_)(?:naive|simplified|fast|v2|new|old)(?:_|$)")
 
 def files() -> list[Path]:
     """The project's own text files, without the environment and what builds leave behind."""
-    top = [path for path in ROOT.iterdir() if path.is_file()]
+    top = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     return sorted(path for path in top + below if path.suffix in SUFFIXES or not path.suffix)
 
@@ -169,9 +170,20 @@ def test_every_requirement_is_pinned() -> None:
     assert names <= set(pins()), names - set(pins())
 
 
+def test_extras_list_only_what_the_code_imports() -> None:
+    words = {word for path in library_files() for word in re.findall(r"\w+", path.read_text())}
+    provided: dict[str, set[str]] = {}
+    for module, distributions in packages_distributions().items():
+        for distribution in distributions:
+            provided.setdefault(normal(distribution), set()).add(module)
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    names = {name for extra, names in extras.items() if extra != "dev" for name in names}
+    assert not [name for name in names if not provided[normal(name)] & words]
+
+
 @pytest.mark.parametrize(
     ("hook", "package"),
-    [("ruff-pre-commit", "ruff"), ("mirrors-clang-format", "clang-format")],
+    [("ruff-pre-commit", "ruff"), ("mirrors-clang-format", "clang-format"), ("typos", "typos")],
 )
 def test_hooks_run_the_pinned_versions(hook: str, package: str) -> None:
     text = (ROOT / ".pre-commit-config.yaml").read_text()

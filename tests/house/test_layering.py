@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {"errors"},
-    {"tensors", "reals", "files", "architecture"},
+    {"tensors", "options", "files", "architecture"},
     {"names"},
     {"params", "masks"},
     {"batches"},
@@ -26,6 +26,8 @@ ORDER = (
     {"__init__"},
     {"app"},
 )
+MOST_ROOMS = 18
+FEWEST_LINES = 30
 NOT_LOADED_BY_IMPORT_TALOS = ("open_clip", "transformers", "matplotlib", "typer", "rich")
 
 
@@ -168,6 +170,29 @@ def test_no_import_cycle(package: str) -> None:
 
     for name in sorted(edges):
         visit(name, ())
+
+
+def test_a_newcomer_sees_few_rooms() -> None:
+    rooms = {part_of(module_name(path)) for path in sources("talos")} - {"__init__"}
+    assert len(rooms) <= MOST_ROOMS, f"find a place in a room that is there: {sorted(rooms)}"
+    assert rooms <= set().union(*ORDER), "give the new room its place in ORDER"
+
+
+def test_no_small_file_has_one_importer() -> None:
+    packages = ("talos", "talos_kernels", "benches")
+    importers: dict[str, set[Path]] = {}
+    for path in (path for package in packages for path in sources(package)):
+        for found in imports_of(path):
+            importers.setdefault(found.module, set()).add(path)
+    small = [
+        str(path.relative_to(ROOT))
+        for package in packages
+        for path in sources(package)
+        if path.name != "__init__.py"
+        and len(path.read_text().splitlines()) < FEWEST_LINES
+        and len(importers.get(module_name(path), ())) == 1
+    ]
+    assert not small, f"each belongs into the file that imports it: {small}"
 
 
 def run_python(code: str) -> str:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 
-from talos.architecture.structure import kind_of, layer_of
 from talos.calibration import fisher_diag
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
@@ -218,34 +217,3 @@ def test_describe_sums_by_layer_and_type() -> None:
         ["1", "query"],
         ["1", "bias"],
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "kind"),
-    [
-        ("encoder.layer.3.attention.self.query.weight", 3, "query"),
-        ("encoder.layer.3.attention.self.key.bias", 3, "bias"),
-        ("encoder.layer.3.attention.output.dense.weight", 3, "attention out"),
-        ("encoder.layer.3.attention.output.LayerNorm.weight", 3, "norm"),
-        ("encoder.layer.3.intermediate.dense.weight", 3, "mlp in"),
-        ("encoder.layer.3.output.dense.weight", 3, "mlp out"),
-        ("visual.transformer.resblocks.11.attn.in_proj_weight", 11, "qkv"),
-        ("visual.transformer.resblocks.11.attn.out_proj.weight", 11, "attention out"),
-        ("visual.transformer.resblocks.11.mlp.c_fc.weight", 11, "mlp in"),
-        ("visual.transformer.resblocks.11.mlp.c_proj.weight", 11, "mlp out"),
-        ("visual.transformer.resblocks.11.ln_1.weight", 11, "norm"),
-        ("visual.conv1.weight", None, "patch"),
-        ("encoder.block.2.layer.0.SelfAttention.q.weight", 2, "query"),
-        ("encoder.block.2.layer.0.SelfAttention.o.weight", 2, "attention out"),
-        ("encoder.block.2.layer.1.DenseReluDense.wi.weight", 2, "mlp in"),
-        ("encoder.block.2.layer.1.DenseReluDense.wo.weight", 2, "mlp out"),
-        ("model.layers.5.self_attn.k_proj.weight", 5, "key"),
-        ("model.layers.5.self_attn.o_proj.weight", 5, "attention out"),
-        ("model.layers.5.mlp.down_proj.weight", 5, "mlp out"),
-        ("blocks.4.attn.qkv.weight", 4, "qkv"),
-        ("blocks.4.attn.proj.weight", 4, "attention out"),
-        ("transformer.h.7.attn.c_attn.weight", 7, "qkv"),
-    ],
-)
-def test_layer_and_type_of_a_name(name: str, layer: int | None, kind: str) -> None:
-    assert (layer_of(name), kind_of(name)) == (layer, kind)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from talos.architecture.projections import Projection
+from talos.architecture.attention import Projection
 from talos.batches import default_logits
 from talos.methods import LLora
 from talos.methods.l_lora import first_factor

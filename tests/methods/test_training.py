@@ -1,7 +1,8 @@
-"""`talos.fine_tune`: the loop against a hand-written one, its events, its settings."""
+"""`talos.fine_tune`: the loop against a hand-written one, its steps, its settings."""
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 import talos
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.training import FineTuneFinished, FineTuneStep, fine_tune
+from talos.task_vectors import TaskVector
+from talos.training import FineTuneStep, fine_tune, fine_tune_steps
 from tests.cases import assert_bit_equal
 
 CLASSES = 3
@@ -33,8 +35,12 @@ def half_mask(model: nn.Module) -> Mask:
     )
 
 
-def run(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> list[Any]:
-    return list(fine_tune(model, data, *args, **kwargs))
+def run(
+    model: nn.Module, data: Any, *args: Any, **kwargs: Any
+) -> tuple[list[FineTuneStep], TaskVector]:
+    steps: list[FineTuneStep] = []
+    vector = fine_tune(model, data, *args, **kwargs, on_step=steps.append)
+    return steps, vector
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -42,8 +48,7 @@ def test_it_learns_and_its_task_vector_is_what_it_changed(sparse: bool) -> None:
     model, data = model_and_data()
     base = {name: value.clone() for name, value in model.state_dict().items()}
     mask = half_mask(model) if sparse else None
-    *events, finished = run(model, data, mask, steps=60, lr=2e-2)
-    assert isinstance(finished, FineTuneFinished)
+    events, vector = run(model, data, mask, steps=60, lr=2e-2)
     assert events[-1].loss < 0.5 * events[0].loss
     assert [event.step for event in events] == list(range(1, 61))
     for name, tuned in model.state_dict().items():
@@ -51,7 +56,7 @@ def test_it_learns_and_its_task_vector_is_what_it_changed(sparse: bool) -> None:
         if mask is not None:
             assert not bool((changed & ~mask.to_dense(name)).any())
     restored, _ = model_and_data()
-    finished.task_vector.apply_(restored)
+    vector.apply_(restored)
     for name, tuned in model.state_dict().items():
         torch.testing.assert_close(restored.state_dict()[name], tuned, rtol=1e-6, atol=1e-7)
 
@@ -59,8 +64,8 @@ def test_it_learns_and_its_task_vector_is_what_it_changed(sparse: bool) -> None:
 def test_the_loop_equals_a_hand_written_one() -> None:
     model, data = model_and_data()
     steps, warmup, lr = 7, 2, 1e-2
-    *events, _ = run(model, data, steps=steps, warmup=warmup, lr=lr, weight_decay=0.1,
-                     label_smoothing=0.1, max_grad_norm=0.5)  # fmt: skip
+    events, _ = run(model, data, steps=steps, warmup=warmup, lr=lr, weight_decay=0.1,
+                    label_smoothing=0.1, max_grad_norm=0.5)  # fmt: skip
     other, _ = model_and_data()
     optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.1, fused=True)
     for step in range(1, steps + 1):
@@ -107,7 +112,8 @@ def test_modes_frozen_tensors_and_gradients_are_given_back() -> None:
 def test_a_caller_that_stops_early_gets_its_model_back() -> None:
     model, data = model_and_data()
     model.eval()
-    events = fine_tune(model, data, Mask.from_dense({"0.weight": torch.ones(16, 8) > 0}), steps=9)
+    mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0})
+    events = fine_tune_steps(model, data, mask, steps=9)
     next(events)
     assert not model[3].bias.requires_grad
     events.close()
@@ -115,10 +121,39 @@ def test_a_caller_that_stops_early_gets_its_model_back() -> None:
     assert not model.training
 
 
+def test_a_callback_that_raises_stops_the_run_and_the_model_comes_back() -> None:
+    model, data = model_and_data()
+
+    def stop(step: FineTuneStep) -> None:
+        assert not model[3].bias.requires_grad
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0})
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(model.eval(), data, mask, steps=9, on_step=stop)
+    assert model[3].bias.requires_grad
+    assert not model.training
+
+
+def test_the_stream_of_steps_is_the_same_training() -> None:
+    model, data = model_and_data()
+    other, _ = model_and_data()
+    found: list[TaskVector] = []
+
+    def driven() -> Iterator[FineTuneStep]:
+        found.append((yield from fine_tune_steps(other, data, half_mask(other), steps=3)))
+
+    assert [step.step for step in driven()] == [1, 2, 3]
+    assert_bit_equal(fine_tune(model, data, half_mask(model), steps=3).values, found[0].values)
+    with pytest.raises(TypeError, match="step"):
+        fine_tune_steps(model, data, step=3)
+
+
 def test_a_run_that_never_begins_leaves_the_model_as_it_was() -> None:
     model, data = model_and_data()
     mask = Mask.from_dense({"0.weight": torch.ones(16, 8) > 0})
-    fine_tune(model, data, mask, steps=2).close()
+    fine_tune_steps(model, data, mask, steps=2).close()
     assert all(param.requires_grad for param in model.parameters())
 
 
@@ -130,7 +165,7 @@ def test_without_clipping_an_infinite_gradient_stays_in_its_entry(sparse: bool) 
     spoil = torch.zeros(CLASSES, 16)
     spoil[tuple(chosen)] = torch.inf
     model[3].weight.register_hook(lambda grad: grad + spoil)
-    event = next(fine_tune(model, data, mask, steps=1, max_grad_norm=None))
+    event = next(fine_tune_steps(model, data, mask, steps=1, max_grad_norm=None))
     assert event.grad_norm == math.inf
     assert torch.isnan(model[3].weight).nonzero().tolist() == [chosen.tolist()]
     assert all(
@@ -142,7 +177,7 @@ def test_logits_of_positions_want_a_loss_of_their_own() -> None:
     model = nn.Sequential(nn.Linear(4, CLASSES))
     data = [(torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))]
     with pytest.raises(TalosValueError, match="pass loss_fn"):
-        next(fine_tune(model, data, steps=1))
+        fine_tune(model, data, steps=1)
 
 
 def test_a_selected_tensor_without_a_gradient_is_told() -> None:
@@ -169,7 +204,7 @@ def test_autocast_and_a_loss_function() -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     model, data = model_and_data()
     data[1] = (data[1][0] * torch.nan, data[1][1])
-    events = fine_tune(model, data, half_mask(model), steps=5)
+    events = fine_tune_steps(model, data, half_mask(model), steps=5)
     next(events)
     after_one = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TalosValueError, match="the loss of step 2 is nan"):
@@ -195,7 +230,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
 def test_bad_settings_raise_at_the_call(settings: dict[str, Any], match: str, sparse: bool) -> None:
     model, data = model_and_data()
     with pytest.raises(TalosValueError, match=match):
-        fine_tune(model, data, half_mask(model) if sparse else None, **{"steps": 4, **settings})
+        fine_tune_steps(
+            model, data, half_mask(model) if sparse else None, **{"steps": 4} | settings
+        )
 
 
 def test_batches_that_are_missing_or_run_out() -> None:
@@ -226,8 +263,7 @@ def trained_with(layer: nn.Module) -> tuple[nn.Module, nn.Module, talos.TaskVect
     base = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
     tuned = copy.deepcopy(base)
     data = [(3 * torch.randn(8, 4) + 2, torch.arange(8) % 3) for _ in range(2)]
-    *_, finished = talos.fine_tune(tuned, data, steps=4, lr=1e-2)
-    return base, tuned, finished.task_vector
+    return base, tuned, talos.fine_tune(tuned, data, steps=4, lr=1e-2)
 
 
 def test_running_statistics_stay_those_of_the_base() -> None:

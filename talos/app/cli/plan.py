@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from talos.app.models import evaluation_mode
-from talos.architecture.structure import KINDS, kind_of, layer_of
+from talos.architecture.layers import KINDS, is_norm, kind_of, layer_of
 from talos.names import named_modules, named_parameters
-from talos.params import is_norm, select_parameters
+from talos.params import select_parameters
 
 __all__ = ["Share", "activation_bytes", "shares", "table"]
 

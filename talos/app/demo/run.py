@@ -23,11 +23,10 @@ from talos.app.demo.summary import Measured, summarise
 from talos.app.models import TextEncoder, load_text_encoder
 from talos.app.report import save_results, write_report
 from talos.app.tasks import Task
-from talos.errors import TalosRuntimeError
 from talos.masks import Mask
 from talos.methods import method_of
 from talos.task_vectors import ResidentVectors, TaskVector
-from talos.training import FineTuneFinished, FineTuneStep
+from talos.training import FineTuneStep
 
 __all__ = ["run_demo"]
 
@@ -195,25 +194,23 @@ class _Demo:
             seed=settings.seed,
         )
         losses: list[float] = []
-        vector: TaskVector | None = None
         torch.manual_seed(settings.seed)  # dropout
         chosen = method_of(method, mask, {"density": settings.density})
         rate, total = settings.rate(method), settings.steps * chosen.phases
         with self.phase("train", method, task.name, total) as tick:
-            for event in talos.fine_tune(
+
+            def on_step(step: FineTuneStep) -> None:
+                losses.append(step.loss)
+                tick(step.loss)
+
+            vector = talos.fine_tune(
                 judge.classifiers[task.name],
                 batches,
                 method=chosen,
                 steps=settings.steps,
                 lr=rate,
-            ):
-                if isinstance(event, FineTuneStep):
-                    losses.append(event.loss)
-                    tick(event.loss)
-                elif isinstance(event, FineTuneFinished):
-                    vector = event.task_vector
-        if vector is None:
-            raise TalosRuntimeError("fine_tune must end with a task vector, got none")
+                on_step=on_step,
+            )
         origin = {**vector.metadata, "model": judge.encoder.name, "task": task.name}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
         # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.

@@ -5,7 +5,7 @@ from typing import Any
 
 from talos.app.report.results import Results
 from talos.app.report.svg import GREY, INK, draw
-from talos.architecture.structure import KINDS
+from talos.architecture.layers import KINDS
 
 __all__ = ["mask_structure", "matrix"]
 

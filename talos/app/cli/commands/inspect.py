@@ -73,7 +73,7 @@ def _kind(file: Path) -> str:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return str(json.loads((opened.metadata() or {})["kind"]))
+            return str(json.loads((opened.metadata() or {})["talos"])["kind"])
     except (SafetensorError, OSError, KeyError, ValueError):
         return "mask"
 

@@ -114,7 +114,7 @@ def train(
     from talos.app.report.results import megabytes
     from talos.masks import Mask
     from talos.methods import method_of
-    from talos.training import FineTuneFinished, FineTuneStep, fine_tune
+    from talos.training import FineTuneStep, fine_tune
 
     with keeping("nothing was written"), Bars() as bars:
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
@@ -134,15 +134,16 @@ def train(
             seed=seed,
         )
         torch.manual_seed(seed)  # dropout
-        first = last = float("nan")
+        losses: list[float] = []
+
+        def on_step(step: FineTuneStep) -> None:
+            losses.append(step.loss)
+            bars.show(f"train {task.name}", step.step, step.steps, step.loss)
+
         bars.show(f"train {task.name}", 0, steps * chosen.phases)
-        for event in fine_tune(classifier, batches, method=chosen, steps=steps, lr=rate):
-            if isinstance(event, FineTuneStep):
-                first = event.loss if event.step == 1 else first
-                last = event.loss
-                bars.show(f"train {task.name}", event.step, event.steps, event.loss)
-            elif isinstance(event, FineTuneFinished):
-                vector = event.task_vector
+        vector = fine_tune(
+            classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
+        )
         made = {"model": classifier.encoder.name, "task": task.name, "steps": steps}
         vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
         vector.save(out)
@@ -150,7 +151,7 @@ def train(
     say(
         console,
         f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
-        f"loss {first:.3f} at the first step, {last:.3f} at the last",
+        f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
     where = " --linearized" if method == "linearized" else ""
     next_step(

@@ -1,10 +1,12 @@
-"""Every code block of README.md runs, in order, in one folder: a block that no rule knows fails.
+"""Every code block of the pages runs, in order, in one folder: a block without a rule fails.
 
 - ``python`` blocks share one namespace. `<!--python ... -->` is such a block that readers do not
   see: it holds what the shown ones need but should not explain.
 - ``bash`` blocks go line by line: `make` targets must exist; `talos` commands are run, long ones
   only parsed; `pip install` must name this distribution and extras that it has.
-- ``toml`` and ``json`` must parse; ``bibtex`` and ``math`` must have balanced braces.
+- ``toml`` and ``json`` must parse; ``bibtex`` and ``mermaid`` must have balanced brackets.
+
+Every link to a file of this repository must lead to one.
 """
 
 import functools
@@ -31,13 +33,17 @@ BLOCK = re.compile(
     r"|^<!--python\n(?P<hidden>.*?)^-->[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
+BRACKETS = ("{}", "[]", "()")
+# Pages whose blocks no other test runs.
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Commands that are only parsed: they train or score a real model. Every other one is run.
 ONLY_PARSED = {"demo", "calibrate", "train", "eval", "report"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, and the line of README.md it starts on."""
+    """A fenced block: its language, its text, and the line of the page it starts on."""
 
     language: str
     code: str
@@ -54,7 +60,7 @@ def blocks_of(text: str) -> list[Block]:
         found.append(Block(language, match["hidden"] if hidden else match["code"], first_line))
     rest = BLOCK.sub("", text)
     assert not re.search(r"^\s*(?:```|~~~|<!--\s*python)", rest, re.MULTILINE), (
-        "README.md must open and close each fence at the start of a line"
+        "a page must open and close each fence at the start of a line"
     )
     return found
 
@@ -104,23 +110,13 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    assert words[1:3] == ["-m", "benches.gpu"], "only `python -m benches.gpu` is known here"
-    subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)
-
-
-def check_pytest(words: list[str]) -> None:
-    paths = [word for word in words[1:] if not word.startswith("-")]
-    assert paths
-    assert all((ROOT / path).exists() for path in paths), paths
-
-
-def check_git(words: list[str]) -> None:
-    assert words[1] == "clone"
-    assert words[2].startswith("https://"), words[2]
-
-
-def check_cd(words: list[str]) -> None:
-    assert len(words) == 2
+    if words[1:3] == ["-m", "pytest"]:
+        paths = [word for word in words[3:] if "/" in word]
+        assert paths
+        assert all((ROOT / path).exists() for path in paths), paths
+    else:
+        assert words[1:3] == ["-m", "benches.gpu"], f"no rule for {shlex.join(words)}"
+        subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -128,17 +124,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "talos": check_talos,
     "pip": check_pip,
     "python": check_python,
-    "pytest": check_pytest,
-    "git": check_git,
-    "cd": check_cd,
+    ".venv/bin/python": check_python,
 }
 
 
 def run_block(block: Block, namespace: dict[str, object]) -> None:
-    """Executes or checks one block by its language's rule; a language without one raises."""
+    """Execute or check one block by its language's rule; a language without one raises."""
     if block.language == "python":
-        # Blank lines in front, so that a traceback's line number is the README's.
-        exec(compile("\n" * (block.line - 1) + block.code, "README.md", "exec"), namespace)
+        # Blank lines in front, so that a traceback's line number is the page's.
+        exec(compile("\n" * (block.line - 1) + block.code, "page", "exec"), namespace)
     elif block.language in {"bash", "sh", "console"}:
         commands = commands_of(block.code)
         assert commands, "a shell block must hold a command"
@@ -149,23 +143,30 @@ def run_block(block: Block, namespace: dict[str, object]) -> None:
         tomllib.loads(block.code)
     elif block.language == "json":
         json.loads(block.code)
-    elif block.language in {"bibtex", "math"}:
-        assert block.code.count("{") == block.code.count("}")
+    elif block.language in {"bibtex", "mermaid"}:
+        assert all(block.code.count(left) == block.code.count(right) for left, right in BRACKETS)
     else:
         raise AssertionError(f"no rule for the language {block.language!r}")
 
 
-def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = blocks_of((ROOT / "README.md").read_text())
-    assert {"python", "bash"} <= {block.language for block in blocks}
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of((ROOT / page).read_text())
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         try:
             run_block(block, namespace)
         except BaseException as error:
-            error.add_note(f"in the block at README.md:{block.line}")
+            error.add_note(f"in the block at {page}:{block.line}")
             raise
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "examples/README.md"])
+def test_every_link_leads_to_a_file(page: str) -> None:
+    links = [link.partition("#")[0] for link in LINK.findall((ROOT / page).read_text())]
+    own = [link for link in links if link and "://" not in link]
+    assert not [link for link in own if not (ROOT / page).parent.joinpath(link).exists()]
 
 
 def test_blocks_are_found_with_their_lines() -> None:
@@ -201,7 +202,7 @@ def test_a_fence_that_would_be_passed_over_is_refused(text: str) -> None:
         ("bash", "pip install something-else"),
         ("bash", 'pip install "talos-sparse[nothing]"'),
         ("bash", "python -c pass"),
-        ("bash", "pytest no/such/folder"),
+        ("bash", "python -m pytest no/such/folder"),
         ("toml", "a = "),
         ("json", "{"),
         ("bibtex", "@misc{a"),

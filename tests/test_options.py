@@ -11,7 +11,8 @@ from torch import nn
 
 import talos
 from talos.errors import TalosTypeError, TalosValueError
-from talos.reals import as_real
+from talos.options import as_real
+from talos.training import fine_tune_steps
 
 NUMBERS: tuple[Any, ...] = (
     0.25,
@@ -90,10 +91,13 @@ def test_an_integer_of_any_kind_is_that_integer(kind: Any) -> None:
     results = []
     for of in (int, kind):
         tuned = model()
-        *_, last = talos.fine_tune(
-            tuned, batches, steps=of(3), warmup=of(1), accumulate=of(2), method="nonlinear"
-        )
-        assert last.steps == 3
+        steps = [
+            step.steps
+            for step in fine_tune_steps(
+                tuned, batches, steps=of(3), warmup=of(1), accumulate=of(2), method="nonlinear"
+            )
+        ]
+        assert steps == [3] * 3
         mask = talos.Mask.from_dense({"weight": torch.ones(3, 4) > 0})
         optimizer = talos.SparseAdam(tuned, mask, seed=of(7), moment_dtype=torch.bfloat16)
         tuned(torch.ones(2, 4)).square().sum().backward()
