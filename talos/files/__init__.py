@@ -5,6 +5,21 @@ checksums, a kind and a version, limits on memory, and atomic writing.
 """
 
 from talos.files.atomic import atomic_write
-from talos.files.checked import check_entries, digest, load_file, save_file, write_tensors
+from talos.files.checked import (
+    check_entries,
+    claimed_kind,
+    digest,
+    load_file,
+    save_file,
+    write_tensors,
+)
 
-__all__ = ["atomic_write", "check_entries", "digest", "load_file", "save_file", "write_tensors"]
+__all__ = [
+    "atomic_write",
+    "check_entries",
+    "claimed_kind",
+    "digest",
+    "load_file",
+    "save_file",
+    "write_tensors",
+]

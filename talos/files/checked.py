@@ -18,7 +18,15 @@ from talos.errors import TalosTypeError, TalosValueError
 from talos.files.atomic import atomic_write
 from talos.files.reader import opened, parse_json
 
-__all__ = ["VERSION", "check_entries", "digest", "load_file", "save_file", "write_tensors"]
+__all__ = [
+    "VERSION",
+    "check_entries",
+    "claimed_kind",
+    "digest",
+    "load_file",
+    "save_file",
+    "write_tensors",
+]
 
 VERSION = 2
 """Version of the format that is written; no other is read."""
@@ -132,6 +140,22 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
                 )
             _check_finite(f"{path}: {name}", tensors[name])
     return tensors, about["content"]
+
+
+def claimed_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a file claims, `mask` or `task_vector`; `load_file` checks the claim.
+
+    Raises:
+        TalosValueError: it is no safetensors file.
+        TalosOSError: it cannot be read.
+    """
+    with opened(Path(path)) as file:
+        text = (file.metadata() or {}).get("talos", "{}")
+    try:
+        about = parse_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return str(about.get("kind")) if isinstance(about, dict) else None
 
 
 def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import talos
 from talos.app.cli import main
 from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.commands.merge import parse_term
-from talos.app.models import load_text_encoder
+from talos.app.models import load_encoder
 from talos.app.report import save_results
 from talos.errors import TalosValueError
 from talos.masks import Mask
@@ -138,11 +138,17 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("bogus", "bogus"),
         ("merge", "Missing"),
         ("calibrate --nonsense", "nonsense"),
-        ("calibrate --data a --out m.safetensors --density 0", r"--density must be in \(0, 1\]"),
-        ("calibrate --data a --out m.safetensors --density nan", "--density must be"),
+        ("calibrate --data a --out m.safetensors --density 0", r"--density must lie in \(0, 1\]"),
+        ("calibrate --data a --out m.safetensors --density nan", "--density must lie"),
         ("calibrate --data a --out m.safetensors --density x", "--density"),
-        ("calibrate --data a --out m.safetensors --rounds 0", "--rounds must be at least 1, got 0"),
-        ("calibrate --data a --out m.safetensors --samples -1", "--samples must be at least 1"),
+        (
+            "calibrate --data a --out m.safetensors --rounds 0",
+            "--rounds must be an integer of",
+        ),
+        (
+            "calibrate --data a --out m.safetensors --samples -1",
+            "--samples must be an integer",
+        ),
         ("calibrate --data a --out m.safetensors --target prob", "--target must be log_prob or"),
         ("calibrate --data a --out m.safetensors --draws 0", "--draws must be exact or at least 1"),
         ("calibrate --data a", "--out must be a file to write, got none; or pass --dry-run"),
@@ -157,7 +163,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("calibrate --data a --out none/m.safetensors", "existing folder"),
         ("calibrate --data nothing --out m.safetensors", "nothing"),
         ("calibrate --data none.csv --out m.safetensors", "none.csv"),
-        ("calibrate --data . --dry-run", "one folder of images a class, at least two, got 0"),
+        ("calibrate --data . --dry-run", "one folder of images per class, at least two"),
         ("calibrate --data digits --dry-run", "--model must read the images of digits, got minilm"),
         (
             "calibrate --data character_kind --model openclip:ViT-B-32:openai --dry-run",
@@ -168,7 +174,10 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "pickled weights are never loaded",
         ),
         ("calibrate --data character_kind --model none/such/folder --dry-run", "no folder"),
-        ("train --data a --out v.safetensors --steps 0", "--steps must be at least 1, got 0"),
+        (
+            "train --data a --out v.safetensors --steps 0",
+            "--steps must be an integer of",
+        ),
         ("train --data a --out v.safetensors --lr -1", "--lr must be positive and finite, got -1"),
         (
             "train --data a --out v.safetensors --mask none.safetensors",
@@ -191,8 +200,11 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --density 0.1",
             "--density must be left out with --method nonlinear, got 0.1; it is for lota, random",
         ),
-        ("train --data a --out v.safetensors --method l_lora --rank 0", "--rank must be at least"),
-        ("train --data a --out v.safetensors --method lota --density 2", "--density must be in"),
+        (
+            "train --data a --out v.safetensors --method l_lora --rank 0",
+            "--rank must be an int",
+        ),
+        ("train --data a --out v.safetensors --method lota --density 2", "--density must lie in"),
         (
             "train --data a --out v.safetensors --sparse-lr 0.1",
             "--sparse-lr must be left out with --method nonlinear, got 0.1; it is for lota",
@@ -201,9 +213,9 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --method lota --sparse-lr 0",
             "--sparse-lr must be positive",
         ),
-        ("demo --out new --methods talos,none", "--methods must be all or different names of"),
-        ("demo --out new --methods l_lora", "talos among them, got l_lora"),
-        ("demo --out new --methods talos,talos", "different names"),
+        ("demo --out new --methods talos,none", "methods must be among talos, .*, got none"),
+        ("demo --out new --methods l_lora", "begin with talos, got l_lora"),
+        ("demo --out new --methods talos,talos", "must differ"),
         ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
         ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
@@ -273,7 +285,7 @@ def test_merge_tells_of_vectors_that_share_no_tensor(
     TaskVector(mask, torch.ones(2)).save(other)
     out = tmp_path / "edit.safetensors"
     assert main(["merge", str(vectors[0]), str(other), "--out", str(out)]) == 0
-    assert "no two of the vectors have a tensor in common" in capsys.readouterr().out
+    assert "no two vectors have a tensor in common" in capsys.readouterr().out
 
 
 def test_inspect_shows_a_vector(
@@ -281,7 +293,7 @@ def test_inspect_shows_a_vector(
 ) -> None:
     assert main(["inspect", str(vectors[0]), "--layers"]) == 0
     text = capsys.readouterr().out
-    for word in ("task vector", "2 entries", "float32", "query", "0.5000", "task", "t0", "bytes"):
+    for word in ("task vector", "2 entries", "float32", "query", "0.500", "task", "t0", "bytes"):
         assert word in text, word
     assert f"{vectors[0].stat().st_size:,} bytes" in text
 
@@ -398,7 +410,7 @@ def test_a_dry_run_tells_what_would_be_scored(
     arguments = ["calibrate", "--model", model, "--data", data, "--density", "0.25", "--dry-run"]
     assert main([*arguments, "--samples", "40", "--seed", "5"]) == 0
     text = capsys.readouterr().out
-    encoder = load_text_encoder(model)
+    encoder = load_encoder(model)
     selection = select_parameters(encoder.classifier(["cat", "dog"]), "maskable")
     entries = sum(each.numel for each in selection.values())
     rows = [line.split() for line in text.splitlines()]
@@ -431,7 +443,7 @@ def test_calibration_tells_speed_densities_and_stability(
     mask = Mask.load(path)
     assert re.search(r"\(density 0\.100\), [\d.]+ [kM]?B; [\d.,]+ samples/s", out), out
     for row in mask.describe().by_kind():
-        cells = [row.kind, f"{row.numel:,}", f"{row.nnz:,}", f"{row.density:.3f}"]
+        cells = [row.kind, str(row.tensors), f"{row.numel:,}", f"{row.nnz:,}", f"{row.density:.3f}"]
         assert re.search(" +".join(cells), out), cells
     stability, chance = mask.metadata["stability"], mask.metadata["stability_by_chance"]
     assert f"stability {stability:.2f}: " in out

@@ -68,11 +68,10 @@ def test_heads_of_one_encoder_share_its_weights(encoder: ClipEncoder) -> None:
     assert torch.equal(one.head[:2], other.head)
 
 
-def test_one_name_loads_it(weights: Path, encoder: ClipEncoder) -> None:
+def test_one_name_loads_it(weights: Path) -> None:
     loaded = load_encoder(f"openclip:{CLIP}:{weights}")
     assert isinstance(loaded, ClipEncoder)
     assert loaded.name == f"openclip:{CLIP}:tiny.safetensors"
-    assert loaded.sha256 == encoder.sha256
     assert not loaded.training
 
 

@@ -8,17 +8,14 @@ import torch
 import transformers
 from torch import Tensor
 
-import talos
 from talos.app.models import (
     AnswerClassifier,
     LanguageModel,
     TextEncoder,
     load_encoder,
-    load_language_model,
-    load_text_encoder,
 )
-from talos.app.tasks import Batches
-from talos.errors import TalosOSError, TalosValueError
+from talos.app.tasks import Example, Task
+from talos.errors import TalosValueError
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import save_tiny_gpt2, save_tiny_t5
 
@@ -33,13 +30,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def model(folder: Path) -> LanguageModel:
-    return load_language_model(folder)
+    return load_encoder(folder)
 
 
 def batch_of(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
-    ids = model.tokenizer(texts)["input_ids"]
-    labels = [0] * len(texts)
-    [batch] = Batches(ids, labels, batch_size=64, pad_token_id=model.tokenizer.pad_token_id)
+    task = Task("t", "", ("a",), ("a",), [Example(text, 0) for text in texts], [], [])
+    [batch] = task.batches("train", model.tokenizer)
     return batch
 
 
@@ -83,34 +79,14 @@ def test_every_parameter_is_the_models_and_no_answer_is_in_the_state(model: Lang
     assert copy.deepcopy(other).choice_ids.shape[0] == 3
 
 
-def test_it_is_calibrated(model: LanguageModel) -> None:
-    classifier = model.classifier(TEXTS)
-    texts = [batch_of(model, ["purr, purr", "the dog barks", "a", "b c d"]) for _ in range(2)]
-    before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    mask = talos.calibrate(classifier, texts, density=0.2, rounds=2)
-    assert mask.density == pytest.approx(0.2, abs=1e-3)
-    assert not [n for n in mask.names if "shared" in n or "lm_head" in n or "wte" in n]
-    assert all(torch.equal(value, before[n]) for n, value in classifier.state_dict().items())
-
-
 def test_the_configuration_decides_what_is_loaded(folder: Path, tmp_path: Path) -> None:
     loaded = load_encoder(str(folder))
     assert isinstance(loaded, LanguageModel)
     assert loaded.name == folder.name
-    assert len(loaded.sha256) == 64
     assert not loaded.training
     assert loaded.tokenizer.pad_token_id is not None
     encoder = save_tiny_encoder(tmp_path / "bert")
     assert isinstance(load_encoder(str(encoder)), TextEncoder)
-    with pytest.raises(TalosValueError, match=r"must be a language model, got .*bert"):
-        load_language_model(encoder)
-
-
-def test_an_encoder_decoder_is_no_text_encoder(tmp_path: Path) -> None:
-    with pytest.raises(
-        TalosValueError, match=r"encoder-decoder T5Model; load it with load_encoder"
-    ):
-        load_text_encoder(save_tiny_t5(tmp_path))
 
 
 def test_answers_without_tokens_are_refused(model: LanguageModel, monkeypatch) -> None:
@@ -129,9 +105,4 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(TalosValueError, match="a tokenizer with a token to pad with"):
-        load_language_model(tmp_path)
-
-
-def test_a_path_that_is_no_folder_is_refused() -> None:
-    with pytest.raises(TalosOSError, match="which is no folder; check the path"):
-        load_language_model(Path("nowhere"))
+        load_encoder(tmp_path)

@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from talos.app.cli.plan import FROZEN, LEFT_OUT, SCORED, activation_bytes, shares, table
+from talos.app.cli.plan import FROZEN, LEFT_OUT, SCORED, activation_bytes, shares, shares_table
 from talos.errors import TalosValueError
 from talos.names import named_parameters
 from talos.params import select_parameters
@@ -93,12 +93,12 @@ def test_nothing_to_score_is_refused() -> None:
 
 def test_the_table_sums_what_it_shows() -> None:
     found = shares(Classifier(), "maskable")
-    rows = printed(table(found, layers=False))
+    rows = printed(shares_table(found, layers=False))
     assert ["scored", "total", "6", "100"] in rows
     assert ["frozen", "total", "2", "8"] in rows
     assert ["left", "out", "total", "4", "47"] in rows
     layered = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    rows = printed(table(shares(layered, "maskable"), layers=True))
+    rows = printed(shares_table(shares(layered, "maskable"), layers=True))
     assert ["scored", "0", "other", "1", "4"] in rows
     assert ["scored", "1", "bias", "1", "2"] in rows
 

@@ -14,7 +14,7 @@ from benches import bench_estimators as estimators
 from benches import scoring
 from benches.bench_fisher_diag import TOLERANCE
 from benches.workload import Batch
-from talos.app.models import ZeroShotClassifier, load_text_encoder
+from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.params import select_parameters
 from tests.tiny import save_tiny_encoder
 
@@ -85,7 +85,7 @@ def test_further_batches_are_timed_one_by_one(task: Task) -> None:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> ZeroShotClassifier:
     folder = save_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
-    return ZeroShotClassifier(load_text_encoder(folder), ["a letter", "a mark", "a digit"])
+    return ZeroShotClassifier(load_encoder(folder), ["a letter", "a mark", "a digit"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The command line: `talos demo | calibrate | train | merge | eval | inspect | report`.
 
-Only this package, `talos.app.demo` and `talos.app.report` import typer, rich and matplotlib.
+Only this package imports typer and rich.
 """
 
 from talos.app.cli.app import main

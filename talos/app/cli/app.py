@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 def _paragraphs(text: str | None) -> str:
-    """Joins the lines of each paragraph, so that the terminal's width alone breaks them."""
+    """Join the lines of each paragraph, so that the terminal breaks them by its own width."""
     return "\n\n".join(
         " ".join(part.split()) for part in inspection.cleandoc(text or "").split("\n\n")
     )
@@ -60,9 +60,9 @@ def _version(wanted: bool) -> None:
         """Sparse fine-tuning for task arithmetic.
 
         Find the weights that matter least, train only those, and edit models with the small task
-        vectors that result: add abilities, take them away, combine them.
+        vectors that result: add tasks, forget tasks, combine them.
 
-        Start with `talos demo --out demo --quick`; the --help of each command ends with examples.
+        Start with `talos demo --out demo --quick`. The --help of each command ends with examples.
         """
     ),
 )
@@ -73,19 +73,19 @@ def _talos(
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Shows the help where no command is given."""
+    """Show the help where no command is given."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
-        arguments: what follows `talos`; by default those of the process.
+        arguments: what follows `talos`; by default the arguments of the process.
 
     Returns:
-        The exit status: 0, 2 after an error (told in one line on stderr), 130 after Ctrl-C.
+        The exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
 
     Example:
         >>> main(["--version"])
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("\ninterrupted: nothing was written\n")
     except BrokenPipeError:
-        # Whoever reads us (`| head`) has seen enough; Python's own flush at exit must not complain.
+        # The reader of a pipe (`| head`) has left; Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 130
@@ -123,12 +123,12 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Tells a warning in one line, without the place in our code that raised it."""
+    """Print a warning in one line, without the place in the code that raised it."""
     sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
 
 
 def _fail(error: TalosError | typer.TyperException) -> int:
-    """Tells an error in one line, whatever line breaks its message has."""
+    """Print an error in one line."""
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     return 2

@@ -1,10 +1,10 @@
-"""Where the command line writes: results to stdout, progress to stderr."""
+"""The output of the command line: results on stdout, progress on stderr."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,39 +16,28 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
-__all__ = ["Bars", "Interrupted", "keeping", "next_step", "per_second", "say", "stdout"]
+__all__ = ["Bars", "Interrupted", "keeping", "next_step", "per_second", "say", "stdout", "table"]
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with a word on what is kept."""
+    """Ctrl-C, with a message on what was written."""
 
 
 @contextmanager
-def keeping(what: str | Callable[[], str]) -> Iterator[None]:
-    """Turns Ctrl-C inside the block into `Interrupted`.
-
-    Args:
-        what: a word on what is kept, or what makes it at that moment.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        Interrupted: Ctrl-C was pressed.
-    """
+def keeping(message: str | Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C into `Interrupted` with this message, or with what the function returns."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(what if isinstance(what, str) else what()) from None
+        raise Interrupted(message if isinstance(message, str) else message()) from None
 
 
 def stdout() -> Console:
-    """Makes a console for results.
-
-    Returns:
-        A console on the present stdout; without a terminal it is 100 columns wide.
-    """
+    """Return a console for results; without a terminal it is 100 columns wide."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
@@ -56,31 +45,21 @@ def stdout() -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is: no markup, no line breaks of ours.
-
-    Args:
-        console: where to.
-        text: the line; it may hold names that a user chose.
-    """
+    """Print a line without markup and without line breaks; it may hold a user's names."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 def next_step(console: Console, *commands: str) -> None:
-    """Ends a command with what one would do next.
-
-    Args:
-        console: where to.
-        *commands: command lines.
-    """
+    """Print the commands that a user would run next."""
     console.print("\n[bold]next[/bold]")
     for command in commands:
         say(console, f"  {command}")
 
 
 class Bars:
-    """A progress bar a phase, on stderr, with loss or speed and time left.
+    """A progress bar for each phase, on stderr, with loss or speed and the time left.
 
-    Each finished phase leaves one line with its seconds; bars move on a terminal only.
+    A finished phase leaves one line with its seconds. Bars are drawn on a terminal only.
     """
 
     def __init__(self) -> None:
@@ -99,7 +78,7 @@ class Bars:
         self._since = 0.0
 
     def __enter__(self) -> Self:
-        """Starts drawing."""
+        """Start drawing."""
         self._progress.start()
         return self
 
@@ -109,7 +88,7 @@ class Bars:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stops drawing; what was drawn stays."""
+        """Stop drawing."""
         self._progress.stop()
 
     def show(
@@ -120,16 +99,14 @@ class Bars:
         loss: float | None = None,
         unit: str | None = None,
     ) -> None:
-        """Moves the bar of a phase; a new label begins a new bar.
-
-        A finished bar gives way to a line: so many phases stacked would not fit on a screen.
+        """Update the bar of a phase; a new label begins a new bar.
 
         Args:
-            label: names the phase.
+            label: the name of the phase.
             done: steps done.
             total: all steps.
-            loss: the step's loss.
-            unit: what the steps are; where it is given, the bar tells how many are done a second.
+            loss: the loss of the step.
+            unit: the unit of the steps, for a speed per second.
         """
         if self._bar is None:
             self._bar = self._progress.add_task(label, total=total, note="")
@@ -145,16 +122,25 @@ class Bars:
             self._bar = None
             self._console.print(f"{passed:6.1f} s  {label}  {text}".rstrip(), markup=False)
 
+    def each(self, label: str, items: Sequence[T]) -> Iterator[T]:
+        """Yield the items of a phase, and update its bar after each."""
+        self.show(label, 0, len(items))
+        for done, item in enumerate(items, 1):
+            yield item
+            self.show(label, done, len(items))
+
+
+def table(left: Sequence[str], right: Sequence[str]) -> Table:
+    """Return a table without a box: columns of text, then columns of numbers."""
+    made = Table(box=None, header_style="bold")
+    for column in left:
+        made.add_column(column)
+    for column in right:
+        made.add_column(column, justify="right")
+    return made
+
 
 def per_second(count: int, seconds: float) -> str:
-    """Writes a speed with three digits.
-
-    Args:
-        count: how many were done.
-        seconds: in which time.
-
-    Returns:
-        For example "12.3" or "1,450".
-    """
+    """Format a speed with three digits, for example "12.3" or "1,450"."""
     speed = count / max(seconds, 1e-9)
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

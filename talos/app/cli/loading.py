@@ -1,4 +1,4 @@
-"""Models and data as the options name them."""
+"""Load models and data by the names that the options take."""
 
 from pathlib import Path
 
@@ -12,21 +12,10 @@ __all__ = ["load_classifier", "load_data", "load_encoder"]
 
 
 def load_data(data: str) -> Task | ImageTask:
-    """Loads a built-in task, a file or a folder of images, in the splits of seed 0.
+    """Load a built-in task, a file or a folder of images, in the splits of seed 0.
 
-    The commands' --seed is for training and labels only: were the splits to follow it, a model
-    could be evaluated on what it was trained on.
-
-    Args:
-        data: a task's name; a path that ends in .csv or .jsonl or is a file; or a folder.
-
-    Returns:
-        The task.
-
-    Raises:
-        TalosError: a package is not installed that opens images.
-        TalosValueError: there is no such task, or the file's or folder's content is wrong.
-        TalosOSError: the file or folder cannot be read.
+    The commands' --seed does not change the splits: otherwise a model could be evaluated on its
+    training data.
     """
     path = Path(data)
     if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
@@ -37,14 +26,7 @@ def load_data(data: str) -> Task | ImageTask:
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
-    """Loads a model to the GPU, or the CPU where there is none.
-
-    Args:
-        model: minilm, a folder, a name on the hub, or openclip:NAME:WEIGHTS.
-        *tasks: what it is to read.
-
-    Returns:
-        The model, in evaluation mode.
+    """Load a model to the GPU, or to the CPU where there is none.
 
     Raises:
         TalosValueError: the model reads texts and a task holds images, or the other way round.
@@ -62,13 +44,5 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
 
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
-    """Loads a model as a classifier of a task.
-
-    Args:
-        model: as `load_encoder` takes it.
-        task: its class texts are the classes.
-
-    Returns:
-        The classifier.
-    """
+    """Load a model as a classifier of a task."""
     return load_encoder(model, task).classifier(task.class_texts)

@@ -1,4 +1,4 @@
-"""What a calibration would score and what it would take, told before anything is scored."""
+"""A dry run of a calibration: what it would score, and the memory of that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,24 +8,25 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from talos.app.cli.console import table
 from talos.app.models import evaluation_mode
 from talos.architecture.layers import KINDS, is_norm, kind_of, layer_of
 from talos.names import named_modules, named_parameters
 from talos.params import select_parameters
 
-__all__ = ["Share", "activation_bytes", "shares", "table"]
+__all__ = ["Share", "activation_bytes", "shares", "shares_table"]
 
 SCORED, FROZEN, LEFT_OUT = "scored", "frozen", "left out"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What becomes of a parameter, or of a part of its rows.
+    """A parameter, or a part of its rows, and whether it is scored.
 
     Attributes:
         name: the parameter's name.
-        numel: entries.
-        nbytes: their bytes.
+        numel: number of entries.
+        nbytes: bytes of the entries.
         fate: "scored", "frozen" or "left out".
         reason: why it is not scored.
     """
@@ -38,18 +39,18 @@ class Share:
 
 
 def shares(model: nn.Module, params: str) -> list[Share]:
-    """Says for each parameter whether it would be scored, or why it would not.
+    """List for each parameter whether it would be scored, or why not.
 
     Args:
         model: the model.
         params: as `talos.calibrate` takes it.
 
     Returns:
-        A share a parameter, in the model's order; two where a part of the rows is scored.
+        A share per parameter, in the model's order; two where a part of the rows is scored.
 
     Raises:
         TalosValueError: nothing would be scored.
-        TalosTypeError: what is chosen cannot be scored.
+        TalosTypeError: the chosen parameters cannot be scored.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 3))
@@ -79,21 +80,10 @@ def shares(model: nn.Module, params: str) -> list[Share]:
     return found
 
 
-def table(found: list[Share], *, layers: bool) -> Table:
-    """Lays shares out: a row for each fate, type and reason.
-
-    Args:
-        found: what `shares` returns.
-        layers: a row for each layer too.
-
-    Returns:
-        The table, with a total of each fate.
-    """
-    shown = Table(box=None, header_style="bold")
-    for column in ("", *(("layer",) if layers else ()), "type"):
-        shown.add_column(column)
-    for column in ("tensors", "entries"):
-        shown.add_column(column, justify="right")
+def shares_table(found: list[Share], *, layers: bool) -> Table:
+    """Return a table of a row for each fate, type and reason, and for each layer if asked."""
+    left = ["", "layer", "type"] if layers else ["", "type"]
+    shown = table(left, ["tensors", "entries"])
     shown.add_column("reason")
     for fate in (SCORED, FROZEN, LEFT_OUT):
         groups: dict[tuple[int, int, str], list[Share]] = {}
@@ -112,14 +102,9 @@ def table(found: list[Share], *, layers: bool) -> Table:
 
 
 def activation_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Counts what one forward pass of a batch keeps for its backward pass.
+    """Count the bytes that one forward pass of a batch keeps for its backward pass.
 
-    Args:
-        model: called on the batch, in evaluation mode.
-        batch: the batch.
-
-    Returns:
-        Bytes of tensors, each memory once; parameters, buffers and inputs are not counted.
+    Each memory counts once; parameters, buffers and inputs do not count.
     """
     held = [*model.parameters(), *model.buffers(), *batch.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
@@ -133,14 +118,14 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with evaluation_mode(model), torch.enable_grad(), hooks:
-        logits = model(batch)  # holds the graph, so that no memory is counted that is used again
+        logits = model(batch)  # keeps the graph alive, so that no memory is used again
         total = sum(kept.values())
         del logits
     return total
 
 
 def _reason(name: str, used_by: list[nn.Module], params: str) -> str:
-    """Why a trainable parameter is not among those that `params` chooses."""
+    """Return why `params` does not choose a trainable parameter."""
     embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in used_by)
     if embedding and len(used_by) > 1 and params in ("maskable", "qk", "attention"):
         return "tied to an embedding"

@@ -1,7 +1,7 @@
-"""The demo: a real encoder, real tasks, sparse against dense fine-tuning, one report.
+"""The demo: a real encoder, real tasks, sparse and dense fine-tuning, one report.
 
-`run_demo` does it from end to end and writes `results.json`, `report.html`, `vectors/` and
-`masks/`; `DemoSettings` decides every number; nothing here prints.
+`run_demo` runs it from end to end and writes `results.json`, `report.html`, `vectors/` and
+`masks/`. `DemoSettings` holds every number. Nothing here prints.
 """
 
 from talos.app.demo.folder import kept

@@ -1,7 +1,8 @@
-"""Bootstrap intervals of accuracies, their means and their ratios, paired over the same examples.
+"""Bootstrap intervals of accuracies, of their means and of their ratios.
 
-estimate: statistic(mean over the examples), and its 2.5 % and 97.5 % quantiles over resamples
-in which every task's examples are drawn with replacement, the same draw for all models.
+An estimate is a statistic of the accuracies, with its 2.5 % and 97.5 % quantiles over resamples.
+In a resample every task's examples are drawn with replacement, the same draw for all models: so
+differences between models are paired.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +17,17 @@ Statistic = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Divides accuracies; a resample without one correct answer must not end in infinity.
-
-    Args:
-        above: float64 accuracies.
-        below: float64 accuracies of the same shape.
-
-    Returns:
-        float64, of the same shape.
-    """
+    """Divide accuracies, float64; a resample without a correct answer does not give infinity."""
     return above / below.clamp_min(1e-3)
 
 
 class Estimator:
-    """Draws the same resamples for every statistic.
+    """Estimates of statistics, all over the same resamples.
 
     Args:
         examples: number of test examples of each task.
-        resamples: how many to draw.
-        seed: the seed.
+        resamples: number of resamples.
+        seed: of the draws.
 
     Example:
         >>> estimator = Estimator({"a": 4}, resamples=100, seed=0)
@@ -54,10 +47,10 @@ class Estimator:
         }
 
     def __call__(self, correct: Mapping[str, Sequence[Tensor]], statistic: Statistic) -> Estimate:
-        """Estimates a statistic of accuracies.
+        """Estimate a statistic of accuracies.
 
         Args:
-            correct: for each task the models' bool [n], right or wrong on its n examples.
+            correct: for each task one bool [n] per model: is the answer to an example correct?
             statistic: takes for each task the models' accuracies, float64 [..., models], and
                 returns [...].
 
@@ -78,50 +71,23 @@ class Estimator:
         return {"value": float(value), "low": low, "high": high, "n": count}
 
     def accuracy(self, task: str, correct: Tensor) -> Estimate:
-        """Estimates one model's accuracy on one task.
-
-        Args:
-            task: the task.
-            correct: bool [n].
-
-        Returns:
-            The estimate.
-        """
+        """Estimate one model's accuracy on a task from its correct answers, bool [n]."""
         return self({task: [correct]}, lambda accuracies: accuracies[task][..., 0])
 
     def gain(self, task: str, after: Tensor, before: Tensor) -> Estimate:
-        """Estimates by how much one model is better than another on the same examples.
-
-        Args:
-            task: the task.
-            after: bool [n] of the one.
-            before: bool [n] of the other.
-
-        Returns:
-            The estimate of after minus before.
-        """
+        """Estimate `after` minus `before`, the accuracies of two models on one task."""
         return self({task: [after, before]}, lambda each: each[task][..., 0] - each[task][..., 1])
 
     def mean(self, correct: Mapping[str, Tensor]) -> Estimate:
-        """Estimates one model's mean accuracy over tasks.
-
-        Args:
-            correct: bool [n] of each task.
-
-        Returns:
-            The estimate.
-        """
+        """Estimate one model's mean accuracy over tasks."""
         return self({task: [each] for task, each in correct.items()}, _mean)
 
     def normalised(self, merged: Mapping[str, Tensor], single: Mapping[str, Tensor]) -> Estimate:
-        """Estimates mean_t acc_t(merged) / acc_t(single).
+        """Estimate mean_t acc_t(merged) / acc_t(single).
 
         Args:
             merged: bool [n] of each task, of the merged model.
             single: bool [n] of each task, of the task's own model.
-
-        Returns:
-            The estimate.
         """
         pairs = {task: [merged[task], single[task]] for task in merged}
         return self(pairs, lambda accuracies: _normalised(accuracies, 0))
@@ -131,15 +97,7 @@ class Estimator:
         first: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         second: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     ) -> Estimate:
-        """Estimates the difference of two methods' normalised accuracies on the same examples.
-
-        Args:
-            first: merged and single, as `normalised` takes them.
-            second: the same of the other method.
-
-        Returns:
-            The estimate of first minus second.
-        """
+        """Estimate the difference of two normalised accuracies, each of (merged, single)."""
         models = {task: [part[task] for part in (*first, *second)] for task in first[0]}
         return self(models, lambda each: _normalised(each, 0) - _normalised(each, 2))
 

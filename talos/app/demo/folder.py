@@ -1,4 +1,4 @@
-"""The output folder: refused before anything is loaded, cleared of an earlier demo's files only."""
+"""The output folder of a demo: its check, and the removal of an earlier demo's files."""
 
 import os
 from pathlib import Path
@@ -11,17 +11,10 @@ _PATTERNS = ("results.json", "report.html", "vectors/*.safetensors", "masks/*.sa
 
 
 def prepare(out: Path, overwrite: bool) -> Path:
-    """Checks the folder and makes what is missing.
-
-    Args:
-        out: the folder.
-        overwrite: whether it may hold something.
-
-    Returns:
-        The folder.
+    """Make the folder and its subfolders; it must be empty unless `overwrite` is set.
 
     Raises:
-        TalosOSError: it is a file, not empty without `overwrite`, or cannot be written.
+        TalosOSError: it is a file, holds files, or cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise TalosOSError(f"out must be a folder, got the file {out}")
@@ -44,10 +37,7 @@ def prepare(out: Path, overwrite: bool) -> Path:
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier demo wrote; every other file stays.
-
-    Args:
-        out: the folder.
+    """Remove the files of an earlier demo.
 
     Raises:
         TalosOSError: a file cannot be removed.
@@ -60,14 +50,7 @@ def clear(out: Path) -> None:
 
 
 def kept(out: Path) -> str:
-    """Says what an interrupted run leaves.
-
-    Args:
-        out: the folder.
-
-    Returns:
-        Half a sentence.
-    """
+    """Describe what an interrupted run leaves in the folder."""
     files = _files(out)
     if not files:
         return "nothing was written"

@@ -1,4 +1,4 @@
-"""Right or wrong on every example: one encoder, a classifier and batches for each task."""
+"""Correct answers on every example: one encoder, with a classifier and batches for each task."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +20,22 @@ Batch = dict[str, Tensor]
 
 
 class Judge:
-    """Evaluates the encoder as it is at the moment of the call.
+    """Evaluates the encoder with the weights that it has at the moment of the call.
 
-    The classifiers are made when the judge is, from the pretrained weights. Texts are sorted by
-    length once, so that little is spent on padding; every answer comes in that same order.
+    The classifiers are made at once, from the pretrained weights. Texts are sorted by length, which
+    needs little padding; all answers are in that order.
 
     Args:
-        encoder: the encoder that all tasks share; it is only read.
+        encoder: the encoder that all tasks share; its weights are only read.
         tasks: the tasks.
-        max_length: tokens a text.
-        batch_size: examples a forward pass.
+        max_length: tokens per text.
+        batch_size: examples per forward pass.
 
     Attributes:
-        classifiers: a classifier for each task around the shared encoder.
+        classifiers: a classifier of each task, around the shared encoder.
         control_stride: the number of other tasks.
-        model: one of them, to apply edits to: the encoder's weights have the same names in all.
+        model: one of the classifiers, to apply edits to: the names of the encoder's weights are
+            the same in all.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Judge:
         batch_size: int = 128,
     ) -> None:
         self.encoder = encoder
+        self.tasks = tasks
         self.device = encoder.device
         self.classifiers: dict[str, nn.Module] = {
             task.name: encoder.classifier(task.class_texts) for task in tasks
@@ -66,12 +68,12 @@ class Judge:
         }
 
     def correct(self, task: str, split: str) -> Tensor:
-        """Evaluates the encoder on one split.
+        """Evaluate the encoder on one split of a task.
 
         Args:
             task: the task's name.
             split: "validation", "test", or "control": every `control_stride`-th validation
-                example, so that the control's tasks cost together what the target costs alone.
+                example, so that all control tasks together cost as much as the target alone.
 
         Returns:
             bool [n] on the CPU, shortest example first.
@@ -85,16 +87,8 @@ class Judge:
                 answers.append(classifier(batch).argmax(1) == batch["labels"])
         return torch.cat(answers).cpu()
 
-    def all(self, split: str, tick: Callable[[], None]) -> dict[str, Tensor]:
-        """Evaluates the encoder on every task.
-
-        Args:
-            split: as `correct` takes it.
-            tick: called after each task.
-
-        Returns:
-            What `correct` returns, for each task.
-        """
+    def all(self, split: str, tick: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        """Evaluate the encoder on every task; call `tick` after each."""
         answers = {}
         for task in self.classifiers:
             answers[task] = self.correct(task, split)
@@ -102,11 +96,7 @@ class Judge:
         return answers
 
     def linearized(self) -> "Judge":
-        """Makes a judge of the classifiers' first-order expansions around the same weights.
-
-        Returns:
-            A judge that shares everything else with this one.
-        """
+        """Return a judge of the classifiers' first-order expansions around the same weights."""
         other = copy(self)
         other.classifiers = {
             task: LinearizedModel(each, base=self._base) for task, each in self.classifiers.items()
@@ -115,30 +105,17 @@ class Judge:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Gives the encoder the weights that it had when the judge was made."""
+        """Restore the weights that the encoder had when the judge was made."""
         for name, param in named_parameters(self.model).items():
             param.copy_(self._base[name])
 
     def examples(self, split: str) -> dict[str, int]:
-        """Counts a split's examples.
-
-        Args:
-            split: "validation" or "test".
-
-        Returns:
-            Their number for each task.
-        """
-        return {task: len(self._batches[task, split].labels) for task in self.classifiers}
+        """Return the number of examples of each task in "validation" or "test"."""
+        return {task.name: len(task.examples(split)) for task in self.tasks}
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:
-    """Loads the tasks that the settings name, or the first of those available.
-
-    Args:
-        settings: names, count, seed and sizes.
-
-    Returns:
-        The tasks.
+    """Load the tasks that the settings name, or the first of those available.
 
     Raises:
         TalosValueError: a task is unknown, or fewer are available than asked for.
@@ -152,7 +129,7 @@ def load_tasks(settings: DemoSettings) -> list[Task]:
                 f"enough text for ({', '.join(available)}), got {settings.task_count}"
             )
         names = available[: settings.task_count]
-    # In the splits of seed 0, as in `talos eval`: no vector is judged on its training data.
+    # Always in the splits of seed 0, as in `talos eval`: no vector is judged on its training data.
     return [load_task(name, sizes=settings.sizes) for name in names]
 
 
@@ -165,18 +142,10 @@ def training_batches(
     max_length: int,
     seed: int,
 ) -> list[Batch]:
-    """Draws shuffled batches of the training split, epoch after epoch in another order.
-
-    Args:
-        task: the task.
-        encoder: its tokenizer and device are used.
-        count: number of examples; the last batch is cut to meet it.
-        batch_size: examples a batch.
-        max_length: tokens a text.
-        seed: the seed.
+    """Draw `count` examples of the training split, each epoch in another order.
 
     Returns:
-        Batches on the encoder's device.
+        Batches on the encoder's device; the last one is cut to give `count` examples.
     """
     given = task.batches(
         "train", encoder.tokenizer, batch_size=batch_size, max_length=max_length, seed=seed
@@ -204,18 +173,10 @@ def calibration_batches(
     max_length: int,
     seed: int,
 ) -> list[Batch]:
-    """Draws training examples and puts those of like length into one batch.
+    """Draw `count` training examples, with those of similar length in one batch.
 
-    So little padding is scored. The batches come in a random order, for a calibration compares one
-    half of them with the other.
-
-    Args:
-        task: the task.
-        encoder: its tokenizer and device are used.
-        count: number of examples, at most those of the training split.
-        batch_size: examples a batch.
-        max_length: tokens a text.
-        seed: the seed.
+    So little padding is scored. The batches are in random order: a calibration compares one half
+    of them with the other.
 
     Returns:
         Batches on the encoder's device.

@@ -1,4 +1,4 @@
-"""What a run was made with, as far as it tells a reader something."""
+"""The machine and the versions of a run."""
 
 import importlib.metadata
 import os
@@ -15,20 +15,12 @@ _PACKAGES = ("numpy", "safetensors", "transformers", "tokenizers", "matplotlib")
 
 
 def default_device() -> torch.device:
-    """Chooses where to compute.
-
-    Returns:
-        The GPU where there is one, else the CPU.
-    """
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, str | int]:
-    """Describes the machine.
-
-    Returns:
-        The processor's name, the cores this process may use, torch's threads, the system.
-    """
+    """Return the processor's name, the cores of this process, torch's threads and the system."""
     available = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _processor(),
@@ -39,11 +31,7 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Lists the versions of what computes.
-
-    Returns:
-        Package and version, Python's too; what is not installed is left out.
-    """
+    """Return the versions of talos, Python, torch and the installed packages of a demo."""
     found = {"talos": talos.__version__, "python": platform.python_version()}
     found["torch"] = torch.__version__
     for name in _PACKAGES:

@@ -1,4 +1,4 @@
-"""Addition and negation: the scaling coefficient is chosen on validation data, then tested once.
+"""Addition and negation: choose the scaling coefficient on validation data, then test once.
 
     addition: theta_0 + coefficient * sum of all task vectors; the coefficient with the highest
               normalised accuracy (Ilharco 2023, arXiv 2212.04089)
@@ -6,8 +6,8 @@
               those that keep a share of the control's pretrained accuracy; the control is the mean
               of the other tasks
 
-An edit is a function that puts a resident task vector on the base with a coefficient: between two
-points of a search nothing is copied or loaded.
+An edit is a function that applies a resident task vector to the base with a coefficient. Between
+two points of a search nothing is copied or loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from talos.app.demo.judge import Judge
 
 __all__ = ["add", "negate", "scaling_coefs"]
 
-# Points in a row without the control's share: a larger coefficient does not bring it back.
+# After so many points in a row that break the control, no larger coefficient is tried.
 _GIVE_UP = 4
 
 Correct = Mapping[str, Tensor]
@@ -29,13 +29,7 @@ Edit = Callable[[float], None]
 
 
 def scaling_coefs(count: int) -> list[float]:
-    """Lists linspace(0, 1, count).
-
-    Args:
-        count: how many, at least 2.
-
-    Returns:
-        The coefficients, the first 0 and the last 1.
+    """Return linspace(0, 1, count).
 
     Example:
         >>> scaling_coefs(5)
@@ -55,27 +49,25 @@ def add(
     estimator: Estimator,
     tick: Tick,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Merges all tasks into one model.
+    """Merge all tasks into one model.
 
     Args:
-        judge: evaluates.
-        edit: puts the sum of the task vectors on the judge's model; it is left on.
+        judge: evaluates the model.
+        edit: applies the sum of the task vectors to the judge's model; it stays applied.
         coefs: the scaling coefficients to try; the first is 0.
-        single_validation: each task's own model on its validation examples.
-        zero_shot_validation: the pretrained model on them.
-        single_test: each task's own model on its test examples.
+        single_validation: correct answers of each task's own model on its validation examples.
+        zero_shot_validation: those of the pretrained model.
+        single_test: correct answers of each task's own model on its test examples.
         estimator: of the test examples.
         tick: called after each coefficient and after the test.
 
     Returns:
-        An entry of the results' `addition`, and the merged model's right answers on test examples.
+        An entry of the results' `addition`; the merged model's correct answers on test examples.
     """
     tasks = list(judge.classifiers)
     grid: list[dict[str, Any]] = []
     for coef in coefs:
-        correct = (
-            zero_shot_validation if coef == 0 else _edited(judge, edit, coef, "validation", tasks)
-        )
+        correct = zero_shot_validation if coef == 0 else _edited(judge, edit, coef, "validation")
         accuracies = {task: share(correct[task]) for task in tasks}
         relative = [accuracies[t] / max(share(single_validation[t]), 1e-3) for t in tasks]
         grid.append(
@@ -88,7 +80,7 @@ def add(
         )
         tick()
     best = max(grid, key=lambda point: point["normalised"])
-    merged = _edited(judge, edit, best["scaling_coef"], "test", tasks)
+    merged = _edited(judge, edit, best["scaling_coef"], "test")
     tick()
     entry = {
         "grid": grid,
@@ -112,23 +104,22 @@ def negate(
     estimator: Estimator,
     tick: Tick,
 ) -> dict[str, Any]:
-    """Makes the model forget one task.
+    """Make the model forget one task.
 
     Args:
-        judge: evaluates.
-        edit: puts the task's vector on the judge's model; it is left on.
-        target: the task.
+        judge: evaluates the model.
+        edit: applies the task's vector to the judge's model; it stays applied.
+        target: the task to forget.
         coefs: the scaling coefficients to try; the first is 0, which always keeps the control.
         control_share: share of the control's pretrained accuracy that must be kept.
-        zero_shot_validation: the pretrained model on each task's validation examples.
-        zero_shot_test: the pretrained model on each task's test examples.
+        zero_shot_validation: correct answers of the pretrained model on validation examples.
+        zero_shot_test: its correct answers on test examples.
         estimator: of the test examples.
         tick: called after each coefficient and after the test.
 
     Returns:
-        An entry of the results' `negation`. A grid point's target is None where the control was
-        not kept: the target is not evaluated there. After four such points in a row the larger
-        coefficients are left out, too.
+        An entry of the results' `negation`. Where the control is not kept, the target is not
+        evaluated and is None. After four such points in a row no larger coefficient is tried.
     """
     others = [task for task in judge.classifiers if task != target]
     broken = 0
@@ -154,7 +145,7 @@ def negate(
         tick()
     kept = [point for point in grid if point["target"] is not None]
     best = min(kept, key=lambda point: point["target"])
-    correct = _edited(judge, edit, -best["scaling_coef"], "test", list(judge.classifiers))
+    correct = _edited(judge, edit, -best["scaling_coef"], "test")
     tick()
     return {
         "grid": grid,
@@ -167,14 +158,7 @@ def negate(
 
 
 def share(correct: Tensor) -> float:
-    """Computes an accuracy.
-
-    Args:
-        correct: bool [n].
-
-    Returns:
-        The share that is True.
-    """
+    """Return the accuracy: the share of bool [n] that is True."""
     return int(correct.sum()) / len(correct)
 
 
@@ -182,8 +166,6 @@ def _mean(correct: Correct, tasks: Sequence[str]) -> float:
     return sum(share(correct[task]) for task in tasks) / len(tasks)
 
 
-def _edited(
-    judge: Judge, edit: Edit, coef: float, split: str, tasks: Sequence[str]
-) -> dict[str, Tensor]:
+def _edited(judge: Judge, edit: Edit, coef: float, split: str) -> dict[str, Tensor]:
     edit(coef)
-    return {task: judge.correct(task, split) for task in tasks}
+    return judge.all(split)

@@ -1,4 +1,4 @@
-"""The demo from end to end: calibrate, fine-tune, add, negate, measure, report."""
+"""The demo from end to end: calibrate, fine-tune, add, negate, report."""
 
 import os
 import time
@@ -20,7 +20,7 @@ from talos.app.demo.machine import default_device
 from talos.app.demo.protocol import add, negate, scaling_coefs, share
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
-from talos.app.models import TextEncoder, load_text_encoder
+from talos.app.models import Encoder, load_encoder
 from talos.app.report import save_results, write_report
 from talos.app.tasks import Task
 from talos.masks import Mask
@@ -37,19 +37,18 @@ def run_demo(
     *,
     overwrite: bool = False,
     on_progress: OnProgress = lambda progress: None,
-    encoder: TextEncoder | None = None,
+    encoder: Encoder | None = None,
 ) -> dict[str, Any]:
-    """Runs the demo and writes `results.json`, `report.html`, `vectors/` and `masks/`.
+    """Run the demo and write `results.json`, `report.html`, `vectors/` and `masks/`.
 
-    Every file appears whole or not at all; `results.json` and `report.html` come last.
+    Every file is written whole or not at all, `results.json` and `report.html` last.
 
     Args:
-        settings: what to run.
-        out: the folder; made when it is missing.
-        overwrite: whether a folder that holds something may be used; files of an earlier demo in
-            it are removed, others are left alone.
+        settings: the settings of the run.
+        out: the folder; it is made where it is missing.
+        overwrite: replace the files of an earlier demo in the folder; other files stay.
         on_progress: called with a `Progress` at every step.
-        encoder: use this encoder instead of `settings.model`; it is left as it was.
+        encoder: use this encoder instead of `settings.model`; its weights are restored.
 
     Returns:
         The results, see `talos.app.report.results`.
@@ -64,7 +63,7 @@ def run_demo(
 
 
 class _Demo:
-    """State that the phases share."""
+    """The state that the phases share."""
 
     def __init__(self, settings: DemoSettings, out: Path, on_progress: OnProgress) -> None:
         self.settings = settings
@@ -79,7 +78,7 @@ class _Demo:
     def phase(
         self, name: str, method: str | None = None, task: str | None = None, total: int = 1
     ) -> Iterator[Callable[..., None]]:
-        """Times a phase; yields what is called after each of its steps."""
+        """Time a phase; yield the function to call after each of its steps."""
         start = time.perf_counter()
         title = TITLES[method] if method else None
         done = 0
@@ -96,12 +95,12 @@ class _Demo:
         seconds = round(time.perf_counter() - start, 3)
         self.phases.append({"phase": name, "method": method, "task": task, "seconds": seconds})
 
-    def run(self, encoder: TextEncoder | None) -> dict[str, Any]:
-        """Runs all phases in order."""
+    def run(self, encoder: Encoder | None) -> dict[str, Any]:
+        """Run all phases in order."""
         settings = self.settings
         with self.phase("load") as tick:
             tasks = load_tasks(settings)
-            encoder = encoder or load_text_encoder(settings.model).to(default_device())
+            encoder = encoder or load_encoder(settings.model).to(default_device())
             tick()
         clear(self.out)
         with self.phase("zero-shot", total=2 * len(tasks)) as tick:
@@ -151,11 +150,11 @@ class _Demo:
         return results
 
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return round(time.perf_counter() - self.start, 3)
 
     def calibrate(self, judge: Judge, task: Task) -> Mask:
-        """Finds the least sensitive entries for one task."""
+        """Find the least sensitive entries for one task, and save the mask."""
         settings = self.settings
         batches = training_batches(
             task,
@@ -183,7 +182,7 @@ class _Demo:
         return mask
 
     def train(self, judge: Judge, task: Task, method: str, mask: Mask | None) -> TaskVector:
-        """Fine-tunes on one task and saves its vector; the weights stay tuned."""
+        """Fine-tune on one task and save its vector; the weights stay tuned."""
         settings = self.settings
         batches = training_batches(
             task,
@@ -213,7 +212,7 @@ class _Demo:
             )
         origin = {**vector.metadata, "model": judge.encoder.name, "task": task.name}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
-        # What is judged is what the file holds: bfloat16 values, 2 bytes an entry and the index.
+        # The judge evaluates the values of the file: bfloat16, 2 bytes per entry.
         vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
         last = losses[-10:]
         self.training[method][task.name] = {
@@ -235,7 +234,7 @@ class _Demo:
         zero_shot: dict[str, dict[str, Tensor]],
         estimator: Estimator,
     ) -> Measured:
-        """Evaluates single models, their sum and their negations."""
+        """Evaluate the single-task models, their sum and their negations."""
         settings = self.settings
         tasks = list(vectors)
         coefs = scaling_coefs(settings.grid)
@@ -290,7 +289,7 @@ class _Demo:
         )
 
     def note_file(self, path: Path, kind: str, method: str | None, task: str, entries: int) -> None:
-        """Remembers a written file for the results."""
+        """Keep the facts of a written file for the results."""
         self.files.append(
             {
                 "path": path.relative_to(self.out).as_posix(),

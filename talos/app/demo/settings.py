@@ -1,11 +1,12 @@
-"""What one run of the demo does, and how it tells where it is."""
+"""The settings of a run of the demo, and its progress."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from talos.app.models import takes_images
 from talos.errors import TalosValueError
 from talos.methods import METHODS
+from talos.options import fraction, integer, positive
 
 __all__ = ["TITLES", "DemoSettings", "OnProgress", "Progress"]
 
@@ -19,7 +20,7 @@ TITLES = {
     "random": "random mask",
     "magnitude": "magnitude mask",
 }
-"""Every method that the demo can compare, as the report calls it."""
+"""Every method that the demo can compare, with its title in the report."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class DemoSettings:
     """Everything that decides the demo's numbers.
 
     Attributes:
-        model: the encoder, as `talos.app.models.load_text_encoder` takes it.
+        model: a model of texts, as `talos.app.models.load_encoder` takes it.
         tasks: names of built-in tasks; empty for the first `task_count` of those available.
-        task_count: how many tasks where none are named.
+        task_count: number of tasks where none are named.
         seed: of the calibration's labels, the batches and the bootstrap.
         density: fraction of the weights that the sparse methods train.
         rounds: calibration rounds.
         samples: calibration samples.
         steps: training steps of each method; LoTA takes them twice.
-        batch_size: examples a training step.
-        max_length: tokens a text.
+        batch_size: examples per training step.
+        max_length: tokens per text.
         lr: learning rate of the sparse method (SparseAdam).
         nonlinear_lr: learning rate of fine-tuning all weights (AdamW); other methods have their
             usual one.
@@ -44,7 +45,7 @@ class DemoSettings:
         grid: the scaling coefficients tried on validation data are linspace(0, 1, grid).
         control_share: share of the control's pretrained accuracy that negation must keep.
         bootstrap: resamples of a confidence interval.
-        methods: what is compared, talos first, whose masks the report shows.
+        methods: the methods to compare; the first is talos, whose masks the report shows.
 
     Example:
         >>> DemoSettings(steps=10).lr
@@ -72,21 +73,21 @@ class DemoSettings:
     methods: tuple[str, ...] = field(default=("talos", "nonlinear"), kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot run, before anything is loaded."""
+        """Refuse settings that cannot run, before anything is loaded."""
+        if takes_images(self.model):
+            raise TalosValueError(
+                f"model must read texts, got {self.model}, which reads images; take minilm or a "
+                "folder"
+            )
         for name in ("density", "control_share"):
-            value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
-                raise TalosValueError(f"{name} must be in (0, 1], got {value:g}")
+            fraction(name, getattr(self, name))
         for name in ("lr", "nonlinear_lr"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TalosValueError(f"{name} must be positive and finite, got {value:g}")
+            positive(name, getattr(self, name))
         for name in (
             *("rounds", "samples", "steps", "batch_size", "bootstrap"),
             *("calibration_batch_size", "evaluation_batch_size"),
         ):
-            if getattr(self, name) < 1:
-                raise TalosValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            integer(name, getattr(self, name), 1)
         if (len(self.tasks) or self.task_count) < 2:
             raise TalosValueError(
                 f"tasks must name at least two tasks, got {self.tasks or self.task_count}; "
@@ -103,18 +104,10 @@ class DemoSettings:
                 f"methods must differ and begin with talos, got {', '.join(self.methods)}; its "
                 "masks are part of the report"
             )
-        if self.grid < 2:
-            raise TalosValueError(f"grid must be at least 2, got {self.grid}")
+        integer("grid", self.grid, 2)
 
     def rate(self, method: str) -> float:
-        """Tells a method's peak learning rate.
-
-        Args:
-            method: one of `methods`.
-
-        Returns:
-            The rate.
-        """
+        """Return the peak learning rate of a method."""
         own = {"talos": self.lr, "nonlinear": self.nonlinear_lr}
         return own.get(method, METHODS[method].usual_lr)
 
@@ -126,16 +119,7 @@ class DemoSettings:
         seed: int = 0,
         methods: tuple[str, ...] = ("talos", "nonlinear"),
     ) -> "DemoSettings":
-        """The same from end to end, in about two minutes: fewer steps, samples and examples.
-
-        Args:
-            model: the encoder.
-            seed: the seed.
-            methods: what is compared.
-
-        Returns:
-            Settings whose numbers have wide confidence intervals.
-        """
+        """Return settings of a run of about two minutes, with wide confidence intervals."""
         return cls(
             model=model,
             seed=seed,
@@ -150,15 +134,14 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run of the demo is.
+    """The progress of a run of the demo.
 
     Attributes:
-        phase: what is being done: tasks, zero-shot, calibrate, train, evaluate, addition, negation,
-            report.
-        method: the method's title, or None for what both share.
-        task: the task's name, or None for what all share.
+        phase: load, zero-shot, calibrate, train, save, single tasks, addition, negation or report.
+        method: the method's title, or None for a phase that all methods share.
+        task: the task's name, or None for a phase that all tasks share.
         done: steps of this phase that are done.
-        total: all its steps.
+        total: all steps of this phase.
         loss: the training loss of the last step.
     """
 

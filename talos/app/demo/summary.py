@@ -23,7 +23,7 @@ __all__ = ["Measured", "summarise"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one method.
+    """The measurements of one method.
 
     Attributes:
         single: estimates of the single-task models.
@@ -54,21 +54,18 @@ def summarise(
     training: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Puts everything into the schema of `talos.app.report.results`, but for `timings`.
+    """Return the results in the schema of `talos.app.report.results`, without `timings`.
 
     Args:
-        settings: what was run.
-        judge: its model is counted.
+        settings: the settings of the run.
+        judge: its model's parameters are counted.
         tasks: the tasks.
         masks: each task's mask.
         measured: each method's measurements.
         zero_shot: bool [n] of each task, the pretrained model on test examples.
         estimator: of the test examples.
         training: steps and losses, method -> task.
-        files: what was written.
-
-    Returns:
-        The results.
+        files: the written files.
     """
     names = [task.name for task in tasks]
     parameters = sum(p.numel() for p in named_parameters(judge.model).values())

@@ -8,9 +8,9 @@ from talos.app.models.base import (
     evaluation_mode,
 )
 from talos.app.models.clip import ClipEncoder, load_clip
-from talos.app.models.language import AnswerClassifier, LanguageModel, load_language_model
+from talos.app.models.language import AnswerClassifier, LanguageModel
 from talos.app.models.load import load_encoder, takes_images
-from talos.app.models.text import TextEncoder, load_text_encoder
+from talos.app.models.text import TextEncoder
 
 __all__ = [
     "AnswerClassifier",
@@ -24,7 +24,5 @@ __all__ = [
     "evaluation_mode",
     "load_clip",
     "load_encoder",
-    "load_language_model",
-    "load_text_encoder",
     "takes_images",
 ]

@@ -1,8 +1,8 @@
-"""What every model has in common for whoever trains, scores or merges it.
+"""Encoders and classifiers: what all models have in common.
 
-An `Encoder` is a pretrained model with what turns examples into its inputs; `classifier` gives it
-the classes of a task. A `Classifier` maps a batch to logits [B, C] and keeps its encoder, whose
-parameters are the only ones it has: classifiers of one encoder can be merged.
+An `Encoder` is a pretrained model with a tokenizer for its examples; its method `classifier` adds
+the classes of a task. A `Classifier` maps a batch to logits [B, C]. Its only parameters are its
+encoder's, so that classifiers of one encoder can be merged.
 """
 
 import contextlib
@@ -15,34 +15,32 @@ from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
 
-__all__ = ["Classifier", "Encoder", "evaluation_mode"]
+_TEXTS_PER_PASS = 64
 
 
 class Encoder(nn.Module, ABC):
     """A pretrained model of texts or images.
 
     Attributes:
-        name: What was loaded.
-        sha256: SHA-256 of the weights' file, or over those of several.
-        tokenizer: Turns the examples of a task into tensors, as the task's `batches` takes it: for
-            texts a tokenizer of transformers, for images what makes [3, H, W] of a picture.
+        name: what was loaded.
+        tokenizer: turns the examples of a task into tensors, as the task's `batches` takes it: for
+            texts a tokenizer of transformers, for images a function from a picture to [3, H, W].
     """
 
     name: str
-    sha256: str
     tokenizer: Any
 
     @abstractmethod
     def classifier(self, class_texts: Sequence[str]) -> "Classifier":
-        """Returns a classifier of the classes that texts describe, around this very encoder.
+        """Return a classifier that shares this encoder.
 
         Args:
-            class_texts: One text per class.
+            class_texts: one text per class.
         """
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
 
@@ -50,8 +48,8 @@ class Classifier(nn.Module, ABC):
     """A module from batches to logits.
 
     Attributes:
-        encoder: The encoder, which is kept and not copied.
-        class_texts: One text per class.
+        encoder: the encoder, which is shared and not copied.
+        class_texts: one text per class.
     """
 
     encoder: Encoder
@@ -59,99 +57,96 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the logits of a batch, float32 [B, C].
-
-        Args:
-            batch: What the batches of a task hold.
-        """
+        """Return the logits of a batch of a task, float32 [B, C]."""
 
 
 class ZeroShotEncoder(Encoder):
-    """An encoder that has a vector for an example and for a text, and compares them.
+    """An encoder that maps examples and texts to unit vectors.
 
     Attributes:
-        inputs: The entries of a batch that `forward` takes, in its order.
-        scale: What the cosine of two vectors is multiplied by to be a logit.
+        inputs: the entries of a batch that `forward` takes, in its order.
+        scale: the logit of a class is `scale` times the cosine of two vectors.
     """
 
     inputs: ClassVar[tuple[str, ...]]
     scale: float
 
     @abstractmethod
+    def embed(self, texts: list[str]) -> Tensor:
+        """Return the unit vectors of a few texts, float32 [len(texts), D]."""
+
+    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Returns the unit vectors of texts, float32 [len(texts), D], without gradients.
+        """Return the unit vectors of texts, without dropout and without gradients.
 
         Args:
-            texts: The texts.
+            texts: the texts.
+
+        Returns:
+            float32 [len(texts), D] on the encoder's device.
         """
+        starts = range(0, len(texts), _TEXTS_PER_PASS)
+        with evaluation_mode(self):
+            return torch.cat([self.embed(list(texts[i : i + _TEXTS_PER_PASS])) for i in starts])
 
     def classifier(self, class_texts: Sequence[str]) -> "ZeroShotClassifier":
-        """Returns the zero-shot classifier of the classes that texts describe.
+        """Return the zero-shot classifier of the classes that the texts describe.
 
         Args:
-            class_texts: One text per class.
+            class_texts: one text per class.
         """
         return ZeroShotClassifier(self, class_texts)
 
 
 class ZeroShotClassifier(Classifier):
-    """An encoder with a frozen head made of the classes' texts.
+    """An encoder with a frozen head, the unit vectors of the class texts.
 
-    logits = scale * encoder(example) @ head.T, the head being the unit vectors of the class texts.
+        logits = scale * encoder(example) @ head.T
 
-    The head is a buffer and no parameter, so nothing scores, selects or trains it. It is not part
-    of the `state_dict`, which therefore fits every other task with the same encoder.
+    The head is a buffer, so nothing scores, selects or trains it. It is not in the `state_dict`,
+    which therefore fits every other task with the same encoder.
 
-    Several classifiers may share one encoder. Make them all before it is fine-tuned: a head comes
-    from the weights that the encoder has at that moment.
+    Several classifiers may share one encoder. Make them all before it is fine-tuned: a head is made
+    with the weights that the encoder has at that moment.
 
     Args:
-        encoder: The encoder, which is kept and not copied.
-        class_texts: One text per class.
-        scale: What a cosine is multiplied by, the inverse temperature of the softmax; by default
-            the encoder's own.
+        encoder: the encoder, which is shared and not copied.
+        class_texts: one text per class.
 
     Raises:
-        TalosTypeError: `class_texts` is one string, or holds something else than strings.
-        TalosValueError: There are fewer than two texts, one is empty, or `scale` is not positive.
+        TalosTypeError: `class_texts` is not a sequence of strings.
+        TalosValueError: there are fewer than two texts, or one is empty.
 
     Attributes:
-        class_texts: One text per class.
-        scale: The scale.
         head: float32 [C, D], a non-persistent buffer.
     """
 
     encoder: ZeroShotEncoder
     head: Tensor
 
-    def __init__(
-        self, encoder: ZeroShotEncoder, class_texts: Sequence[str], *, scale: float | None = None
-    ) -> None:
+    def __init__(self, encoder: ZeroShotEncoder, class_texts: Sequence[str]) -> None:
         super().__init__()
         self.class_texts = checked_class_texts(class_texts)
-        self.scale = float(encoder.scale if scale is None else scale)
-        if not 0 < self.scale < float("inf"):
-            raise TalosValueError(f"scale must be positive and finite, got {self.scale}")
         self.encoder = encoder
         self.register_buffer("head", encoder.encode(self.class_texts), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the logits of a batch.
+        """Return the logits of a batch.
 
         Args:
-            batch: The encoder's `inputs`: `input_ids` and `attention_mask`, both int64 [B, T], or
-                `pixel_values`, float32 [B, 3, H, W]; other entries are not read.
+            batch: the encoder's `inputs`: `input_ids` and `attention_mask`, both int64 [B, T], or
+                `pixel_values`, float32 [B, 3, H, W]; other entries are ignored.
 
         Returns:
             float32 [B, C].
         """
         vectors = self.encoder(*(batch[key] for key in self.encoder.inputs))
-        logits: Tensor = self.scale * (vectors @ self.head.to(vectors.dtype).T)
+        logits: Tensor = self.encoder.scale * (vectors @ self.head.to(vectors.dtype).T)
         return logits
 
 
 def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:
-    """Refuses what is not one text per class, for two classes or more."""
+    """Return the texts of two classes or more; refuse anything else."""
     if isinstance(class_texts, str) or not all(isinstance(text, str) for text in class_texts):
         raise TalosTypeError(
             f"class_texts must be a sequence of strings, got {class_texts!r:.80}; give one text "
@@ -166,7 +161,7 @@ def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and each of its modules back into its own afterwards."""
+    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

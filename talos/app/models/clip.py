@@ -1,24 +1,21 @@
 """CLIP models of open_clip as zero-shot classifiers of images.
 
-Only the visual tower is trainable, as in the paper's runs: the text tower makes the head of each
+Only the visual tower is trainable, as in the paper's runs. The text tower makes the head of each
 task once, from its class texts, and is frozen with everything else.
-
-open_clip is imported when a model is loaded, never before.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from talos.app.models.base import ZeroShotEncoder, evaluation_mode
-from talos.app.models.folders import check_safetensors, hash_files
-from talos.errors import TalosError, TalosOSError, TalosValueError
+from talos.app.extras import import_package
+from talos.app.models.base import ZeroShotEncoder
+from talos.app.models.folders import check_safetensors, first_line
+from talos.errors import TalosOSError, TalosValueError
 
 PREFIX = "openclip:"
-_INSTALL = 'pip install "talos-sparse[clip]"'
 _PREPROCESSING = {
     "mean": "image_mean",
     "std": "image_std",
@@ -28,16 +25,15 @@ _PREPROCESSING = {
 
 
 class ClipEncoder(ZeroShotEncoder):
-    """A CLIP model: images to unit vectors, by the visual tower; texts likewise, by the text tower.
+    """A CLIP model: the visual tower maps images to unit vectors, the text tower maps texts.
 
     `load_clip` makes one. Only the visual tower's parameters require gradients.
 
     Args:
-        clip: A model of open_clip.
-        transform: Turns a PIL image into float32 [3, H, W].
-        tokenize: Turns a list of texts into token ids, int64 [B, T].
-        name: What was loaded.
-        sha256: SHA-256 of the weights' file.
+        clip: a model of open_clip.
+        transform: turns a PIL image into float32 [3, H, W].
+        tokenize: turns a list of texts into token ids, int64 [B, T].
+        name: what was loaded.
     """
 
     inputs = ("pixel_values",)
@@ -50,7 +46,6 @@ class ClipEncoder(ZeroShotEncoder):
         tokenize: Callable[[list[str]], Tensor],
         *,
         name: str,
-        sha256: str,
     ) -> None:
         super().__init__()
         clip.requires_grad_(False)
@@ -59,12 +54,11 @@ class ClipEncoder(ZeroShotEncoder):
         self.tokenizer = transform
         self.tokenize = tokenize
         self.name = name
-        self.sha256 = sha256
         # A bias, which SigLIP has, is the same for all classes and leaves their softmax as it is.
         self.scale = float(clip.logit_scale.detach().exp())
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Returns the unit vectors of images.
+        """Return the unit vectors of images.
 
         Args:
             pixel_values: float32 [B, 3, H, W].
@@ -75,47 +69,35 @@ class ClipEncoder(ZeroShotEncoder):
         vectors: Tensor = self.clip.encode_image(pixel_values, normalize=True)
         return vectors.float()
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """Returns the unit vectors of texts, without dropout and without gradients.
-
-        Args:
-            texts: The texts.
-            batch_size: Texts per forward pass.
-
-        Returns:
-            float32 [len(texts), D] on the encoder's device.
-        """
-        vectors = []
-        with evaluation_mode(self):
-            for start in range(0, len(texts), batch_size):
-                ids = self.tokenize(list(texts[start : start + batch_size])).to(self.device)
-                vectors.append(self.clip.encode_text(ids, normalize=True).float())
-        return torch.cat(vectors)
+    def embed(self, texts: list[str]) -> Tensor:
+        """Return the unit vectors of a few texts, float32 [len(texts), D]."""
+        ids = self.tokenize(texts).to(self.device)
+        vectors: Tensor = self.clip.encode_text(ids, normalize=True)
+        return vectors.float()
 
 
 def load_clip(source: str) -> ClipEncoder:
-    """Loads a CLIP model of open_clip in float32 and evaluation mode.
+    """Load a CLIP model of open_clip in float32 and evaluation mode.
 
     Only safetensors files are read, never pickle.
 
     Args:
-        source: "NAME:WEIGHTS", or the same after "openclip:". NAME is an architecture that
-            open_clip knows, WEIGHTS one of its pretrained tags, which is downloaded from the
-            Hugging Face hub, or the path of a .safetensors file. OpenAI's own weights in a file
-            belong to the architectures that end in -quickgelu.
+        source: "NAME:WEIGHTS", or the same after "openclip:". NAME is an architecture of
+            open_clip. WEIGHTS is one of its pretrained tags, which is downloaded from the Hugging
+            Face hub, or the path of a .safetensors file. OpenAI's own weights in a file belong to
+            the architectures that end in -quickgelu.
 
     Returns:
         The encoder.
 
     Raises:
-        TalosError: open_clip is not installed.
-        TalosOSError: The weights cannot be found or downloaded.
-        TalosValueError: The architecture or tag is unknown, the file is no safetensors file, or its
-            weights do not fit the architecture.
+        TalosRuntimeError: open_clip is not installed.
+        TalosOSError: the weights cannot be found or downloaded.
+        TalosValueError: the architecture or tag is unknown, the file is not a safetensors file, or
+            its weights do not fit the architecture.
     """
     architecture, _, weights = source.removeprefix(PREFIX).partition(":")
-    open_clip = _open_clip()
+    open_clip = import_package("open_clip")
     if architecture not in open_clip.list_models():
         raise TalosValueError(
             f"source must name an architecture of open_clip, got {architecture!r}; known are "
@@ -146,19 +128,11 @@ def load_clip(source: str) -> ClipEncoder:
             f"source must have the weights of {architecture}, got {path}: {error!s:.300}"
         ) from error
     name = f"{PREFIX}{architecture}:{weights if weights in tags else path.name}"
-    sha256 = hash_files([path])
-    return ClipEncoder(clip.float(), transform, tokenize, name=name, sha256=sha256).eval()
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise TalosError(f"CLIP models need open_clip ({error}); {_INSTALL}") from error
-    return open_clip
+    return ClipEncoder(clip.float(), transform, tokenize, name=name).eval()
 
 
 def _local(weights: str, tags: Sequence[str]) -> Path:
+    """Return the path of a .safetensors file."""
     path = Path(weights).expanduser()
     if path.suffix != ".safetensors":
         raise TalosValueError(
@@ -172,7 +146,7 @@ def _local(weights: str, tags: Sequence[str]) -> Path:
 
 
 def _download(source: str, tag: dict[str, Any]) -> Path:
-    """Fetches the safetensors file of a pretrained tag."""
+    """Download the safetensors file of a pretrained tag."""
     repository, _, file = str(tag.get("hf_hub", "")).rpartition("/")
     if not repository:
         raise TalosValueError(
@@ -186,8 +160,7 @@ def _download(source: str, tag: dict[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except Exception as error:  # httpx, OSError and validation errors, by version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise TalosOSError(
             f"source must have a file {name} that can be downloaded from {repository}, got "
-            f"{source} ({reason}); give a .safetensors file where there is no network"
+            f"{source} ({first_line(error)}); give a .safetensors file where there is no network"
         ) from error

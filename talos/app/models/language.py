@@ -1,9 +1,7 @@
-"""Language models as classifiers: the classes' texts are the answers they choose from.
+"""Language models as classifiers: they choose among the texts of the classes.
 
-The logit of a class is the log-probability that the model gives its text after the example's,
-summed over the text's tokens: an encoder-decoder (T5) decodes it, a decoder (GPT-2, Llama) goes on.
-
-transformers is imported when a model is loaded, never before.
+The logit of a class is the log-probability of its text after the example's text, summed over the
+text's tokens. An encoder-decoder (T5) decodes the text; a decoder (GPT-2, Llama) continues with it.
 """
 
 import json
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from talos import batches
 from talos.app.models.base import Classifier, Encoder, checked_class_texts
-from talos.app.models.folders import find_folder, load_folder
+from talos.app.models.folders import load_folder
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -27,53 +25,44 @@ _PADDING = -100  # of answers that are shorter than the longest
 
 
 class LanguageModel(Encoder):
-    """An encoder-decoder or a decoder of transformers.
-
-    `load_language_model` makes one.
+    """An encoder-decoder or a decoder of transformers; `load_encoder` makes one.
 
     Args:
-        model: A transformers model that returns `logits` [B, T, V].
-        tokenizer: The tokenizer that belongs to it.
-        name: What was loaded.
-        sha256: SHA-256 of the weights' file, or over those of several.
+        model: a transformers model that returns `logits` [B, T, V].
+        tokenizer: the tokenizer that belongs to it.
+        name: what was loaded.
     """
 
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        name: str,
-        sha256: str,
+        self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", *, name: str
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.sha256 = sha256
 
     def classifier(self, class_texts: Sequence[str]) -> "AnswerClassifier":
-        """Returns a classifier that chooses among texts.
+        """Return a classifier that chooses among texts.
 
         Args:
-            class_texts: One answer per class.
+            class_texts: one answer per class.
         """
         return AnswerClassifier(self, class_texts)
 
     def answer_ids(self, texts: Sequence[str]) -> Tensor:
-        """Returns the tokens of answers: int64 [len(texts), L], padded with -100.
+        """Return the tokens of answers: int64 [len(texts), L], padded with -100.
 
-        A decoder continues its input, so that its answers begin with a space and have no special
-        tokens; those of an encoder-decoder are tokenised as its targets are.
+        A decoder continues its input, so its answers begin with a space and have no special
+        tokens. Those of an encoder-decoder are tokenised as its targets.
 
         Args:
-            texts: The answers.
+            texts: the answers.
 
         Raises:
-            TalosValueError: An answer has no tokens.
+            TalosValueError: an answer has no tokens.
         """
         if self.model.config.is_encoder_decoder:
             tokens = self.tokenizer(list(texts))["input_ids"]
@@ -90,21 +79,21 @@ class LanguageModel(Encoder):
 
 
 class AnswerClassifier(Classifier):
-    """A language model that chooses among the classes' texts.
+    """A language model that chooses among the texts of the classes.
 
-    The answers are a buffer that is not part of the `state_dict`, which therefore fits every other
-    task with the same model. All parameters are the language model's.
+    The answers are a buffer outside of the `state_dict`, which therefore fits every other task with
+    the same model. All parameters are the language model's.
 
     Args:
-        encoder: The language model, which is kept and not copied.
-        class_texts: One answer per class.
+        encoder: the language model, which is shared and not copied.
+        class_texts: one answer per class.
 
     Raises:
-        TalosTypeError: `class_texts` is one string, or holds something else than strings.
-        TalosValueError: There are fewer than two texts, or one is empty or has no tokens.
+        TalosTypeError: `class_texts` is not a sequence of strings.
+        TalosValueError: there are fewer than two texts, or one is empty or has no tokens.
 
     Attributes:
-        choice_ids: The answers' tokens, int64 [C, L], padded with -100.
+        choice_ids: the answers' tokens, int64 [C, L], padded with -100.
     """
 
     encoder: LanguageModel
@@ -118,10 +107,10 @@ class AnswerClassifier(Classifier):
         self.register_buffer("choice_ids", ids, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the log-probability of each answer.
+        """Return the log-probability of each answer.
 
         Args:
-            batch: `input_ids` and `attention_mask`, both int64 [B, T]; other entries are not read.
+            batch: `input_ids` and `attention_mask`, both int64 [B, T]; other entries are ignored.
 
         Returns:
             float32 [B, C].
@@ -132,29 +121,8 @@ class AnswerClassifier(Classifier):
         return logits
 
 
-def load_language_model(source: str | Path, *, attention: str = "eager") -> LanguageModel:
-    """Loads an encoder-decoder or a decoder in float32 and evaluation mode.
-
-    Only safetensors files are read, never pickle, and no code that comes with a model is run.
-
-    Args:
-        source: A folder with a transformers model, or the name of one on the Hugging Face hub.
-        attention: How transformers computes attention: "eager" or "sdpa".
-
-    Returns:
-        The model.
-
-    Raises:
-        TalosError: transformers is not installed.
-        TalosOSError: The model cannot be found or downloaded.
-        TalosValueError: It is no language model, its folder holds no readable safetensors file, its
-            weights do not fit its configuration, or its tokenizer has no token to pad with.
-    """
-    return language_model(*find_folder(source), attention)
-
-
 def is_language_model(folder: Path) -> bool:
-    """Says whether the configuration of a folder is one of a language model."""
+    """Return whether the configuration of a folder is that of a language model."""
     config = _configuration(folder)
     architectures = config.get("architectures") or []
     return bool(config.get("is_encoder_decoder")) or any(
@@ -162,18 +130,11 @@ def is_language_model(folder: Path) -> bool:
     )
 
 
-def language_model(folder: Path, name: str, attention: str = "eager") -> LanguageModel:
-    """Loads the language model of a folder; see `load_language_model`."""
-    if not is_language_model(folder):
-        raise TalosValueError(
-            f"source must be a language model, got {folder}, whose configuration names none of "
-            f"{', '.join(_ARCHITECTURES)}; load an encoder with load_text_encoder"
-        )
+def load_language_model(folder: Path, name: str) -> LanguageModel:
+    """Load the language model of a folder; see `talos.app.models.load_encoder`."""
     decodes = bool(_configuration(folder).get("is_encoder_decoder"))
     auto = "AutoModelForSeq2SeqLM" if decodes else "AutoModelForCausalLM"
-    model, tokenizer, sha256 = load_folder(
-        folder, lambda library: getattr(library, auto), attention=attention
-    )
+    model, tokenizer = load_folder(folder, auto)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TalosValueError(
@@ -181,11 +142,11 @@ def language_model(folder: Path, name: str, attention: str = "eager") -> Languag
                 "set its pad_token and save it again"
             )
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask hides it
-    return LanguageModel(model, tokenizer, name=name, sha256=sha256).eval()
+    return LanguageModel(model, tokenizer, name=name).eval()
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """Reads config.json; empty where it cannot be read, which the loader then tells."""
+    """Read config.json; return nothing where it cannot be read: the loader reports that."""
     try:
         content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

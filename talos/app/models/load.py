@@ -1,43 +1,50 @@
-"""One name for every kind of model."""
+"""Load a model of any kind by its name."""
+
+from pathlib import Path
 
 from talos.app.models.base import Encoder
 from talos.app.models.clip import PREFIX, load_clip
 from talos.app.models.folders import find_folder
-from talos.app.models.language import is_language_model, language_model
-from talos.app.models.text import load_text_encoder, text_encoder
+from talos.app.models.language import is_language_model, load_language_model
+from talos.app.models.text import load_minilm, load_text_encoder
 
 
-def load_encoder(source: str) -> Encoder:
-    """Loads a pretrained model in float32 and evaluation mode.
+def load_encoder(source: str | Path = "minilm") -> Encoder:
+    """Load a pretrained model in float32 and evaluation mode, without output on the terminal.
+
+    Only safetensors files are read, never pickle, and no code that comes with a model is run.
 
     Args:
-        source: "minilm"; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a
-            transformers model, or the name of one on the Hugging Face hub: a language model where
-            its configuration says so, else a text encoder.
+        source: "minilm", all-MiniLM-L6-v2 (22M parameters) from a Python package, without a
+            download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a
+            transformers model, or the name of one on the Hugging Face hub. Such a model is a
+            language model if its configuration says so, else a text encoder.
 
     Returns:
-        The model; its `classifier` makes it one of a task's classes.
+        The model; its method `classifier` adds the classes of a task.
 
     Raises:
-        TalosError: A package is not installed.
-        TalosOSError: The model cannot be found or downloaded.
-        TalosValueError: It cannot be loaded; see `load_text_encoder`, `load_language_model` and
-            `load_clip`.
+        TalosRuntimeError: an optional package is not installed.
+        TalosOSError: the model cannot be found or downloaded.
+        TalosValueError: the weights of "minilm" are not the published ones, the folder holds no
+            readable safetensors file, its weights do not fit its configuration, or the tokenizer of
+            a language model has no token to pad with.
 
     Example:
-        >>> classifier = load_encoder("minilm").classifier(["an animal", "a vehicle"])
-        >>> classifier.encoder.name
-        'minilm'
+        >>> classifier = load_encoder().classifier(["an animal", "a vehicle"])
+        >>> tokenizer = classifier.encoder.tokenizer
+        >>> classifier(tokenizer(["bus", "horse"], return_tensors="pt")).argmax(dim=1)
+        tensor([1, 0])
     """
     if source == "minilm":
-        return load_text_encoder(source)
-    if source.startswith(PREFIX):
-        return load_clip(source)
+        return load_minilm()
+    if takes_images(str(source)):
+        return load_clip(str(source))
     folder, name = find_folder(source)
-    load = language_model if is_language_model(folder) else text_encoder
+    load = load_language_model if is_language_model(folder) else load_text_encoder
     return load(folder, name)
 
 
 def takes_images(source: str) -> bool:
-    """Says whether a model that `load_encoder` knows classifies images rather than texts."""
+    """Return whether a model that `load_encoder` knows classifies images, not texts."""
     return source.startswith(PREFIX)

@@ -8,14 +8,7 @@ __all__ = ["addition", "interference", "negation", "single", "tasks"]
 
 
 def tasks(results: Results) -> str:
-    """Lists the tasks with their classes and examples.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section that lists the tasks with their classes and examples."""
     rows = []
     for task in results["tasks"]:
         used = task["examples"]
@@ -41,14 +34,7 @@ def tasks(results: Results) -> str:
 
 
 def single(results: Results) -> str:
-    """Compares zero-shot and single-task accuracy.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section that compares zero-shot and single-task accuracy."""
     methods = results["methods"]
     rows = []
     for task in results["tasks"]:
@@ -68,14 +54,7 @@ def single(results: Results) -> str:
 
 
 def addition(results: Results) -> str:
-    """Shows the merged models and how the coefficient was chosen.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section on the merged models and the choice of the coefficient."""
     methods = results["methods"]
     added = [results["addition"][m["name"]] for m in methods]
     rows = [
@@ -102,14 +81,7 @@ def addition(results: Results) -> str:
 
 
 def negation(results: Results) -> str:
-    """Shows how far each task was forgotten, and at what price.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section on how far each task was forgotten, and what that costs the others."""
     methods = results["methods"]
     rows = []
     for task in results["tasks"]:
@@ -159,14 +131,7 @@ def negation(results: Results) -> str:
 
 
 def interference(results: Results) -> str:
-    """Draws what each vector does to the other tasks.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section on what each vector does to the other tasks."""
     names = [task["name"] for task in results["tasks"]]
     pictures = "".join(
         figure(

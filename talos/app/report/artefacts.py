@@ -1,22 +1,24 @@
-"""The sections on what was made: masks, files, time, the next steps, the settings."""
+"""The sections on masks, files, time, the next steps and the settings."""
+
+from statistics import fmean
 
 from talos.app.report import charts, heatmaps
 from talos.app.report.html import escape, figure, method_label, section, table
-from talos.app.report.results import Results, megabytes, percent, vector_bytes
+from talos.app.report.results import (
+    Results,
+    files_of,
+    megabytes,
+    percent,
+    seconds_by_phase,
+    shared_label,
+)
 from talos.app.report.svg import method_colour
 
 __all__ = ["files", "made", "masks", "next_steps", "timings"]
 
 
 def masks(results: Results) -> str:
-    """Shows where the masks lie and how far they overlap.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section on where the masks lie and how far they overlap."""
     rows = []
     for task in results["tasks"]:
         mask = results["masks"][task["name"]]
@@ -69,59 +71,29 @@ def masks(results: Results) -> str:
 
 
 def files(results: Results) -> str:
-    """Compares the files with a dense checkpoint.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section that compares the files with a dense checkpoint."""
     dense = results["model"]["dense_bytes"]
+    kinds = [
+        (
+            f"{method_label(results, method)}: vector",
+            f"vector, {method['title']}",
+            method_colour(results, method["name"]),
+            files_of(results, "vector", method["name"]),
+        )
+        for method in results["methods"]
+    ]
+    kinds.append(("mask", "mask", "#334155", files_of(results, "mask", None)))
     rows = []
     bars = [("dense checkpoint", dense / 1e6, "#94a3b8")]
-    for method in results["methods"]:
-        files = [
-            f for f in results["files"] if f["kind"] == "vector" and f["method"] == method["name"]
-        ]
-        if not files:
-            continue
-        size = vector_bytes(results, method["name"])
-        entries = sum(f["entries"] for f in files) / len(files)
-        rows.append(
-            (
-                f"{method_label(results, method)}: vector",
-                f"{entries:,.0f}",
-                megabytes(size),
-                f"{size / entries:.2f}",
-                f"{dense / size:.1f}×",
-            )
-        )
-        colour = method_colour(results, method["name"])
-        bars.append((f"vector, {method['title']}", size / 1e6, colour))
-    masks = [f for f in results["files"] if f["kind"] == "mask"]
-    if masks:
-        size = sum(f["bytes"] for f in masks) / len(masks)
-        entries = sum(f["entries"] for f in masks) / len(masks)
-        rows.append(
-            (
-                "mask",
-                f"{entries:,.0f}",
-                megabytes(size),
-                f"{size / entries:.2f}",
-                f"{dense / size:.1f}×",
-            )
-        )
-        bars.append(("mask", size / 1e6, "#334155"))
-    rows.append(
-        (
-            "dense checkpoint",
-            f"{results['model']['parameters']:,}",
-            megabytes(dense),
-            "4.00",
-            "1.0×",
-        )
-    )
+    for label, name, colour, found in kinds:
+        if found:
+            size = fmean(file["bytes"] for file in found)
+            entries = fmean(file["entries"] for file in found)
+            bytes_per_entry, smaller = f"{size / entries:.2f}", f"{dense / size:.1f}×"
+            rows.append((label, f"{entries:,.0f}", megabytes(size), bytes_per_entry, smaller))
+            bars.append((name, size / 1e6, colour))
+    parameters = f"{results['model']['parameters']:,}"
+    rows.append(("dense checkpoint", parameters, megabytes(dense), "4.00", "1.0×"))
     return section(
         "What lies on disk",
         "Mean size of a file. Bytes an entry counts the whole file: values, index and names.",
@@ -133,14 +105,7 @@ def files(results: Results) -> str:
 
 
 def timings(results: Results) -> str:
-    """Draws the seconds of each phase.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section on the seconds of each phase."""
     machine = results["machine"]
     total = results["timings"]["total"]
     return section(
@@ -158,14 +123,7 @@ def timings(results: Results) -> str:
 
 
 def next_steps(results: Results) -> str:
-    """Lists commands that go on from here.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section with commands that continue from here."""
     names = [task["name"] for task in results["tasks"]]
     first = results["methods"][0]["name"]
     files = {f["task"]: f["path"] for f in results["files"] if f["method"] == first}
@@ -199,14 +157,7 @@ def next_steps(results: Results) -> str:
 
 
 def made(results: Results) -> str:
-    """Lists settings, versions and losses.
-
-    Args:
-        results: the results.
-
-    Returns:
-        A section of HTML.
-    """
+    """Return the section with settings, versions and losses."""
     settings = [(key, value) for key, value in results["settings"].items() if key != "model"]
     facts = [
         ("model", f"{results['model']['source']}, {results['model']['parameters']:,} entries"),
@@ -245,19 +196,14 @@ def made(results: Results) -> str:
 
 
 def _seconds(results: Results) -> str:
-    """The same as a table: a row a phase, a column for what both share and for each method."""
+    """Return a table of the phases' seconds: a column for all methods together and for each."""
     columns = [None, *(method["name"] for method in results["methods"])]
-    phases: dict[str, dict[str | None, float]] = {}
-    for entry in results["timings"]["phases"]:
-        row = phases.setdefault(entry["phase"], dict.fromkeys(columns, 0.0))
-        row[entry["method"]] += entry["seconds"]
     rows = [
-        (escape(name), *(f"{row[column]:.1f}" if row[column] else "" for column in columns))
-        for name, row in phases.items()
+        (escape(phase), *(f"{row[c]:.1f}" if row.get(c) else "" for c in columns))
+        for phase, row in seconds_by_phase(results).items()
     ]
     labels = (method_label(results, method) for method in results["methods"])
-    shared = "both" if len(columns) < 4 else "all"
-    return table(("seconds", shared, *labels), rows)
+    return table(("seconds", shared_label(results), *labels), rows)
 
 
 def _plain(value: object) -> str:

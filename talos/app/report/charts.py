@@ -1,85 +1,47 @@
 """Curves over the scaling coefficient, bars of sizes and times."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from talos.app.report.results import Results
+from talos.app.report.results import Results, seconds_by_phase, shared_label
 from talos.app.report.svg import GREY, draw, method_colour
 
 __all__ = ["accuracy_curve", "negation_curve", "phase_bars", "size_bars"]
 
 
 def accuracy_curve(results: Results) -> str:
-    """Draws the merged model's accuracy on validation data against the scaling coefficient.
-
-    Args:
-        results: the results.
-
-    Returns:
-        An SVG element: one line a method, a dot at the chosen coefficient.
-    """
+    """Draw the merged models' validation accuracy against the scaling coefficient."""
 
     def paint(axes: Any) -> None:
         for method in results["methods"]:
             entry = results["addition"][method["name"]]
             colour = method_colour(results, method["name"])
-            x = [point["scaling_coef"] for point in entry["grid"]]
-            y = [100 * point["absolute"] for point in entry["grid"]]
-            axes.plot(x, y, color=colour, linewidth=2, label=method["title"])
-            chosen = min(range(len(x)), key=lambda i: abs(x[i] - entry["scaling_coef"]))
-            axes.plot([x[chosen]], [y[chosen]], "o", color=colour, markersize=7)
-        axes.set_xlabel("scaling coefficient")
+            _curve(axes, entry, "absolute", color=colour, linewidth=2, label=method["title"])
         axes.set_ylabel("mean accuracy, %")
-        axes.grid(True)
-        _legend(axes, 2)
 
-    return draw("addition", _height(results), paint)
+    return _coefficients("addition", results, paint)
 
 
 def negation_curve(results: Results, task: str) -> str:
-    """Draws target and control accuracy on validation data against the scaling coefficient.
-
-    Args:
-        results: the results.
-        task: the task whose vector is subtracted.
-
-    Returns:
-        An SVG element: solid lines the target, dashed ones the control, a dot where it was chosen.
-    """
+    """Draw target (solid) and control (dashed) accuracy on validation data of a negated task."""
 
     def paint(axes: Any) -> None:
         for method in results["methods"]:
             entry = results["negation"][method["name"]][task]
             colour = method_colour(results, method["name"])
             for key, line in (("target", "-"), ("control", "--")):
-                points = [p for p in entry["grid"] if p[key] is not None]
-                x = [p["scaling_coef"] for p in points]
-                y = [100 * p[key] for p in points]
                 label: str | None = f"{method['title']}: {key}"
-                if len(results["methods"]) > 2:  # the caption tells solid from dashed
+                if len(results["methods"]) > 2:  # the caption explains solid and dashed lines
                     label = method["title"] if key == "target" else None
-                axes.plot(x, y, line, color=colour, linewidth=1.8, label=label)
-                if key == "target":
-                    at = min(range(len(x)), key=lambda i: abs(x[i] - entry["scaling_coef"]))
-                    axes.plot([x[at]], [y[at]], "o", color=colour, markersize=7)
-        axes.set_xlabel("scaling coefficient")
+                _curve(axes, entry, key, line, color=colour, linewidth=1.8, label=label)
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(bottom=0, top=100)
-        axes.grid(True)
-        _legend(axes, 2)
 
-    return draw(f"negation-{task}", _height(results), paint)
+    return _coefficients(f"negation-{task}", results, paint)
 
 
 def size_bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Draws file sizes as bars.
-
-    Args:
-        rows: label, megabytes and colour of each.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw file sizes as bars; a row is a label, megabytes and a colour."""
 
     def paint(axes: Any) -> None:
         places = range(len(rows))
@@ -97,51 +59,56 @@ def size_bars(rows: Sequence[tuple[str, float, str]]) -> str:
 
 
 def phase_bars(results: Results) -> str:
-    """Draws the seconds of each phase, a colour for each method.
-
-    Args:
-        results: the results.
-
-    Returns:
-        An SVG element.
-    """
-    titles = {method["name"]: method["title"] for method in results["methods"]}
-    shared = "both" if len(titles) < 3 else "all"
-    phases: dict[str, dict[str, float]] = {}
-    for entry in results["timings"]["phases"]:
-        parts = phases.setdefault(entry["phase"], {})
-        method = entry["method"] or ""
-        parts[method] = parts.get(method, 0.0) + entry["seconds"]
+    """Draw the seconds of each phase, a colour for each method."""
+    labels: dict[str | None, str] = {None: shared_label(results)}
+    labels.update({method["name"]: method["title"] for method in results["methods"]})
+    phases = seconds_by_phase(results)
+    columns = 3 if len(results["methods"]) < 3 else 2
 
     def paint(axes: Any) -> None:
-        seen: set[str] = set()
-        names = list(phases)
-        for place, name in enumerate(names):
+        for place, parts in enumerate(phases.values()):
             left = 0.0
-            for method, seconds in phases[name].items():
+            for method, seconds in parts.items():
                 colour = method_colour(results, method) if method else GREY
-                label = titles.get(method, shared) if method not in seen else None
-                seen.add(method)
+                label = labels.pop(method, None)  # each is in the legend once
                 axes.barh([place], [seconds], left=left, color=colour, label=label)
                 left += seconds
             axes.text(left, place, f" {left:.0f} s", va="center", fontsize=8.5)
         longest = max((sum(parts.values()) for parts in phases.values()), default=1.0)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(phases)), list(phases))
         axes.tick_params(length=0)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.18 * longest)
         axes.set_xlabel("seconds")
         axes.spines["left"].set_visible(False)
-        _legend(axes, 3 if len(titles) < 3 else 2)
+        _legend(axes, columns)
 
     return draw("phases", 1.1 + 0.34 * len(phases), paint)
 
 
-def _height(results: Results) -> float:
-    """Inches of a plot of curves: more where the legend has more rows."""
-    return 3.1 + 0.09 * max(0, len(results["methods"]) - 2)
+def _coefficients(name: str, results: Results, paint: Callable[[Any], None]) -> str:
+    """Draw curves over the scaling coefficient; the legend of more methods needs more height."""
+
+    def framed(axes: Any) -> None:
+        paint(axes)
+        axes.set_xlabel("scaling coefficient")
+        axes.grid(True)
+        _legend(axes, 2)
+
+    return draw(name, 3.1 + 0.09 * max(0, len(results["methods"]) - 2), framed)
+
+
+def _curve(axes: Any, entry: dict[str, Any], key: str, line: str = "-", **style: Any) -> None:
+    """Draw the points of a grid that have a value; mark the chosen one, but not of a control."""
+    points = [point for point in entry["grid"] if point[key] is not None]
+    x = [point["scaling_coef"] for point in points]
+    y = [100 * point[key] for point in points]
+    axes.plot(x, y, line, **style)
+    if key != "control":
+        chosen = min(range(len(x)), key=lambda i: abs(x[i] - entry["scaling_coef"]))
+        axes.plot([x[chosen]], [y[chosen]], "o", color=style["color"], markersize=7)
 
 
 def _legend(axes: Any, columns: int) -> None:
-    """Puts the legend above the plot, where no line can run through it."""
+    """Put the legend above the plot, where no line can run through it."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=8.5)

@@ -12,21 +12,12 @@ __all__ = ["mask_structure", "matrix"]
 _SHORT = {"query": "q", "key": "k", "value": "v", "attention out": "attn\nout"}
 
 
-def mask_structure(results: Results, task: str | None = None) -> str:
-    """Draws the density of each layer's projections, norms and biases.
-
-    Args:
-        results: the results.
-        task: one task's mask; by default the mean over all tasks.
-
-    Returns:
-        An SVG element: layers down, types across, shade and number the density in per cent.
-    """
-    names = [task] if task is not None else list(results["masks"])
+def mask_structure(results: Results) -> str:
+    """Draw the density in per cent of each layer and type, the mean over all tasks."""
     nnz: dict[tuple[str, str], int] = {}
     numel: dict[tuple[str, str], int] = {}
-    for name in names:
-        for entry in results["masks"][name]["structure"]:
+    for mask in results["masks"].values():
+        for entry in mask["structure"]:
             key = (str(entry["layer"]), str(entry["kind"]))
             nnz[key] = nnz.get(key, 0) + entry["nnz"]
             numel[key] = numel.get(key, 0) + entry["numel"]
@@ -46,7 +37,7 @@ def mask_structure(results: Results, task: str | None = None) -> str:
         _heat(axes, values, layers, labels, low=0, high=100, colours="YlGnBu", form="{:.1f}")
         axes.set_ylabel("layer")
 
-    return draw(f"structure-{task or 'mean'}", 0.9 + 0.33 * len(layers), paint)
+    return draw("structure-mean", 0.9 + 0.33 * len(layers), paint)
 
 
 def matrix(
@@ -57,30 +48,25 @@ def matrix(
     low: float,
     high: float,
     colours: str = "YlGnBu",
-    form: str = "{:.2f}",
     row_label: str = "",
     column_label: str = "",
 ) -> str:
-    """Draws a square matrix over the tasks.
+    """Draw a square matrix over the tasks.
 
     Args:
         name: the figure's name, for its ids.
         values: rows.
         labels: the tasks' names, for rows and columns.
-        low: the value of the lightest shade.
-        high: the value of the darkest.
+        low: the value of one end of the colour map.
+        high: the value of its other end.
         colours: a matplotlib colour map.
-        form: how a value is written.
-        row_label: what the rows are.
-        column_label: what the columns are.
-
-    Returns:
-        An SVG element.
+        row_label: the label of the rows.
+        column_label: the label of the columns.
     """
 
     def paint(axes: Any) -> None:
         short = [_folded(label) for label in labels]
-        _heat(axes, values, short, short, low=low, high=high, colours=colours, form=form)
+        _heat(axes, values, short, short, low=low, high=high, colours=colours, form="{:.2f}")
         axes.tick_params(axis="x", labelsize=8 if len(labels) < 5 else 7)
         axes.set_ylabel(row_label)
         axes.set_xlabel(column_label)
@@ -134,7 +120,7 @@ def _layer_order(layer: str) -> tuple[int, str]:
 
 
 def _folded(label: str) -> str:
-    """Breaks a name into lines at its underscores, and cuts lines that are too long even so."""
+    """Break a name into lines at its underscores, and cut lines that are still too long."""
     lines = [""]
     for part in label.replace("_", "_\0").split("\0"):
         if lines[-1] and len(lines[-1]) + len(part) > 11:

@@ -1,4 +1,4 @@
-"""The page's building blocks: tables, figures, sections. Every text that comes in is escaped."""
+"""The page's building blocks: tables, figures, sections. All texts of the results are escaped."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -10,26 +10,12 @@ __all__ = ["escape", "estimate", "figure", "method_label", "section", "table"]
 
 
 def escape(text: object) -> str:
-    """Makes a text safe between tags and in attributes.
-
-    Args:
-        text: anything with a string form.
-
-    Returns:
-        HTML.
-    """
+    """Return a text that is safe between tags and in attributes."""
     return html.escape(str(text), quote=True)
 
 
 def estimate(entry: dict[str, float]) -> str:
-    """Writes an estimate with its interval.
-
-    Args:
-        entry: `value`, `low` and `high`, shares.
-
-    Returns:
-        HTML, in per cent.
-    """
+    """Return an estimate with its interval as HTML, in per cent."""
     return (
         f"<b>{percent(entry['value'])}</b> "
         f"<small>{percent(entry['low'])}–{percent(entry['high'])}</small>"
@@ -37,15 +23,12 @@ def estimate(entry: dict[str, float]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Builds a table that scrolls sideways where it must.
+    """Return a table that scrolls sideways where it must.
 
     Args:
         head: HTML of the head's cells.
         rows: HTML of each row's cells.
-        text_columns: how many columns from the left hold text; the others are numbers.
-
-    Returns:
-        HTML.
+        text_columns: number of columns from the left that hold text; the others hold numbers.
     """
 
     def cells(tag: str, row: Sequence[str]) -> str:
@@ -63,15 +46,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: i
 
 
 def figure(svg: str, caption: str, label: str) -> str:
-    """Puts a caption under a figure.
+    """Return a figure with its caption.
 
     Args:
         svg: the figure's element.
         caption: text under it.
-        label: what it shows, for those who do not see it.
-
-    Returns:
-        HTML.
+        label: a description for screen readers.
     """
     return (
         f'<figure role=img aria-label="{escape(label)}">{svg}'
@@ -80,30 +60,12 @@ def figure(svg: str, caption: str, label: str) -> str:
 
 
 def section(title: str, text: str, *parts: str) -> str:
-    """Builds a section.
-
-    Args:
-        title: text of its heading.
-        text: an introduction, may be empty.
-        *parts: HTML.
-
-    Returns:
-        HTML.
-    """
-    lead = f"<p>{escape(text)}</p>" if text else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{''.join(parts)}</section>"
+    """Return a section of a heading, an introduction in plain text, and parts in HTML."""
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
 
 
 def method_label(results: Results, method: dict[str, str]) -> str:
-    """Writes a method's title with a dot of its colour.
-
-    Args:
-        results: the results.
-        method: an entry of `methods`.
-
-    Returns:
-        HTML.
-    """
+    """Return a method's title as HTML, with a dot of its colour."""
     colour = method_colour(results, method["name"])
     return (
         f'<span class=method><span class=dot style="background:{colour}"></span>'

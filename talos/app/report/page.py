@@ -19,11 +19,7 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> None:
-    """Renders the results and writes the page in one atomic step.
-
-    Args:
-        results: the results, see `talos.app.report.results`.
-        path: where to; replaced when it exists.
+    """Render the results and write the page in one atomic step.
 
     Raises:
         TalosValueError: the results are of another schema or lack a key.
@@ -35,13 +31,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
 
 
 def render(results: Results) -> str:
-    """Turns results into one HTML document.
-
-    Args:
-        results: the results, see `talos.app.report.results`.
-
-    Returns:
-        The document: styles and figures inline, no script, nothing loaded from elsewhere.
+    """Render results as one HTML document: styles and figures inline, nothing loaded.
 
     Raises:
         TalosValueError: the results are of another schema or lack a key.

@@ -1,4 +1,4 @@
-"""The results of one demo: schema, loading, saving and the sentences that sum them up.
+"""The results of one demo: schema, loading, saving, and a summary in a few sentences.
 
 Version 1. An *estimate* is `{"value", "low", "high", "n"}`: an accuracy in [0, 1] (or a ratio of
 two), its 95 % bootstrap interval and the number of examples. Matrices are lists of rows in the
@@ -65,10 +65,7 @@ _KEYS = (
 
 
 def load_results(path: str | os.PathLike[str]) -> Results:
-    """Reads and checks a `results.json`.
-
-    Args:
-        path: the file.
+    """Read and check a `results.json`.
 
     Returns:
         The results, a plain dict; the module's docstring lists its keys.
@@ -96,11 +93,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
 
 
 def check_results(results: Any, where: str = "results") -> None:
-    """Checks schema, version and keys.
-
-    Args:
-        results: what was read.
-        where: how an error names it.
+    """Check schema, version and keys; errors name the results as `where`.
 
     Raises:
         TalosValueError: another schema or version, or a missing key.
@@ -122,11 +115,7 @@ def check_results(results: Any, where: str = "results") -> None:
 
 
 def save_results(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes results as JSON, in one atomic step.
-
-    Args:
-        results: the results.
-        path: where to; replaced when it exists.
+    """Write results as JSON in one atomic step; an existing file is replaced.
 
     Raises:
         TalosValueError: the results lack a key, or hold NaN or infinity.
@@ -141,55 +130,47 @@ def save_results(results: Results, path: str | os.PathLike[str]) -> None:
 
 
 def percent(value: float) -> str:
-    """Formats a share as a percentage with one decimal.
-
-    Args:
-        value: the share.
-
-    Returns:
-        For example `93.1`.
-    """
+    """Format a share as a percentage with one decimal, for example `93.1`."""
     return f"{100 * value:.1f}"
 
 
 def megabytes(count: float) -> str:
-    """Formats a number of bytes.
-
-    Args:
-        count: bytes.
-
-    Returns:
-        For example `4.6 MB` or `812 kB` (powers of ten).
-    """
+    """Format a number of bytes, for example `4.6 MB` or `812 kB` (powers of ten)."""
     if count >= 1e6:
         return f"{count / 1e6:.1f} MB"
     return f"{count / 1e3:.0f} kB" if count >= 1e4 else f"{count:.0f} B"
 
 
+def files_of(results: Results, kind: str, method: str | None) -> list[dict[str, Any]]:
+    """Return the files of a kind, "vector" or "mask", that a method wrote."""
+    return [f for f in results["files"] if (f["kind"], f["method"]) == (kind, method)]
+
+
 def vector_bytes(results: Results, method: str) -> float:
-    """Mean size of a method's task-vector files.
-
-    Args:
-        results: the results.
-        method: the method's name.
-
-    Returns:
-        Bytes.
-    """
-    sizes = [
-        f["bytes"] for f in results["files"] if f["kind"] == "vector" and f["method"] == method
-    ]
+    """Return the mean size of a method's task-vector files in bytes, 0 without any."""
+    sizes = [file["bytes"] for file in files_of(results, "vector", method)]
     return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def headline(results: Results) -> list[str]:
-    """Sums the results up, whoever won.
+def seconds_by_phase(results: Results) -> dict[str, dict[str | None, float]]:
+    """Return the seconds of each phase by method; None stands for all methods together."""
+    phases: dict[str, dict[str | None, float]] = {}
+    for entry in results["timings"]["phases"]:
+        parts = phases.setdefault(entry["phase"], {})
+        parts[entry["method"]] = parts.get(entry["method"], 0.0) + entry["seconds"]
+    return phases
 
-    Args:
-        results: the results.
+
+def shared_label(results: Results) -> str:
+    """Return the label of the time that belongs to all methods together."""
+    return "both" if len(results["methods"]) < 3 else "all"
+
+
+def headline(results: Results) -> list[str]:
+    """Summarise the results, whichever method is better.
 
     Returns:
-        Two or three sentences: addition with its paired difference, negation, sizes.
+        Two to four sentences: addition with its paired difference, accuracies, negation, sizes.
     """
     methods = results["methods"]
     first = methods[0]

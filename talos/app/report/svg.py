@@ -1,12 +1,12 @@
-"""Inline SVG made by matplotlib: text stays text, nothing outside is referred to."""
+"""Inline SVG made by matplotlib: text stays text, and nothing is loaded from elsewhere."""
 
 import io
 import re
 from collections.abc import Callable
 from typing import Any
 
+from talos.app.extras import import_package
 from talos.app.report.results import Results
-from talos.errors import TalosRuntimeError
 
 __all__ = ["GREY", "INK", "draw", "method_colour"]
 
@@ -20,21 +20,13 @@ _WIDTH = 4.9  # inches: the text stays readable when a phone scales the figure t
 
 
 def method_colour(results: Results, method: str) -> str:
-    """Gives a method its colour.
-
-    Args:
-        results: the results.
-        method: the method's name.
-
-    Returns:
-        A CSS colour, the same in every figure and table.
-    """
+    """Return a method's CSS colour, the same in every figure and table."""
     names = [entry["name"] for entry in results["methods"]]
     return _COLOURS[names.index(method) % len(_COLOURS)]
 
 
 def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
-    """Draws one figure.
+    """Draw one figure.
 
     Args:
         name: makes the figure's ids unique on the page.
@@ -48,13 +40,7 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
         TalosRuntimeError: matplotlib is missing.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise TalosRuntimeError(
-            "the report must have matplotlib for its figures, got no such module; "
-            "pip install 'talos-sparse[report]'"
-        ) from error
+    matplotlib = import_package("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,9 +74,9 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Cuts an SVG document down to the element that HTML wants.
+    """Return the SVG element alone, without prolog, metadata and namespaces.
 
-    No prolog, metadata or namespaces; only ids that something refers to, made unique on the page.
+    Ids without a reference are removed; the others are made unique on the page.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,25 +1,17 @@
 """Classification tasks: made of the Python installation itself, or of a user's texts or images."""
 
 from talos.app.tasks.files import load_file
-from talos.app.tasks.images import (
-    ImageBatches,
-    ImageExample,
-    ImageTask,
-    load_digits,
-    load_image_folder,
-)
+from talos.app.tasks.images import ImageExample, ImageTask, load_digits, load_image_folder
 from talos.app.tasks.registry import available_tasks, load_task
-from talos.app.tasks.task import Batches, Example, LabelledSplits, Task, Tokenizer
+from talos.app.tasks.task import Batches, Example, LabelledSplits, Task
 
 __all__ = [
     "Batches",
     "Example",
-    "ImageBatches",
     "ImageExample",
     "ImageTask",
     "LabelledSplits",
     "Task",
-    "Tokenizer",
     "available_tasks",
     "load_digits",
     "load_file",

@@ -2,49 +2,38 @@
 
 import csv
 import json
-import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from talos.app.tasks.splits import split_classes
+from talos.app.tasks.splits import MIN_CLASS, split_classes, words
 from talos.app.tasks.task import Example, Task
-from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+from talos.errors import TalosOSError, TalosValueError
 
 COLUMNS = ("text", "label")
-# One for each split.
-MIN_CLASS = 3
 
 
-def load_file(
-    path: str | Path,
-    *,
-    seed: int = 0,
-    name: str | None = None,
-    class_texts: Mapping[str, str] | None = None,
-) -> Task:
-    r"""Loads a task from a file and splits it 80/10/10, each class on its own.
+def load_file(path: str | Path, *, seed: int = 0) -> Task:
+    r"""Load a task from a file and split it 80/10/10 within each class.
 
     A `.csv` file has a header row with the columns `text` and `label`; each line of a `.jsonl` file
-    is an object with these keys. Other columns are allowed and not read. Both are UTF-8. A row that
-    repeats a text with the same label is dropped, so that no text is in two splits.
+    is an object with these keys. Other columns are ignored. Both are UTF-8. A row that repeats a
+    text with the same label is dropped, so that no text is in two splits. The zero-shot head is
+    made of the labels, with spaces for underscores and hyphens.
 
     Args:
-        path: The file.
-        seed: Decides which rows come into which split.
-        name: Name of the task, by default the file's name without its suffix.
-        class_texts: For each label the text that the zero-shot head is made of, by default the
-            label with spaces for underscores and hyphens.
+        path: the file.
+        seed: decides which rows are in which split.
 
     Returns:
-        The task; its classes are the labels, sorted, by value where all are whole numbers.
+        The task, named like the file without its suffix. Its classes are the labels, sorted; by
+        value where all are whole numbers.
 
     Raises:
-        TalosOSError: The file cannot be read.
-        TalosTypeError: `seed` is not an integer.
-        TalosValueError: The file has another suffix, is not what its suffix says, lacks a column,
+        TalosOSError: the file cannot be read.
+        TalosValueError: the file has another suffix, is not what its suffix says, lacks a column,
             has no rows, an empty text or label, one text with two labels, fewer than two classes,
-            or a class with fewer than three texts; or `class_texts` has other keys than the labels.
+            or a class with fewer than three texts; or `seed` is not an integer.
 
     Example:
         >>> import pathlib, tempfile
@@ -57,10 +46,6 @@ def load_file(
         (('cat', 'dog'), 16, 2, 2)
     """
     path = Path(path)
-    try:
-        seed = operator.index(seed)
-    except TypeError:
-        raise TalosTypeError(f"seed must be an integer, got {seed!r}") from None
     rows = _unique(path, _read(path))
     counts = Counter(rows.values())
     if len(counts) < 2:
@@ -76,30 +61,21 @@ def load_file(
         )
     whole = all(label.lstrip("-").isdecimal() for label in counts)
     names = sorted(counts, key=lambda label: (int(label) if whole else 0, label))
-    if class_texts is not None and set(class_texts) != set(names):
-        raise TalosValueError(
-            f"class_texts must have the labels of {path} as keys ({', '.join(names)}), got "
-            f"{', '.join(class_texts)}"
-        )
-    texts = class_texts or {label: label.replace("_", " ").replace("-", " ") for label in names}
     classes = [
         [Example(text, label) for text, found in rows.items() if found == name]
         for label, name in enumerate(names)
     ]
-    train, validation, test = split_classes(classes, seed)
     return Task(
-        name=path.stem if name is None else name,
-        description=f"Rows of {path.name}, split 80/10/10 within each class.",
-        class_names=tuple(names),
-        class_texts=tuple(texts[label] for label in names),
-        train=train,
-        validation=validation,
-        test=test,
+        path.stem,
+        f"Rows of {path.name}, split 80/10/10 within each class.",
+        tuple(names),
+        tuple(words(name) for name in names),
+        *split_classes(classes, seed),
     )
 
 
 def _unique(path: Path, rows: Iterator[tuple[int, str, str]]) -> dict[str, str]:
-    """Returns labels by text in the file's order."""
+    """Return the label of each text, in the file's order."""
     labels: dict[str, str] = {}
     first: dict[str, int] = {}
     for line, text, label in rows:
@@ -115,7 +91,7 @@ def _unique(path: Path, rows: Iterator[tuple[int, str, str]]) -> dict[str, str]:
 
 
 def _read(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yields line number, text and label of each row."""
+    """Yield line number, text and label of each row."""
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
         raise TalosValueError(

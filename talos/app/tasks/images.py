@@ -1,14 +1,14 @@
-"""Image classification tasks: a folder with one subfolder a class, or scikit-learn's digits.
+"""Image classification tasks: a folder with one subfolder per class, or scikit-learn's digits.
 
-PIL and scikit-learn are imported when images are opened or loaded, never before.
+Pillow and scikit-learn are imported when images are opened or loaded, never before.
 """
 
 import hashlib
-import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talos.app.tasks.files import MIN_CLASS
-from talos.app.tasks.splits import split_classes
-from talos.app.tasks.task import LabelledSplits, ordered
-from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
+from talos.app.extras import import_package
+from talos.app.tasks.splits import MIN_CLASS, split_classes, words
+from talos.app.tasks.task import Collate, LabelledSplits
+from talos.errors import TalosOSError, TalosValueError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,33 +32,29 @@ class ImageExample:
     """An image with its class.
 
     Attributes:
-        image: A file, or gray values, uint8 [H, W].
-        label: Index into the task's `class_names`.
+        image: a file, or gray values, uint8 [H, W].
+        label: index into the task's `class_names`.
     """
 
     image: Path | np.ndarray
     label: int
 
     def open(self) -> Any:
-        """Returns the image as PIL's, in RGB.
+        """Return the image as a PIL image in RGB.
 
         Raises:
-            TalosError: PIL is not installed.
-            TalosValueError: The file is no image that PIL can read.
+            TalosError: Pillow is not installed.
+            TalosValueError: Pillow cannot read the file.
         """
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise TalosError(f"images need Pillow ({error}); pip install pillow") from error
+        pillow = import_package("PIL.Image")
         if isinstance(self.image, np.ndarray):
-            return Image.fromarray(self.image).convert("RGB")
+            return pillow.fromarray(self.image).convert("RGB")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.image) as opened:
+                warnings.simplefilter("error", pillow.DecompressionBombWarning)
+                with pillow.open(self.image) as opened:
                     return opened.convert("RGB")
-        # PIL's plugins raise what they like over a damaged file.
-        except Exception as error:
+        except Exception as error:  # Pillow's plugins raise any error over a damaged file
             raise TalosValueError(
                 f"path must hold images that can be read, got {self.image} "
                 f"({type(error).__name__}); replace or remove it"
@@ -67,166 +63,55 @@ class ImageExample:
 
 @dataclass(frozen=True)
 class ImageTask(LabelledSplits[ImageExample]):
-    """An image classification task with three splits that share no image; see `LabelledSplits`."""
+    """An image classification task; see `LabelledSplits`."""
 
     reads = "images"
 
-    def batches(
-        self,
-        split: str,
-        tokenizer: Transform,
-        *,
-        batch_size: int = 32,
-        max_length: int = 48,
-        seed: int | None = None,
-        epoch: int = 0,
-    ) -> "ImageBatches":
-        """Returns the split's batches, which can be iterated as often as one likes.
-
-        The arguments are those of `Task.batches`, so that one trainer takes both kinds.
-
-        Args:
-            split: "train", "validation" or "test".
-            tokenizer: Turns a PIL image into float32 [3, H, W].
-            batch_size: Images per batch; the last batch holds what is left.
-            max_length: Of texts; images have none.
-            seed: Shuffles the examples; None keeps their order.
-            epoch: Shuffles in another order for the same seed.
-
-        Returns:
-            The batches.
-
-        Raises:
-            TalosValueError: There is no such split, or `batch_size` is below 1.
-
-        Example:
-            >>> pixels = np.zeros((8, 8), dtype=np.uint8)
-            >>> task = ImageTask("t", "", ("a", "b"), ("a", "b"), [ImageExample(pixels, 1)], [], [])
-            >>> def transform(image):
-            ...     return torch.zeros(3, *image.size)
-            >>> next(iter(task.batches("train", transform)))["pixel_values"].shape
-            torch.Size([1, 3, 8, 8])
-        """
+    def _inputs(
+        self, split: str, tokenizer: Transform, max_length: int
+    ) -> tuple[Collate, Sequence[int]]:
         examples = self.examples(split)
-        if batch_size < 1:
-            raise TalosValueError(f"batch_size must be at least 1, got {batch_size}")
-        return ImageBatches(examples, tokenizer, batch_size=batch_size, seed=seed, epoch=epoch)
+        return partial(_stacked, examples, tokenizer), [0] * len(examples)
 
 
-class ImageBatches:
-    """Batches of images: the same ones in the same order each time they are iterated.
-
-    Each is a dict of `pixel_values`, float32 [B, 3, H, W], and `labels`, int64 [B]. Images are
-    opened when their batch is due.
-
-    Args:
-        examples: The images.
-        transform: Turns a PIL image into float32 [3, H, W].
-        batch_size: Images per batch.
-        seed: Shuffles; None keeps the order.
-        epoch: Together with the seed decides the order.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[ImageExample],
-        transform: Transform,
-        *,
-        batch_size: int,
-        seed: int | None = None,
-        epoch: int = 0,
-    ) -> None:
-        self.examples = examples
-        self.transform = transform
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iterations; without a seed it stays the same.
-
-        Args:
-            epoch: Number of the epoch.
-        """
-        self.epoch = epoch
-
-    @property
-    def labels(self) -> list[int]:
-        """One label per image, in the order of `examples`."""
-        return [example.label for example in self.examples]
-
-    def shortest_first(self, stride: int = 1) -> "ImageBatches":
-        """Returns batches in the order of the examples; images are all of one size.
-
-        Args:
-            stride: Only every so many-th image is taken.
-
-        Returns:
-            The batches, whatever the seed.
-        """
-        return ImageBatches(self.examples[::stride], self.transform, batch_size=self.batch_size)
-
-    def first(self, count: int) -> "ImageBatches":
-        """Returns batches of the images that come first in the order of this epoch.
-
-        Args:
-            count: How many images.
-
-        Returns:
-            The batches, in that order, whatever the seed.
-        """
-        chosen = ordered(len(self.examples), self.seed, self.epoch)[:count]
-        examples = [self.examples[i] for i in chosen]
-        return ImageBatches(examples, self.transform, batch_size=self.batch_size)
-
-    def __len__(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order = ordered(len(self.examples), self.seed, self.epoch)
-        for start in range(0, len(order), self.batch_size):
-            chosen = [self.examples[i] for i in order[start : start + self.batch_size]]
-            pixels = torch.stack([self.transform(example.open()) for example in chosen])
-            labels = torch.tensor(
-                [example.label for example in chosen], dtype=torch.int64, device="cpu"
-            )
-            yield {"pixel_values": pixels, "labels": labels}
+def _stacked(
+    examples: Sequence[ImageExample], transform: Transform, places: Sequence[int]
+) -> dict[str, Tensor]:
+    """Open the images of a batch."""
+    pixels = [transform(examples[place].open()) for place in places]
+    return {"pixel_values": torch.stack(pixels)}
 
 
-def load_image_folder(path: str | Path, *, seed: int = 0, name: str | None = None) -> ImageTask:
-    """Loads a task from a folder with one subfolder a class, split 80/10/10, each class on its own.
+def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
+    """Load a task from a folder with one subfolder per class, split 80/10/10 within each class.
 
-    Images are taken from subfolders of any depth; a file whose bytes repeat another's of its class
-    is dropped, so that no image is in two splits. The text of a class is "a photo of a" and its
-    folder's name, with spaces for underscores and hyphens. Files are opened when they are needed.
+    Images are taken from subfolders of any depth. Of equal files in a class one is kept, so that
+    no image is in two splits. The text of a class is "a photo of a" and its folder's name, with
+    spaces for underscores and hyphens. Files are opened when their batch is made.
 
     Args:
-        path: The folder.
-        seed: Decides which images come into which split.
-        name: Name of the task, by default the folder's.
+        path: the folder.
+        seed: decides which images are in which split.
 
     Returns:
-        The task; its classes are the subfolders, sorted.
+        The task; its name is the folder's, its classes are the subfolders, sorted.
 
     Raises:
-        TalosOSError: The folder or a file in it cannot be read.
-        TalosTypeError: `seed` is not an integer.
-        TalosValueError: There are fewer than two subfolders, a class has fewer than three images,
-            or one image is in two classes.
+        TalosOSError: the folder or a file in it cannot be read.
+        TalosValueError: there are fewer than two subfolders, a class has fewer than three images,
+            or one image is in two classes; or `seed` is not an integer.
     """
     path = Path(path)
-    seed = _integer(seed)
     try:
         folders = sorted(each for each in path.iterdir() if each.is_dir() and _visible(each))
-        images = [_images(folder) for folder in folders]
-        images = _unique(images)
+        images = _unique([_images(folder) for folder in folders])
     except OSError as error:
         raise TalosOSError(
             f"path must be a folder that can be read, got {path} ({error.strerror})"
         ) from error
     if len(folders) < 2:
         raise TalosValueError(
-            f"path must hold one folder of images a class, at least two, got {len(folders)} in "
+            f"path must hold one folder of images per class, at least two, got {len(folders)} in "
             f"{path}; sort the images into folders that are named after their classes"
         )
     small = [
@@ -240,70 +125,46 @@ def load_image_folder(path: str | Path, *, seed: int = 0, name: str | None = Non
             f"split, got {', '.join(small)} in {path}; add images ({', '.join(SUFFIXES)})"
         )
     classes = [[ImageExample(file, label) for file in files] for label, files in enumerate(images)]
-    train, validation, test = split_classes(classes, seed)
     names = tuple(folder.name for folder in folders)
     return ImageTask(
-        name=path.resolve().name if name is None else name,
-        description=f"Images of {path.name}, split 80/10/10 within each class.",
-        class_names=names,
-        class_texts=tuple(f"a photo of a {_words(each)}" for each in names),
-        train=train,
-        validation=validation,
-        test=test,
+        path.resolve().name,
+        f"Images of {path.name}, split 80/10/10 within each class.",
+        names,
+        tuple(f"a photo of a {words(each)}" for each in names),
+        *split_classes(classes, seed),
     )
 
 
 def load_digits(*, seed: int = 0) -> ImageTask:
-    """Loads scikit-learn's 1797 handwritten digits of 8 x 8 pixels, split 80/10/10.
+    """Load scikit-learn's 1797 handwritten digits of 8 x 8 pixels, split 80/10/10.
 
     Args:
-        seed: Decides which images come into which split.
+        seed: decides which images are in which split.
 
     Returns:
-        The task; its classes are the digits, whose texts are "the digit zero" and so on.
+        The task; its class texts are "the digit zero" to "the digit nine".
 
     Raises:
         TalosError: scikit-learn is not installed.
-        TalosTypeError: `seed` is not an integer.
+        TalosValueError: `seed` is not an integer.
     """
-    seed = _integer(seed)
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise TalosError(
-            f"digits come with scikit-learn ({error}); pip install scikit-learn"
-        ) from error
-    data = datasets.load_digits()
+    data = import_package("sklearn.datasets").load_digits()
     pixels = np.round(data.images * (255 / 16)).astype(np.uint8)  # gray values from 0 to 16
     classes = [
         [ImageExample(image, digit) for image in pixels[data.target == digit]]
         for digit in range(len(_DIGITS))
     ]
-    train, validation, test = split_classes(classes, seed)
     return ImageTask(
-        name="digits",
-        description="Handwritten digits of scikit-learn, split 80/10/10 within each class.",
-        class_names=_DIGITS,
-        class_texts=tuple(f"the digit {each}" for each in _DIGITS),
-        train=train,
-        validation=validation,
-        test=test,
+        "digits",
+        "Handwritten digits of scikit-learn, split 80/10/10 within each class.",
+        _DIGITS,
+        tuple(f"the digit {each}" for each in _DIGITS),
+        *split_classes(classes, seed),
     )
-
-
-def _integer(seed: int) -> int:
-    try:
-        return operator.index(seed)
-    except TypeError:
-        raise TalosTypeError(f"seed must be an integer, got {seed!r}") from None
 
 
 def _visible(path: Path) -> bool:
     return not path.name.startswith(".")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ")
 
 
 def _images(folder: Path) -> list[Path]:
@@ -315,7 +176,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _unique(classes: list[list[Path]]) -> list[list[Path]]:
-    """Keeps the first of equal files; only files of one size are read and compared."""
+    """Keep the first of equal files; only files of one size are read and compared."""
     sizes = Counter(file.stat().st_size for files in classes for file in files)
     first: dict[str, Path] = {}
     kept: list[list[Path]] = []

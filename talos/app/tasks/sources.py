@@ -1,7 +1,7 @@
-"""Reads the texts of a Python standard library: docstrings, comments, functions, messages.
+"""Read the texts of the Python standard library: docstrings, comments, functions, messages.
 
 Files are parsed with `ast`, never imported or executed. Everything read is kept for the life of the
-process, keyed by the library's folder, because six tasks look at the same few hundred files.
+process, because six tasks read the same few hundred files.
 """
 
 import ast
@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from talos.errors import TalosOSError
-
 # Longer than the 48 to 64 tokens a batch holds; only the display in a report sees the rest.
 MAX_CHARS = 320
 MIN_CHARS = 24
@@ -23,10 +21,6 @@ MIN_CHARS = 24
 # Not the standard library's own text, or data that differs from machine to machine.
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "lib-dynload"})
 TEST_FOLDERS = frozenset({"test", "tests", "testmock"})
-
-REGEX_FUNCTIONS = frozenset(
-    {"compile", "match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"}
-)
 
 
 @dataclass(frozen=True)
@@ -43,12 +37,11 @@ class SourceFile:
     """The texts of one file, each list in the order of the file.
 
     Attributes:
-        path: Path below the library's folder, with `/` on every system.
-        docstrings: The beginnings of function and class docstrings.
-        comments: Blocks of full-line comments, joined.
-        functions: Functions and methods that are not inside another function.
-        messages: Texts of raised exceptions.
-        regexes: Constant patterns given to functions of `re`.
+        path: path below the library's folder, with `/` on every system.
+        docstrings: the beginnings of function and class docstrings.
+        comments: blocks of full-line comments, joined.
+        functions: functions and methods that are not inside another function.
+        messages: texts of raised exceptions.
     """
 
     path: str
@@ -56,27 +49,16 @@ class SourceFile:
     comments: tuple[str, ...]
     functions: tuple[Function, ...]
     messages: tuple[str, ...]
-    regexes: tuple[str, ...]
 
 
-def library_folder(source: str | Path | None = None) -> Path:
-    """Returns the folder of the standard library to read, by default the running interpreter's.
-
-    Raises:
-        TalosOSError: `source` is not a folder.
-    """
-    folder = Path(sysconfig.get_path("stdlib") if source is None else source)
-    if source is not None and not folder.is_dir():
-        raise TalosOSError(
-            f"source must be the folder of a Python standard library, got {str(source)!r}; "
-            "leave it out to read the running interpreter's"
-        )
-    return folder.resolve()
+def library_folder() -> Path:
+    """Return the folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_path("stdlib")).resolve()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def list_files(folder: Path, tests: bool) -> tuple[str, ...]:
-    """Lists the paths of the library's modules, or of its test modules, sorted."""
+    """List the paths of the library's modules, or of its test modules, sorted."""
     found = []
     for path in _walk(folder):
         parts = path.parts[:-1]
@@ -104,14 +86,14 @@ def _walk(folder: Path, below: Path = Path()) -> Iterator[Path]:
             yield from _walk(folder, relative)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def read_source(folder: Path, path: str) -> SourceFile:
-    """Parses one file; a file that this Python cannot parse or decode gives no text."""
-    empty = SourceFile(path, (), (), (), (), ())
+    """Parse one file; a file that this Python cannot parse or decode gives no text."""
+    empty = SourceFile(path, (), (), (), ())
     try:
         data = (folder / path).read_bytes()
         with warnings.catch_warnings():
-            # Invalid escapes in other people's string literals are not the caller's business.
+            # Python warns of invalid escapes in the library's own string literals.
             warnings.simplefilter("ignore")
             tree = ast.parse(data)
         lines = data.decode("utf-8").splitlines()
@@ -121,14 +103,13 @@ def read_source(folder: Path, path: str) -> SourceFile:
 
 
 class _Reader:
-    """Collects the texts of one parsed file."""
+    """Collect the texts of one parsed file."""
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
         self.docstrings: list[str] = []
         self.functions: list[Function] = []
         self.messages: list[str] = []
-        self.regexes: list[str] = []
         self.in_string: set[int] = set()
 
     def read(self, path: str, tree: ast.Module) -> SourceFile:
@@ -138,8 +119,6 @@ class _Reader:
                     self.in_string.update(range(node.lineno, (node.end_lineno or 0) + 1))
             elif isinstance(node, ast.Raise):
                 self._raise(node)
-            elif isinstance(node, ast.Call):
-                self._call(node)
         self._body(tree.body)
         return SourceFile(
             path,
@@ -147,7 +126,6 @@ class _Reader:
             tuple(self._comments()),
             tuple(self.functions),
             tuple(self.messages),
-            tuple(self.regexes),
         )
 
     def _body(self, body: Sequence[ast.stmt]) -> None:
@@ -204,21 +182,6 @@ class _Reader:
             if folded:
                 self.messages.append(folded)
 
-    def _call(self, node: ast.Call) -> None:
-        function = node.func
-        if (
-            isinstance(function, ast.Attribute)
-            and isinstance(function.value, ast.Name)
-            and function.value.id == "re"
-            and function.attr in REGEX_FUNCTIONS
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-            and isinstance(node.args[0].value, str)
-        ):
-            pattern = " ".join(node.args[0].value.split())
-            if len(pattern) >= 8:
-                self.regexes.append(pattern[:MAX_CHARS])
-
     def _comments(self) -> Iterator[str]:
         block: list[str] = []
         for number, line in enumerate([*self.lines, ""], 1):
@@ -233,7 +196,7 @@ class _Reader:
 
 
 def _message(node: ast.expr) -> str | None:
-    """Returns the text of a string expression with its formatted parts left as placeholders."""
+    """Return the text of a string expression, with `%s` for its formatted parts."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.BinOp):
@@ -249,7 +212,7 @@ def _message(node: ast.expr) -> str | None:
 
 
 def prose(text: str) -> str | None:
-    """Folds white space and cuts at a word; None for what is too short or hardly any words."""
+    """Fold white space and cut at a word; None for a text that is too short or has few words."""
     text = " ".join(text.split())
     if len(text) > MAX_CHARS:
         text = text[:MAX_CHARS].rsplit(" ", 1)[0]
@@ -260,7 +223,7 @@ def prose(text: str) -> str | None:
 
 
 def cut_lines(lines: Sequence[str]) -> str:
-    """Joins as many whole lines as fit into MAX_CHARS characters."""
+    """Join as many whole lines as fit into MAX_CHARS characters."""
     kept: list[str] = []
     length = 0
     for line in lines:

@@ -1,4 +1,4 @@
-"""Turns candidates into train, validation and test without a group in two of them."""
+"""Divide candidates into train, validation and test; no group is in two of them."""
 
 import random
 import re
@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from talos.options import integer
+
 E = TypeVar("E")
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = (1600, 400, 600)
+# Of a class in a user's data: one example for each split.
+MIN_CLASS = 3
 
-# Texts that follow each other in a file and stay together when the file is cut into regions.
+# Consecutive texts of a file that stay together when the file is cut into regions.
 REGION = 16
 
 
@@ -21,10 +25,10 @@ class Candidate:
     """A text that a task may use.
 
     Attributes:
-        text: The text.
-        label: Index of its class.
-        origin: Where it was found; a file's path below the library's folder, or a region's name.
-        group: Candidates of one group always come into the same split.
+        text: the text.
+        label: index of its class.
+        origin: where it was found: a file's path below the library's folder, or a region's name.
+        group: candidates of one group are always in the same split.
     """
 
     text: str
@@ -34,7 +38,7 @@ class Candidate:
 
 
 def text_key(text: str) -> str:
-    r"""Returns what two texts must differ in to count as different: letters, case folded.
+    r"""Return the letters of a text, case folded; texts with equal keys count as one.
 
     Example:
         >>> text_key("x = f(1)  # One") == text_key("X = F(2)\n# one")
@@ -44,7 +48,7 @@ def text_key(text: str) -> str:
 
 
 def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Keeps the first of equal texts, and none of those that occur with two labels."""
+    """Keep the first of equal texts, and none of those that occur with two labels."""
     first: dict[str, Candidate] = {}
     ambiguous = set()
     for candidate in candidates:
@@ -56,10 +60,10 @@ def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int) -> list[Candidate]:
-    """Groups by file; the files of a class that has few are cut into disjoint regions.
+    """Group by file; cut the files of a class with fewer than `min_files` into disjoint regions.
 
-    With fewer than `min_files` files a split holds so few that one of them decides what is in it.
-    A file must hold candidates of one class only.
+    With few files in a split, one of them would decide what is in it. A file must hold candidates
+    of one class only.
     """
     files: dict[int, set[str]] = {label: set() for label in range(n_classes)}
     for candidate in candidates:
@@ -79,14 +83,14 @@ def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int)
 def split_groups(
     candidates: Sequence[Candidate], n_classes: int, seed: int, sizes: tuple[int, int, int]
 ) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
-    """Draws three splits of at most `sizes` candidates, each with every class equally often.
+    """Draw three splits of at most `sizes` candidates, each with every class equally often.
 
-    Groups go, the largest first, to the split that lacks most of its share of their classes, so
-    that the largest end in the largest split and the others hold many small ones.
-    Where a class has too few candidates for its share, all three splits and all classes shrink:
-    balance is kept, size is not.
+    Groups go, the largest first, to the split that lacks most of its share of their classes. So
+    the largest groups are in the largest split, and the other splits hold many small ones.
+    Where a class has too few candidates, all splits and all classes shrink: the splits stay
+    balanced but get smaller.
     """
-    draw = random.Random(f"talos {seed}")
+    draw = _generator(seed)
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         groups[candidate.group].append(candidate)
@@ -117,8 +121,8 @@ def split_groups(
 
 
 def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], list[E], list[E]]:
-    """Draws three splits, 80/10/10 within each class and at least one example of it in each."""
-    draw = random.Random(f"talos {seed}")
+    """Draw three splits, 80/10/10 within each class, with at least one example of it in each."""
+    draw = _generator(seed)
     splits: tuple[list[E], list[E], list[E]] = ([], [], [])
     for members in classes:
         examples = list(members)
@@ -132,10 +136,19 @@ def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], l
     return splits
 
 
+def words(name: str) -> str:
+    """Return a name with spaces for underscores and hyphens."""
+    return name.replace("_", " ").replace("-", " ")
+
+
+def _generator(seed: int) -> random.Random:
+    return random.Random(f"talos {integer('seed', seed, 0)}")
+
+
 def _draw(
     draw: random.Random, groups: Sequence[Sequence[Candidate]], n_classes: int, size: int
 ) -> list[Candidate]:
-    """Draws `size` candidates, equally many of each class, spread over the groups."""
+    """Draw `size` candidates, equally many of each class, spread over the groups."""
     pools: list[list[tuple[int, float, Candidate]]] = [[] for _ in range(n_classes)]
     for group in groups:
         ranks = Counter[int]()

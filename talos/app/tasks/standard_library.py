@@ -1,7 +1,7 @@
 """Text classification tasks made of the Python standard library's own texts.
 
-Each builder returns every candidate text of a task with its label and its group; what comes into
-which split is decided in `talos.app.tasks.splits`, by seed.
+A builder returns every candidate text of a task with its label and its group. Which split a
+candidate is in is decided in `talos.app.tasks.splits`, by seed.
 """
 
 import fnmatch
@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from talos.app.tasks.sources import MIN_CHARS, SourceFile, cut_lines, list_files, read_source
+from talos.app.tasks.sources import (
+    MIN_CHARS,
+    SourceFile,
+    cut_lines,
+    list_files,
+    read_source,
+)
 from talos.app.tasks.splits import Candidate, cut_regions, deduplicate
 
-# Of some 800 test modules these many, evenly spaced, keep reading them below three seconds.
+# Of about 800 test modules, so many are read, evenly spaced: it takes less than three seconds.
 MAX_TEST_FILES = 120
 MAX_FILE_BYTES = 100_000
 # Code points that share a row are often variants of one character.
@@ -33,19 +39,17 @@ class TaskSource:
     """What a task is and how its candidates are found.
 
     Attributes:
-        name: Name in the registry.
-        description: One sentence, with how the splits are kept apart.
-        classes: Class names and, for the zero-shot head, their texts, which were chosen by the
+        name: name in the registry.
+        description: what is classified, and how the splits are kept apart.
+        classes: class names and, for the zero-shot head, their texts, which were chosen by the
             accuracy of all-MiniLM-L6-v2 on validation data.
-        build: Candidates for the library in a folder.
-        from_interpreter: The texts come from the running interpreter, not from a folder.
+        build: finds the candidates in the library's folder.
     """
 
     name: str
     description: str
     classes: dict[str, str]
     build: Callable[[Path], list[Candidate]]
-    from_interpreter: bool = False
 
 
 TOPICS = {
@@ -115,12 +119,12 @@ CHARACTERS = {
     "mathematical": ("Sm",),
     "symbol": ("So",),
 }
-# These words name the class; without them the rest of the name must tell.
+# These words name the class; they are cut out of the names.
 GIVEAWAY_WORDS = re.compile(
     r"\b(LETTERS?|SYLLABLES?|IDEOGRAPHS?|MARKS?|COMBINING|DIGITS?|NUMBERS?|NUMERALS?|NUMERIC|PUNCTUATION"
     r"|MATHEMATICAL|SYMBOLS?|SIGNS?)\b"
 )
-# Left out of tasks that take texts from everywhere: data in the form of code, optional or vendored
+# Left out of tasks that take texts from every module: data written as code, optional or vendored
 # packages, and generated text.
 OUTSIDE = ("encodings/*", "idlelib/*", "turtledemo/*", "ensurepip/*", "pydoc_data/*", "lib2to3/*",
            "distutils/*", "tkinter/*", "turtle.py")  # fmt: skip
@@ -130,7 +134,7 @@ TEST_WORDS = re.compile(r"test|assert|mock|support|fail|expect|skip|subTest", re
 
 
 def _family(families: dict[str, tuple[str, ...]], path: str) -> int | None:
-    """Returns the index of the family whose patterns match a path."""
+    """Return the index of the family whose patterns match a path."""
     for label, patterns in enumerate(families.values()):
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
             return label
@@ -140,7 +144,7 @@ def _family(families: dict[str, tuple[str, ...]], path: str) -> int | None:
 def _files(
     folder: Path, families: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[int, SourceFile, re.Pattern[str]]]:
-    """Yields the files of all families with their label and a pattern of the module's own name."""
+    """Yield the files of all families, their label, and a pattern of the module's own name."""
     for path in list_files(folder, tests=False):
         label = _family(families, path)
         if label is not None:
@@ -173,7 +177,7 @@ def _code_package(folder: Path) -> list[Candidate]:
 
 
 def _pieces(header: str, body: str, limit: int = 2) -> Iterator[str]:
-    """Yields the header with the body's first lines, then further disjoint runs of lines."""
+    """Yield the header with the body's first lines, then further disjoint runs of lines."""
     lines = body.splitlines()
     for start in range(0, min(len(lines), limit * MAX_LINES), MAX_LINES):
         run = lines[start : start + MAX_LINES]
@@ -205,7 +209,7 @@ def _function_purpose(folder: Path) -> list[Candidate]:
             label = label_of.get(verb.lower())
             if label is None or len(function.body) < 40:
                 continue
-            # A call to the function of the same name in a base class would tell it.
+            # A call to the base class's function of the same name would give it away.
             text = cut_lines([function.header, *_indented(function.body.splitlines()[:MAX_LINES])])
             text = re.sub(rf"\b{re.escape(function.name)}\b", "f", text)
             found.append(Candidate(text, label, file.path, file.path))
@@ -282,7 +286,6 @@ SOURCES = (
             "symbol": "emoji picture of an object",
         },
         _character_kind,
-        from_interpreter=True,
     ),
     TaskSource(
         "fragment_kind",

@@ -1,8 +1,10 @@
-"""Classification tasks in three splits, and the batches of texts."""
+"""Classification tasks in three splits, and their batches."""
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -10,17 +12,20 @@ from torch import Tensor
 
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
+from talos.options import integer
+
+Collate = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
-class Tokenizer(Protocol):
-    """What `Task.batches` needs of a tokenizer; those of transformers have it."""
+class Labelled(Protocol):
+    """An example of any kind."""
 
     @property
-    def pad_token_id(self) -> int | None:
-        """The id that fills rows up to the longest of a batch."""
+    def label(self) -> int:
+        """Index into the task's `class_names`."""
 
-    def __call__(self, text: list[str], *, padding: bool, truncation: bool, max_length: int) -> Any:
-        """Returns a mapping whose `input_ids` are one list of ids per text."""
+
+E = TypeVar("E", bound=Labelled)
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,9 @@ class Example:
     """A text with its class.
 
     Attributes:
-        text: The text.
-        label: Index into the task's `class_names`.
-        origin: Where the text comes from, for example a file of the standard library.
+        text: the text.
+        label: index into the task's `class_names`.
+        origin: where the text was found, for example a file of the standard library.
     """
 
     text: str
@@ -38,22 +43,85 @@ class Example:
     origin: str = ""
 
 
-E = TypeVar("E")
+@dataclass
+class Batches:
+    """Batches of examples, which can be iterated as often as needed, in the same order.
+
+    Attributes:
+        labels: the label of each example.
+        collate: `collate(places)` returns the inputs of the examples at these places.
+        batch_size: examples per batch; the last batch holds the rest.
+        lengths: the number of tokens of each example.
+        seed: shuffles the examples; None keeps their order.
+        epoch: gives another order for the same seed.
+        chosen: the places of the examples to take, in this order; None takes all.
+    """
+
+    labels: Sequence[int]
+    collate: Collate
+    batch_size: int
+    lengths: Sequence[int]
+    seed: int | None = None
+    epoch: int = 0
+    chosen: Sequence[int] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which decides the order of the next iterations."""
+        self.epoch = epoch
+
+    def shortest_first(self, stride: int = 1) -> "Batches":
+        """Return batches of similar length, which need little padding, shortest first.
+
+        Args:
+            stride: take only every `stride`-th example of the sorted ones.
+
+        Returns:
+            The batches, in an order that no seed changes.
+        """
+        places = range(len(self.labels)) if self.chosen is None else self.chosen
+        ordered = sorted(places, key=lambda place: self.lengths[place])
+        return replace(self, chosen=ordered[::stride])
+
+    def first(self, count: int) -> "Batches":
+        """Return batches of the first `count` examples of this epoch's order."""
+        return replace(self, chosen=self.order()[:count])
+
+    def order(self) -> Sequence[int]:
+        """Return the places of the examples in the order of this epoch."""
+        if self.chosen is not None:
+            return self.chosen
+        places = list(range(len(self.labels)))
+        if self.seed is not None:
+            random.Random(f"talos {self.seed} {self.epoch}").shuffle(places)
+        return places
+
+    def __len__(self) -> int:
+        return -(-len(self.order()) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = self.order()
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            labels = [self.labels[place] for place in places]
+            yield {
+                **self.collate(places),
+                "labels": torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            }
 
 
 @dataclass(frozen=True)
-class LabelledSplits(Generic[E]):
+class LabelledSplits(ABC, Generic[E]):
     """A classification task: examples in three splits that share none.
 
     Attributes:
-        reads: What the examples are.
-        name: Name, as `load_task` knows it.
-        description: What is to be told from what, and how the splits are kept apart.
-        class_names: One short name per class.
-        class_texts: One text per class, from whose embeddings a zero-shot head is made.
-        train: Examples to fine-tune and calibrate on.
-        validation: Examples to choose scaling coefficients with.
-        test: Examples to report.
+        reads: what the examples are.
+        name: the task's name.
+        description: what is classified, and how the splits are kept apart.
+        class_names: one short name per class.
+        class_texts: one text per class; a zero-shot head is made of their embeddings.
+        train: examples to fine-tune and calibrate on.
+        validation: examples to choose scaling coefficients on.
+        test: examples to report.
     """
 
     name: str
@@ -67,61 +135,44 @@ class LabelledSplits(Generic[E]):
     reads: ClassVar[Literal["texts", "images"]]
 
     def examples(self, split: str) -> list[E]:
-        """Returns the examples of "train", "validation" or "test".
-
-        Args:
-            split: Name of the split.
-
-        Returns:
-            The split's own list.
+        """Return the examples of "train", "validation" or "test".
 
         Raises:
-            TalosValueError: There is no such split.
+            TalosValueError: there is no such split.
         """
         if split not in SPLITS:
             raise TalosValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         found: list[E] = getattr(self, split)
         return found
 
-
-@dataclass(frozen=True)
-class Task(LabelledSplits[Example]):
-    """A text classification task with three splits that share no text; see `LabelledSplits`."""
-
-    reads = "texts"
-    # Token ids by split, length and tokenizer, which is kept so that its id stays its own.
-    _tokens: dict[tuple[str, int, int], tuple[Tokenizer, list[list[int]]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
     def batches(
         self,
         split: str,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         *,
         batch_size: int = 32,
         max_length: int = 48,
         seed: int | None = None,
-        epoch: int = 0,
-    ) -> "Batches":
-        """Returns the split's batches, which can be iterated as often as one likes.
+    ) -> Batches:
+        """Return the batches of a split.
 
-        The texts are tokenised at the first call with a tokenizer and length, and kept.
+        A batch of texts holds `input_ids` and `attention_mask`, both int64 [B, T]. A batch of
+        images holds `pixel_values`, float32 [B, 3, H, W]. Both hold `labels`, int64 [B].
 
         Args:
             split: "train", "validation" or "test".
-            tokenizer: Turns texts into token ids.
-            batch_size: Examples per batch; the last batch holds what is left.
-            max_length: Most tokens per text, the special ones included; the rest is cut off.
-            seed: Shuffles the examples; None keeps their order.
-            epoch: Shuffles in another order for the same seed; see `Batches.set_epoch`.
+            tokenizer: for texts a tokenizer of transformers; for images a function from a PIL
+                image to float32 [3, H, W].
+            batch_size: examples per batch.
+            max_length: most tokens per text, special ones included; the rest is cut off.
+            seed: shuffles the examples; None keeps their order.
 
         Returns:
             The batches.
 
         Raises:
-            TalosValueError: There is no such split, `batch_size` is below 1, `max_length` is below
-                3, or the tokenizer has no token for padding.
+            TalosValueError: there is no such split, `batch_size` is below 1, `max_length` is
+                below 3, or the tokenizer has no token for padding.
 
         Example:
             >>> task = Task("t", "", ("a", "b"), ("a", "b"), [Example("x y z", 1)], [], [])
@@ -132,9 +183,27 @@ class Task(LabelledSplits[Example]):
             >>> next(iter(task.batches("train", Words())))["input_ids"]
             tensor([[1, 1, 1]])
         """
-        examples = self.examples(split)
-        if batch_size < 1:
-            raise TalosValueError(f"batch_size must be at least 1, got {batch_size}")
+        labels = [example.label for example in self.examples(split)]
+        integer("batch_size", batch_size, 1)
+        collate, lengths = self._inputs(split, tokenizer, max_length)
+        return Batches(labels, collate, batch_size, lengths, seed)
+
+    @abstractmethod
+    def _inputs(self, split: str, tokenizer: Any, max_length: int) -> tuple[Collate, Sequence[int]]:
+        """Return how a batch of the split is collated, and the length of each example."""
+
+
+@dataclass(frozen=True)
+class Task(LabelledSplits[Example]):
+    """A text classification task; see `LabelledSplits`."""
+
+    reads = "texts"
+    # Token ids by split, length and tokenizer. The tokenizer is kept, so that its id stays its own.
+    _tokens: dict[tuple[str, int, int], tuple[Any, list[list[int]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def _inputs(self, split: str, tokenizer: Any, max_length: int) -> tuple[Collate, Sequence[int]]:
         if max_length < 3:
             raise TalosValueError(
                 f"max_length must be at least 3, got {max_length}; two tokens only mark start "
@@ -145,120 +214,24 @@ class Task(LabelledSplits[Example]):
                 "tokenizer must have a token for padding, got pad_token_id None; set its pad_token"
             )
         key = (split, max_length, id(tokenizer))
+        texts = [example.text for example in self.examples(split)]
         if key not in self._tokens:
-            texts = [example.text for example in examples]
-            encoded = (
-                tokenizer(texts, padding=False, truncation=True, max_length=max_length)["input_ids"]
-                if texts
-                else []
-            )
-            self._tokens[key] = (tokenizer, encoded)
-        return Batches(
-            self._tokens[key][1],
-            [example.label for example in examples],
-            batch_size=batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-            epoch=epoch,
-        )
+            options = {"padding": False, "truncation": True, "max_length": max_length}
+            token_ids = tokenizer(texts, **options)["input_ids"] if texts else []
+            self._tokens[key] = (tokenizer, token_ids)
+        token_ids = self._tokens[key][1]
+        return partial(_padded, token_ids, tokenizer.pad_token_id), [len(ids) for ids in token_ids]
 
 
-class Batches:
-    """Batches of tokenised texts: the same ones in the same order each time they are iterated.
-
-    Each is a dict of int64 tensors: `input_ids` [B, T], `attention_mask` [B, T] (1 for tokens, 0
-    for padding, T the longest text of the batch) and `labels` [B].
-
-    Args:
-        token_ids: One list of token ids per text.
-        labels: One label per text.
-        batch_size: Texts per batch.
-        pad_token_id: Fills rows up to the longest.
-        seed: Shuffles; None keeps the order.
-        epoch: Together with the seed decides the order.
-    """
-
-    def __init__(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        labels: Sequence[int],
-        *,
-        batch_size: int,
-        pad_token_id: int,
-        seed: int | None = None,
-        epoch: int = 0,
-    ) -> None:
-        self.token_ids = token_ids
-        self.labels = labels
-        self.batch_size = batch_size
-        self.pad_token_id = pad_token_id
-        self.seed = seed
-        self.epoch = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iterations; without a seed it stays the same.
-
-        Args:
-            epoch: Number of the epoch.
-        """
-        self.epoch = epoch
-
-    def shortest_first(self, stride: int = 1) -> "Batches":
-        """Returns batches of texts of like length, which need little padding.
-
-        Args:
-            stride: Only every so many-th text is taken, of all lengths.
-
-        Returns:
-            The batches, shortest text first, whatever the seed.
-        """
-        order = sorted(range(len(self.labels)), key=lambda i: len(self.token_ids[i]))
-        return self._of(order[::stride])
-
-    def first(self, count: int) -> "Batches":
-        """Returns batches of the texts that come first in the order of this epoch.
-
-        Args:
-            count: How many texts.
-
-        Returns:
-            The batches, in that order, whatever the seed.
-        """
-        return self._of(ordered(len(self.labels), self.seed, self.epoch)[:count])
-
-    def _of(self, chosen: Sequence[int]) -> "Batches":
-        return Batches(
-            [self.token_ids[i] for i in chosen],
-            [self.labels[i] for i in chosen],
-            batch_size=self.batch_size,
-            pad_token_id=self.pad_token_id,
-        )
-
-    def __len__(self) -> int:
-        return -(-len(self.token_ids) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order = ordered(len(self.token_ids), self.seed, self.epoch)
-        for start in range(0, len(order), self.batch_size):
-            yield self._batch(order[start : start + self.batch_size])
-
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        longest = max(len(self.token_ids[i]) for i in chosen)
-        input_ids = torch.full(
-            (len(chosen), longest), self.pad_token_id, dtype=torch.int64, device="cpu"
-        )
-        attention_mask = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
-        for row, i in enumerate(chosen):
-            ids = self.token_ids[i]
-            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
-            attention_mask[row, : len(ids)] = 1
-        labels = torch.tensor([self.labels[i] for i in chosen], dtype=torch.int64, device="cpu")
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def ordered(count: int, seed: int | None, epoch: int) -> list[int]:
-    """Returns the order of an epoch's examples: their own without a seed, else a shuffled one."""
-    order = list(range(count))
-    if seed is not None:
-        random.Random(f"talos {seed} {epoch}").shuffle(order)
-    return order
+def _padded(
+    token_ids: Sequence[Sequence[int]], pad_token_id: int, places: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask`, padded to the longest text of the batch."""
+    shape = len(places), max(len(token_ids[place]) for place in places)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64, device="cpu")
+    attention_mask = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    for row, place in enumerate(places):
+        ids = token_ids[place]
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

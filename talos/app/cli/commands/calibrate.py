@@ -1,4 +1,4 @@
-"""`talos calibrate`: which weights matter least."""
+"""`talos calibrate`: find the weights that matter least."""
 
 import shlex
 import time
@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from talos.app.cli.console import Bars, keeping, next_step, per_second, say, stdout
@@ -20,14 +19,12 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
-    check_at_least,
     check_choice,
-    check_density,
     check_output,
 )
 from talos.app.models import Classifier
 from talos.errors import TalosValueError
-from talos.masks import Mask
+from talos.options import fraction, integer
 
 __all__ = ["EXAMPLES", "calibrate"]
 
@@ -47,55 +44,58 @@ def calibrate(
     data: Data,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The file to write (.safetensors); a dry run needs none."),
+        typer.Option("--out", help="The file to write (.safetensors); not needed with --dry-run."),
     ] = None,
     model: Model = "minilm",
     density: Annotated[
         float, typer.Option("--density", help="Fraction of the weights to train, in (0, 1].")
     ] = 0.1,
     rounds: Annotated[
-        int, typer.Option("--rounds", help="Rounds of scoring; each drops a part.")
+        int, typer.Option("--rounds", help="Rounds of scoring; each drops some weights.")
     ] = 4,
     samples: Annotated[
         int | None,
         typer.Option(
-            "--samples", help="Training examples to score on; by default 256, or all there are."
+            "--samples", help="Training examples to score on; by default 256, or all if fewer."
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
             "--target",
-            help="What is differentiated: log_prob or logit; by default what --parity says.",
+            help="The function to differentiate: log_prob or logit; by default as --parity has it.",
         ),
     ] = None,
     draws: Annotated[
-        str, typer.Option("--draws", help="Labels drawn for each sample, or exact: all of them.")
+        str, typer.Option("--draws", help="Labels to draw per sample, or exact: use all labels.")
     ] = "1",
     labels: Annotated[
         str,
         typer.Option(
             "--labels",
-            help="How labels are drawn from the model: sampled, or importance: with less noise.",
+            help="sampled: draw labels from the model; importance: draw them with less noise.",
         ),
     ] = "sampled",
     parity: Annotated[
         str,
-        typer.Option("--parity", help="Follow the paper, or released: the code of its authors."),
+        typer.Option("--parity", help="paper, or released: follow the authors' released code."),
     ] = "paper",
     params: Annotated[
         str,
         typer.Option(
-            "--params", help="Where to look: maskable, qk, attention, or a regular expression."
+            "--params",
+            help="The parameters to score: maskable, qk, attention, or a regular expression.",
         ),
     ] = "maskable",
     check: Annotated[
         bool,
-        typer.Option("--check", help="First compare three samples' scores with plain autograd."),
+        typer.Option(
+            "--check", help="First compare the scores of three samples with plain autograd."
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Tell what would be scored; score and write nothing."),
+        typer.Option("--dry-run", help="Show what would be scored; score and write nothing."),
     ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show a row for each layer and type.")
@@ -107,17 +107,18 @@ def calibrate(
 ) -> None:
     """Find the weights that matter least, and write them as a mask.
 
-    Scores each weight by the diagonal of the Fisher information on a few hundred examples and keeps
-    the lowest (TaLoS, arXiv 2504.02620). Those are the weights that `talos train` then trains.
+    The score of a weight is the diagonal of the Fisher information on a few hundred examples. The
+    mask holds the weights with the lowest scores (TaLoS, arXiv 2504.02620); `talos train` trains
+    them.
 
-    --dry-run tells which weights would be scored, which not and why, and what memory that takes.
+    --dry-run shows which weights would be scored, which not and why, and the memory it takes.
     """
-    check_density(density)
-    check_at_least("--rounds", rounds, 1)
+    fraction("--density", density)
+    integer("--rounds", rounds, 1)
     if samples is not None:
-        check_at_least("--samples", samples, 1)
-    check_at_least("--batch-size", batch_size, 1)
-    check_at_least("--max-length", max_length, 3)
+        integer("--samples", samples, 1)
+    integer("--batch-size", batch_size, 1)
+    integer("--max-length", max_length, 3)
     if target is not None:
         check_choice("--target", target, ("log_prob", "logit"))
     check_choice("--labels", labels, ("sampled", "importance"))
@@ -134,7 +135,7 @@ def calibrate(
     from talos.app.demo.judge import calibration_batches
     from talos.app.report.results import megabytes
     from talos.calibration import calibrate as find
-    from talos.calibration.fisher import CalibrationProgress
+    from talos.calibration.rounds import CalibrationProgress
 
     console = stdout()
     with keeping("nothing was written"), Bars() as bars:
@@ -155,7 +156,7 @@ def calibrate(
             seed=seed,
         )
         if out is None or dry_run:
-            _tell(console, classifier, batches[0], params, density, samples, rounds, layers)
+            _show_plan(console, classifier, batches[0], params, density, samples, rounds, layers)
             next_step(console, _again(context, out or Path("mask.safetensors")))
             return
 
@@ -183,7 +184,7 @@ def calibrate(
         made = {**mask.metadata, "model": classifier.encoder.name, "task": task.name}
         mask = replace(mask, metadata=made)
         mask.save(out)
-    console.print(_densities(mask, layers))
+    say(console, str(mask.describe(layers=layers)))
     say(
         console,
         f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
@@ -192,8 +193,8 @@ def calibrate(
     if (stability := made.get("stability")) is not None:
         say(
             console,
-            f"stability {stability:.2f}: the share of the last round's choice that two halves of "
-            f"the samples agree on ({made['stability_by_chance']:.2f} by chance)",
+            f"stability {stability:.2f}: the share of the last round's selection on which two "
+            f"halves of the samples agree ({made['stability_by_chance']:.2f} by chance)",
         )
     next_step(
         console,
@@ -202,7 +203,7 @@ def calibrate(
     )
 
 
-def _tell(
+def _show_plan(
     console: Console,
     classifier: Classifier,
     batch: Mapping[str, Tensor],
@@ -212,12 +213,12 @@ def _tell(
     rounds: int,
     layers: bool,
 ) -> None:
-    """Prints what would be scored and selected, and the memory it takes."""
-    from talos.app.cli.plan import SCORED, activation_bytes, shares, table
+    """Print what would be scored and selected, and the memory it takes."""
+    from talos.app.cli.plan import SCORED, activation_bytes, shares, shares_table
     from talos.app.report.results import megabytes
 
     found = shares(classifier, params)
-    console.print(table(found, layers=layers))
+    console.print(shares_table(found, layers=layers))
     scored = [each for each in found if each.fate == SCORED]
     entries = sum(each.numel for each in scored)
     say(
@@ -230,7 +231,7 @@ def _tell(
     inputs = sum(each.nbytes for each in batch.values())
     for what, nbytes in (
         (f"scores of {entries:,} entries, float32", 4 * entries),
-        ("the same weights, set aside between the rounds", weights),
+        ("copies of these weights, kept between the rounds", weights),
         (f"{samples:,} samples", inputs * samples // size),
         (f"activations of a batch of {size:,}", activation_bytes(classifier, batch)),
     ):
@@ -238,22 +239,10 @@ def _tell(
 
 
 def _again(context: typer.Context, out: Path) -> str:
-    """Writes the command line that does what the dry run told."""
+    """Return the command line that does what the dry run shows."""
     words = ["talos", "calibrate"]
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if option.name not in ("out", "dry_run", "layers") and value != option.default:
             words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
     return shlex.join([*words, "--out", str(out)])
-
-
-def _densities(mask: Mask, layers: bool) -> Table:
-    """Lays out the density of each type, or of each layer and type."""
-    structure = mask.describe()
-    shown = Table(box=None, header_style="bold")
-    shown.add_column("type")
-    for column in ("entries", "selected", "density"):
-        shown.add_column(column, justify="right")
-    for row in structure.by_layer_and_kind() if layers else structure.by_kind():
-        shown.add_row(row.name, f"{row.numel:,}", f"{row.nnz:,}", f"{row.density:.3f}")
-    return shown

@@ -1,4 +1,4 @@
-"""`talos demo`: everything at once, with a report to look at."""
+"""`talos demo`: all steps at once, with a report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,9 @@ import typer
 
 from talos.app.cli.console import Bars, keeping, next_step, say, stdout
 from talos.app.cli.options import Model, Overwrite, Seed
-from talos.app.cli.tables import accuracies, negation, overview
+from talos.app.cli.tables import overview
 from talos.app.demo.settings import TITLES
-from talos.errors import TalosRuntimeError, TalosValueError
+from talos.app.extras import check_installed
 
 __all__ = ["EXAMPLES", "demo"]
 
@@ -22,7 +22,7 @@ EXAMPLES = (
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; made when missing.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; it is made if missing.")],
     quick: Annotated[
         bool, typer.Option("--quick", help="About two minutes: fewer tasks, steps and examples.")
     ] = False,
@@ -30,23 +30,22 @@ def demo(
         str,
         typer.Option(
             "--methods",
-            help=f"What is compared, separated by commas: {', '.join(TITLES)}; or all, which takes "
-            "several times as long.",
+            help=f"The methods to compare, separated by commas: {', '.join(TITLES)}; or all, which "
+            "takes several times as long.",
         ),
     ] = "talos,nonlinear",
     model: Model = "minilm",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Calibrate, fine-tune, add and negate on real tasks, beside ordinary fine-tuning.
+    """Fine-tune a sentence encoder on real tasks, sparse and dense, and compare the task vectors.
 
-    A sentence encoder and classification tasks made of Python's own sources: nothing is downloaded.
-    For each task the weights that matter least are found and trained; the sparse task vectors are
-    then added to one model for all tasks, and subtracted to make it forget one. The same is done
-    with ordinary fine-tuning of all weights, and with the other --methods that are asked for.
-    Takes about ten minutes on two cores.
+    The tasks are made of Python's own sources: nothing is downloaded. For each task the demo finds
+    the weights that matter least and trains only those. It adds the task vectors to get one model
+    for all tasks, and subtracts one to make the model forget its task. It does the same with full
+    fine-tuning, and with other --methods. It takes about ten minutes on two cores.
 
-    Writes results.json, report.html (one file, to look at), vectors/ and masks/.
+    Writes results.json, report.html (open it in a browser), vectors/ and masks/.
     """
     from talos.app.demo import DemoSettings, Progress, kept, run_demo
     from talos.app.demo.folder import prepare
@@ -55,7 +54,7 @@ def demo(
     make = DemoSettings.quick if quick else DemoSettings
     settings = make(model=model, seed=seed, methods=_parse_methods(methods))
     prepare(out, overwrite)
-    _check_installed()
+    check_installed("transformers", "matplotlib")
     with keeping(lambda: kept(out)), Bars() as bars:
 
         def show(progress: Progress) -> None:
@@ -66,12 +65,7 @@ def demo(
         results = run_demo(settings, out, overwrite=True, on_progress=show)
     console = stdout()
     console.print("\n[bold]test accuracy in % with 95 % intervals[/bold]")
-    if len(results["methods"]) > 2:
-        console.print(overview(results))
-    else:
-        console.print(accuracies(results))
-        console.print("\n[bold]negation: target down, control kept[/bold]")
-        console.print(negation(results))
+    console.print(overview(results))
     console.print()
     for sentence in headline(results):
         say(console, sentence)
@@ -88,23 +82,7 @@ def demo(
 
 
 def _parse_methods(text: str) -> tuple[str, ...]:
-    """Reads --methods: talos first, then the others in one order."""
-    names = list(TITLES) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in TITLES]
-    if unknown or "talos" not in names or len(set(names)) < len(names):
-        raise TalosValueError(
-            f"--methods must be all or different names of {', '.join(TITLES)}, talos among them, "
-            f"got {text}"
-        )
-    return tuple(name for name in TITLES if name in names)
-
-
-def _check_installed() -> None:
-    """Refuses to start ten minutes of work whose report could not be drawn."""
-    import importlib.util
-
-    for name in ("transformers", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            raise TalosRuntimeError(
-                f"the demo must have {name}, got no such module; pip install 'talos-sparse[demo]'"
-            )
+    """Read --methods, in the order of the report; the settings check the names."""
+    order = list(TITLES)
+    names = order if text == "all" else [name.strip() for name in text.split(",")]
+    return tuple(sorted(names, key=lambda name: order.index(name) if name in order else -1))

