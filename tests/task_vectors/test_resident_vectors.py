@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from talos import Mask, ResidentVectors, TaskVector
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.task_vectors import resident as resident_module
+from talos.task_vectors import editing
 from talos.task_vectors.fingerprints import fingerprint
 from tests.cases import DTYPES, assert_bit_equal
 from tests.task_vectors.test_task_vectors import (
@@ -149,7 +149,6 @@ def test_a_search_of_21_points_copies_and_allocates_nothing() -> None:
     before = bits(model)
     places = [param.data_ptr() for param in model.parameters()]
     with ResidentVectors(model, vectors) as resident:
-        held = [tensor.data_ptr() for group in resident._groups for tensor in group.tensors()]
         with Watch() as watch:
             for point in range(21):
                 resident.swap("a", scale=point / 20)
@@ -158,9 +157,6 @@ def test_a_search_of_21_points_copies_and_allocates_nothing() -> None:
         assert watch.launches == ["add_delta_", *["scatter_", "add_delta_"] * 21, "scatter_"]
         assert watch.largest == 0
         assert [param.data_ptr() for param in model.parameters()] == places
-        assert held == [
-            tensor.data_ptr() for group in resident._groups for tensor in group.tensors()
-        ]
     assert_same_bits(model, before)
     with Watch() as watch, vectors["a"].applied(model):
         pass
@@ -277,7 +273,7 @@ def test_a_launch_that_fails_leaves_what_was_on(monkeypatch: pytest.MonkeyPatch)
     model = mixed_model()
     resident = ResidentVectors(model, vectors_for(model))
     resident.swap("a", 0.5)
-    before, add, calls = bits(model), resident_module.add_delta_, []
+    before, add, calls = bits(model), editing.add_delta_, []
 
     def fails_once(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -285,7 +281,7 @@ def test_a_launch_that_fails_leaves_what_was_on(monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
         add(*args, **kwargs)
 
-    monkeypatch.setattr(resident_module, "add_delta_", fails_once)
+    monkeypatch.setattr(editing, "add_delta_", fails_once)
     with pytest.raises(MemoryError):
         resident.swap("b")
     assert resident.active == "a"
