@@ -97,7 +97,7 @@ class ResidentVectors:
                 {name: self._bases[first] for name, first in first_names.items()},
                 vector.fingerprints,
             )
-        self._vectors = dict(vectors)
+        self._largest = {key: vector.largest for key, vector in vectors.items()}
         with torch.inference_mode(False):  # what is kept outlives the caller's mode
             self._launches = {
                 key: launches(vector.mask, vector.values, touched[key])
@@ -136,9 +136,9 @@ class ResidentVectors:
                 would overflow; the vector that was on is on again.
             TalosRuntimeError: other code wrote, cast, moved or replaced a weight.
         """
-        if name is not None and name not in self._vectors:
+        if name is not None and name not in self._launches:
             raise TalosValueError(
-                f"name must be one of {', '.join(sorted(self._vectors))} or None, got {name}"
+                f"name must be one of {', '.join(sorted(self._launches))} or None, got {name}"
             )
         wanted = None if name is None else (name, check_scale(scale))
         self._check_states()
@@ -161,7 +161,7 @@ class ResidentVectors:
             if wanted is not None:
                 name, scale = wanted
                 for launch in self._launches[name]:
-                    launch.check(scale, self._vectors[name].largest)
+                    launch.check(scale, self._largest[name])
                 for launch in self._launches[name]:
                     launch.put_on(scale)
                     self._written.append(launch)
