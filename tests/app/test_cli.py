@@ -97,6 +97,7 @@ def test_help_describes_every_option_and_ends_with_examples(
     assert "Examples" in text
     assert f"talos {command} " in text.rsplit("Examples", 1)[1]
     assert "[bold]" not in text
+    assert command != "train" or all(method in text for method in METHODS)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,6 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("demo --out new --methods talos,talos", "must differ"),
         ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
-        ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
         ("eval --data digits", "--model must read the images of digits, got minilm"),
         ("eval --data a --scale big", "--scale must be a finite number or grid, got big"),
         ("eval --data a --data a", "--data must differ"),
@@ -227,6 +227,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("inspect none.safetensors", "FILE must be an existing file"),
         ("report none.json --out r.html", "RESULTS must be an existing file"),
         ("demo --out file", "must be a folder, got the file"),
+        ("demo --out .", "--overwrite"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(
@@ -241,24 +242,19 @@ def test_errors_are_one_line_and_write_nothing(
     refused(arguments.split(), capsys, message, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x80\x04K\x01.", b"{" * 99])
+@pytest.mark.parametrize("damaged", [b"", b"not safetensors at all", None])
 def test_broken_files_are_refused(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damaged: bytes | None,
+    vectors: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "broken.safetensors"
-    path.write_bytes(content)
+    content = vectors[0].read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damaged is None else damaged)
     out = str(tmp_path / "out.safetensors")
     refused(["inspect", str(path)], capsys, "broken.safetensors", tmp_path)
     refused(["merge", f"{path}:1", "--out", out], capsys, "broken.safetensors", tmp_path)
-
-
-def test_a_damaged_vector_is_refused(
-    vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = bytearray(vectors[0].read_bytes())
-    content[-1] ^= 1
-    vectors[0].write_bytes(content)
-    refused(["inspect", str(vectors[0])], capsys, "v0.safetensors", tmp_path)
 
 
 def test_merge_sums_over_the_union(
@@ -395,15 +391,6 @@ def test_other_methods_train_and_are_evaluated(
     assert expected in capsys.readouterr().err
 
 
-def test_the_help_of_train_names_every_method(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(method in text for method in METHODS)
-
-
 def test_a_dry_run_tells_what_would_be_scored(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -534,13 +521,6 @@ def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert page.read_text().startswith("<!doctype html>")
     assert "95.4 %" in capsys.readouterr().out
     refused(["report", str(results), "--out", str(page)], capsys, "--overwrite", tmp_path)
-
-
-def test_the_demo_refuses_a_filled_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    refused(["demo", "--out", str(tmp_path)], capsys, "--overwrite", tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

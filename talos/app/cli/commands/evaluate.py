@@ -28,7 +28,7 @@ EXAMPLES = (
 def evaluate(
     data: Annotated[
         list[str],
-        typer.Option("--data", help="A built-in task or a file; may be repeated."),
+        typer.Option("--data", help="A task, as `talos train` takes it; may be repeated."),
     ],
     model: Model = "minilm",
     vector: Annotated[
