@@ -4,8 +4,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch import nn
 
 from talos.calibration import fisher_diag
 from talos.errors import TalosTypeError, TalosValueError
@@ -166,26 +165,6 @@ def test_frozen_parameters_are_passed_over_and_their_number_is_told(
     assert list(chosen) == ["1.weight", "1.bias"]
     assert chosen.passed_over == 2
     assert "2 of 4 parameters" in caplog.text
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing the compiler warns
-def test_names_are_free_of_wrappers() -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = nn.Linear(2, 2)  # really called so
-            self.block = checkpoint_wrapper(nn.Linear(2, 2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block(self.module(x))
-
-    plain = {"module.weight", "module.bias", "block.weight", "block.bias"}
-    holder = Holder()
-    for model in (holder, nn.DataParallel(holder), torch.compile(holder)):
-        assert set(named_parameters(model)) == plain
-        assert set(select_parameters(model)) == plain
-    nested = nn.Sequential(torch.compile(nn.DataParallel(holder)))
-    assert set(named_parameters(nested)) == {f"0.{name}" for name in plain}
 
 
 def test_no_match_names_the_nearest() -> None:

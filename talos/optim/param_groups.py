@@ -37,6 +37,11 @@ def named_groups(
     """
     if isinstance(model, nn.Module):
         return [{"params": list(named_parameters(model).items())}]
+    if not isinstance(model, Iterable) or isinstance(model, str | Tensor):
+        raise TalosTypeError(
+            "model must be a torch.nn.Module, named parameters or param groups, got "
+            f"{type(model).__name__}"
+        )
     items: list[Any] = list(model)
     if not items:
         raise TalosValueError("model must have parameters, got none")

@@ -41,7 +41,7 @@ from talos.optim.states import Saved, State, StateReader, Watched, foreign, stat
 from talos.optim.watching import warn_of_no_gradient, watch_frozen
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
-from talos.task_vectors.fingerprints import fingerprints
+from talos.task_vectors.fingerprints import fingerprint
 from talos.tensors import WatchedBuffers, place
 
 __all__ = ["SparseAdam"]
@@ -165,7 +165,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._buffers = WatchedBuffers(module_of(model, self._names))
         self._base_known = True
         self._stepped = self._trained = self._complete = False
-        self._fingerprints = fingerprints({n: p for p, n in self._names.items()})
+        self._fingerprints = {n: fingerprint(p) for p, n in self._names.items()}
         super().__init__(groups, defaults)
         self._complete = True
         self._hand_out()
@@ -276,7 +276,7 @@ class SparseAdam(torch.optim.Optimizer):
         deltas = self._buckets.deltas()
         kept = {name: base for name, base in self._fingerprints.items() if name not in cast}
         unchanged = {name: param for name, param in cast.items() if not deltas[name].any()}
-        self._fingerprints = kept | fingerprints(unchanged)
+        self._fingerprints = kept | {n: fingerprint(p) for n, p in unchanged.items()}
 
     def _rebuild(self, states: Mapping[Tensor, State], bases: Mapping[str, Tensor]) -> None:
         """Make the buckets anew with this state by parameter and these initial weights by name."""

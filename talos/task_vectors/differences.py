@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
-from talos.task_vectors.fingerprints import fingerprints
+from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import slices_of
 from talos.tensors import check_separate, moved_buffers, place
 from talos_kernels import TensorIndex
@@ -22,10 +23,9 @@ Weights = nn.Module | Mapping[str, Tensor]
 def difference(
     base: Weights, tuned: Weights, mask: Mask | None, *, strict: bool
 ) -> tuple[Mask, Tensor, dict[str, str], list[str]]:
-    """What `TaskVector.from_models` consists of; see there.
+    """Return mask, values, fingerprints and the names of buffers that differ.
 
-    Returns:
-        Mask, values and fingerprints, and the names of buffers that differ.
+    See `TaskVector.from_models`.
     """
     ours, theirs = _Named.of("base", base), _Named.of("tuned", tuned)
     after = _translated(theirs, ours)
@@ -53,13 +53,13 @@ def difference(
         index = mask.indices[name]
         whole = index.encoding == "full"
         values[part] = delta if whole else delta[index.positions_int64()]
-    touched = {name: tensor for name, tensor in chosen.items() if mask.indices[name].nnz}
-    return mask, values, fingerprints(touched), _moved(ours, theirs)
+    bases = {n: fingerprint(tensor) for n, tensor in chosen.items() if mask.indices[n].nnz}
+    return mask, values, bases, _moved(ours, theirs)
 
 
 @dataclass(frozen=True)
 class _Named:
-    """Floating-point tensors of a model under every name, and the names of its buffers."""
+    """The tensors of a model under all their names: floating-point ones, buffers, integers."""
 
     what: str
     tensors: dict[str, Tensor]
@@ -67,7 +67,7 @@ class _Named:
     integers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, what: str, model: Weights) -> "_Named":
+    def of(cls, what: str, model: Weights) -> Self:
         if isinstance(model, nn.Module):
             found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
             buffers = named_buffers(model)
@@ -83,17 +83,17 @@ class _Named:
         return cls(what, tensors, buffers, integers)
 
     def first_names(self) -> dict[str, str]:
-        """For every name the first one of the same memory."""
+        """Return for every name the first name of the same memory."""
         first: dict[Hashable, str] = {}
         return {name: first.setdefault(place(each), name) for name, each in self.tensors.items()}
 
     def once(self) -> dict[str, Tensor]:
-        """The tensors by their first names, tied ones once."""
+        """Return the tensors by their first names, tied ones once."""
         return {first: self.tensors[first] for first in self.first_names().values()}
 
 
 def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
-    """Their tensors by our first names, whatever wrappers and ties the names come from."""
+    """Return their tensors by our first names; wrappers and ties do not matter."""
     first, known = ours.first_names(), resolve_names(theirs.tensors, ours.tensors)
     found: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
@@ -119,7 +119,7 @@ def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
 
 
 def _moved(ours: _Named, theirs: _Named) -> list[str]:
-    """What differs and is no weight: buffers, of which a state dict holds some, and integers."""
+    """Return the names of buffers and integers that differ; a state dict holds some buffers."""
     names = [*(ours.buffers or theirs.buffers), *ours.integers]
     both = []
     for each in (ours, theirs):
@@ -154,7 +154,7 @@ def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
 
 
 def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict[str, str]:
-    """Our first name of each tensor of a mask."""
+    """Return our first name of each tensor of a mask."""
     first, known = ours.first_names(), resolve_names(mask.names, ours.tensors)
     found: dict[str, str] = {}
     for name, shape in mask.shapes.items():
@@ -191,7 +191,7 @@ def _check_outside(
     outside = {}
     for name, tensor in before.items():
         own, other = tensor.detach(), after[name].detach()
-        if own.is_meta or other.is_meta:  # nothing to compare, and nothing is taken of it
+        if own.is_meta or other.is_meta:  # without values, and the mask selects nothing of it
             continue
         own, other = (_comparable(each.to(tensor.device)) for each in (own, other))
         changed = (own != other) & ~(own.isnan() & other.isnan())
@@ -210,7 +210,7 @@ def _check_outside(
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """What torch compares: it does not compare numbers of eight bits."""
+    """Return a tensor that torch can compare; it cannot compare floats of eight bits."""
     return tensor.float() if tensor.element_size() == 1 else tensor
 
 
@@ -221,7 +221,7 @@ def _every_entry(tensor: Tensor) -> TensorIndex:
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
-    """float32, flat; of float64 weights the difference is rounded, not the weights."""
+    """Return after - before, flat float32; float64 weights are rounded after the subtraction."""
     double = torch.float64 in (before.dtype, after.dtype)
     wide = torch.float64 if double else torch.float32
     one, other = (each.detach().to("cpu", wide, copy=True) for each in (before, after))

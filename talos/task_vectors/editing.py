@@ -14,7 +14,7 @@ from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.names import match_tensors, named_buffers, named_parameters
 from talos.options import as_real
-from talos.task_vectors.fingerprints import Edit
+from talos.task_vectors.fingerprints import base_fingerprints, remember_bases
 from talos.task_vectors.sums import slices_of
 from talos.tensors import check_separate
 from talos_kernels import Index, add_delta_, revert_delta_
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A search applies a few vectors over and over; a packed index is small beside its model.
+# A search applies a few vectors many times; a packed index is small beside its model.
 _MOST_PACKED = 8
 
 _PackedKey = tuple[int, tuple[str, ...], torch.device]
@@ -38,7 +38,7 @@ _packed: OrderedDict[_PackedKey, tuple[weakref.ref[Mask], Index]] = OrderedDict(
 
 @dataclass
 class _Launch:
-    """The tensors of one device and dtype.
+    """The weights of one device and dtype.
 
     Attributes:
         names: of the weights.
@@ -46,7 +46,7 @@ class _Launch:
         index: their selected entries, on their device.
         values: `[nnz]` of the delta, on their device.
         dtype: of the weights.
-        saved: `[nnz]`, the old bits once the delta is on.
+        saved: `[nnz]`, the old bits while the delta is on.
     """
 
     names: list[str]
@@ -58,7 +58,7 @@ class _Launch:
 
 
 class ModelEdit:
-    """One delta on one model. Making it checks everything; `put_on` writes, `take_off` restores."""
+    """One delta for one model: the constructor checks, `put_on` writes, `take_off` restores."""
 
     def __init__(
         self,
@@ -71,11 +71,12 @@ class ModelEdit:
         force: bool,
     ) -> None:
         self._largest = largest
-        touched = touched_weights(model, mask)
-        self._edit = Edit(touched, verify=bool(fingerprints) and not force)
-        if not force:
-            check_base(self._edit.bases, fingerprints)
-        self._launches = _launches(mask, values, touched)
+        self._touched = touched_weights(model, mask)
+        verify = bool(fingerprints) and not force
+        self._bases = base_fingerprints(self._touched, verify=verify)
+        if verify:
+            check_base(self._bases, fingerprints)
+        self._launches = _launches(mask, values, self._touched)
 
     def put_on(self, scale: float, *, keep: bool) -> None:
         """Add the scaled delta; `keep=False` saves the old bits for `take_off`.
@@ -102,7 +103,7 @@ class ModelEdit:
             for launch in done:
                 _restore(launch)
             raise
-        self._edit.done(keep=keep)
+        remember_bases(self._touched, self._bases)
 
     def take_off(self) -> None:
         """Write the old bits back to the selected entries.
@@ -118,14 +119,14 @@ class ModelEdit:
                         f"task vector is applied, got {param.dtype} of {tuple(param.shape)}; the "
                         "edit is still on, load the weights again"
                     )
-        ready = self._edit.ready_to_undo()
+        bases = base_fingerprints(self._touched, verify=False)
         for launch in self._launches:
             _restore(launch)
-        self._edit.undone(ready)
+        remember_bases(self._touched, bases)
 
 
 def check_scale(scale: object) -> float:
-    """A finite real number as a float.
+    """Return a finite real number as a float.
 
     Raises:
         TalosTypeError: it is no real number.
@@ -140,9 +141,9 @@ def check_scale(scale: object) -> float:
 
 
 def may_overflow(dtype: torch.dtype, change: float) -> bool:
-    """Whether adding at most `change` could make a finite weight infinite.
+    """Return whether adding at most `change` could make a finite weight infinite.
 
-    Less than half a unit of the largest number's last place rounds back to that number.
+    A change below half a unit of the largest number's last place rounds back to that number.
     """
     limits = torch.finfo(dtype)
     return not abs(change) < limits.eps * limits.max / 4
@@ -151,10 +152,10 @@ def may_overflow(dtype: torch.dtype, change: float) -> bool:
 def check_sums(
     names: Sequence[str], params: Sequence[Tensor], index: Index, values: Tensor, scale: float
 ) -> None:
-    """Refuse an edit that makes a finite weight infinite or NaN.
+    """Refuse an edit that makes a finite weight infinite or NaN; nothing is written.
 
     Raises:
-        TalosValueError: it does; nothing was written.
+        TalosValueError: it does.
     """
     for name, param, part, entries in zip(names, params, index.unpack(), index.slices, strict=True):
         old = param.detach().reshape(-1)[part.positions_int64().to(param.device)]
@@ -170,16 +171,14 @@ def check_sums(
 
 
 def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """A model's weights where a mask selects entries, by the mask's names.
+    """Return a model's weights where a mask selects entries, by the mask's names.
 
-    Buffers are among them: two state dicts have a difference there, too.
+    Buffers are included, because the difference of two state dicts holds them.
 
     Raises:
         TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
         TalosValueError: the model lacks a tensor or has another shape of it.
     """
-    if not isinstance(model, nn.Module):
-        raise TalosTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     every_name = {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
     matched = match_tensors(mask.shapes, every_name, what="task vector")
     touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
@@ -194,7 +193,7 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
 
 
 def check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """Refuse tensors whose fingerprints differ from those wanted of the same names.
+    """Refuse tensors whose fingerprints are not the wanted ones of the same names.
 
     Raises:
         TalosValueError: one differs.
@@ -226,7 +225,7 @@ def _launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list
 
 
 def _pack(mask: Mask, names: tuple[str, ...], device: torch.device) -> Index:
-    """The packed index of some of the mask's tensors; the last few are remembered."""
+    """Return the packed index of some of the mask's tensors; the last few are kept."""
     key = (id(mask), names, device)
     if key in _packed and _packed[key][0]() is mask:
         _packed.move_to_end(key)
@@ -245,6 +244,6 @@ def _pack(mask: Mask, names: tuple[str, ...], device: torch.device) -> Index:
 
 def _restore(launch: _Launch) -> None:
     if launch.saved is not None:
-        device = launch.params[0].device  # the model may have been moved meanwhile
+        device = launch.params[0].device  # the block may have moved the model
         index = launch.index if launch.index.device == device else launch.index.to(device)
         revert_delta_(launch.params, index, launch.saved.to(device))

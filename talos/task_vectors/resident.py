@@ -1,9 +1,9 @@
-"""Many task vectors resident on one model: put on, scaled anew, exchanged or taken off in place.
+"""Many task vectors ready on one model: put on, rescaled, exchanged or taken off in place.
 
-What each vector adds and where lies packed on the model's devices from the start, and so does room
-for the base's bits under the vector that is on. So a search for a scaling coefficient, or an
-exchange of one task for another, moves the selected entries and nothing else: no weight is copied
-or loaded, nothing is allocated, and the host never waits for a device.
+The vectors' values and packed indices lie on the model's devices from the start, with room for the
+base's bits under the vector that is on. A search for a scaling coefficient, or an exchange of one
+task for another, therefore moves only the selected entries: no weight is copied or loaded, nothing
+is allocated, and the host never waits for a device.
 """
 
 from collections.abc import Hashable, Mapping
@@ -15,11 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.task_vectors.editing import check_base, check_scale, touched_weights
-from talos.task_vectors.fingerprints import Edit
-from talos.task_vectors.groups import Scaled, weight_groups
+from talos.task_vectors.editing import (
+    check_base,
+    check_scale,
+    check_sums,
+    may_overflow,
+    touched_weights,
+)
+from talos.task_vectors.fingerprints import base_fingerprints, bit_sums, remember_bases
+from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
 from talos.tensors import check_separate, place
+from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 
 __all__ = ["ResidentVectors"]
 
@@ -27,10 +34,10 @@ __all__ = ["ResidentVectors"]
 class ResidentVectors:
     """Task vectors that lie ready on a model's devices, of which at most one is on at a time.
 
-    The weights are edited in place. Each `swap` is two launches for all weights of one device
+    The weights are edited in place. Each `swap` takes two launches for all weights of one device
     and dtype: one takes off, one puts on. As a context manager it leaves the weights bit for bit as
-    it found them, also after an exception. Inside, everybody may read the weights but nobody else
-    may write, cast, move or replace those that a vector touches: the next `swap` and the end of the
+    it found them, also after an exception. Inside, other code may read the weights, but must not
+    write, cast, move or replace those that a vector touches: the next `swap` and the end of the
     block refuse then, with nothing written. A write that torch does not count, through `.data` or
     NumPy, is not noticed. While a vector is on, the weights count as another base for every other
     task vector.
@@ -90,19 +97,19 @@ class ResidentVectors:
                     self._params[name] = param
         check_separate(self._params, "weights that the vectors edit")
         verify = not force and any(vector.fingerprints for vector in vectors.values())
-        self._edit = Edit(self._params, verify=verify)
-        for key, vector in vectors.items() if not force else ():
-            bases = {
-                name: self._edit.bases[names[place(param)]]
-                for name, param in touched[key].items()
-                if names[place(param)] in self._edit.bases
-            }
-            check_base(bases, vector.fingerprints)
+        self._bases = base_fingerprints(self._params, verify=verify)
+        self._sums = bit_sums(self._params)
+        for key, vector in vectors.items() if verify else ():
+            first_names = {name: names[place(param)] for name, param in touched[key].items()}
+            check_base(
+                {name: self._bases[first] for name, first in first_names.items()},
+                vector.fingerprints,
+            )
         self._vectors = frozenset(vectors)
         with torch.inference_mode(False):  # what is kept outlives the caller's mode
-            self._groups = weight_groups(self._params, vectors, touched)
+            self._groups = _groups(self._params, vectors, touched)
         self._homes = _homes(model, self._params)
-        self._on: Scaled | None = None
+        self._on: _Scaled | None = None
         self._states = self._read_states()
 
     @property
@@ -127,14 +134,14 @@ class ResidentVectors:
         Raises:
             TalosTypeError: `scale` is no real number.
             TalosValueError: no vector has the name, `scale` is not finite, or a finite weight
-                would overflow; what was on is on again.
-            TalosRuntimeError: somebody else wrote, cast, moved or replaced a weight.
+                would overflow; the vector that was on is on again.
+            TalosRuntimeError: other code wrote, cast, moved or replaced a weight.
         """
         if name is not None and name not in self._vectors:
             raise TalosValueError(
                 f"name must be one of {', '.join(sorted(self._vectors))} or None, got {name}"
             )
-        wanted = None if name is None else Scaled(name, check_scale(scale))
+        wanted = None if name is None else _Scaled(name, check_scale(scale))
         self._check_states()
         before = self._on
         try:
@@ -147,7 +154,7 @@ class ResidentVectors:
             raise
         self._on = wanted
         if wanted is None:
-            self._edit.restored()
+            remember_bases(self._params, self._bases, self._sums)
         self._states = self._read_states()
 
     def __enter__(self) -> Self:
@@ -182,18 +189,18 @@ class ResidentVectors:
             )
 
 
-_PARTS = ("device", "dtype", "shape", "stride", "storage", "version, so somebody wrote it")
+_PARTS = ("device", "dtype", "shape", "stride", "storage", "version, so other code wrote it")
 
 
 def _state(param: Tensor) -> tuple[Any, ...]:
-    """What changes when somebody moves, casts, reshapes or writes a weight; `_PARTS` names it."""
+    """Return what changes when a weight is moved, cast, reshaped or written; see `_PARTS`."""
     version = None if param.is_inference() else param._version  # inference tensors count none
     return param.device, param.dtype, param.shape, param.stride(), param.data_ptr(), version
 
 
 @dataclass(frozen=True)
 class _Home:
-    """Where a module holds a weight that is edited, under one of its names."""
+    """A place in a module that holds an edited weight, under one of its names."""
 
     name: str
     parameters: Mapping[str, Tensor | None]
@@ -214,3 +221,103 @@ def _homes(model: nn.Module, params: Mapping[str, Tensor]) -> list[_Home]:
         for key, param in held.items()
         if param is not None and place(param) in names
     ]
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A vector's name and the coefficient that it is on with."""
+
+    name: str
+    scale: float
+
+
+class _Group:
+    """The weights of one device and dtype, and every vector's part for them.
+
+    Attributes:
+        names: of the weights.
+        params: the weights.
+        deltas: packed index and values by the vectors' names.
+        largest: magnitude of the values, by the vectors' names.
+        saved: room for the base's bits under the vector that is on.
+        on: the vector that is on.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        deltas: dict[str, tuple[Index, Tensor]],
+        largest: Mapping[str, float],
+    ) -> None:
+        self.names, self.params = list(params), list(params.values())
+        self.deltas = deltas
+        self.largest = largest
+        most = max(index.nnz for index, _ in deltas.values())
+        self.saved = torch.empty(most, dtype=self.params[0].dtype, device=self.params[0].device)
+        self.on: _Scaled | None = None
+
+    def swap(self, wanted: _Scaled | None) -> None:
+        """Take off the vector that is on, then put on the wanted one: at most two launches.
+
+        Raises:
+            TalosValueError: a weight would overflow; then none is on.
+        """
+        if self.on is not None:
+            index, _ = self.deltas[self.on.name]
+            revert_delta_(self.params, index, self.saved[: index.nnz])
+            self.on = None
+        if wanted is not None:
+            index, values = self.deltas[wanted.name]
+            saved = self.saved[: index.nnz]
+            if may_overflow(saved.dtype, wanted.scale * self.largest[wanted.name]):
+                check_sums(self.names, self.params, index, values, wanted.scale)
+            add_delta_(self.params, index, values, scale=wanted.scale, saved=saved)
+            self.on = wanted
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is held on the device beside the weights."""
+        parts = [[values, *index.buffers] for index, values in self.deltas.values()]
+        return [tensor for part in (*parts, [self.saved]) for tensor in part]
+
+
+def _groups(
+    params: Mapping[str, Tensor],
+    vectors: Mapping[str, TaskVector],
+    touched: Mapping[str, Mapping[str, Tensor]],
+) -> list[_Group]:
+    """Return one group per device and dtype, with the vectors' values and indices uploaded.
+
+    `params` holds every weight that a vector touches, once; `touched` holds those of each vector
+    by its own names.
+    """
+    members: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, param in params.items():
+        members.setdefault((param.device, param.dtype), {})[name] = param
+    largest = {key: vector.largest for key, vector in vectors.items()}
+    groups = []
+    for (device, _), group in members.items():
+        packed: dict[int, Index] = {}  # vectors of one mask share its index
+        deltas = {}
+        for key, vector in vectors.items():
+            names = {place(param): name for name, param in touched[key].items()}
+            if id(vector.mask) not in packed:
+                selected = [
+                    _part(vector, names.get(place(param)), param.numel())
+                    for param in group.values()
+                ]
+                packed[id(vector.mask)] = Index.pack(selected, device)
+            slices = slices_of(vector.mask)
+            own = [names[place(param)] for param in group.values() if place(param) in names]
+            whole = own == list(touched[key])  # no copy then, where the model is on the CPU
+            parts = [vector.values[slices[name]] for name in own]
+            values = vector.values if whole else torch.cat([vector.values[:0], *parts])
+            deltas[key] = packed[id(vector.mask)], values.to(device)
+        groups.append(_Group(group, deltas, largest))
+    return groups
+
+
+def _part(vector: TaskVector, name: str | None, numel: int) -> TensorIndex:
+    """Return what a vector selects of one weight: nothing where it does not name it."""
+    if name is None:
+        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64, device="cpu"), numel)
+    return vector.mask.indices[name]

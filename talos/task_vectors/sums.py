@@ -1,9 +1,9 @@
-"""Weighted sums of sparse deltas over different selections, one tensor at a time.
+"""Weighted sums of sparse deltas with different masks, one tensor at a time.
 
     values[rank(j)] = sum over terms of scale * values_term[rank_term(j)]     (float32)
 
-over the union of the selections. Nothing is made dense: a term's ranks in the union are looked up
-on the compressed form, so that the peak is the result and one tensor's positions.
+over the union of the masks. Nothing is made dense: a term's ranks in the union are looked up in
+the compressed index, so that the peak memory is the result and one tensor's positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Term = tuple[float, Mask, Tensor]
 
 
 def slices_of(mask: Mask) -> dict[str, slice]:
-    """Each tensor's range in an array of the mask's rank order."""
+    """Return each tensor's range in an array in the mask's rank order."""
     slices, end = {}, 0
     for name, index in mask.indices.items():
         slices[name] = slice(end, end + index.nnz)
@@ -32,19 +32,19 @@ def slices_of(mask: Mask) -> dict[str, slice]:
 
 
 def same_order(mask: Mask, other: Mask) -> bool:
-    """Whether an array in rank order means the same under both masks."""
+    """Return whether an array in rank order means the same for both masks."""
     return mask is other or (mask.names == other.names and mask == other)
 
 
 def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
-    """Sum scaled values over the union of their masks.
+    """Return the union of masks and the sum of the scaled values over it.
 
     Args:
         terms: scale, mask and values (`[nnz]`, any floating dtype) of each, at least one.
 
     Returns:
-        The union of the masks, the first one itself where all are equal; float32 `[nnz]`, where
-        an entry that a term does not select counts as zero of it.
+        The union, which is the first mask itself where all are equal; float32 `[nnz]`. An entry
+        that a term does not select counts as zero.
 
     Raises:
         TalosValueError: the masks differ in the shape of a tensor.
@@ -59,7 +59,7 @@ def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
 
 
 def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
-    """Values of `mask` in the rank order of a mask that contains it: float32, zero elsewhere."""
+    """Return values in the rank order of a mask that contains theirs: float32, zero elsewhere."""
     total = torch.zeros(union.nnz, dtype=torch.float32, device="cpu")
     _add_(total, union, 1.0, mask, values)
     return total
@@ -77,20 +77,20 @@ def _add_(total: Tensor, union: Mask, scale: float, mask: Mask, values: Tensor) 
 
 
 def _ranks(union: TensorIndex, own: TensorIndex) -> Tensor:
-    """Ranks in `union` of the entries of `own`, which it contains: int64 `[own.nnz]`."""
-    if union.encoding == "bitmap":  # bools of one tensor beat looking up each position
+    """Return the ranks in `union` of the entries of `own`, which it contains: int64 `[own.nnz]`."""
+    if union.encoding == "bitmap":  # faster than looking up each position
         return own.decode()[union.decode()].nonzero()[:, 0]
     return union.rank(own.positions_int64())
 
 
 def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """What a sum is made of, each source once, with its scale; sums of sums are opened.
+    """Return the sources of a sum, each once with its scale; sums of sums are opened.
 
     Args:
         terms: scale and metadata of each vector.
 
     Returns:
-        One dictionary a source: `scale` and its metadata as `of`.
+        One dictionary per source: `scale`, and its metadata as `of`.
 
     Example:
         >>> sources([(2.0, {"sum": [{"scale": 0.5, "of": {"task": "a"}}]}), (1.0, {"task": "a"})])
@@ -110,7 +110,7 @@ def sources(terms: Sequence[tuple[float, Mapping[str, Any]]]) -> list[dict[str, 
 
 
 def is_sum(metadata: Mapping[str, Any]) -> bool:
-    """Whether metadata is that of a sum of vectors."""
+    """Return whether metadata is that of a sum of vectors."""
     parts = metadata.get("sum")
     return isinstance(parts, list) and all(
         isinstance(part, dict) and set(part) == {"scale", "of"} and isinstance(part["scale"], float)

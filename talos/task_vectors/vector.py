@@ -1,4 +1,4 @@
-"""The task vector: an immutable sparse difference of weights with the arithmetic of edits.
+"""The task vector: a sparse difference of weights, with the arithmetic of model edits.
 
     tau   = theta_tuned - theta_base                 at the entries of a mask
     theta = theta_base + scaling_coef * tau          addition; a negative coefficient forgets
@@ -10,39 +10,49 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from numbers import Real
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from talos.errors import TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.files import write_tensors
 from talos.masks import Mask
-from talos.task_vectors.arithmetic import VectorSpace
-from talos.task_vectors.delta import SparseDelta
+from talos.masks.table import text_table
+from talos.options import as_real
 from talos.task_vectors.differences import Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
 from talos.task_vectors.fingerprints import fingerprint
-from talos.task_vectors.storage import load_parts, save_parts
-from talos.task_vectors.sums import is_sum, sources, weighted_sum
+from talos.task_vectors.storage import DTYPES, load_parts, save_parts
+from talos.task_vectors.sums import (
+    is_sum,
+    same_order,
+    slices_of,
+    sources,
+    spread,
+    weighted_sum,
+)
 from talos.tensors import warn_of_moved
 
 __all__ = ["TaskVector"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TaskVector(SparseDelta, VectorSpace):
+class TaskVector:
     """A sparse difference of weights: what to add to a base model, and at which entries.
 
-    A value: every operation gives a new one. Sums and multiples are float32, whatever they are made
-    of, over the union of the masks; an entry that a vector does not select counts as zero.
+    A task vector is immutable; every operation returns a new one. Sums and multiples are float32,
+    whatever the dtype of their terms, over the union of the masks. An entry that a vector does not
+    select counts as zero.
 
     Attributes:
         mask: the entries.
         values: `[nnz]` float32, bfloat16 or float16, on the CPU, in the mask's rank order.
         fingerprints: of the base's tensors, by name; those without one are not verified.
-        metadata: what made it, JSON-able.
+        metadata: how the vector was made, JSON-able.
 
     Raises:
         TalosTypeError: `values` has another dtype.
@@ -65,6 +75,37 @@ class TaskVector(SparseDelta, VectorSpace):
         [[1.0, 1.0]]
     """
 
+    mask: Mask
+    values: Tensor
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    largest: float = field(init=False)
+    """The largest magnitude of the values, 0 where there are none."""
+
+    # NumPy's numbers, as linspace gives them, leave their product with a vector to __rmul__.
+    __array_ufunc__ = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that do not belong to the mask."""
+        if self.values.dtype not in DTYPES:
+            raise TalosTypeError(
+                f"values must be float32, bfloat16 or float16, got {self.values.dtype}"
+            )
+        if self.values.shape != (self.mask.nnz,) or self.values.device.type != "cpu":
+            raise TalosValueError(
+                f"values must be of shape ({self.mask.nnz},) on the CPU, one per selected entry, "
+                f"got {tuple(self.values.shape)} on {self.values.device}"
+            )
+        strangers = sorted(set(self.fingerprints) - set(self.mask.names))
+        if strangers:
+            raise TalosValueError(
+                f"fingerprints must name tensors of the mask, got {', '.join(strangers[:5])}"
+            )
+        object.__setattr__(self, "values", self.values.detach().contiguous())
+        object.__setattr__(self, "fingerprints", dict(self.fingerprints))
+        object.__setattr__(self, "metadata", dict(self.metadata))
+        object.__setattr__(self, "largest", _largest(self.mask, self.values))
+
     @classmethod
     def from_models(
         cls,
@@ -74,20 +115,21 @@ class TaskVector(SparseDelta, VectorSpace):
         *,
         strict: bool = True,
         metadata: Mapping[str, Any] | None = None,
-    ) -> "TaskVector":
-        """The difference of two models.
+    ) -> Self:
+        """Return the difference of two models.
+
+        Buffers of modules are left out. A warning and the metadata's `moved_buffers` name those
+        that differ.
 
         Args:
             base: pretrained module, or its state dict.
             tuned: the same module after fine-tuning, or its state dict.
             mask: entries to keep; None: every floating-point weight, encoded `full`.
             strict: refuse a change outside of the mask; False drops it.
-            metadata: what made the difference.
+            metadata: how the difference was made.
 
         Returns:
-            float32 tuned minus base, with the base's fingerprints. Tied weights come once. Buffers
-            of modules are left out: a warning and the metadata's `moved_buffers` name those that
-            differ.
+            float32 tuned minus base, with the base's fingerprints. Tied weights come once.
 
         Raises:
             TalosValueError: names or shapes differ, a difference is not finite, or an entry outside
@@ -106,14 +148,14 @@ class TaskVector(SparseDelta, VectorSpace):
         return cls(kept, values, found, {**(metadata or {}), **left_out})
 
     @classmethod
-    def combine(cls, terms: "Iterable[tuple[float, TaskVector]]") -> "TaskVector":
-        """The weighted sum of many task vectors in one pass, over the union of their masks.
+    def combine(cls, terms: Iterable[tuple[float, Self]]) -> Self:
+        """Return the weighted sum of many task vectors over the union of their masks, in one pass.
 
         Args:
             terms: scale and vector of each.
 
         Returns:
-            float32; metadata `sum` lists what went in, with its scale.
+            float32; the metadata's `sum` lists the vectors with their scales.
 
         Raises:
             TalosValueError: there is no term, a scale is not finite, a sum overflows, or two
@@ -141,11 +183,43 @@ class TaskVector(SparseDelta, VectorSpace):
             union, total, bases, {"sum": sources([(scale, v.origin()) for scale, v in terms])}
         )
 
+    def __add__(self, other: object) -> Self:
+        """Return the sum; 0 counts as the zero vector, because `sum()` begins with it."""
+        if isinstance(other, type(self)):
+            return self.combine([(1.0, self), (1.0, other)])
+        if isinstance(other, Real) and other == 0:
+            return self
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: object) -> Self:
+        """Return the difference."""
+        if isinstance(other, type(self)):
+            return self.combine([(1.0, self), (-1.0, other)])
+        return NotImplemented
+
+    def __mul__(self, scale: object) -> Self:
+        """Return the multiple by a real number."""
+        number = as_real(scale)
+        return NotImplemented if number is None else self.combine([(number, self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: object) -> Self:
+        """Return the multiple by the inverse of a real number, which must not be 0."""
+        number = as_real(divisor)
+        return NotImplemented if number is None else self.combine([(1.0 / number, self)])
+
+    def __neg__(self) -> Self:
+        """Return the multiple by -1: a vector that makes a model forget."""
+        return self.combine([(-1.0, self)])
+
     def origin(self) -> dict[str, Any]:
-        """What names this vector in a sum: its metadata, and the fingerprint of its values.
+        """Return what names this vector in a sum: its metadata and its values' fingerprint.
 
         Returns:
-            The metadata of a sum as it is; else with `values`, the fingerprint.
+            The metadata with `values`, the fingerprint; the metadata alone if the vector is a sum.
 
         Example:
             >>> mask = Mask.from_dense({"w": torch.ones(2) > 0})
@@ -159,8 +233,8 @@ class TaskVector(SparseDelta, VectorSpace):
     def apply_(self, model: nn.Module, scale: float = 1.0, force: bool = False) -> None:
         """Add `scale` times the vector to a model's weights, in place, each tied weight once.
 
-        Everything is checked before the first write. A later `apply_` or `applied` counts the model
-        as the same base with edits; a write by anybody else makes it another base.
+        Everything is checked before the first write. Edits stack: afterwards the model still counts
+        as the same base. A write by any other code makes it another base.
 
         Args:
             model: the base, on any device, in float32, bfloat16, float16 or float64.
@@ -181,18 +255,17 @@ class TaskVector(SparseDelta, VectorSpace):
             0.5
         """
         scale = check_scale(scale)
-        edit = self._edit_of(model, force=force)
-        edit.put_on(scale, keep=True)
+        self._edit_of(model, force=force).put_on(scale, keep=True)
 
     @contextmanager
     def applied(
         self, model: nn.Module, scale: float = 1.0, force: bool = False
     ) -> Iterator[nn.Module]:
-        """The edited model inside a `with` block; afterwards its weights are bit for bit as before.
+        """Edit a model inside a `with` block; afterwards its weights are bit for bit as before.
 
         Only the old bits of the selected entries are kept. They are written back when the block
-        ends, also by an exception: what else was written to those entries inside the block is lost
-        then, what was written to others stays. Blocks nest in stack order.
+        ends, also after an exception. A write of other code to those entries inside the block is
+        lost then; one to other entries stays. Blocks nest in stack order.
 
         Args:
             model: as for `apply_`.
@@ -241,8 +314,8 @@ class TaskVector(SparseDelta, VectorSpace):
         """Write the vector to a safetensors file, atomically.
 
         Args:
-            path: the file, conventionally `*.safetensors`.
-            dtype: of the values in it; None: as they are. bfloat16 halves the file.
+            path: the file, by convention `*.safetensors`.
+            dtype: of the values in the file; None: as they are. bfloat16 halves the file.
             overwrite: replace an existing file; False refuses.
 
         Raises:
@@ -261,17 +334,17 @@ class TaskVector(SparseDelta, VectorSpace):
         save_parts(path, self.mask, values, self.fingerprints, self.metadata, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TaskVector":
-        """Read a vector from a file, checking all of it.
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a vector from a file and check all of it.
 
         Raises:
-            TalosValueError: the file is not a task vector, is damaged, or is from a newer version.
+            TalosValueError: the file is not a task vector, is damaged, or has another version.
             TalosOSError: it cannot be read.
         """
         return cls(*load_parts(path))
 
     def export_dense(self, path: str | os.PathLike[str]) -> None:
-        """Write a dense delta for other tools: plain safetensors, named and shaped as the weights.
+        """Write the dense delta for other tools: plain safetensors, named and shaped as weights.
 
         All dense tensors are in memory at once.
 
@@ -280,3 +353,115 @@ class TaskVector(SparseDelta, VectorSpace):
         """
         dense = {name: self.to_dense(name) for name in self.mask.names}
         write_tensors(path, dense, {"format": "pt"})
+
+    def to_dense(self, name: str) -> Tensor:
+        """Return the delta of one tensor, in its shape and the vector's dtype; zero elsewhere.
+
+        Raises:
+            TalosValueError: the mask does not cover `name`.
+        """
+        dense = torch.zeros(self.mask.to_dense(name).shape, dtype=self.values.dtype, device="cpu")
+        index = self.mask.indices[name]
+        dense.view(-1)[index.positions_int64()] = self.values[slices_of(self.mask)[name]]
+        return dense
+
+    def astype(self, dtype: torch.dtype) -> Self:
+        """Return the same vector with values of another dtype.
+
+        Raises:
+            TalosTypeError: `dtype` is not float32, bfloat16 or float16.
+            TalosValueError: a value overflows in it.
+        """
+        if dtype not in DTYPES:
+            raise TalosTypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        return type(self)(self.mask, self.values.to(dtype), self.fingerprints, self.metadata)
+
+    def norm(self) -> float:
+        """Return the Euclidean norm of the values, summed in float64."""
+        return sqrt(sum(norm * norm for norm in self.norms().values()))
+
+    def norms(self) -> dict[str, float]:
+        """Return the Euclidean norm of each tensor's values, by name."""
+        return {
+            name: float(torch.linalg.vector_norm(self.values[part], dtype=torch.float64))
+            for name, part in slices_of(self.mask).items()
+        }
+
+    def describe(self) -> str:
+        """Return a table of where the vector lies: its norm and entries by type of tensor.
+
+        Example:
+            >>> mask = Mask.from_dense({"h.0.q.weight": torch.eye(2) > 0})
+            >>> print(TaskVector(mask, torch.tensor([3.0, 4.0])).describe())
+            type   tensors  selected  density  norm
+            query        1         2    0.500     5
+            total        1         2    0.500     5
+        """
+        table, norms = self.mask.describe(), self.norms()
+        squares: dict[str, float] = {}
+        for row in table.rows:
+            for kind in (row.kind, "total"):
+                squares[kind] = squares.get(kind, 0.0) + norms[row.name] ** 2
+        header = ("type", "tensors", "selected", "density", "norm")
+        lines = [
+            (
+                row.kind,
+                f"{row.tensors:,}",
+                f"{row.nnz:,}",
+                f"{row.density:.3f}",
+                f"{sqrt(squares.get(row.kind, 0.0)):.4g}",
+            )
+            for row in [*table.by_kind(), table.total()]
+        ]
+        return text_table([header, *lines])
+
+    def allclose(self, other: Self, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+        """Return whether |self - other| <= atol + rtol |other| at every entry of either mask."""
+        union = self.mask if same_order(self.mask, other.mask) else self.mask | other.mask
+        return torch.allclose(
+            spread(self.mask, self.values, union),
+            spread(other.mask, other.values, union),
+            rtol=rtol,
+            atol=atol,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and mask in memory."""
+        return self.values.nbytes + self.mask.nbytes
+
+    def __len__(self) -> int:
+        """Return the number of selected entries."""
+        return self.mask.nnz
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether two vectors edit every model alike: mask, values, dtype, fingerprints."""
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        if self.values.dtype != other.values.dtype or self.mask != other.mask:
+            return False
+        own, others = slices_of(self.mask), slices_of(other.mask)
+        return self.fingerprints == other.fingerprints and all(
+            torch.equal(self.values[part], other.values[others[name]]) for name, part in own.items()
+        )
+
+    def __repr__(self) -> str:
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        where = f"{len(self.mask.names)} tensors, {self.nbytes / 1e6:.1f} MB"
+        return f"TaskVector({len(self):,} {dtype} values in {where})"
+
+
+def _largest(mask: Mask, values: Tensor) -> float:
+    """Return the largest magnitude; refuse a value that is not finite."""
+    if not len(values):
+        return 0.0
+    low, high = (float(end) for end in torch.aminmax(values))
+    if isfinite(low) and isfinite(high):
+        return max(-low, high)
+    rank = int((~torch.isfinite(values)).nonzero()[0, 0])
+    name, part = next(each for each in slices_of(mask).items() if rank < each[1].stop)
+    where = int(mask.indices[name].positions_int64()[rank - part.start])
+    raise TalosValueError(
+        f"values must be finite, got {float(values[rank])} at entry {where} of {name}; "
+        "the training diverged, or a scale or float16 is out of range"
+    )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from talos import Mask, ResidentVectors, TaskVector
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.task_vectors import groups
+from talos.task_vectors import resident as resident_module
 from talos.task_vectors.fingerprints import fingerprint
 from tests.cases import DTYPES, assert_bit_equal
 from tests.task_vectors.test_task_vectors import (
@@ -236,7 +236,7 @@ def _apply(model: Model) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (_write, r"layers\.1 with another version, so somebody wrote it"),
+        (_write, r"layers\.1 with another version, so other code wrote it"),
         (_replace, r"layers\.1 replaced by another tensor"),
         (_swap_storage, r"layers\.1 with another storage"),
         (_resize, r"layers\.1 with another shape"),
@@ -277,7 +277,7 @@ def test_a_launch_that_fails_leaves_what_was_on(monkeypatch: pytest.MonkeyPatch)
     model = mixed_model()
     resident = ResidentVectors(model, vectors_for(model))
     resident.swap("a", 0.5)
-    before, add, calls = bits(model), groups.add_delta_, []
+    before, add, calls = bits(model), resident_module.add_delta_, []
 
     def fails_once(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -285,7 +285,7 @@ def test_a_launch_that_fails_leaves_what_was_on(monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
         add(*args, **kwargs)
 
-    monkeypatch.setattr(groups, "add_delta_", fails_once)
+    monkeypatch.setattr(resident_module, "add_delta_", fails_once)
     with pytest.raises(MemoryError):
         resident.swap("b")
     assert resident.active == "a"
