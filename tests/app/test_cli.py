@@ -274,7 +274,7 @@ def test_merge_sums_over_the_union(
     assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
 
 
-def test_merge_tells_of_vectors_that_share_no_tensor(
+def test_merge_warns_of_vectors_that_share_no_tensor(
     vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.safetensors"
@@ -391,7 +391,7 @@ def test_other_methods_train_and_are_evaluated(
     assert expected in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_what_would_be_scored(
+def test_a_dry_run_shows_what_would_be_scored(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -419,7 +419,7 @@ def test_a_dry_run_tells_what_would_be_scored(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_calibration_tells_speed_densities_and_stability(
+def test_calibration_prints_speed_densities_and_stability(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "m.safetensors"
@@ -524,7 +524,7 @@ def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_says_what_is_kept(model: str, tmp_path: Path) -> None:
+def test_ctrl_c_prints_what_is_kept(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", START, "demo", "--model", model, "--out", str(out)],

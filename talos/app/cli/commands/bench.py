@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout
+from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, check_choice
 from talos.errors import TalosOSError, TalosRuntimeError
 from talos.options import integer
@@ -94,7 +94,7 @@ def bench(
     )
     wanted = [*FORMS, *(COMPILED if compiled else ())]
     left_out = {form.name: why for form in wanted if (why := form.missing(workload))}
-    with keeping("nothing was written"), Bars() as bars:
+    with on_interrupt("nothing was written"), Bars() as bars:
         costs = measure(
             workload,
             [form for form in wanted if form.name not in left_out],
@@ -173,11 +173,11 @@ def _show(results: dict[str, Any], left_out: dict[str, str]) -> None:
     console.print(_table(first, [row[:11] for row in rows]))
     console.print("\n[bold]its memory and its step[/bold]")
     console.print(_table(second, [(row[0], *row[11:]) for row in rows]))
-    say(console, "x: over non-linear fine-tuning; paper: the same of its authors' machine")
+    print_line(console, "x: over non-linear fine-tuning; paper: the same of its authors' machine")
     if settings["rounds"] == 1:
-        say(console, "one round: times differ by what else the machine did; take more to compare")
+        print_line(console, "one round only: to compare times, run more rounds")
     for name, why in left_out.items():
-        say(console, f"left out: {name} ({why})")
+        print_line(console, f"left out: {name} ({why})")
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
