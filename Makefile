@@ -7,9 +7,11 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu) \
+  examples/cpp/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
 NATIVE := $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test quick bench lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -31,8 +33,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/typos
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu) \
-	  examples/cpp/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf build demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)

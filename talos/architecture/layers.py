@@ -1,8 +1,8 @@
 """What a layer is, by its name: the one table of the names that model libraries use.
 
 The presets (`talos.params`), the roles of projections (`talos.architecture.attention`) and the
-table of a mask (`Mask.describe`) follow from it. A name alone says little of an output projection:
-an MLP has a `c_proj` too, a state space model an `out_proj`. It counts inside attention only.
+table of a mask (`Mask.describe`) follow from it. The name of an output projection is ambiguous: an
+MLP has a `c_proj` too, a state space model an `out_proj`. So it counts only inside attention.
 """
 
 import re
@@ -139,7 +139,7 @@ def roles_of(path: str) -> tuple[str, ...]:
 
 
 def _shortened(path: str) -> str:
-    """The path without the number of the layer that is inside a `to_out` (diffusers)."""
+    """Return the path without the `.0` behind a `to_out` (diffusers)."""
     return re.sub(r"\bto_out\.0$", "to_out", path)
 
 

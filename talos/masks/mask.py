@@ -428,8 +428,8 @@ def _warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None
     highs = [float(s.max()) for s in scores.values() if s.numel()]
     if min(lows) == max(highs):
         warnings.warn(
-            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, "
-            "which says nothing about the model; check that the gradients reach its weights",
+            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, whatever "
+            "the model; check that the gradients reach its weights",
             stacklevel=3,
         )
 

@@ -8,9 +8,7 @@ task arithmetic", arXiv 2407.07089.
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
+from talos.methods.base import Method, Phase, Setup
 from talos.methods.nonlinear import Dense
 from talos.params import select_parameters
 
@@ -29,7 +27,8 @@ class AttentionOnly(Method):
     name = "attention_only"
     usual_lr = 5e-5
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        params = {name: each.param for name, each in select_parameters(model, "attention").items()}
-        return Dense(model, params, hyper, logits_fn, self.metadata)
+    def _first_phase(self, setup: Setup) -> Phase:
+        params = {
+            name: each.param for name, each in select_parameters(setup.model, "attention").items()
+        }
+        return Dense(setup, params)

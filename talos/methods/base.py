@@ -6,7 +6,7 @@ several phases returns the next one from `following`. `talos.fine_tune` runs the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "LogitsFunction",
     "Method",
     "Phase",
+    "Setup",
     "read_seed",
     "trainable",
     "untrained",
@@ -36,22 +37,42 @@ LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a batch to logits, `[B, C]` or `[B, T, V]`."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a method trains with.
+
+    Attributes:
+        model: the model to train, in place.
+        hyper: of the optimizer.
+        logits_fn: maps a model and a batch to logits.
+        metadata: of the task vector.
+    """
+
+    model: nn.Module
+    hyper: Hyperparameters
+    logits_fn: LogitsFunction
+    metadata: Mapping[str, Any]
+
+
 class Phase(ABC):
     """Training of one set of weights, from its first step to its last.
 
     Attributes:
         module: the module of which the loss is computed.
         logits_fn: maps it and a batch to logits.
+        metadata: of the task vector.
         optimizer: takes the steps; the loop sets its groups' `lr` before each.
         others: the parameters that require a gradient and are not trained.
         lr: the phase's own peak learning rate; None: that of the training.
     """
 
-    module: nn.Module
-    logits_fn: LogitsFunction
     optimizer: torch.optim.Optimizer
     others: Sequence[nn.Parameter] = ()
     lr: float | None = None
+
+    def __init__(self, setup: Setup) -> None:
+        self.module, self.logits_fn = setup.model, setup.logits_fn
+        self.metadata = setup.metadata
 
     def freeze(self) -> None:
         """Turn gradients off where nothing is trained; called before the first step."""
@@ -109,7 +130,6 @@ class Method(ABC):
     phases: ClassVar[int] = 1
     usual_lr: ClassVar[float]
 
-    @abstractmethod
     def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
         """Prepare the first phase; the model stays as it is until `freeze`.
 
@@ -121,6 +141,11 @@ class Method(ABC):
         Raises:
             TalosValueError: the method finds nothing to train in this model.
         """
+        return self._first_phase(Setup(model, hyper, logits_fn, self.metadata))
+
+    @abstractmethod
+    def _first_phase(self, setup: Setup) -> Phase:
+        """See `start`."""
 
     def _store(self, **settings: Any) -> None:
         """Store settings in the form in which they were read."""

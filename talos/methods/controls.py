@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, read_seed
+from talos.methods.base import Method, Phase, Setup, read_seed
 from talos.methods.talos import Sparse
 from talos.options import fraction
 from talos.params import Candidates, select_parameters
@@ -32,10 +31,8 @@ class _Control(Method):
         """Refuse a density out of range."""
         self._store(density=fraction("density", self.density))
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        mask = self._mask(select_parameters(model, self.params))
-        return Sparse(model, mask, hyper, logits_fn, self.metadata)
+    def _first_phase(self, setup: Setup) -> Phase:
+        return Sparse(setup, self._mask(select_parameters(setup.model, self.params)))
 
     @abstractmethod
     def _mask(self, candidates: Candidates) -> Mask:

@@ -29,14 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from talos.architecture.attention import Projection
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.methods.base import (
-    Hyperparameters,
-    LogitsFunction,
-    Method,
-    Phase,
-    read_seed,
-    untrained,
-)
+from talos.methods.base import Method, Phase, Setup, read_seed, untrained
 from talos.methods.nonlinear import clip
 from talos.optim.linear_backward import route, unroute
 from talos.optim.param_groups import several_processes
@@ -77,9 +70,8 @@ class LLora(Method):
             seed=read_seed(self.seed),
         )
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        return _Adapted(self, model, hyper, logits_fn)
+    def _first_phase(self, setup: Setup) -> Phase:
+        return _Adapted(self, setup)
 
 
 def first_factor(name: str, role: str, shape: tuple[int, int], *, seed: int) -> Tensor:
@@ -166,19 +158,17 @@ class _Weight:
 class _Adapted(Phase):
     """Trains B of all adapters."""
 
-    def __init__(
-        self, method: LLora, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
-    ) -> None:
-        self.module, self.logits_fn, self.metadata = model, logits_fn, method.metadata
-        self._adapters = _adapters(method, model)
+    def __init__(self, method: LLora, setup: Setup) -> None:
+        super().__init__(setup)
+        self._adapters = _adapters(method, setup.model)
         self.params = {each.name: each.param for each in self._adapters}
         self._weights = [
             _Weight([each for each in self._adapters if each.name == name]) for name in self.params
         ]
         self._stop: Callable[[], object] = lambda: None
         self.base = {name: param.detach().clone() for name, param in self.params.items()}
-        self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **hyper)
-        self.others = untrained(model, self.params.values())
+        self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **setup.hyper)
+        self.others = untrained(setup.model, self.params.values())
 
     def freeze(self) -> None:
         """Turn gradients off where nothing is trained, and send those of the weights to B."""

@@ -13,7 +13,7 @@ Source: Ortiz-Jimenez et al. 2023, "Task arithmetic in the tangent space", arXiv
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
 from talos.errors import TalosTypeError, TalosValueError
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable
+from talos.methods.base import LogitsFunction, Method, Phase, Setup, trainable
 from talos.methods.nonlinear import Dense
 from talos.names import unwrapped
 
@@ -138,13 +138,11 @@ class Linearized(Method):
     name = "linearized"
     usual_lr = 5e-5
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`; a loss function is called with the `LinearizedModel`."""
-        linear = LinearizedModel(model, logits_fn)
-        params = trainable(model)
-        return Dense(
-            linear, params, hyper, lambda module, batch: module(batch), self.metadata, linear.base
-        )
+    def _first_phase(self, setup: Setup) -> Phase:
+        # A loss function is called with the `LinearizedModel`.
+        linear = LinearizedModel(setup.model, setup.logits_fn)
+        setup = replace(setup, model=linear, logits_fn=lambda module, batch: module(batch))
+        return Dense(setup, trainable(linear.model), linear.base)
 
 
 class _Caller(nn.Module):

@@ -10,10 +10,9 @@ Source: Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from talos.masks import Mask
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase, trainable
+from talos.methods.base import Method, Phase, Setup, trainable
 from talos.methods.nonlinear import Dense
 from talos.methods.talos import Sparse
 from talos.optim.param_groups import check_not_wrapped, check_trainable
@@ -49,24 +48,22 @@ class Lota(Method):
         if self.sparse_lr is not None:
             self._store(sparse_lr=positive("sparse_lr", self.sparse_lr))
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        return _Search(self, model, hyper, logits_fn)
+    def _first_phase(self, setup: Setup) -> Phase:
+        return _Search(self, setup)
 
 
 class _Search(Dense):
     """The first training, of every weight; its changes decide the mask."""
 
-    def __init__(
-        self, method: Lota, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction
-    ) -> None:
-        params = trainable(model)
-        check_not_wrapped(model)  # refuse before the first training what the second cannot take
+    def __init__(self, method: Lota, setup: Setup) -> None:
+        params = trainable(setup.model)
+        # Refuse before the first training what the second cannot take.
+        check_not_wrapped(setup.model)
         for name, param in params.items():
             check_trainable(name, param)
-        super().__init__(model, params, hyper, logits_fn, method.metadata)
-        self.method, self.hyper = method, hyper
-        self.buffers = KeptBuffers(model)
+        super().__init__(setup, params)
+        self.method, self.setup = method, setup
+        self.buffers = KeptBuffers(setup.model)
 
     @torch.no_grad()
     def following(self) -> Phase:
@@ -76,6 +73,6 @@ class _Search(Dense):
         for name, param in self.params.items():
             param.copy_(self.base[name])
         self.buffers.restore()
-        phase = Sparse(self.module, mask, self.hyper, self.logits_fn, self.metadata)
+        phase = Sparse(self.setup, mask)
         phase.lr = self.method.sparse_lr
         return phase

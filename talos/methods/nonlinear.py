@@ -6,19 +6,11 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from talos.methods.base import (
-    Hyperparameters,
-    LogitsFunction,
-    Method,
-    Phase,
-    trainable,
-    untrained,
-)
+from talos.methods.base import Method, Phase, Setup, trainable, untrained
 from talos.task_vectors import TaskVector
 
 __all__ = ["Dense", "Nonlinear", "clip"]
@@ -36,38 +28,31 @@ class Nonlinear(Method):
     name = "nonlinear"
     usual_lr = 5e-5
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        return Dense(model, trainable(model), hyper, logits_fn, self.metadata)
+    def _first_phase(self, setup: Setup) -> Phase:
+        return Dense(setup, trainable(setup.model))
 
 
 class Dense(Phase):
     """AdamW over whole parameters; the model's others are frozen.
 
     Args:
-        model: the model.
+        setup: as `Method.start` makes it.
         params: the parameters to train, by name.
-        hyper: of the optimizer.
-        logits_fn: maps a model and a batch to logits.
-        metadata: of the task vector.
         base: the initial weights of `params`; None: copies of the present ones.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        setup: Setup,
         params: dict[str, nn.Parameter],
-        hyper: Hyperparameters,
-        logits_fn: LogitsFunction,
-        metadata: Mapping[str, Any],
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.module, self.logits_fn = model, logits_fn
-        self.params, self.metadata = params, metadata
+        super().__init__(setup)
+        self.params = params
         self.base = base or {name: param.detach().clone() for name, param in params.items()}
         fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
-        self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **hyper)
-        self.others = untrained(model, params.values())
+        self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **setup.hyper)
+        self.others = untrained(setup.model, params.values())
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Phase.clip`."""

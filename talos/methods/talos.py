@@ -4,15 +4,14 @@ Source: arXiv 2504.02620, equation 8.
 """
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from talos.errors import TalosTypeError
 from talos.masks import Mask
-from talos.methods.base import Hyperparameters, LogitsFunction, Method, Phase
+from talos.methods.base import Method, Phase, Setup
 from talos.optim import SparseAdam
 from talos.optim.param_groups import several_processes
 from talos.task_vectors import TaskVector
@@ -45,9 +44,8 @@ class Talos(Method):
                 "talos.calibrate"
             )
 
-    def start(self, model: nn.Module, hyper: Hyperparameters, logits_fn: LogitsFunction) -> Phase:
-        """See `Method.start`."""
-        return Sparse(model, self.mask, hyper, logits_fn, self.metadata)
+    def _first_phase(self, setup: Setup) -> Phase:
+        return Sparse(setup, self.mask)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -59,25 +57,15 @@ class Sparse(Phase):
     """Trains what a mask selects; tensors without a selected entry are frozen.
 
     Args:
-        model: the model.
+        setup: as `Method.start` makes it.
         mask: the entries to train.
-        hyper: of the optimizer.
-        logits_fn: maps a model and a batch to logits.
-        metadata: of the task vector.
     """
 
     optimizer: SparseAdam
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mask: Mask,
-        hyper: Hyperparameters,
-        logits_fn: LogitsFunction,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        self.module, self.logits_fn, self.metadata = model, logits_fn, metadata
-        self.optimizer = SparseAdam(model, mask, **hyper)
+    def __init__(self, setup: Setup, mask: Mask) -> None:
+        super().__init__(setup)
+        self.optimizer = SparseAdam(setup.model, mask, **setup.hyper)
         self.optimizer.release()  # `freeze` freezes again, when the loop begins
 
     def freeze(self) -> None:

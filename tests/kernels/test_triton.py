@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from talos_kernels import Index, TensorIndex
 from talos_kernels.add_delta import add_delta_reference
@@ -31,25 +29,6 @@ SMALL = tuple(
 ENCODINGS = MANY[0]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 cases = pytest.mark.parametrize("case", SMALL, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def round_as_devices_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter truncates to bfloat16 and rounds an fma's product; no device does."""
-    convert = interpreter._convert_float
-
-    def nearest(data: numpy.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> object:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        rounded = torch.from_numpy(numpy.ascontiguousarray(data)).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view(numpy.uint16)
-
-    def fma(self: object, x: object, y: object, z: object) -> object:
-        exact = x.data.astype(numpy.float64) * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
 
 
 def pack(case: Case) -> Index:

@@ -721,8 +721,3 @@ def test_what_is_fused_in_another_way_is_not_cut_into_thirds(name: str, rows: in
     phase = METHODS["attention_only"]().start(model, HYPER, default_logits)
     trained = {id(p) for group in phase.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters()}
-
-
-def test_attention_whose_inputs_are_unknown_is_refused() -> None:
-    with pytest.raises(TalosValueError, match="got attn without query, key, value; fre"):
-        METHODS["attention_only"]().start(attention_of("mixture", 48), HYPER, default_logits)

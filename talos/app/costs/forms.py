@@ -18,6 +18,7 @@ from talos.app.costs.step_bytes import dense_step, masked_step, sparse_step
 from talos.app.costs.workload import Workload
 from talos.masks import Mask
 from talos.methods import Linearized, LLora, Nonlinear, Phase, Talos
+from talos.methods.base import Setup
 from talos.methods.lota import Lota
 from talos.methods.talos import Sparse
 from talos.names import named_parameters
@@ -85,7 +86,7 @@ def _lota(workload: Workload) -> Running:
         }
     )
     metadata = Lota(LOTA_DENSITY).metadata
-    phase = Sparse(workload.model, mask, HYPER, workload.logits, metadata)
+    phase = Sparse(Setup(workload.model, HYPER, workload.logits, metadata), mask)
     params = named_parameters(workload.model)
     parts = [(params[name].numel(), index.nnz) for name, index in mask.indices.items()]
     return _sparsely(workload, phase, parts, compact=True)
@@ -93,7 +94,7 @@ def _lota(workload: Workload) -> Running:
 
 def _sparse(workload: Workload, *, compact: bool) -> Running:
     mask = workload.mask
-    phase = Sparse(workload.model, mask, HYPER, workload.logits, Talos(mask).metadata)
+    phase = Sparse(Setup(workload.model, HYPER, workload.logits, Talos(mask).metadata), mask)
     params = named_parameters(workload.model)
     parts = [
         (rows * params[name].shape[1], mask.indices[name].nnz)
