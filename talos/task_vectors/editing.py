@@ -2,7 +2,7 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -19,14 +19,7 @@ from talos.task_vectors.sums import slices_of
 from talos.tensors import check_separate
 from talos_kernels import Index, add_delta_, revert_delta_
 
-__all__ = [
-    "ModelEdit",
-    "check_base",
-    "check_scale",
-    "check_sums",
-    "may_overflow",
-    "touched_weights",
-]
+__all__ = ["Launch", "ModelEdit", "check_base", "check_scale", "launches", "touched_weights"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A search applies a few vectors many times; a packed index is small beside its model.
@@ -37,8 +30,8 @@ _packed: OrderedDict[_PackedKey, tuple[weakref.ref[Mask], Index]] = OrderedDict(
 
 
 @dataclass
-class _Launch:
-    """The weights of one device and dtype.
+class Launch:
+    """One vector's part for the weights of one device and dtype.
 
     Attributes:
         names: of the weights.
@@ -46,7 +39,7 @@ class _Launch:
         index: their selected entries, on their device.
         values: `[nnz]` of the delta, on their device.
         dtype: of the weights.
-        saved: `[nnz]`, the old bits while the delta is on.
+        saved: `[nnz]`, room for the old bits; None: they are not kept.
     """
 
     names: list[str]
@@ -55,6 +48,62 @@ class _Launch:
     values: Tensor
     dtype: torch.dtype
     saved: Tensor | None = None
+
+    def keep_bits(self, room: Tensor | None = None) -> None:
+        """Keep the old bits, in the first entries of `room`; None: in new memory."""
+        if room is None:
+            room = torch.empty(self.index.nnz, dtype=self.dtype, device=self.index.device)
+        self.saved = room[: self.index.nnz]
+
+    def check(self, scale: float, largest: float) -> None:
+        """Refuse a scale that makes a finite weight infinite or NaN; nothing is written.
+
+        Raises:
+            TalosValueError: it does; `largest` is the largest magnitude of the values.
+        """
+        limits = torch.finfo(self.dtype)
+        # A change below half a unit of the largest number's last place rounds back to that number.
+        if abs(scale * largest) < limits.eps * limits.max / 4:
+            return
+        wide = torch.promote_types(self.dtype, torch.float32)
+        parts = zip(self.names, self.params, self.index.unpack(), self.index.slices, strict=True)
+        for name, param, part, entries in parts:
+            old = param.detach().reshape(-1)[part.positions_int64().to(param.device)]
+            new = (old.to(wide) + scale * self.values[entries].to(wide)).to(param.dtype)
+            lost = int((old.isfinite() & ~new.isfinite()).sum())
+            if lost:
+                raise TalosValueError(
+                    f"scale must keep every weight finite, got {scale:g}, with which {lost:,} of "
+                    f"{name} leave the range of {param.dtype}, {limits.max:g}; "
+                    "take a smaller one, or convert the model to float32"
+                )
+
+    def put_on(self, scale: float) -> None:
+        """Add the scaled values to the weights."""
+        add_delta_(self.params, self.index, self.values, scale=scale, saved=self.saved)
+
+    def take_off(self) -> None:
+        """Write the old bits back, where they were kept."""
+        if self.saved is not None:
+            device = self.params[0].device  # the model may have been moved meanwhile
+            index = self.index if self.index.device == device else self.index.to(device)
+            revert_delta_(self.params, index, self.saved.to(device))
+
+
+def launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list[Launch]:
+    """Return one launch per device and dtype of the weights that a vector touches, by its names."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, param in touched.items():
+        groups.setdefault((param.device, param.dtype), []).append(name)
+    slices = slices_of(mask)
+    found = []
+    for (device, dtype), names in groups.items():
+        whole = len(names) == len(touched)  # no copy then, where the model is on the CPU
+        part = values if whole else torch.cat([values[slices[name]] for name in names])
+        params = [touched[name] for name in names]
+        index = _pack(mask, tuple(names), device)
+        found.append(Launch(names, params, index, part.to(device), dtype))
+    return found
 
 
 class ModelEdit:
@@ -67,41 +116,33 @@ class ModelEdit:
         values: Tensor,
         fingerprints: Mapping[str, str],
         *,
-        largest: float,
         force: bool,
     ) -> None:
-        self._largest = largest
         self._touched = touched_weights(model, mask)
         verify = bool(fingerprints) and not force
         self._bases = base_fingerprints(self._touched, verify=verify)
         if verify:
             check_base(self._bases, fingerprints)
-        self._launches = _launches(mask, values, self._touched)
+        self._launches = launches(mask, values, self._touched)
 
-    def put_on(self, scale: float, *, keep: bool) -> None:
+    def put_on(self, scale: float, largest: float, *, keep: bool) -> None:
         """Add the scaled delta; `keep=False` saves the old bits for `take_off`.
 
         Raises:
             TalosValueError: a weight would overflow; nothing is written.
         """
-        for launch in self._launches:
-            if may_overflow(launch.dtype, scale * self._largest):
-                check_sums(launch.names, launch.params, launch.index, launch.values, scale)
-        done: list[_Launch] = []
+        done: list[Launch] = []
         try:
             for launch in self._launches:
+                launch.check(scale, largest)
                 if not keep:
-                    launch.saved = torch.empty(
-                        launch.index.nnz, dtype=launch.dtype, device=launch.index.device
-                    )
+                    launch.keep_bits()
             for launch in self._launches:
-                add_delta_(
-                    launch.params, launch.index, launch.values, scale=scale, saved=launch.saved
-                )
+                launch.put_on(scale)
                 done.append(launch)
         except BaseException:
             for launch in done:
-                _restore(launch)
+                launch.take_off()
             raise
         remember_bases(self._touched, self._bases)
 
@@ -121,7 +162,7 @@ class ModelEdit:
                     )
         bases = base_fingerprints(self._touched, verify=False)
         for launch in self._launches:
-            _restore(launch)
+            launch.take_off()
         remember_bases(self._touched, bases)
 
 
@@ -138,36 +179,6 @@ def check_scale(scale: object) -> float:
     if not isfinite(number):
         raise TalosValueError(f"scale must be finite, got {number}")
     return number
-
-
-def may_overflow(dtype: torch.dtype, change: float) -> bool:
-    """Return whether adding at most `change` could make a finite weight infinite.
-
-    A change below half a unit of the largest number's last place rounds back to that number.
-    """
-    limits = torch.finfo(dtype)
-    return not abs(change) < limits.eps * limits.max / 4
-
-
-def check_sums(
-    names: Sequence[str], params: Sequence[Tensor], index: Index, values: Tensor, scale: float
-) -> None:
-    """Refuse an edit that makes a finite weight infinite or NaN; nothing is written.
-
-    Raises:
-        TalosValueError: it does.
-    """
-    for name, param, part, entries in zip(names, params, index.unpack(), index.slices, strict=True):
-        old = param.detach().reshape(-1)[part.positions_int64().to(param.device)]
-        wide = torch.promote_types(param.dtype, torch.float32)
-        new = (old.to(wide) + scale * values[entries].to(wide)).to(param.dtype)
-        lost = int((old.isfinite() & ~new.isfinite()).sum())
-        if lost:
-            raise TalosValueError(
-                f"scale must keep every weight finite, got {scale:g}, with which {lost:,} of "
-                f"{name} leave the range of {param.dtype}, {torch.finfo(param.dtype).max:g}; "
-                "take a smaller one, or convert the model to float32"
-            )
 
 
 def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
@@ -209,21 +220,6 @@ def check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
         )
 
 
-def _launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list[_Launch]:
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, param in touched.items():
-        groups.setdefault((param.device, param.dtype), []).append(name)
-    slices = slices_of(mask)
-    launches = []
-    for (device, dtype), names in groups.items():
-        whole = len(names) == len(touched)
-        part = values if whole else torch.cat([values[slices[name]] for name in names])
-        params = [touched[name] for name in names]
-        index = _pack(mask, tuple(names), device)
-        launches.append(_Launch(names, params, index, part.to(device), dtype))
-    return launches
-
-
 def _pack(mask: Mask, names: tuple[str, ...], device: torch.device) -> Index:
     """Return the packed index of some of the mask's tensors; the last few are kept."""
     key = (id(mask), names, device)
@@ -240,10 +236,3 @@ def _pack(mask: Mask, names: tuple[str, ...], device: torch.device) -> Index:
     while len(_packed) > _MOST_PACKED:
         _packed.popitem(last=False)
     return index
-
-
-def _restore(launch: _Launch) -> None:
-    if launch.saved is not None:
-        device = launch.params[0].device  # the block may have moved the model
-        index = launch.index if launch.index.device == device else launch.index.to(device)
-        revert_delta_(launch.params, index, launch.saved.to(device))

@@ -15,18 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.task_vectors.editing import (
-    check_base,
-    check_scale,
-    check_sums,
-    may_overflow,
-    touched_weights,
-)
+from talos.task_vectors.editing import Launch, check_base, check_scale, launches, touched_weights
 from talos.task_vectors.fingerprints import base_fingerprints, bit_sums, remember_bases
-from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
 from talos.tensors import check_separate, place
-from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 
 __all__ = ["ResidentVectors"]
 
@@ -105,22 +97,29 @@ class ResidentVectors:
                 {name: self._bases[first] for name, first in first_names.items()},
                 vector.fingerprints,
             )
-        self._vectors = frozenset(vectors)
+        self._largest = {key: vector.largest for key, vector in vectors.items()}
         with torch.inference_mode(False):  # what is kept outlives the caller's mode
-            self._groups = _groups(self._params, vectors, touched)
+            self._launches = {
+                key: launches(vector.mask, vector.values, touched[key])
+                for key, vector in vectors.items()
+            }
+            self._saved = _shared_room([each for own in self._launches.values() for each in own])
+        self._written: list[Launch] = []
         self._homes = _homes(model, self._params)
-        self._on: _Scaled | None = None
+        self._on: tuple[str, float] | None = None
         self._states = self._read_states()
 
     @property
     def active(self) -> str | None:
         """Name of the vector that is on, None if none is."""
-        return None if self._on is None else self._on.name
+        return None if self._on is None else self._on[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model: values, packed indices, and the saved bits."""
-        held = [tensor for group in self._groups for tensor in group.tensors()]
+        parts = [each for own in self._launches.values() for each in own]
+        held = [*self._saved, *(tensor for each in parts for tensor in each.index.buffers)]
+        held += [each.values for each in parts]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     def swap(self, name: str | None, scale: float = 1.0) -> None:
@@ -137,25 +136,38 @@ class ResidentVectors:
                 would overflow; the vector that was on is on again.
             TalosRuntimeError: other code wrote, cast, moved or replaced a weight.
         """
-        if name is not None and name not in self._vectors:
+        if name is not None and name not in self._launches:
             raise TalosValueError(
-                f"name must be one of {', '.join(sorted(self._vectors))} or None, got {name}"
+                f"name must be one of {', '.join(sorted(self._launches))} or None, got {name}"
             )
-        wanted = None if name is None else _Scaled(name, check_scale(scale))
+        wanted = None if name is None else (name, check_scale(scale))
         self._check_states()
         before = self._on
         try:
-            for group in self._groups:
-                group.swap(wanted)
+            self._write(wanted)
         except BaseException:
-            for group in self._groups:
-                group.swap(before)
-            self._states = self._read_states()
+            self._write(before)
             raise
-        self._on = wanted
         if wanted is None:
             remember_bases(self._params, self._bases, self._sums)
-        self._states = self._read_states()
+
+    def _write(self, wanted: tuple[str, float] | None) -> None:
+        """Take off what was written, then put on the wanted vector."""
+        try:
+            while self._written:
+                self._written[-1].take_off()
+                self._written.pop()
+            self._on = None
+            if wanted is not None:
+                name, scale = wanted
+                for launch in self._launches[name]:
+                    launch.check(scale, self._largest[name])
+                for launch in self._launches[name]:
+                    launch.put_on(scale)
+                    self._written.append(launch)
+            self._on = wanted
+        finally:
+            self._states = self._read_states()
 
     def __enter__(self) -> Self:
         return self
@@ -223,101 +235,15 @@ def _homes(model: nn.Module, params: Mapping[str, Tensor]) -> list[_Home]:
     ]
 
 
-@dataclass(frozen=True)
-class _Scaled:
-    """A vector's name and the coefficient that it is on with."""
-
-    name: str
-    scale: float
-
-
-class _Group:
-    """The weights of one device and dtype, and every vector's part for them.
-
-    Attributes:
-        names: of the weights.
-        params: the weights.
-        deltas: packed index and values by the vectors' names.
-        largest: magnitude of the values, by the vectors' names.
-        saved: room for the base's bits under the vector that is on.
-        on: the vector that is on.
-    """
-
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        deltas: dict[str, tuple[Index, Tensor]],
-        largest: Mapping[str, float],
-    ) -> None:
-        self.names, self.params = list(params), list(params.values())
-        self.deltas = deltas
-        self.largest = largest
-        most = max(index.nnz for index, _ in deltas.values())
-        self.saved = torch.empty(most, dtype=self.params[0].dtype, device=self.params[0].device)
-        self.on: _Scaled | None = None
-
-    def swap(self, wanted: _Scaled | None) -> None:
-        """Take off the vector that is on, then put on the wanted one: at most two launches.
-
-        Raises:
-            TalosValueError: a weight would overflow; then none is on.
-        """
-        if self.on is not None:
-            index, _ = self.deltas[self.on.name]
-            revert_delta_(self.params, index, self.saved[: index.nnz])
-            self.on = None
-        if wanted is not None:
-            index, values = self.deltas[wanted.name]
-            saved = self.saved[: index.nnz]
-            if may_overflow(saved.dtype, wanted.scale * self.largest[wanted.name]):
-                check_sums(self.names, self.params, index, values, wanted.scale)
-            add_delta_(self.params, index, values, scale=wanted.scale, saved=saved)
-            self.on = wanted
-
-    def tensors(self) -> list[Tensor]:
-        """Return what is held on the device beside the weights."""
-        parts = [[values, *index.buffers] for index, values in self.deltas.values()]
-        return [tensor for part in (*parts, [self.saved]) for tensor in part]
-
-
-def _groups(
-    params: Mapping[str, Tensor],
-    vectors: Mapping[str, TaskVector],
-    touched: Mapping[str, Mapping[str, Tensor]],
-) -> list[_Group]:
-    """Return one group per device and dtype, with the vectors' values and indices uploaded.
-
-    `params` holds every weight that a vector touches, once; `touched` holds those of each vector
-    by its own names.
-    """
-    members: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for name, param in params.items():
-        members.setdefault((param.device, param.dtype), {})[name] = param
-    largest = {key: vector.largest for key, vector in vectors.items()}
-    groups = []
-    for (device, _), group in members.items():
-        packed: dict[int, Index] = {}  # vectors of one mask share its index
-        deltas = {}
-        for key, vector in vectors.items():
-            names = {place(param): name for name, param in touched[key].items()}
-            if id(vector.mask) not in packed:
-                selected = [
-                    _part(vector, names.get(place(param)), param.numel())
-                    for param in group.values()
-                ]
-                packed[id(vector.mask)] = Index.pack(selected, device)
-            slices = slices_of(vector.mask)
-            own = [names[place(param)] for param in group.values() if place(param) in names]
-            whole = own == list(touched[key])  # no copy then, where the model is on the CPU
-            parts = [vector.values[slices[name]] for name in own]
-            values = vector.values if whole else torch.cat([vector.values[:0], *parts])
-            deltas[key] = packed[id(vector.mask)], values.to(device)
-        groups.append(_Group(group, deltas, largest))
-    return groups
-
-
-def _part(vector: TaskVector, name: str | None, numel: int) -> TensorIndex:
-    """Return what a vector selects of one weight: nothing where it does not name it."""
-    if name is None:
-        return TensorIndex.from_positions(torch.zeros(0, dtype=torch.int64, device="cpu"), numel)
-    return vector.mask.indices[name]
+def _shared_room(parts: list[Launch]) -> list[Tensor]:
+    """Give the launches of one device and dtype one room for old bits; return the rooms."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Launch]] = {}
+    for launch in parts:
+        alike.setdefault((launch.index.device, launch.dtype), []).append(launch)
+    rooms = []
+    for (device, dtype), group in alike.items():
+        most = max(launch.index.nnz for launch in group)
+        rooms.append(torch.empty(most, dtype=dtype, device=device))
+        for launch in group:
+            launch.keep_bits(rooms[-1])
+    return rooms

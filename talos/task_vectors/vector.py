@@ -255,7 +255,8 @@ class TaskVector:
             0.5
         """
         scale = check_scale(scale)
-        self._edit_of(model, force=force).put_on(scale, keep=True)
+        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit.put_on(scale, self.largest, keep=True)
 
     @contextmanager
     def applied(
@@ -292,17 +293,12 @@ class TaskVector:
             True
         """
         scale = check_scale(scale)
-        edit = self._edit_of(model, force=force)
-        edit.put_on(scale, keep=False)
+        edit = ModelEdit(model, self.mask, self.values, self.fingerprints, force=force)
+        edit.put_on(scale, self.largest, keep=False)
         try:
             yield model
         finally:
             edit.take_off()
-
-    def _edit_of(self, model: nn.Module, *, force: bool) -> ModelEdit:
-        return ModelEdit(
-            model, self.mask, self.values, self.fingerprints, largest=self.largest, force=force
-        )
 
     def save(
         self,

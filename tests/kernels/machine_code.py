@@ -19,7 +19,7 @@ from typing import Any
 import triton
 
 from benches.measure import ROOT, commit
-from benches.results_file import write_json
+from benches.results import write_json
 
 TARGET = "cuda:90"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

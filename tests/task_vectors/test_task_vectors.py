@@ -179,7 +179,7 @@ def test_sums_are_float32() -> None:
     assert total.values.item() == 1 + 2.0**-10  # bfloat16 would lose it
 
 
-def test_the_sum_tells_its_sources() -> None:
+def test_the_sum_lists_its_sources() -> None:
     mask = Mask.from_dense({"w": torch.ones(1) > 0})
     a = TaskVector(mask, torch.ones(1), metadata={"task": "a"})
     b = TaskVector(mask, torch.ones(1), metadata={"task": "b"})
@@ -295,7 +295,7 @@ def test_every_device(device: torch.device, dtype: torch.dtype) -> None:
     assert_same_bits(model, before)
 
 
-def test_a_block_that_casts_the_model_says_so() -> None:
+def test_a_block_that_casts_the_model_is_refused() -> None:
     model = Model()
     vector = vector_of(mask_of((1.0, 0.6, 0.1, 0.01), 1), 1, model)
     message = r"keep its weights' dtype torch\.float32"
@@ -357,17 +357,6 @@ def test_tied_weights_are_edited_once_by_either_name(name: str) -> None:
         TaskVector(both, torch.ones(30)).apply_(model)
 
 
-def test_tied_weights_come_once_from_models_and_state_dicts() -> None:
-    base, tuned = Tied(), Tied()
-    for pair in (
-        (base, tuned),
-        (base.state_dict(), tuned.state_dict()),
-        (base, tuned.state_dict()),
-        (base.state_dict(), tuned),
-    ):
-        assert TaskVector.from_models(*pair).mask.names == ("embedding.weight",)
-
-
 def test_strided_weights_and_mixed_dtypes() -> None:
     model = Model()
     model.layers[2].data = model.layers[2].data.t().contiguous().t()
@@ -381,17 +370,6 @@ def test_strided_weights_and_mixed_dtypes() -> None:
             assert_close(model.get_parameter(name).detach(), exact)
     assert_same_bits(model, before)
     assert not model.layers[2].is_contiguous()
-
-
-def test_wrappers_and_buffers_are_no_matter() -> None:
-    base, tuned = Model(seed=1), Model(seed=2)
-    tuned.running_mean += 1
-    with pytest.warns(UserWarning, match="not in the task vector: running_mean"):
-        vector = TaskVector.from_models(nn.DataParallel(base), tuned)
-    assert vector.mask.names == tuple(SHAPES)
-    vector.apply_(nn.DataParallel(base))
-    for name, param in base.named_parameters():
-        torch.testing.assert_close(param, tuned.get_parameter(name), rtol=1e-6, atol=1e-6)
 
 
 def refused(
@@ -456,20 +434,14 @@ def test_tensors_without_a_selected_entry_are_not_verified_or_written() -> None:
     assert model.layers[3]._version == version
 
 
-def test_packed_indices_are_shared_bounded_and_dropped() -> None:
+def test_few_packed_indices_are_kept_and_none_of_a_mask_that_is_gone() -> None:
     model = Model()
-    mask = mask_of((1.0, 0.6, 0.1, 0.01), 1)
-    vector = vector_of(mask, 1, model)
-    with vector.applied(model):
-        count = len(editing._packed)
-        with (2.0 * vector).applied(model):
-            assert len(editing._packed) == count
-    others = [vector_of(mask_of((1.0, 0.6, 0.1, 0.01), seed), 1, model) for seed in range(20)]
-    for other in others:
-        with other.applied(model):
-            assert len(editing._packed) <= editing._MOST_PACKED
-    del others, other
-    assert len(editing._packed) <= 1
+    vectors = [vector_of(mask_of((1.0, 0.6, 0.1, 0.01), seed), 1, model) for seed in range(20)]
+    for vector in vectors:
+        vector.apply_(model, 0.0)
+    assert len(editing._packed) == editing._MOST_PACKED
+    del vectors, vector
+    assert not editing._packed
 
 
 def test_from_models_keeps_what_the_mask_selects() -> None:
@@ -507,7 +479,7 @@ def test_from_models_of_every_kind() -> None:
     for pair in ((base.state_dict(), tuned), (base, tuned.state_dict())):
         assert TaskVector.from_models(*pair) == whole
     both = TaskVector.from_models(base.state_dict(), tuned.state_dict())
-    assert "running_mean" in both.mask  # a state dict does not tell buffers from weights
+    assert "running_mean" in both.mask  # a state dict does not separate buffers from weights
     empty = {"a": torch.zeros(0), "b": torch.ones(2), "n": torch.ones(2).int()}
     assert TaskVector.from_models(empty, empty).mask.nnz == 2
 
@@ -552,7 +524,7 @@ def test_the_constructor_refuses() -> None:
         TaskVector(mask, torch.ones(2)).values = torch.zeros(2)
 
 
-def test_what_a_vector_tells() -> None:
+def test_norms_size_table_and_dtype_of_a_vector() -> None:
     mask = Mask.from_dense({"h.0.q.weight": torch.eye(2) > 0, "h.0.fc1.weight": torch.ones(1) > 0})
     vector = TaskVector(mask, torch.tensor([3.0, 4.0, 12.0]))
     assert len(vector) == 3
@@ -582,7 +554,8 @@ def test_names_of_wrapped_models_are_those_of_the_model(prefix: str) -> None:
     base, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
     wrapped = {prefix + name: each for name, each in tuned.state_dict().items()}
     bare = TaskVector.from_models(base, tuned)
-    assert torch.equal(TaskVector.from_models(base, wrapped).values, bare.values)
+    for other_base, other in ((base, wrapped), (nn.DataParallel(base), tuned)):
+        assert torch.equal(TaskVector.from_models(other_base, other).values, bare.values)
     other = TaskVector.from_models(
         {prefix + name: each for name, each in base.state_dict().items()}, tuned
     )
@@ -591,18 +564,9 @@ def test_names_of_wrapped_models_are_those_of_the_model(prefix: str) -> None:
     torch.testing.assert_close(base.weight, tuned.weight)
 
 
-class Chosen(nn.Module):
-    """A head tied to a table, as language models have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-        self.head.weight = self.table.weight
-
-
-@pytest.mark.parametrize("kept", ["table.weight", "head.weight", "both", "clones"])
+@pytest.mark.parametrize("kept", ["embedding.weight", "head.weight", "both", "clones"])
 def test_a_file_may_hold_any_name_of_a_tied_weight(kept: str) -> None:
-    base, tuned = Chosen(), Chosen()
+    base, tuned = Tied(), Tied()
     weights = dict(tuned.state_dict())
     if kept == "clones":
         weights = {name: each.clone() for name, each in weights.items()}
@@ -610,21 +574,11 @@ def test_a_file_may_hold_any_name_of_a_tied_weight(kept: str) -> None:
         weights = {kept: weights[kept]}
     for source in (base, base.state_dict()):
         vector = TaskVector.from_models(source, weights)
-        assert vector.mask.names == ("table.weight",)
-        wanted = (tuned.table.weight - base.table.weight).detach().flatten()
+        assert vector.mask.names == ("embedding.weight",)
+        wanted = (tuned.embedding.weight - base.embedding.weight).detach().flatten()
         assert torch.equal(vector.values, wanted)
-    mask = Mask.from_dense({"head.weight": torch.ones(5, 4) > 0})
+    mask = Mask.from_dense({"head.weight": torch.ones(5, 3) > 0})
     assert TaskVector.from_models(base, weights, mask).mask.names == ("head.weight",)
-
-
-def test_copies_of_a_tied_weight_that_differ_are_refused() -> None:
-    base, tuned = Chosen(), Chosen()
-    weights = {name: each.clone() for name, each in tuned.state_dict().items()}
-    weights["head.weight"] += 1
-    with pytest.raises(
-        TalosValueError, match=r"one value of table.weight.*head.weight, which diff"
-    ):
-        TaskVector.from_models(base, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -662,7 +616,7 @@ def test_an_edit_that_would_overflow_is_refused(dtype: torch.dtype, sign: float)
     assert model.weight[0, :3].isfinite().all()
 
 
-def test_buffers_that_differ_are_told() -> None:
+def test_buffers_that_differ_are_named_in_a_warning() -> None:
     base, tuned = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     assert TaskVector.from_models(base, tuned).metadata == {}
     tuned(torch.randn(8, 3))
@@ -697,7 +651,7 @@ def test_weights_that_the_mask_leaves_out_need_no_values(kind: Any) -> None:
             TaskVector.from_models(Model(seed=1).to(torch.float32), tuned, mask)
 
 
-def test_integers_that_differ_are_told() -> None:
+def test_integers_that_differ_are_named_in_a_warning() -> None:
     base = {"w": torch.ones(2), "scale": torch.tensor([3, 4], dtype=torch.int8)}
     tuned = {"w": torch.zeros(2), "scale": torch.tensor([3, 5], dtype=torch.int8)}
     with pytest.warns(UserWarning, match="not in the task vector: scale"):
@@ -743,5 +697,7 @@ def test_copies_of_a_tied_weight_of_any_float_are_compared(dtype: torch.dtype) -
     mask = Mask.from_dense({"linear.weight": torch.ones(2, 2) > 0})
     assert not TaskVector.from_models(base, tuned, mask).values.any()
     tuned.two = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
-    with pytest.raises(TalosValueError, match="which is tied in base"):
+    with pytest.raises(
+        TalosValueError, match="one value of one, which is tied in base, got one and two, which"
+    ):
         TaskVector.from_models(base, tuned, mask)
