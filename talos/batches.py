@@ -173,22 +173,20 @@ def _decoder_logits(model: nn.Module, prompts: Tensor, seen: Tensor, answers: Te
         seen: the prompts' attention mask.
         answers: int64 [B * C, L], padded with -100.
     """
-    length = prompts.shape[1]
-    places = torch.arange(length + answers.shape[1], dtype=torch.int64, device=prompts.device)
-    last = (seen * places[:length]).argmax(1)  # of the prompt, which may be padded
-    steps = places[: answers.shape[1]]
-    where = torch.where(steps > 0, length - 1 + steps, last[:, None])  # [B * C, L]
-    seen = torch.cat([seen.long(), (answers != IGNORED).long()], 1)
+    seen = seen.long()
+    order = seen.argsort(stable=True, dim=1)  # padding goes left: the prompts end together
+    prompts, seen = prompts.gather(1, order), seen.gather(1, order)
+    seen = torch.cat([seen, (answers != IGNORED).long()], 1)
     inputs: dict[str, Any] = {
         "input_ids": torch.cat([prompts, answers.clamp_min(0)], 1),
         "attention_mask": seen,
         "position_ids": (seen.cumsum(1) - 1).clamp_min(0),
     }
+    last = answers.shape[1] + 1  # the end of the prompt, and the answer
     if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-        kept, where = where.unique(return_inverse=True)
-        inputs["logits_to_keep"] = kept
+        inputs["logits_to_keep"] = last
     logits: Tensor = model(**inputs).logits
-    return logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1]))
+    return logits[:, -last:-1]
 
 
 def labels_of(batch: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Model families, each as its library's own class: small, with random weights.
 
-Every score is held to a loop that knows nothing of `talos`: one sample at a time, a deep copy in
-float64, `torch.autograd.grad`. docs/models.md tells people what is asserted here.
+Every score is compared with a loop that shares no code with `talos`: one sample at a time, a deep
+copy in float64, `torch.autograd.grad`. tests/house/test_docs.py compares what "maskable" selects
+with the tables of docs/models.md.
 """
 
 import copy
@@ -152,7 +153,6 @@ class Family:
     Attributes:
         build: the library's model, from an implementation of attention.
         batch: as many samples as asked for, as the keywords of `forward`.
-        left_out: what of it is not "maskable".
         qk: what "qk" takes of it; None where it is refused.
         fused: whether "qk" takes the first two thirds of the rows.
         shifts: what the logits do not depend on: softmax does not see what all keys share.
@@ -162,7 +162,6 @@ class Family:
 
     build: Callable[[str], nn.Module]
     batch: Callable[[int], Batch]
-    left_out: tuple[str, ...]
     qk: tuple[str, ...] | None
     fused: bool = False
     shifts: tuple[str, ...] = ()
@@ -201,24 +200,15 @@ def expand(patterns: tuple[str, ...]) -> set[str]:
     return {name for pattern in patterns for name in names(pattern)}
 
 
-OPEN_CLIP_VISUAL = ("class_embedding", "positional_embedding", "proj")
 IN_PROJ = "transformer.resblocks.*.attn.in_proj_{weight,bias}"
-CLIP_VISION = "vision_model.embeddings.{class_embedding,position_embedding.weight}"
-CLIP_TOKENS = "text_model.embeddings.{token_embedding,position_embedding}.weight"
 CLIP_QK = "_model.encoder.layers.*.self_attn.{q_proj,k_proj}.{weight,bias}"
 CLIP_SHIFT = "_model.encoder.layers.*.self_attn.k_proj.bias"
-BERT_EMBEDDINGS = "embeddings.{word,position,token_type}_embeddings.weight"
 BERT_QK = "encoder.layer.*.attention.self.{query,key}.{weight,bias}"
 BERT_SHIFT = "encoder.layer.*.attention.self.key.bias"
-T5_LEFT_OUT = (
-    "shared.weight",
-    "{encoder,decoder}.block.*.layer.*.SelfAttention.relative_attention_bias.weight",
-)
 T5_QK = (
     "{encoder,decoder}.block.*.layer.*.SelfAttention.{q,k}.weight",
     "decoder.block.*.layer.*.EncDecAttention.{q,k}.weight",
 )
-MIXTURE_LEFT_OUT = ("model.embed_tokens.weight", "lm_head.weight")
 LLAMA_QK = "model.layers.*.self_attn.{q_proj,k_proj}.weight"
 
 FAMILIES = {
@@ -226,7 +216,6 @@ FAMILIES = {
         f"open_clip {name} visual": Family(
             build=lambda _, name=name: visual(name),
             batch=lambda count, size=size: images(count, size),
-            left_out=OPEN_CLIP_VISUAL,
             qk=(IN_PROJ,),
             fused=True,
             wrap=ZeroShot,
@@ -240,10 +229,6 @@ FAMILIES = {
     "open_clip CLIP": Family(
         build=lambda _: contrastive("ViT-B-16"),
         batch=lambda count: images(count, 32) | {"input_ids": tokens(count, C)},
-        left_out=(
-            *(f"visual.{name}" for name in OPEN_CLIP_VISUAL),
-            *("positional_embedding", "token_embedding.weight", "text_projection", "logit_scale"),
-        ),
         qk=(IN_PROJ, f"visual.{IN_PROJ}"),
         fused=True,
         wrap=Contrast,
@@ -255,7 +240,6 @@ FAMILIES = {
             transformers.CLIPVisionConfig(**VISION, projection_dim=FEATURES),
         ),
         batch=lambda count: images(count, 16),
-        left_out=(CLIP_VISION, "visual_projection.weight"),
         qk=(f"vision{CLIP_QK}",),
         shifts=(f"vision{CLIP_SHIFT}",),
         wrap=ZeroShot,
@@ -268,10 +252,6 @@ FAMILIES = {
             ),
         ),
         batch=lambda count: images(count, 16) | {"input_ids": tokens(count, C)},
-        left_out=(
-            *(CLIP_VISION, CLIP_TOKENS, "logit_scale"),
-            "{visual_projection,text_projection}.weight",
-        ),
         qk=(f"{{vision,text}}{CLIP_QK}",),
         shifts=(f"{{vision,text}}{CLIP_SHIFT}",),
         wrap=Contrast,
@@ -281,7 +261,6 @@ FAMILIES = {
             "ViTForImageClassification", transformers.ViTConfig(**VISION, num_labels=C)
         ),
         batch=lambda count: images(count, 16),
-        left_out=("vit.embeddings.{cls_token,position_embeddings}", "classifier.{weight,bias}"),
         qk=("vit.layers.*.attention.{q_proj,k_proj}.{weight,bias}",),
         shifts=("vit.layers.*.attention.k_proj.bias",),
     ),
@@ -290,7 +269,6 @@ FAMILIES = {
             "BertForSequenceClassification", transformers.BertConfig(**TEXT, num_labels=C)
         ),
         batch=padded,
-        left_out=(f"bert.{BERT_EMBEDDINGS}", "classifier.{weight,bias}"),
         qk=(f"bert.{BERT_QK}",),
         shifts=(f"bert.{BERT_SHIFT}",),
     ),
@@ -299,7 +277,6 @@ FAMILIES = {
             "RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT, num_labels=C)
         ),
         batch=padded,
-        left_out=(f"roberta.{BERT_EMBEDDINGS}", "classifier.{dense,out_proj}.{weight,bias}"),
         qk=(f"roberta.{BERT_QK}",),
         shifts=(f"roberta.{BERT_SHIFT}",),
     ),
@@ -309,29 +286,22 @@ FAMILIES = {
             transformers.DistilBertConfig(**DISTILLED, num_labels=C),
         ),
         batch=padded,
-        left_out=(
-            "distilbert.embeddings.{word,position}_embeddings.weight",
-            "{pre_classifier,classifier}.{weight,bias}",
-        ),
         qk=("distilbert.transformer.layer.*.attention.{q_lin,k_lin}.{weight,bias}",),
         shifts=("distilbert.transformer.layer.*.attention.k_lin.bias",),
     ),
     "T5ForConditionalGeneration v1.0": Family(
         build=of_transformers("T5ForConditionalGeneration", transformers.T5Config(**T5)),
         batch=seq2seq,
-        left_out=T5_LEFT_OUT,
         qk=T5_QK,
     ),
     "T5ForConditionalGeneration v1.1": Family(
         build=t5_of_a_checkpoint,
         batch=seq2seq,
-        left_out=(*T5_LEFT_OUT, "lm_head.weight"),
         qk=T5_QK,
     ),
     "GPT2LMHeadModel": Family(
         build=of_transformers("GPT2LMHeadModel", transformers.GPT2Config(**GPT2)),
         batch=padded,
-        left_out=("transformer.{wte,wpe}.weight",),
         qk=None,
     ),
     "GPT2ForSequenceClassification": Family(
@@ -340,13 +310,11 @@ FAMILIES = {
             transformers.GPT2Config(**GPT2, num_labels=C, pad_token_id=1),
         ),
         batch=padded,
-        left_out=("transformer.{wte,wpe}.weight", "score.weight"),
         qk=None,
     ),
     "LlamaForCausalLM": Family(
         build=of_transformers("LlamaForCausalLM", transformers.LlamaConfig(**GROUPED)),
         batch=padded,
-        left_out=("model.embed_tokens.weight", "lm_head.weight"),
         qk=(LLAMA_QK,),
     ),
     "Qwen2ForCausalLM": Family(
@@ -355,7 +323,6 @@ FAMILIES = {
             transformers.Qwen2Config(**GROUPED, tie_word_embeddings=True),
         ),
         batch=padded,
-        left_out=("model.embed_tokens.weight",),
         qk=(LLAMA_QK, "model.layers.*.self_attn.{q_proj,k_proj}.bias"),
     ),
     "Qwen3ForCausalLM": Family(
@@ -364,7 +331,6 @@ FAMILIES = {
             transformers.Qwen3Config(**GROUPED, tie_word_embeddings=True),
         ),
         batch=padded,
-        left_out=("model.embed_tokens.weight",),
         qk=(LLAMA_QK,),
     ),
     "MixtralForCausalLM": Family(
@@ -374,7 +340,6 @@ FAMILIES = {
             experts_implementation="eager",
         ),
         batch=padded,
-        left_out=(*MIXTURE_LEFT_OUT, "model.layers.*.mlp.gate.weight"),
         qk=(LLAMA_QK,),
     ),
     "Qwen3MoeForCausalLM": Family(
@@ -384,7 +349,6 @@ FAMILIES = {
             experts_implementation="eager",
         ),
         batch=padded,
-        left_out=(*MIXTURE_LEFT_OUT, "model.layers.*.mlp.gate.weight"),
         qk=(LLAMA_QK,),
     ),
     "GptOssForCausalLM": Family(
@@ -394,25 +358,18 @@ FAMILIES = {
             experts_implementation="eager",
         ),
         batch=padded,
-        left_out=(
-            *MIXTURE_LEFT_OUT,
-            "model.layers.*.mlp.router.{weight,bias}",
-            "model.layers.*.self_attn.sinks",
-        ),
         qk=(LLAMA_QK, "model.layers.*.self_attn.{q_proj,k_proj}.bias"),
         attentions=("eager",),
     ),
     "timm VisionTransformer": Family(
         build=timm_vit,
         batch=lambda count: {"x": torch.randn(count, 3, 16, 16)},
-        left_out=("cls_token", "pos_embed", "head.{weight,bias}"),
         qk=("blocks.*.attn.qkv.{weight,bias}",),
         fused=True,
     ),
     "timm VisionTransformer, qk_norm": Family(
         build=lambda attention: timm_vit(attention, qk_norm=True, init_values=0.5),
         batch=lambda count: {"x": torch.randn(count, 3, 16, 16)},
-        left_out=("cls_token", "pos_embed", "head.{weight,bias}", "blocks.*.{ls1,ls2}.gamma"),
         qk=("blocks.*.attn.qkv.{weight,bias}",),
         fused=True,
         shifts=("blocks.*.attn.k_norm.bias",),
@@ -501,21 +458,6 @@ def test_scores_equal_the_loop_of_single_samples(
                     assert float(score.max()) > 1e-6 * largest, key
                     bound = max(1e-5, 2 * error(rounded[key], expected[key]))
                     assert error(score, expected[key]) <= bound, key
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_maskable_leaves_out_heads_embeddings_and_what_is_tied(name: str) -> None:
-    family = FAMILIES[name]
-    model = family.model(family.attentions[0])
-    chosen = select_parameters(model)
-    named = named_parameters(model)
-    assert {pattern_of(key) for key in named.keys() - chosen.keys()} == expand(family.left_out)
-    assert {pattern_of(key) for key in chosen}.isdisjoint(expand(family.left_out))
-    assert chosen.rows == {}
-    users: dict[int, int] = {}
-    for param in named_parameters(model, remove_duplicate=False).values():
-        users[id(param)] = users.get(id(param), 0) + 1
-    assert all(users[id(each.param)] == 1 for each in chosen.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
