@@ -17,7 +17,7 @@ import torch
 
 import talos
 from talos.app.cli import main
-from talos.app.cli.commands import bench, calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.commands.merge import parse_term
 from talos.app.models import load_encoder
 from talos.app.report import save_results
@@ -39,7 +39,6 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "report": report,
-    "bench": bench,
 }
 START = "import sys; from talos.app.cli import main; sys.exit(main())"
 
@@ -97,6 +96,7 @@ def test_help_describes_every_option_and_ends_with_examples(
     assert "Examples" in text
     assert f"talos {command} " in text.rsplit("Examples", 1)[1]
     assert "[bold]" not in text
+    assert command != "train" or all(method in text for method in METHODS)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_examples_parse(
     for name in ("mask", "vector", "dense", "edit", "both"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     (tmp_path / "again.html").write_bytes(b"")
-    for folder in ("demo", "bench"):
+    for folder in ("demo",):
         (tmp_path / folder).write_bytes(b"")
     words = shlex.split(example)
     assert words[0] == "talos"
@@ -219,7 +219,6 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("demo --out new --methods talos,talos", "must differ"),
         ("merge none.safetensors:0.5 --out e.safetensors", "existing file, got none.safetensors"),
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
-        ("merge a.safetensors:inf --out e.safetensors", "FILE.safetensors:NUMBER"),
         ("eval --data digits", "--model must read the images of digits, got minilm"),
         ("eval --data a --scale big", "--scale must be a finite number or grid, got big"),
         ("eval --data a --data a", "--data must differ"),
@@ -227,6 +226,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("inspect none.safetensors", "FILE must be an existing file"),
         ("report none.json --out r.html", "RESULTS must be an existing file"),
         ("demo --out file", "must be a folder, got the file"),
+        ("demo --out .", "--overwrite"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(
@@ -241,24 +241,19 @@ def test_errors_are_one_line_and_write_nothing(
     refused(arguments.split(), capsys, message, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x80\x04K\x01.", b"{" * 99])
+@pytest.mark.parametrize("damaged", [b"", b"not safetensors at all", None])
 def test_broken_files_are_refused(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damaged: bytes | None,
+    vectors: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "broken.safetensors"
-    path.write_bytes(content)
+    content = vectors[0].read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damaged is None else damaged)
     out = str(tmp_path / "out.safetensors")
     refused(["inspect", str(path)], capsys, "broken.safetensors", tmp_path)
     refused(["merge", f"{path}:1", "--out", out], capsys, "broken.safetensors", tmp_path)
-
-
-def test_a_damaged_vector_is_refused(
-    vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = bytearray(vectors[0].read_bytes())
-    content[-1] ^= 1
-    vectors[0].write_bytes(content)
-    refused(["inspect", str(vectors[0])], capsys, "v0.safetensors", tmp_path)
 
 
 def test_merge_sums_over_the_union(
@@ -278,7 +273,7 @@ def test_merge_sums_over_the_union(
     assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
 
 
-def test_merge_tells_of_vectors_that_share_no_tensor(
+def test_merge_warns_of_vectors_that_share_no_tensor(
     vectors: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.safetensors"
@@ -395,16 +390,7 @@ def test_other_methods_train_and_are_evaluated(
     assert expected in capsys.readouterr().err
 
 
-def test_the_help_of_train_names_every_method(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(method in text for method in METHODS)
-
-
-def test_a_dry_run_tells_what_would_be_scored(
+def test_a_dry_run_shows_what_would_be_scored(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -432,7 +418,7 @@ def test_a_dry_run_tells_what_would_be_scored(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_calibration_tells_speed_densities_and_stability(
+def test_calibration_prints_speed_densities_and_stability(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "m.safetensors"
@@ -536,15 +522,8 @@ def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     refused(["report", str(results), "--out", str(page)], capsys, "--overwrite", tmp_path)
 
 
-def test_the_demo_refuses_a_filled_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    refused(["demo", "--out", str(tmp_path)], capsys, "--overwrite", tmp_path)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_says_what_is_kept(model: str, tmp_path: Path) -> None:
+def test_ctrl_c_prints_what_is_kept(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", START, "demo", "--model", model, "--out", str(out)],

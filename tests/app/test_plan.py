@@ -40,7 +40,7 @@ def fates(model: nn.Module, params: str) -> dict[str, tuple[int, str, str]]:
     return {each.name: (each.numel, each.fate, each.reason) for each in shares(model, params)}
 
 
-def test_each_reason_is_told() -> None:
+def test_each_reason_is_given() -> None:
     found = fates(Classifier(), "maskable")
     assert found["embed.weight"] == (28, LEFT_OUT, "tied to an embedding")
     assert found["query.weight"] == (16, SCORED, "")

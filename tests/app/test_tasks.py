@@ -147,7 +147,7 @@ def test_function_names_and_giveaway_words_are_gone(tasks):
     assert not any(re.search(words, e.text) for e in tasks["character_kind"].train)
 
 
-def test_test_or_library_holds_no_word_that_tells():
+def test_test_or_library_holds_no_word_that_names_the_answer():
     folder = library_folder()
     if not list_files(folder, tests=True):
         with pytest.raises(TalosValueError, match="at least 100 texts of each class"):
@@ -220,7 +220,7 @@ def other_library(tmp_path, monkeypatch):
     registry._candidates.cache_clear()
 
 
-def test_a_task_without_enough_text_is_not_listed_and_says_what_it_lacks(other_library):
+def test_a_task_without_enough_text_is_not_listed_and_its_lack_is_named(other_library):
     source = 'def f(x):\n    """One two three four five six."""\n'
     folder = library(other_library, {"xml/sax.py": source})
     assert available_tasks() == ["character_kind"]
@@ -287,7 +287,7 @@ except ImportError:
 '''
 
 
-def test_reader_tells_docstrings_comments_functions_and_messages_apart(tmp_path):
+def test_reader_separates_docstrings_comments_functions_and_messages(tmp_path):
     folder = library(tmp_path, {"sample.py": SAMPLE})
     file = read_source(folder, "sample.py")
     assert file.docstrings == (

@@ -18,7 +18,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Bars", "Interrupted", "keeping", "next_step", "per_second", "say", "stdout", "table"]
+__all__ = [
+    "Bars",
+    "Interrupted",
+    "next_step",
+    "on_interrupt",
+    "per_second",
+    "print_line",
+    "stdout",
+    "table",
+]
 
 T = TypeVar("T")
 
@@ -28,7 +37,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def keeping(message: str | Callable[[], str]) -> Iterator[None]:
+def on_interrupt(message: str | Callable[[], str]) -> Iterator[None]:
     """Turn Ctrl-C into `Interrupted` with this message, or with what the function returns."""
     try:
         yield
@@ -44,7 +53,7 @@ def stdout() -> Console:
     return console
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print a line without markup and without line breaks; it may hold a user's names."""
     console.print(text, markup=False, soft_wrap=True)
 
@@ -53,7 +62,7 @@ def next_step(console: Console, *commands: str) -> None:
     """Print the commands that a user would run next."""
     console.print("\n[bold]next[/bold]")
     for command in commands:
-        say(console, f"  {command}")
+        print_line(console, f"  {command}")
 
 
 class Bars:

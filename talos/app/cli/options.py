@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosOSError, TalosValueError
 
 __all__ = [
@@ -35,8 +36,9 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="A built-in task, or a .csv or .jsonl file with the columns text and label. For CLIP: "
-        "digits, or a folder with one subfolder of images per class.",
+        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv or .jsonl "
+        "file with the columns text and label. For CLIP: digits, or a folder with one subfolder of "
+        "images per class.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
@@ -46,7 +48,7 @@ Seed = Annotated[
     typer.Option(
         "--seed",
         min=0,
-        help="Seed of sampled labels, batch order and dropout; the splits are fixed.",
+        help="Seed of all random draws; the splits of the data are fixed.",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples per batch.")]

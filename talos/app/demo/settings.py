@@ -91,7 +91,7 @@ class DemoSettings:
         if (len(self.tasks) or self.task_count) < 2:
             raise TalosValueError(
                 f"tasks must name at least two tasks, got {self.tasks or self.task_count}; "
-                "addition and negation need another task to stand beside"
+                "addition and negation need at least two"
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise TalosValueError(f"tasks must differ, got {', '.join(self.tasks)}")

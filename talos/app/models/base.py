@@ -22,7 +22,7 @@ class Encoder(nn.Module, ABC):
     """A pretrained model of texts or images.
 
     Attributes:
-        name: what was loaded.
+        name: the source that was loaded.
         tokenizer: turns the examples of a task into tensors, as the task's `batches` takes it: for
             texts a tokenizer of transformers, for images a function from a picture to [3, H, W].
     """

@@ -33,7 +33,7 @@ class ClipEncoder(ZeroShotEncoder):
         clip: a model of open_clip.
         transform: turns a PIL image into float32 [3, H, W].
         tokenize: turns a list of texts into token ids, int64 [B, T].
-        name: what was loaded.
+        name: the source that was loaded.
     """
 
     inputs = ("pixel_values",)

@@ -30,7 +30,7 @@ class LanguageModel(Encoder):
     Args:
         model: a transformers model that returns `logits` [B, T, V].
         tokenizer: the tokenizer that belongs to it.
-        name: what was loaded.
+        name: the source that was loaded.
     """
 
     model: Any

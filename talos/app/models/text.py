@@ -36,7 +36,7 @@ class TextEncoder(ZeroShotEncoder):
     Args:
         transformer: a transformers model whose output has `last_hidden_state` [B, T, D].
         tokenizer: the tokenizer that belongs to it.
-        name: what was loaded.
+        name: the source that was loaded.
     """
 
     inputs = ("input_ids", "attention_mask")

@@ -25,8 +25,8 @@ def tasks(results: Results) -> str:
     return section(
         "The tasks",
         "Texts are classified by comparing their embedding with the embeddings of the class texts "
-        "(a frozen zero-shot head). Scaling coefficients are chosen on validation examples; every "
-        "figure in a table below comes from test examples that nothing was chosen on.",
+        "(a frozen zero-shot head). Scaling coefficients are chosen on validation examples. All "
+        "numbers in the tables below are measured on test examples.",
         table(
             ("task", "what it asks", "classes", "train", "validation", "test"), rows, text_columns=2
         ),
@@ -73,7 +73,7 @@ def addition(results: Results) -> str:
         table(("", *(method_label(results, m) for m in methods)), rows),
         figure(
             charts.accuracy_curve(results),
-            "Mean validation accuracy of the merged model; the dot is the coefficient chosen.",
+            "Mean validation accuracy of the merged model; a dot marks the chosen coefficient.",
             "accuracy of the merged model against the scaling coefficient",
         ),
         "</div>",
@@ -109,10 +109,10 @@ def negation(results: Results) -> str:
     )
     return section(
         "Negation: forgetting one task",
-        "base − scaling coefficient × task vector. The coefficient is the one with the lowest "
-        f"validation accuracy on the target among those that keep {share} % of the pretrained "
-        "accuracy on the control, the mean of the other tasks. Target: lower is better. Control: "
-        "higher is better. Test accuracy, before and after.",
+        "base − scaling coefficient × task vector. The control is the mean of the other tasks. Of "
+        f"the coefficients that keep {share} % of its pretrained validation accuracy, the one with "
+        "the lowest accuracy on the target is taken. Target: lower is better. Control: higher is "
+        "better. Test accuracy, before and after.",
         table(
             (
                 "task forgotten",
@@ -145,15 +145,16 @@ def interference(results: Results) -> str:
                 row_label="vector of",
                 column_label="accuracy on",
             ),
-            f"{method['title']}: test accuracy with one vector added, relative to zero-shot.",
+            f"{method['title']}: test accuracy with one vector added, divided by zero-shot.",
             f"interference matrix of {method['title']}",
         )
         for method in results["methods"]
     )
     return section(
         "Interference",
-        "What one task's vector does to the others: acc_j(base + vector_i) / acc_j(base). On the "
-        "diagonal a task helps itself; elsewhere 1.00 is no interference, less is harm.",
+        "The effect of one task's vector on every task: acc_j(base + vector_i) / acc_j(base). The "
+        "diagonal is the gain on the vector's own task. Elsewhere 1.00 means no interference, and "
+        "less means harm.",
         f"<div class=grid>{pictures}</div>",
     )
 

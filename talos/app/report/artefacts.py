@@ -18,7 +18,7 @@ __all__ = ["files", "made", "masks", "next_steps", "timings"]
 
 
 def masks(results: Results) -> str:
-    """Return the section on where the masks lie and how far they overlap."""
+    """Return the section on the masks: what they select, and how far they overlap."""
     rows = []
     for task in results["tasks"]:
         mask = results["masks"][task["name"]]
@@ -40,18 +40,18 @@ def masks(results: Results) -> str:
         )
     names = [task["name"] for task in results["tasks"]]
     return section(
-        "Where the masks lie",
-        "Each task's mask holds the entries with the lowest diagonal Fisher information: those "
-        "that the pretrained model's output depends on least. Only they are trained; tensors "
-        "without a selected entry are frozen whole.",
+        "The masks",
+        "Each task's mask selects the entries with the lowest diagonal Fisher information: the "
+        "pretrained model's output depends on them least. Only these are trained. A tensor without "
+        "a selected entry is frozen.",
         table(
             (
                 "task",
                 "entries",
                 "density, %",
                 "tensors touched",
-                "% of them in queries, keys",
-                "% of them in MLPs",
+                "% in queries and keys",
+                "% in MLPs",
             ),
             rows,
         ),
@@ -95,10 +95,10 @@ def files(results: Results) -> str:
     parameters = f"{results['model']['parameters']:,}"
     rows.append(("dense checkpoint", parameters, megabytes(dense), "4.00", "1.0×"))
     return section(
-        "What lies on disk",
-        "Mean size of a file. Bytes an entry counts the whole file: values, index and names.",
+        "File sizes",
+        "Mean size of a file. Bytes per entry count the whole file: values, index and names.",
         "<div class=pair>",
-        table(("", "entries", "size", "bytes an entry", "smaller by"), rows),
+        table(("", "entries", "size", "bytes per entry", "smaller by"), rows),
         figure(charts.size_bars(bars), "Size of one file of each kind.", "file sizes"),
         "</div>",
     )
@@ -131,8 +131,8 @@ def next_steps(results: Results) -> str:
     one, two = names[0], names[-1]
     source = results["model"]["source"]
     lines = [
-        ("look into a vector", f"talos inspect {files.get(one, 'vector.safetensors')}"),
-        ("look into a mask", f"talos inspect {masks.get(one, 'mask.safetensors')}"),
+        ("inspect a vector", f"talos inspect {files.get(one, 'vector.safetensors')}"),
+        ("inspect a mask", f"talos inspect {masks.get(one, 'mask.safetensors')}"),
         (
             "combine: add one task, forget another",
             f"talos merge {files.get(one, 'a.safetensors')}:0.6 "
@@ -161,7 +161,7 @@ def made(results: Results) -> str:
     settings = [(key, value) for key, value in results["settings"].items() if key != "model"]
     facts = [
         ("model", f"{results['model']['source']}, {results['model']['parameters']:,} entries"),
-        ("scope", f"{results['model']['maskable']:,} entries may be selected"),
+        ("maskable", f"{results['model']['maskable']:,} entries may be selected"),
         *(
             (f"{m['title']}", ", ".join(f"{k} {v}" for k, v in m["settings"].items()))
             for m in results["methods"]
@@ -186,7 +186,7 @@ def made(results: Results) -> str:
                 )
             )
     return section(
-        "How it was made",
+        "Settings and losses",
         "The same seed on the same machine gives the same numbers.",
         "<div class=pair>",
         table(("setting", "value"), rows, text_columns=2),

@@ -196,7 +196,7 @@ def headline(results: Results) -> list[str]:
         elif gap["high"] < 0:
             text += f", in favour of {other['title']}."
         else:
-            text += ", which these test sets cannot tell from zero."
+            text += ", not distinguishable from zero on these test sets."
         sentences.append(text)
         alone = [_mean(results["single"][method["name"]]) for method in (first, other)]
         sentences.append(
@@ -208,10 +208,9 @@ def headline(results: Results) -> list[str]:
         drops = [_mean_drop(results, method["name"], "target") for method in (first, other)]
         costs = [_mean_drop(results, method["name"], "control") for method in (first, other)]
         sentences.append(
-            f"Negation takes the accuracy on the task to forget down by {100 * drops[0]:.1f} "
-            f"points on average with {first['title']}, by {100 * drops[1]:.1f} with "
-            f"{other['title']}; the tasks to keep lose {100 * costs[0]:.1f} and "
-            f"{100 * costs[1]:.1f} points."
+            f"Negation lowers the accuracy on the task to forget by {100 * drops[0]:.1f} points on "
+            f"average with {first['title']}, by {100 * drops[1]:.1f} with {other['title']}. The "
+            f"other tasks lose {100 * costs[0]:.1f} and {100 * costs[1]:.1f} points."
         )
     else:
         sentences.append(text + ".")

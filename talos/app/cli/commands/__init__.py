@@ -1,1 +1,1 @@
-"""One file a command; what is slow to import is imported when the command runs."""
+"""One file per command; slow imports are inside the command's function."""

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from talos.app.cli.console import Bars, keeping, next_step, per_second, say, stdout
+from talos.app.cli.console import Bars, next_step, on_interrupt, per_second, print_line, stdout
 from talos.app.cli.options import (
     Batch,
     Data,
@@ -63,7 +63,8 @@ def calibrate(
         str | None,
         typer.Option(
             "--target",
-            help="The function to differentiate: log_prob or logit; by default as --parity has it.",
+            help="The function to differentiate: log_prob or logit; by default log_prob, or logit "
+            "with --parity released.",
         ),
     ] = None,
     draws: Annotated[
@@ -73,7 +74,8 @@ def calibrate(
         str,
         typer.Option(
             "--labels",
-            help="sampled: draw labels from the model; importance: draw them with less noise.",
+            help="sampled: draw labels from the model; importance: draw labels with large "
+            "gradients more often and weight them, for less noise.",
         ),
     ] = "sampled",
     parity: Annotated[
@@ -138,7 +140,7 @@ def calibrate(
     from talos.calibration.rounds import CalibrationProgress
 
     console = stdout()
-    with keeping("nothing was written"), Bars() as bars:
+    with on_interrupt("nothing was written"), Bars() as bars:
         task = load_data(data)
         samples = min(SAMPLES, len(task.train)) if samples is None else samples
         if samples > len(task.train):
@@ -184,14 +186,14 @@ def calibrate(
         made = {**mask.metadata, "model": classifier.encoder.name, "task": task.name}
         mask = replace(mask, metadata=made)
         mask.save(out)
-    say(console, str(mask.describe(layers=layers)))
-    say(
+    print_line(console, str(mask.describe(layers=layers)))
+    print_line(
         console,
         f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
         f"{megabytes(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
     )
     if (stability := made.get("stability")) is not None:
-        say(
+        print_line(
             console,
             f"stability {stability:.2f}: the share of the last round's selection on which two "
             f"halves of the samples agree ({made['stability_by_chance']:.2f} by chance)",
@@ -221,7 +223,7 @@ def _show_plan(
     console.print(shares_table(found, layers=layers))
     scored = [each for each in found if each.fate == SCORED]
     entries = sum(each.numel for each in scored)
-    say(
+    print_line(
         console,
         f"\n{round(density * entries):,} of {entries:,} entries will be selected "
         f"(density {density:g})",
@@ -235,7 +237,7 @@ def _show_plan(
         (f"{samples:,} samples", inputs * samples // size),
         (f"activations of a batch of {size:,}", activation_bytes(classifier, batch)),
     ):
-        say(console, f"{megabytes(nbytes):>10}  {what}")
+        print_line(console, f"{megabytes(nbytes):>10}  {what}")
 
 
 def _again(context: typer.Context, out: Path) -> str:

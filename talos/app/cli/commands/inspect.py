@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from talos.app.cli.console import next_step, say, stdout
+from talos.app.cli.console import next_step, print_line, stdout
 from talos.app.cli.options import check_input
 
 __all__ = ["EXAMPLES", "inspect"]
@@ -38,7 +38,7 @@ def inspect(
     if claimed_kind(file) == "task_vector":
         vector = TaskVector.load(file)
         mask, metadata = vector.mask, vector.metadata
-        say(
+        print_line(
             console,
             f"{file}: a task vector of {mask.nnz:,} entries in {str(vector.values.dtype)[6:]}, "
             f"norm {float(vector.values.float().norm()):.4g}",
@@ -46,14 +46,14 @@ def inspect(
     else:
         mask = Mask.load(file)
         metadata = mask.metadata
-        say(console, f"{file}: a mask of {mask.nnz:,} entries")
+        print_line(console, f"{file}: a mask of {mask.nnz:,} entries")
     per_entry = f", {size / mask.nnz:.2f} per selected entry" if mask.nnz else ""
-    say(
+    print_line(
         console,
         f"density {mask.density:.4f} (sparsity {1 - mask.density:.4f}) of {mask.numel:,} entries; "
         f"{megabytes(size)}: {size:,} bytes{per_entry}",
     )
-    say(console, str(mask.describe(layers=layers)))
+    print_line(console, str(mask.describe(layers=layers)))
     if metadata:
         console.print("\n[bold]made by[/bold]")
         table = Table(box=None, show_header=False, pad_edge=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import keeping, next_step, say, stdout
+from talos.app.cli.console import next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Out, Overwrite, check_input, check_output
 from talos.errors import TalosValueError
 
@@ -77,14 +77,16 @@ def merge(
             names.append(set(vector.mask.names))
             yield scale, vector
 
-    with keeping("nothing was written"):
+    with on_interrupt("nothing was written"):
         edit = TaskVector.combine(loaded())
         edit.save(out, overwrite=overwrite)
     console = stdout()
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
-        say(console, "no two vectors have a tensor in common: do they belong to one model?")
+        print_line(console, "no two vectors have a tensor in common: do they belong to one model?")
     count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
-    say(console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}")
+    print_line(
+        console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}"
+    )
     next_step(
         console,
         f"talos inspect {out}",

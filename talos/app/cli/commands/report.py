@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import keeping, next_step, say, stdout
+from talos.app.cli.console import next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, check_input, check_output
 
 __all__ = ["EXAMPLES", "report"]
@@ -24,9 +24,9 @@ def report(
     from talos.app.report import headline, load_results, write_report
 
     loaded = load_results(results)
-    with keeping("nothing was written"):
+    with on_interrupt("nothing was written"):
         write_report(loaded, out)
     console = stdout()
     for sentence in headline(loaded):
-        say(console, sentence)
+        print_line(console, sentence)
     next_step(console, f"open {out} in a browser")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import Bars, keeping, next_step, say, stdout
+from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import (
     Batch,
     Data,
@@ -114,7 +114,7 @@ def train(
     from talos.methods import method_of
     from talos.training import FineTuneStep, fine_tune
 
-    with keeping("nothing was written"), Bars() as bars:
+    with on_interrupt("nothing was written"), Bars() as bars:
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
         chosen = method_of(
             method,
@@ -146,7 +146,7 @@ def train(
         vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
         vector.save(out)
     console = stdout()
-    say(
+    print_line(
         console,
         f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
