@@ -9,13 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import forms, measure
-from benches.forms import parameters
+from benches import measure
+from benches.results import OURS
 from benches.shapes import ModelShape
-from benches.table import OURS
-from benches.work import Work
-from talos.app.costs.step_bytes import sector_share
-from talos.app.costs.workload import QK_DENSITY
+from benches.work import Work, parameters, sector_share, selected, selection
 from talos_kernels import add_delta_
 from tests.cases import assert_bit_equal, assert_close
 
@@ -24,15 +21,15 @@ FORMS = (OURS, "(a) dense delta of the whole model", "(b) index_add_ at position
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    selection = forms.selection(shape, QK_DENSITY)
-    masks = forms.selected(shape, QK_DENSITY, device)
+    chosen = selection(shape)
+    masks = selected(shape, device)
     whole = name.startswith("(a)")
     named = parameters(shape.tensors if whole else shape.touched, device)
     weights = {key: parameter.data for key, parameter in named.items()}
     deltas = {key: named[key].grad[mask] for key, mask in masks.items()}
     nnz = sum(delta.numel() for delta in deltas.values())
     if name == OURS:
-        index = selection.pack(selection.names, device)
+        index = chosen.pack(chosen.names, device)
         values = torch.cat(list(deltas.values()))
         density = nnz / shape.touched_numel
         touched = 8 * sector_share(density, 4) * shape.touched_numel
@@ -65,12 +62,11 @@ def make(shape: ModelShape, name: str, device: torch.device) -> Work:
             assert_close(weights[key][mask], wanted)
             assert_bit_equal(weights[key][~mask], before[key][~mask])
 
-    return Work(step, check, bytes_moved=moved, state_bytes=held)
+    return Work(step, check, bytes_moved=moved, state_bytes=lambda: held)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", FORMS)
 def bench_add_delta(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
     work = make(shape, name, measure.target_device())
-    work.check()
-    measured(work.step, op="add_delta_", shape=shape.name, form=name, **work.about)
+    measured(work, op="add_delta_", shape=shape.name, form=name)

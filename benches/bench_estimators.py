@@ -1,8 +1,8 @@
 """How many samples and which labels a mask needs, and what it takes to make one.
 
-On MiniLM, its published weights, with a task of the demo: the share of the kept tenth that the
-exact Fisher's mask keeps too. That mask comes from the expectation over all classes, on other
-samples than any estimator sees. A column is a number of samples; the time is that of them all.
+MiniLM's published weights, with a task of the demo. What is measured is the share of a mask's
+entries that the exact Fisher's mask keeps too. That mask comes from the expectation over all
+classes, on samples that no estimator sees. A column is a number of samples; the time is for all.
 
 The second bench makes one mask by talos and by the loop that defines it, a sample at a time.
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import talos
 from benches import measure
-from benches.scoring import Batch, Scores, samples
-from benches.table import OURS, Record
+from benches.results import OURS, Record
+from benches.scoring import Scores, samples
+from benches.workload import Batch
 from talos import Mask
 from talos.app.demo.judge import calibration_batches
 from talos.app.models import ZeroShotClassifier, load_encoder
@@ -42,7 +43,7 @@ LIFT = 2.0**32
 
 @dataclass(frozen=True)
 class Estimator:
-    """Options of `talos.fisher_diag`, and how often and how far it is worth being measured."""
+    """Options of `talos.fisher_diag`, and the seeds and the most samples to measure them with."""
 
     options: dict[str, Any] = field(default_factory=dict)
     seeds: int = 2
@@ -50,7 +51,7 @@ class Estimator:
 
 
 def log_prob_of_label(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, 1] whose only class is the true one."""
+    """Return logits [B, 1] whose only class is the true one."""
     return model(batch).log_softmax(-1).gather(1, batch["labels"][:, None])
 
 
@@ -88,7 +89,7 @@ class Demo:
         return moved[: count // BATCH_SIZE]
 
     def reference(self, rounds: int) -> Mask:
-        """The exact Fisher's mask on samples of the test split."""
+        """Return the exact Fisher's mask on samples of the test split."""
         if rounds not in self.references:
             batches = self.batches("test", REFERENCE[rounds], seed=0)
             self.references[rounds] = talos.calibrate(
@@ -103,7 +104,7 @@ def demo() -> Demo:
 
 
 def overlap(mask: Mask, reference: Mask) -> float:
-    """The share of the mask's entries that the reference selects too."""
+    """Return the share of the mask's entries that the reference selects too."""
     return (mask & reference).nnz / mask.nnz
 
 
@@ -114,7 +115,7 @@ def masks_of_one_round(
     seed: int,
     options: dict[str, Any],
 ) -> dict[int, Mask]:
-    """A mask for each number of samples; the more samples include the fewer."""
+    """Return a mask for each number of samples; the more samples include the fewer."""
     total: Scores = {}
     masks, start = {}, 0
     for size in sizes:
@@ -192,15 +193,10 @@ def loop_calibrate(
     seed: int,
     rows: Callable[[nn.Module, Batch], Iterator[Tensor]],
 ) -> Mask:
-    """The mask by its definition: a backward a sample, squares added, dense selections.
+    """Return the mask by its definition: a backward a sample, squares added, dense selections.
 
-    Args:
-        model: a classifier.
-        batches: its batches.
-        density: the fraction of the weights to select.
-        rounds: how many.
-        seed: of the labels, drawn as `talos.calibrate` says.
-        rows: the logits [C] of each sample of a batch.
+    `rows` yields the logits [C] of each sample of a batch; labels are drawn as `talos.calibrate`
+    does.
     """
     params = {name: each.param for name, each in select_parameters(model).items()}
     base = {name: param.detach().clone() for name, param in params.items()}
@@ -229,13 +225,13 @@ def loop_calibrate(
 
 
 def alone(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-    """The logits of each sample from a forward of its own."""
+    """Yield the logits of each sample from a forward of its own."""
     for sample in samples(batch):
         yield model(unpadded(sample))[0]
 
 
 def together(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-    """The logits of each sample from one forward, whose whole graph every backward walks."""
+    """Yield the logits of each sample from one forward; every backward walks its whole graph."""
     yield from model(batch)
 
 
@@ -247,13 +243,13 @@ LOOPS = {
 
 
 def unpadded(sample: Batch) -> Batch:
-    """A batch of one text without the padding that its batch needed."""
+    """Return a batch of one text without the padding that its batch needed."""
     length = int(sample["attention_mask"].sum())
     return {name: sample[name][:, :length] for name in ("input_ids", "attention_mask")}
 
 
 def lowest(scores: Scores, k: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The k lowest of the entries still kept, equal ones in order."""
+    """Return the k lowest of the entries still kept, equal ones in order."""
     flat = torch.cat([scores[name].where(kept[name], torch.inf).flatten() for name in kept])
     threshold = flat.kthvalue(k).values
     below = flat < threshold
@@ -264,11 +260,11 @@ def lowest(scores: Scores, k: int, kept: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def bench_calibration(demo: Demo, keep: Callable[[Record], dict[str, object]]) -> None:
-    """One mask of four rounds, by talos and by loops over samples; the seed is the same.
+    """Time one mask of four rounds, by talos and by loops over samples, with the same seed.
 
     In float64 the loop's mask is ours. In fp32 scores that differ by rounding change places, most
-    in the later rounds, where damped weights leave gradients that all but cancel: the share of our
-    mask says how many.
+    in the later rounds, where damped weights leave gradients that all but cancel. The share of our
+    mask counts them.
     """
 
     def mask_of(form: str, model: nn.Module, batches: list[Batch]) -> Mask:

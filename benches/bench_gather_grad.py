@@ -9,13 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import forms, measure
-from benches.forms import parameters
+from benches import measure
+from benches.results import OURS
 from benches.shapes import ModelShape
-from benches.table import OURS
-from benches.work import Work
-from talos.app.costs.step_bytes import sector_share
-from talos.app.costs.workload import QK_DENSITY
+from benches.work import Work, parameters, sector_share, selected, selection
 from talos_kernels import gather_grad_
 from tests.cases import assert_bit_equal
 
@@ -23,14 +20,14 @@ FORMS = (OURS, "(a) masked_select", "(b) take at positions")
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    selection = forms.selection(shape, QK_DENSITY)
-    masks = list(forms.selected(shape, QK_DENSITY, device).values())
+    chosen = selection(shape)
+    masks = list(selected(shape, device).values())
     grads = [parameter.grad for parameter in parameters(shape.touched, device).values()]
     wanted = torch.cat([grad[mask] for grad, mask in zip(grads, masks, strict=True)])
     nnz = wanted.numel()
     dense_bytes = 4 * sum(tensor.numel for tensor in shape.touched)
     if name == OURS:
-        index = selection.pack(selection.names, device)
+        index = chosen.pack(chosen.names, device)
         out = torch.empty_like(wanted)
         touched = 4 * sector_share(nnz / shape.touched_numel, 4) * shape.touched_numel
         moved, held = int(touched) + 4 * nnz + index.nbytes, index.nbytes
@@ -55,12 +52,11 @@ def make(shape: ModelShape, name: str, device: torch.device) -> Work:
     def check() -> None:
         assert_bit_equal(step(), wanted)
 
-    return Work(step, check, bytes_moved=moved, state_bytes=held)
+    return Work(step, check, bytes_moved=moved, state_bytes=lambda: held)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", FORMS)
 def bench_gather_grad(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
     work = make(shape, name, measure.target_device())
-    work.check()
-    measured(work.step, op="gather_grad_", shape=shape.name, form=name, **work.about)
+    measured(work, op="gather_grad_", shape=shape.name, form=name)

@@ -1,7 +1,10 @@
-"""A whole training iteration, by method: the paper's table of costs, and strong baselines beside.
+"""A whole training iteration by method: the paper's table of costs, with strong baselines.
 
-`talos.app.costs` measures, and checks each form before it is timed. The ratios to non-linear
-fine-tuning stand beside the paper's. A form that cannot run here is named with its reason.
+`benches.iterations` checks each form before it is timed. The ratios to non-linear fine-tuning stand
+beside the paper's. A form that cannot run here is named with its reason. A short look at all of
+them:
+
+    pytest benches/bench_methods.py --layers 2 --batch 2 --rounds 1 --out bench
 """
 
 from collections.abc import Callable
@@ -9,10 +12,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import measure, other_libraries
+from benches import measure
+from benches.iterations import Cost, measure_forms
+from benches.methods import COMPILED, FORMS, OTHER_LIBRARIES
 from benches.shapes import SHAPES
-from talos.app.costs import COMPILED, FORMS, Cost, make_workload
-from talos.app.costs import measure as measure_forms
+from benches.workload import make_workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = {"cpu": 16, "cuda": 128}
@@ -40,20 +44,14 @@ def bench_methods(
         device=device,
     )
     compiled = COMPILED if device.type == "cuda" or option("--compile") else ()
-    wanted = [*FORMS, *compiled, *other_libraries.FORMS]
+    reasons = {form: form.missing(workload) for form in (*FORMS, *compiled, *OTHER_LIBRARIES)}
+    wanted = [form for form, why in reasons.items() if why is None]
+    costs = measure_forms(workload, wanted, rounds=option("--rounds"))
+    measured = {cost.form for cost in costs}
     say = request.config.pluginmanager.get_plugin("terminalreporter").write_line
-    reasons = {form.title: form.missing(workload) for form in wanted}
-    for title, why in reasons.items():
-        if why is not None:
-            say(f"{title} is left out: {why}")
-    costs = measure_forms(
-        workload,
-        [form for form in wanted if reasons[form.title] is None],
-        rounds=option("--rounds"),
-    )
-    tried = {form.title for form in wanted if reasons[form.title] is None}
-    for title in sorted(tried - {cost.title for cost in costs}):
-        say(f"{title} is left out: it ran out of memory")
+    for form, why in reasons.items():
+        if form.name not in measured:
+            say(f"{form.title} is left out: {why or 'it ran out of memory'}")
     shape = SHAPES[trained]
     label = f"{trained}, batch {batch}, {tokens or shape.tokens} tokens, {dtype}"
     if layers not in (None, shape.layers):

@@ -15,12 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches import forms, measure
+from benches import measure
+from benches.results import OURS
 from benches.shapes import ModelShape
-from benches.table import OURS
-from benches.work import Work
-from talos.app.costs.step_bytes import sector_share
-from talos.app.costs.workload import QK_DENSITY
+from benches.work import Work, sector_share, selection
 from talos_kernels import Index, gather_grad_, sddmm_
 
 FORMS = (OURS, "(a) product and gather")
@@ -46,13 +44,13 @@ def make_layers(shape: ModelShape, tokens: int, device: torch.device) -> list[La
     dtype = operand_dtype(device)
     generator = torch.Generator(device).manual_seed(0)
     layers = []
-    selection = forms.selection(shape, QK_DENSITY)
+    chosen = selection(shape)
     for tensor in shape.touched:
         dy, x = (
             torch.randn(tokens, width, generator=generator, device=device).to(dtype)
             for width in tensor.shape
         )
-        index = selection.pack([tensor.name], device)
+        index = chosen.pack([tensor.name], device)
         out = torch.empty(index.nnz, device=device)
         layers.append(Layer(dy, x, index, slice(0, tensor.query_key_rows), out))
     return layers
@@ -107,7 +105,7 @@ def make(shape: ModelShape, name: str, batch_size: int, device: torch.device) ->
         assert max(map(relative_error, layers)) <= (1e-2 if rounded else 1e-4)
 
     flops = 2 * tokens * sum(each.rows.stop * each.x.shape[1] for each in layers)
-    return Work(step, check, bytes_moved=moved, flops=flops, state_bytes=held)
+    return Work(step, check, bytes_moved=moved, flops=flops, state_bytes=lambda: held)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
@@ -116,12 +114,10 @@ def bench_sddmm(shape: ModelShape, name: str, measured: Callable[..., None]) -> 
     device = measure.target_device()
     batch_size = BATCH_SIZE[device.type]
     work = make(shape, name, batch_size, device)
-    work.check()
     measured(
-        work.step,
+        work,
         op="sddmm_",
         shape=f"{shape.name}, {batch_size} samples of {shape.tokens} tokens",
         form=name,
         matrix_rate=measure.matrix_rate(device, operand_dtype(device)),
-        **work.about,
     )

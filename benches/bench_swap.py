@@ -11,13 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benches import forms, measure
-from benches.forms import parameters
+from benches import measure
+from benches.results import OURS
 from benches.shapes import ModelShape
-from benches.table import OURS
-from benches.work import Work
-from talos.app.costs.step_bytes import sector_share
-from talos.app.costs.workload import QK_DENSITY
+from benches.work import Work, parameters, sector_share, selected
 from talos_kernels import Index, TensorIndex, add_delta_, revert_delta_
 from tests.cases import assert_bit_equal, assert_close
 
@@ -26,7 +23,7 @@ FORMS = (OURS, "load_state_dict of the whole model")
 
 
 def make(shape: ModelShape, name: str, device: torch.device) -> Work:
-    first = forms.selected(shape, QK_DENSITY, device)
+    first = selected(shape, device)
     tasks = (first, {key: mask.flip(1) for key, mask in first.items()})
     whole = name != OURS
     named = parameters(shape.tensors if whole else shape.touched, device)
@@ -76,12 +73,11 @@ def make(shape: ModelShape, name: str, device: torch.device) -> Work:
                 assert_close(weights[key][mask], wanted)
                 assert_bit_equal(weights[key][~mask], base[key][~mask])
 
-    return Work(step, check, bytes_moved=moved, state_bytes=held)
+    return Work(step, check, bytes_moved=moved, state_bytes=lambda: held)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", FORMS)
 def bench_swap(shape: ModelShape, name: str, measured: Callable[..., None]) -> None:
     work = make(shape, name, measure.target_device())
-    work.check()
-    measured(work.step, op="swap", shape=shape.name, form=name, **work.about)
+    measured(work, op="swap", shape=shape.name, form=name)

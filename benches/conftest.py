@@ -1,4 +1,4 @@
-"""Options of the benches, what each result says about the machine, and the table at the end."""
+"""Options of the benches, the machine's facts in each result, and the tables at the end."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benches import measure
-from benches.results_file import add_result, draw_costs
+from benches.figures import draw_costs
+from benches.iterations import Cost
+from benches.results import METHODS, Record, add_result, costs_lines, table_lines
 from benches.shapes import SHAPES
-from benches.table import METHODS, Record, table_lines
-from talos.app.costs import Cost
-from talos.app.costs.results import table_lines as costs_lines
+from benches.work import Work
 
 RECORDS = pytest.StashKey[list[Record]]()
 COSTS = pytest.StashKey[list[tuple[str, str, list[dict[str, Any]]]]]()
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`shape`, with its layers where `linear` is wanted too, or `tower`, from --shape."""
+    """Make `shape`, `linear`, `trained` and `tower` of --shape."""
     on_gpu = torch.cuda.is_available()
     given = metafunc.config.getoption("--shape")
     names = given or ["vit-b-32" if on_gpu else "minilm"]
@@ -81,13 +81,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def bandwidth() -> float:
-    """Bytes a second of a copy on the bench's device."""
+    """Return the bytes a second of a copy on the bench's device."""
     return measure.copy_bandwidth(measure.target_device())
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest) -> Callable[[Record], dict[str, object]]:
-    """Keeps a record for the table and, with its machine, for the op's file."""
+    """Keep a record for the table and, with its machine, for the op's file."""
     config = request.config
 
     def keep_record(record: Record) -> dict[str, object]:
@@ -101,15 +101,14 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Record], dict[str, object]
 
 
 @pytest.fixture
-def keep_costs(
-    request: pytest.FixtureRequest,
-) -> Callable[[str, str, list[Cost]], None]:
-    """Keeps the costs of one workload, by model and label, as `keep` does records; draws them."""
+def keep_costs(request: pytest.FixtureRequest) -> Callable[[str, str, list[Cost]], None]:
+    """Keep and draw the costs of one workload, by model and label."""
     config = request.config
     out: Path | None = config.getoption("--out")
 
     def keep_them(model: str, label: str, costs: list[Cost]) -> None:
-        config.stash[COSTS].append((model, label, [cost.as_dict() for cost in costs]))
+        forms = [cost.as_dict() for cost in costs]
+        config.stash[COSTS].append((model, label, forms))
         for cost in costs:
             record = Record(
                 op=METHODS,
@@ -124,7 +123,7 @@ def keep_costs(
             if out is not None:
                 add_result(out, result | measure.machine())
         if out is not None:
-            draw_costs(out, model, label, [cost.as_dict() for cost in costs])
+            draw_costs(out, model, label, forms)
 
     return keep_them
 
@@ -133,12 +132,11 @@ def keep_costs(
 def measured(
     keep: Callable[[Record], dict[str, object]], benchmark: Any, bandwidth: float
 ) -> Callable[..., None]:
-    """Times a form that was checked, and keeps the result: table, `extra_info`, file.
+    """Check and time a form, and keep the result; `about` are further fields of `Record`."""
 
-    Called with what `Record` needs besides the times, and `step`, the closure to time.
-    """
-
-    def measure_and_keep(step: Callable[[], object], **about: Any) -> None:
+    def measure_and_keep(work: Work, **about: Any) -> None:
+        step = work.step
+        work.check()
         start = measure.clock()
         peak = measure.peak_bytes(step)
         if measure.clock() - start < measure.SLOW_SECONDS:
@@ -152,8 +150,8 @@ def measured(
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats
-        times = {"seconds": stats.median, "spread": stats.iqr}
-        result = keep(Record(bandwidth=bandwidth, peak_bytes=peak, **times, **about))
+        about |= work.about | {"seconds": stats.median, "spread": stats.iqr}
+        result = keep(Record(bandwidth=bandwidth, peak_bytes=peak, **about))
         benchmark.extra_info.update(result)
 
     return measure_and_keep
@@ -161,7 +159,7 @@ def measured(
 
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
-    """Each bench starts with the memory of the one before it given back."""
+    """Free the memory of a bench before the next one starts."""
     yield
     gc.collect()
     if torch.cuda.is_available():
@@ -169,7 +167,7 @@ def memory() -> Iterator[None]:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """The machine's own facts in place of its host name."""
+    """Replace the host's name by the machine's facts."""
     machine_info.clear()
     machine_info.update(measure.machine())
 

@@ -11,16 +11,15 @@ log-probability of each sample's label, by name. The labels were drawn once and 
 - `vectorised`: `vmap(grad)` of torch.func.
 - `hooked`: inputs and output gradients of every layer by hooks; each sample's weight gradient by an
   einsum over its tokens.
-- `backpack`: an extension of BackPACK, which knows linear layers and convolutions only.
 """
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,58 +29,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import talos
 from benches import measure
-from benches.shapes import SHAPES
-from benches.table import OURS
-from talos.app.costs import library_model
-from talos.architecture.layers import is_norm
+from benches.results import OURS
+from benches.workload import Answering, Batch, inputs_of, library_model
 from talos.params import select_parameters
 
-CLASSES = 64
-DECODER_TOKENS = 16
-
-Batch = dict[str, Tensor]  # each [B, ...]
 Scores = dict[str, Tensor]
 
 
-class Scored(nn.Module):
+class Scored(Answering):
     """A tower and a frozen head: a batch to the log-probability of each sample's labels, fp32 [B].
 
     Only the maskable parameters require a gradient, in every form.
-
-    Args:
-        tower: of images or of token ids to features, or an encoder-decoder to logits.
-        inputs: a batch for it without labels.
-        autocast: whether it runs under bf16 autocast.
     """
 
-    head: Tensor
+    autocast = False
+    """Whether it runs under bf16 autocast."""
 
-    def __init__(self, tower: nn.Module, inputs: Batch, autocast: bool = False) -> None:
-        super().__init__()
-        self.tower = tower.eval()
-        self.autocast = autocast
-        device = next(tower.parameters()).device
-        if "decoder_input_ids" not in inputs:
-            with torch.no_grad():
-                width = self.features(inputs).shape[-1]
-            head = torch.randn(width, CLASSES, device=device) / math.sqrt(width)
-            self.register_buffer("head", head)
-        selection = select_parameters(self)
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__(tower)
+        candidates = select_parameters(self)
         for name, param in self.named_parameters():
-            param.requires_grad_(name in selection)
-
-    def features(self, batch: Batch) -> Tensor:
-        """Of each sample [B, D]."""
-        if "images" in batch:
-            return self.tower(batch["images"])
-        return self.tower(input_ids=batch["input_ids"]).last_hidden_state.mean(1)
-
-    def logits(self, batch: Batch) -> Tensor:
-        """[B, C], or [B, T, V] of an encoder-decoder."""
-        if "decoder_input_ids" in batch:
-            ids = {name: batch[name] for name in ("input_ids", "decoder_input_ids")}
-            return self.tower(**ids, use_cache=False).logits
-        return self.features(batch) @ self.head
+            param.requires_grad_(name in candidates)
 
     def forward(self, batch: Batch) -> Tensor:
         device = batch["labels"].device.type
@@ -96,46 +64,40 @@ class Scored(nn.Module):
 
 
 def with_labels(model: Scored, inputs: Batch) -> Batch:
-    """The batch with labels drawn from the model."""
+    """Return the batch with labels drawn from the model."""
     with torch.no_grad():
         logits = model.logits(inputs)
     return inputs | {"labels": torch.distributions.Categorical(logits=logits).sample()}
 
 
-def build(name: str, layers: int, batch_size: int, device: torch.device) -> tuple[Scored, Batch]:
-    """A model of `SHAPES` with some or all of its layers, and a batch; always the same ones."""
+def build(
+    name: str, layers: int | None, batch_size: int, device: torch.device
+) -> tuple[Scored, Batch]:
+    """Return a model of `SHAPES` with some or all of its layers, and a batch; always the same."""
     torch.manual_seed(0)
     with device:
-        tower = library_model(name, layers)
-        if name == "minilm":
-            tower.pooler = None  # takes no part in the output
-        ids = torch.randint(1000, 30000, (batch_size, SHAPES[name].tokens))
-        if name.startswith("vit"):
-            inputs = {"images": torch.randn(batch_size, 3, 224, 224)}
-        elif name == "minilm":
-            inputs = {"input_ids": ids}
-        else:
+        tower: Any = library_model(name, layers)
+        if name == "t5-large":
             # At T5's own scale an untrained decoder is all but sure of the token it just read, and
             # the gradients of a log-probability near 0 are rounding.
             tower.shared.weight.data.mul_(0.25)
-            inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :DECODER_TOKENS].flip(1)}
-        model = Scored(tower, inputs)
-        return model, with_labels(model, inputs)
+        model = Scored(tower)
+        return model, with_labels(model, inputs_of(name, batch_size))
 
 
 def samples(batch: Batch) -> Iterator[Batch]:
-    """Batches of one."""
+    """Yield batches of one."""
     for row in range(len(batch["labels"])):
         yield {name: each[row : row + 1] for name, each in batch.items()}
 
 
 def log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, 1] whose only class is the given label: what talos is to take the gradient of."""
+    """Return logits [B, 1] whose only class is the given label: talos takes their gradient."""
     return model(batch)[:, None]
 
 
 def class_logits(model: Scored, batch: Batch) -> Tensor:
-    """Logits over all classes, from which a calibration draws its labels."""
+    """Return logits over all classes, from which a calibration draws its labels."""
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=model.autocast):
         return model.logits(batch)
 
@@ -145,7 +107,7 @@ def ours(model: Scored, batch: Batch) -> Scores:
 
 
 def further_batches(model: Scored, batch: Batch, count: int) -> list[float]:
-    """Seconds of each batch after the first of one call: what comes once a call is not in them."""
+    """Return the seconds of each batch after the first of one call, whose set-up is not in them."""
     ends: list[float] = []
     talos.fisher_diag(
         model,
@@ -225,42 +187,23 @@ def hooked(model: Scored, batch: Batch) -> Scores:
 
 
 def sample_gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """The gradients [B, ...] of a layer's weight and bias, from its input and output gradient."""
-    weight = layer.weight
+    """Return the gradients [B, ...] of a layer's weight and bias."""
+    weight, norm = layer.weight, "Norm" in type(layer).__name__
     if isinstance(layer, nn.Conv2d):
         x = functional.unfold(x, layer.kernel_size, stride=layer.stride).transpose(1, 2)
         dy = dy.flatten(2).transpose(1, 2)
     if isinstance(layer, nn.LayerNorm):
         x = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-    elif is_norm(layer):  # T5's
+    elif norm:  # T5's
         x = functional.rms_norm(x, weight.shape, eps=layer.variance_epsilon)
     x, dy = (each.to(dy.dtype).flatten(1, -2) for each in (x, dy))  # [B, T, .]
-    if is_norm(layer):
+    if norm:
         grads = {"weight": (dy * x).sum(1)}
     else:
         grads = {"weight": torch.einsum("bto,bti->boi", dy, x).view(-1, *weight.shape)}
     if getattr(layer, "bias", None) is not None:
         grads["bias"] = dy.sum(1)
     return grads
-
-
-def backpack(model: Scored, batch: Batch, extension: str) -> Scores:
-    from backpack import backpack as extended
-    from backpack import extensions
-
-    params = model.scored()
-    made = getattr(extensions, extension)()
-    with warnings.catch_warnings(), extended(made):
-        warnings.simplefilter("ignore")  # of hooks where an input requires no gradient
-        model(batch).sum().backward()
-    scores: Scores = {}
-    for name, param in params.items():
-        param.grad = None
-        if hasattr(param, made.savefield):
-            found = getattr(param, made.savefield)
-            delattr(param, made.savefield)
-            scores[name] = found.square_().sum(0) if extension == "BatchGrad" else found
-    return scores
 
 
 class SplitAttention(nn.Module):
@@ -285,22 +228,11 @@ class SplitAttention(nn.Module):
 
 
 def split(model: Scored) -> Scored:
-    """A copy whose attention consists of linear layers."""
+    """Return a copy whose attention consists of linear layers."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
             model.set_submodule(name, SplitAttention(module))
-    return model
-
-
-def extended(model: Scored) -> Scored:
-    """A copy with BackPACK's hooks on the layers that it knows."""
-    from backpack import extend
-
-    model = split(model)
-    for module in model.modules():
-        if type(module) in (nn.Linear, nn.Conv2d) and module.weight.requires_grad:
-            extend(module)
     return model
 
 
@@ -312,13 +244,11 @@ class Form:
         score: a model and a batch to scores.
         prepare: a model to the one that `score` takes.
         scores: whether scores come out, and not an ordinary gradient.
-        optional: the package that it needs, which may know some layers only, or be wrong.
     """
 
     score: Callable[[Scored, Batch], Scores]
     prepare: Callable[[Scored], Scored] = lambda model: model
     scores: bool = True
-    optional: str | None = None
 
 
 FIRST = f"{OURS}, first batch"
@@ -330,18 +260,12 @@ FORMS: dict[str, Form] = {
     "(a) per-sample loop": Form(loop),
     "(b) released scheme": Form(retained),
     "(c) vmap(grad)": Form(vectorised),
-    "(d) BackPACK SumGradSquared": Form(
-        partial(backpack, extension="SumGradSquared"), extended, optional="backpack"
-    ),
-    "(d) BackPACK BatchGrad": Form(
-        partial(backpack, extension="BatchGrad"), extended, optional="backpack"
-    ),
     "(e) hooks and einsum": Form(hooked, split),
 }
 
 
 def relative_error(found: Scores, wanted: Scores) -> float:
-    """The largest relative distance, by norm, of a tensor that was found from the one wanted.
+    """Return the largest relative distance, by norm, of a tensor found from the one wanted.
 
     Where a gradient is 0 but for rounding (the bias of keys), 1e-6 of all scores' norm is allowed.
     """
@@ -355,6 +279,6 @@ def relative_error(found: Scores, wanted: Scores) -> float:
 
 
 def exact(model: Scored, batch: Batch) -> Scores:
-    """The loop's scores in float64, which every form is held to."""
+    """Return the loop's scores in float64, with which every form is compared."""
     wide = {n: each.double() if each.is_floating_point() else each for n, each in batch.items()}
     return loop(copy.deepcopy(model).double(), wide)

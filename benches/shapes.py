@@ -1,10 +1,9 @@
-"""The tensors of real models, and the selections that training on them has.
+"""The tensors of real models, and the entries of them that TaLoS selects.
 
-Each model is the list of its parameters with the names its library gives them (open_clip's visual
-tower; transformers' T5 and MiniLM), and with the rows that hold selected entries: after the four
-pruning rounds 99 % of the entries lie in Q and K, at a density of about .6 there, and the other
-tensors are frozen as a whole. A test compares the lists with the libraries' own models, which
-`talos.app.costs.library_model` makes.
+A model is a list of its parameters, named as its library names them (open_clip's visual tower;
+transformers' T5 and MiniLM), with the rows that hold selected entries. After four pruning rounds
+99 % of the selected entries lie in Q and K, at a density of about .6 there. A test compares the
+lists with the libraries' own models.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from math import prod
 
 import torch
 
-from talos.app.costs.workload import QK_DENSITY
+QK_DENSITY = 0.6
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ def _minilm(
             yield from _linear(f"{block}.intermediate.dense", 4 * width, width)
             yield from _linear(f"{block}.output.dense", width, 4 * width)
             yield from _norm(f"{block}.output.LayerNorm", width)
-        yield from _linear("pooler.dense", width, width)
 
     return ModelShape(name, tuple(tensors()), layers, tokens)
 

@@ -1,13 +1,14 @@
-"""Two checkouts of the project in turn: what a change has done to the times of its main works.
+"""Two checkouts of the project in turn: how a change affects the times of its main works.
 
     python -m benches.versions OTHER --out FOLDER
 
-Each turn is a process of its own in each checkout, so that whatever slows the machine meanwhile
-hits both. Both must be built (`setup.py build_ext --inplace`). Only what both have is called.
+Each turn is a process of its own in each checkout, so that whatever slows the machine slows both.
+Both must be built (`setup.py build_ext --inplace`). Only public names that both have are used.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,22 +19,24 @@ from statistics import median
 import torch
 
 from benches import measure
-from benches.results_file import write_json
+from benches.results import write_json
 
 TURNS = 7
 CALLS = 7
 WORKS = (
     *("step", "step, compact", "clip", "score", "score six batches", "threshold"),
-    "apply and take off",
+    *("apply and take off", "swap"),
 )
 
-# Runs in either checkout, on what both versions have.
+# Runs in either checkout.
 WORKER = """
 import json, sys, time
+from pathlib import Path
 import torch, talos
 from torch import nn
-from talos_kernels import fisher_diag_, select_threshold
+from talos_kernels import select_threshold
 
+assert Path(talos.__file__).is_relative_to(Path.cwd()), talos.__file__
 torch.manual_seed(0)
 calls = int(sys.argv[1])
 names = [f"{i}.weight" for i in range(12)]
@@ -88,13 +91,24 @@ def edit():
         pass
 
 found["apply and take off"] = timed(edit)
+other = talos.TaskVector(mask, torch.randn(mask.nnz))
+with talos.ResidentVectors(model, {"one": vector, "other": other}, force=True) as resident:
+
+    def swap():
+        resident.swap("one")
+        resident.swap("other")
+
+    found["swap"] = timed(swap)
 print(json.dumps(found))
 """
 
 
 def turn(checkout: Path) -> dict[str, list[float]]:
     command = [sys.executable, "-c", WORKER, str(CALLS)]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads would wait for other processes
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{checkout}: {done.stderr[-2000:]}")
     found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])

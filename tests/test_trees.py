@@ -1,11 +1,11 @@
-"""`talos.tensors`: the one walk over nested tensors, and what the costs add to it."""
+"""`talos.tensors`: the one walk over nested tensors, and what the benches add to it."""
 
 from collections import OrderedDict, defaultdict
 
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from talos.app.costs.running import stored_in
+from benches.iterations import stored_in
 from talos.tensors import tensors_in
 
 

@@ -1,6 +1,6 @@
-"""What holds of a training step on a device: no wait, a captured one's bits, another stream's.
+"""Checks of a training step on a device: no wait, a captured step's bits, another stream's.
 
-Each check raises where it does not hold. On the CPU the same lines run, on the twin of the device.
+Each raises where it does not hold. On the CPU the same lines run, with `Device` in CUDA's place.
 """
 
 import contextlib
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import talos
-from benches.gpu.device import WARMUP, Device, Work
+from benches import measure
+from benches.gpu.device import WARMUP, Device, Run
 from tests.cases import assert_bit_equal
 
 DENSITIES = (0.6, 0.1, 0.01)
 REPLAYS = 5
 DELAY = 2048
-"""Width of a product that keeps a stream busy while the host runs ahead."""
+"""Width of a product that keeps a stream busy while the host goes on."""
 
 
 class Training:
@@ -55,7 +56,7 @@ class Training:
         self.optimizer.step()
 
     def bits(self) -> list[Tensor]:
-        """Copies of all weights and of the optimizer's state."""
+        """Return copies of all weights and of the optimizer's state."""
         state = self.optimizer.state_dict()["state"]
         held = [value for each in state.values() for value in each.values()]
         tensors = [*self.model.state_dict().values(), *held]
@@ -68,7 +69,7 @@ def assert_same_training(one: Training, other: Training) -> None:
 
 
 def never_waits(device: Device, *, compact: bool) -> dict[str, object]:
-    """The host waits for nothing in what a loop calls between two batches."""
+    """Check that the host waits for nothing in what a loop calls between two batches."""
     training = Training(device, compact=compact)
     optimizer = training.optimizer
     scaler = torch.amp.GradScaler(device.kind, init_scale=16.0)
@@ -76,7 +77,7 @@ def never_waits(device: Device, *, compact: bool) -> dict[str, object]:
     def backward() -> None:
         scaler.scale(training.loss()).backward()
 
-    operations: dict[str, Work] = {
+    operations: dict[str, Run] = {
         "backward": backward,
         "scaler.unscale_": lambda: scaler.unscale_(optimizer),
         "clip_grad_norm_": lambda: optimizer.clip_grad_norm_(1.0),
@@ -93,7 +94,7 @@ def never_waits(device: Device, *, compact: bool) -> dict[str, object]:
     for _ in range(2):  # compiles, and fills tables
         for work in operations.values():
             work()
-    device.synchronise()
+    measure.synchronise()
     waited = []
     for name, work in operations.items():
         try:
@@ -111,7 +112,7 @@ def never_waits(device: Device, *, compact: bool) -> dict[str, object]:
 
 
 def replays_bit_for_bit(device: Device, *, compact: bool) -> dict[str, object]:
-    """A whole captured iteration, replayed, gives an eager one's bits; its lr is a tensor."""
+    """Check that a captured iteration, replayed, gives an eager one's bits; its lr is a tensor."""
     eager, captured = (Training(device, compact=compact) for _ in range(2))
     for _ in range(WARMUP):
         eager.iterate()
@@ -120,13 +121,13 @@ def replays_bit_for_bit(device: Device, *, compact: bool) -> dict[str, object]:
         for training, iterate in ((eager, eager.iterate), (captured, replay)):
             training.lr.mul_(0.7)
             iterate()
-    device.synchronise()
+    measure.synchronise()
     assert_same_training(captured, eager)
     return {"replays": REPLAYS}
 
 
 def another_stream(device: Device, *, compact: bool) -> dict[str, object]:
-    """A backward on a side stream that lags, its step on the usual one: the bits are the same."""
+    """Check the bits of a backward on a side stream that lags and a step on the usual one."""
     plain, aside = (Training(device, compact=compact) for _ in range(2))
     width = DELAY if device.kind == "cuda" else 2
     busy = torch.ones(width, width, device=device.torch)
@@ -138,29 +139,29 @@ def another_stream(device: Device, *, compact: bool) -> dict[str, object]:
             aside.loss().backward()
         aside.optimizer.clip_grad_norm_(1.0)
         aside.optimizer.step()
-    device.synchronise()
+    measure.synchronise()
     assert_same_training(aside, plain)
     return {"iterations": REPLAYS}
 
 
 def launches(device: Device, *, compact: bool) -> dict[str, object]:
-    """Kernels, copies and fills of each part of an iteration; on the CPU operators."""
+    """Count the kernels, copies and fills of each part of an iteration; on the CPU operators."""
     training = Training(device, compact=compact)
     for _ in range(2):
         training.iterate()
     optimizer = training.optimizer
     vector = optimizer.task_vector()
     counts = {
-        "backward": device.launches(lambda: training.loss().backward()),
-        "clip_grad_norm_": device.launches(lambda: optimizer.clip_grad_norm_(1.0)),
-        "step": device.launches(optimizer.step),
+        "backward": measure.launches(lambda: training.loss().backward()),
+        "clip_grad_norm_": measure.launches(lambda: optimizer.clip_grad_norm_(1.0)),
+        "step": measure.launches(optimizer.step),
     }
     base = Training(device, compact=False).model
     with talos.ResidentVectors(base, {"one": vector}, force=True) as resident:
         resident.swap("one")
         resident.swap(None)
-        counts["swap, from the base"] = device.launches(lambda: resident.swap("one"))
-        counts["swap, from a vector"] = device.launches(lambda: resident.swap("one", 0.5))
+        counts["swap, from the base"] = measure.launches(lambda: resident.swap("one"))
+        counts["swap, from a vector"] = measure.launches(lambda: resident.swap("one", 0.5))
     return {"launches": counts}
 
 

@@ -1,4 +1,4 @@
-"""What a stage is given: the device, the sizes, its time, and the file that its records go to.
+"""What a stage is given: the device, the sizes, its time, and the file of its records.
 
     def run(context: Context) -> None:
         context.run("a key", lambda: {"seconds": ...})
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,16 +24,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benches.results_file import write_json
+import torch
 
+from benches import measure
+from benches.gpu.device import Device, find_device
+from benches.gpu.sizes import FULL, TINY, Sizes
+from benches.results import write_json
+from benches.work import Work
+
+REPLAYED, EAGER = "replayed", "eager"
+SLOW_SECONDS = 0.5
 DEVICE_LOST = 75
-"""Exit code of a stage whose device answers no longer: a new process takes up what is left."""
+"""Exit code of a stage whose device no longer answers: a new process continues the stage."""
 DONE, FAILED, RUNNING, LATE = "done", "failed", "running", "out of time"
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage's JSON says; of no file, nothing."""
+    """The content of a stage's JSON; empty where there is no file."""
 
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -41,10 +50,6 @@ class StageResult:
 
     def with_status(self, status: str) -> list[str]:
         return [key for key, record in self.records.items() if record["status"] == status]
-
-    @property
-    def failed(self) -> list[str]:
-        return self.with_status(FAILED)
 
     @property
     def complete(self) -> bool:
@@ -61,14 +66,14 @@ def read_stage(path: Path) -> StageResult:
 class Context:
     """One run of one stage.
 
-    `device` is what `benches.gpu.device` makes of the machine, `sizes` how large everything is,
-    `out` the folder of all results, `deadline` a moment of time.monotonic().
+    `device` and `sizes` are those of `benches.gpu.device` and `benches.gpu.sizes`, `out` is the
+    folder of all results, `deadline` a moment of time.monotonic().
     """
 
     def __init__(
         self,
-        device: Any,
-        sizes: Any,
+        device: Device,
+        sizes: Sizes,
         out: Path,
         deadline: float,
         path: Path,
@@ -87,43 +92,40 @@ class Context:
         self._write(ended=False)
 
     def left(self) -> float:
-        """Seconds until the stage is killed."""
+        """Return the seconds until the stage is killed."""
         return self.deadline - time.monotonic()
 
     def todo(self, key: str) -> bool:
-        """Whether an item is to be done: not done before, in a run that is resumed."""
+        """Return whether an item was not done by a run that this one resumes."""
         return self._records.get(key, {}).get("status") not in self._kept
 
-    def record(self, key: str, **values: object) -> None:
-        self._records[key] = {**values, "status": DONE}
+    def record(self, key: str, status: str, **values: object) -> None:
+        self._records[key] = {**values, "status": status}
         self._write(ended=False)
 
     def failed(self, key: str, error: BaseException, **values: object) -> None:
         traceback.print_exception(error)  # whole, in the log
         last = traceback.format_exception_only(error)[-1].strip()
-        self._records[key] = {**values, "status": FAILED, "error": last}
-        self._write(ended=False)
+        self.record(key, FAILED, **values, error=last)
 
     def run(self, key: str, work: Callable[[], Mapping[str, object]], needs: float = 0.0) -> None:
-        """Does one item and records what it returns.
+        """Do one item and record what it returns.
 
-        With fewer than `needs` seconds left it is recorded as out of time, to be done by a run that
-        is resumed. Memory is given back after it, whatever became of it. Where the device then says
-        that it is lost, as after an access out of bounds, the item has failed and the stage ends.
+        With fewer than `needs` seconds left it is recorded as out of time; a resumed run does it.
+        Memory is freed after it in any case. Where the device is lost then, as after an access out
+        of bounds, the item has failed and the stage ends.
         """
         if not self.todo(key):
             return
         self._records.pop(key, None)  # the order of a file is that of the work
-        self._records[key] = {"status": RUNNING}
         if self.left() <= needs:
-            self._records[key] = {"status": LATE}
-            self._write(ended=False)
+            self.record(key, LATE)
             return
-        self._write(ended=False)
+        self.record(key, RUNNING)
         start = time.monotonic()
         try:
             values = dict(work())
-            self.record(key, **values | {"item_seconds": round(time.monotonic() - start, 3)})
+            self.record(key, DONE, **values, item_seconds=round(time.monotonic() - start, 3))
         except Exception as error:
             self.failed(key, error)
         try:
@@ -132,26 +134,40 @@ class Context:
             self.failed(key, error)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(DEVICE_LOST)  # an end by way of destructors, which ask the device, may abort
-
-    def found(self, key: str) -> dict[str, Any]:
-        """The values recorded for a key; none if it failed or was not done."""
-        record = self._records.get(key, {})
-        return record if record.get("status") == DONE else {}
-
-    def ceiling(self, name: str) -> float | None:
-        """A roofline of the first stage, `copy`, `bf16`, `tf32` or `fp32`; None if not measured."""
-        record = read_stage(self.out / "ceilings.json").records.get(name, {})
-        rate = record.get("bytes_per_second" if name == "copy" else "flops_per_second")
-        return None if rate is None else float(rate)
+            os._exit(DEVICE_LOST)  # an end by way of destructors, which use the device, may abort
 
     def share(self, name: str, rate: float) -> float | None:
-        """A rate over the roofline of that name."""
-        ceiling = self.ceiling(name)
-        return None if not ceiling else rate / ceiling
+        """Return a rate over a roofline of the first stage: `copy`, `bf16`, `tf32` or `fp32`."""
+        record = read_stage(self.out / "ceilings.json").records.get(name, {})
+        ceiling = record.get("bytes_per_second" if name == "copy" else "flops_per_second")
+        return rate / float(ceiling) if ceiling else None
+
+    def timed(self, work: Work, how: str = REPLAYED, matrix: str | None = None) -> dict[str, Any]:
+        """Check and time a form; `matrix` is the roofline of its operations.
+
+        Replayed by a graph, times are the device's alone; eager, they are what a loop in Python
+        waits for. What takes more than SLOW_SECONDS is timed once.
+        """
+        work.check()
+        (first,) = measure.seconds(work.step, 1)
+        times = [first]
+        if first <= SLOW_SECONDS:
+            timer = self.device.time_replayed if how == REPLAYED else self.device.time_eager
+            times = timer(work.step, self.sizes.rounds)
+        seconds, spread = measure.median_and_spread(times)
+        found: dict[str, Any] = {"how": how, "seconds": seconds, "spread": spread}
+        if work.bytes_moved is not None:
+            rate = work.bytes_moved / seconds
+            found |= {"bytes_moved": work.bytes_moved, "bytes_per_second": rate}
+            found["share"] = self.share("copy", rate)
+        if work.flops is not None:
+            rate = work.flops / seconds
+            found |= {"flops": work.flops, "flops_per_second": rate}
+            found["matrix_share"] = None if matrix is None else self.share(matrix, rate)
+        return found
 
     def end(self) -> None:
-        """The stage came to its end, whatever failed on the way."""
+        """Record that the stage came to its end, whatever failed on the way."""
         self._write(ended=True)
 
     def _write(self, *, ended: bool) -> None:
@@ -165,13 +181,19 @@ class Context:
 
 
 def end_with_parent() -> None:
-    """Kills this process's group, once standard input has ended because the parent is gone."""
-    os.read(0, 1)  # not by sys.stdin, whose lock an exit would wait for
-    os.killpg(0, signal.SIGKILL)
+    """Kill this process's group once its parent is gone, which ends the pipe of its input."""
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
+
+    def wait() -> None:
+        os.read(0, 1)  # not by sys.stdin, whose lock an exit would wait for
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def stage_main(run: Callable[[Context], None], argv: Sequence[str] | None = None) -> None:
-    """The command line of a stage: makes its context and runs it."""
+    """Make a stage's context from the command line and run it."""
     start = time.monotonic()
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -180,16 +202,8 @@ def stage_main(run: Callable[[Context], None], argv: Sequence[str] | None = None
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--keep-failed", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--end-with-parent", action="store_true")
     options = parser.parse_args(argv)
-    if options.end_with_parent:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-
-    import torch
-
-    from benches import measure
-    from benches.gpu.device import find_device
-    from benches.gpu.sizes import FULL, TINY
+    end_with_parent()
 
     torch.backends.cudnn.allow_tf32 = False  # the rooflines and the checks say what they use
     device = find_device()

@@ -1,7 +1,7 @@
-"""What is CUDA's alone, behind one small interface: streams, events, capture, memory, host syncs.
+"""What only CUDA has: streams, events, capture, memory, host syncs.
 
-`Cpu` answers the same calls without a device, so that a rehearsal passes through every line that
-asks: it calls what would be replayed, and waits for nothing. Times are seconds of one call each.
+`Device` does the same calls on the CPU, so that a rehearsal passes through every line that uses
+one: it calls what would be replayed, and waits for nothing.
 """
 
 import contextlib
@@ -10,13 +10,12 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 
-from talos.app.costs import meters
+from benches import measure
 
-Work = Callable[[], object]
+Run = Callable[[], object]
 
 WARMUP = 3
 LEAST = 2e-3
@@ -24,98 +23,81 @@ LEAST = 2e-3
 MOST_CALLS = 50
 
 
-class Device(Protocol):
-    """A device as the stages use it."""
+class Device:
+    """The CPU, behind the calls that the stages make of a device."""
 
-    kind: str
-    torch: torch.device
+    kind = "cpu"
+    torch = torch.device("cpu")
 
-    def synchronise(self) -> None:
-        """Waits for all work given to the device."""
+    def capture(self, work: Run, warmup: int = WARMUP) -> Run:
+        """Call `work` `warmup` times and record it; the result does the recorded work again."""
+        for _ in range(warmup):
+            work()
+        return work
 
-    def capture(self, work: Work, warmup: int = WARMUP) -> Work:
-        """Calls `work` `warmup` times, then records it; the result does the recorded work again."""
+    def time_eager(self, work: Run, rounds: int = 10) -> list[float]:
+        """Return seconds a call in each round: what a loop in Python waits for."""
+        return _in_rounds(work, rounds, 1)
 
-    def time_eager(self, work: Work, rounds: int = 10) -> list[float]:
-        """Seconds a call in each round: what a loop in Python waits for, the host's time too."""
+    def time_replayed(self, work: Run, rounds: int = 10) -> list[float]:
+        """Return seconds a replay of the captured work in each round: the device's time."""
+        return _in_rounds(self.capture(work, 1), rounds, 1)
 
-    def time_replayed(self, work: Work, rounds: int = 10) -> list[float]:
-        """Seconds a replay of the captured work in each round: the device's time."""
+    @contextlib.contextmanager
+    def no_host_sync(self) -> Iterator[None]:
+        """Raise where a call within the block makes the host wait for the device."""
+        yield
 
-    def peak_bytes(self, work: Work) -> int:
-        """Bytes that a call holds at most beyond what was allocated before."""
-
-    def launches(self, work: Work) -> int:
-        """Kernels, copies and fills of a call; on the CPU operators."""
-
-    def no_host_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within it a call that makes the host wait for the device raises."""
-
-    def side_stream(self) -> contextlib.AbstractContextManager[None]:
-        """Work within it runs on another stream, after what came before it and before the rest."""
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Run the block on another stream, after what came before it and before the rest."""
+        yield
 
     def free(self) -> None:
-        """Waits for the device, and gives memory back that nothing holds any longer."""
+        """Wait for the device, and free memory that nothing holds any longer."""
+        gc.collect()
 
 
-def find_device() -> Device:
-    return Cuda() if torch.cuda.is_available() else Cpu()
-
-
-def calls_a_round(first: float) -> int:
-    """How often a round calls what took `first` seconds."""
-    return max(1, min(MOST_CALLS, round(LEAST / max(first, 1e-9))))
-
-
-class Cuda:
+class Cuda(Device):
     kind = "cuda"
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())
 
-    def synchronise(self) -> None:
-        torch.cuda.synchronize()
-
-    def capture(self, work: Work, warmup: int = WARMUP) -> Work:
+    def capture(self, work: Run, warmup: int = WARMUP) -> Run:
         with self.side_stream():
             for _ in range(warmup):
                 work()
-        self.synchronise()
+        measure.synchronise()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
         return graph.replay
 
-    def time_eager(self, work: Work, rounds: int = 10) -> list[float]:
+    def time_eager(self, work: Run, rounds: int = 10) -> list[float]:
         for _ in range(WARMUP):
             work()
-        (first,) = meters.seconds(work, 1)
-        return _in_rounds(work, rounds, calls_a_round(first))
+        (first,) = measure.seconds(work, 1)
+        return _in_rounds(work, rounds, _calls_a_round(first))
 
-    def time_replayed(self, work: Work, rounds: int = 10) -> list[float]:
+    def time_replayed(self, work: Run, rounds: int = 10) -> list[float]:
         with uploaded_tables():
             replay = self.capture(work)
             replay()
             (first,) = self._between_events(replay, 1, 1)
-            return self._between_events(replay, rounds, calls_a_round(first))
+            return self._between_events(replay, rounds, _calls_a_round(first))
 
-    def _between_events(self, work: Work, rounds: int, calls: int) -> list[float]:
+    def _between_events(self, work: Run, rounds: int, calls: int) -> list[float]:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
         marks[0].record()
         for mark in marks[1:]:
             for _ in range(calls):
                 work()
             mark.record()
-        self.synchronise()
+        measure.synchronise()
         return [
             before.elapsed_time(after) * 1e-3 / calls for before, after in itertools.pairwise(marks)
         ]
-
-    def peak_bytes(self, work: Work) -> int:
-        return meters.peak_bytes(work)
-
-    def launches(self, work: Work) -> int:
-        return meters.launches(work)
 
     @contextlib.contextmanager
     def no_host_sync(self) -> Iterator[None]:
@@ -135,14 +117,18 @@ class Cuda:
         torch.cuda.current_stream().wait_stream(stream)
 
     def free(self) -> None:
-        self.synchronise()
+        measure.synchronise()
         gc.collect()
         torch.cuda.empty_cache()
 
 
+def find_device() -> Device:
+    return Cuda() if torch.cuda.is_available() else Device()
+
+
 @contextlib.contextmanager
 def uploaded_tables() -> Iterator[None]:
-    """Within it a capture finds the tables of addresses that its warm-up has uploaded.
+    """Let a capture within the block use the address tables that its warm-up has uploaded.
 
     A graph that outlives the cache of those fills tables of its own, by small kernels at each
     replay that an eager call does not launch: they would be timed with ours and with no other.
@@ -167,49 +153,18 @@ def uploaded_tables() -> Iterator[None]:
         launch.captured_table = fill
 
 
-class Cpu:
-    kind = "cpu"
-    torch = torch.device("cpu")
-
-    def synchronise(self) -> None:
-        pass
-
-    def capture(self, work: Work, warmup: int = WARMUP) -> Work:
-        for _ in range(warmup):
-            work()
-        return work
-
-    def time_eager(self, work: Work, rounds: int = 10) -> list[float]:
-        return _in_rounds(work, rounds, 1)
-
-    def time_replayed(self, work: Work, rounds: int = 10) -> list[float]:
-        return _in_rounds(self.capture(work, 1), rounds, 1)
-
-    def peak_bytes(self, work: Work) -> int:
-        return meters.peak_bytes(work)
-
-    def launches(self, work: Work) -> int:
-        return meters.launches(work)
-
-    @contextlib.contextmanager
-    def no_host_sync(self) -> Iterator[None]:
-        yield
-
-    @contextlib.contextmanager
-    def side_stream(self) -> Iterator[None]:
-        yield
-
-    def free(self) -> None:
-        gc.collect()
+def _calls_a_round(first: float) -> int:
+    """Return how often a round calls what took `first` seconds."""
+    return max(1, min(MOST_CALLS, round(LEAST / max(first, 1e-9))))
 
 
-def _in_rounds(work: Work, rounds: int, calls: int) -> list[float]:
+def _in_rounds(work: Run, rounds: int, calls: int) -> list[float]:
     times = []
     for _ in range(rounds):
-        meters.synchronise()
+        measure.synchronise()
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        meters.synchronise()
+        measure.synchronise()
         times.append((time.perf_counter() - start) / calls)
     return times

@@ -1,4 +1,4 @@
-"""How large everything is, on a device and in a rehearsal, in one place."""
+"""How large everything is, on a device and in a rehearsal."""
 
 from dataclasses import dataclass
 
@@ -7,64 +7,51 @@ from benches.shapes import SHAPES, ModelShape, TensorShape
 
 @dataclass(frozen=True)
 class Iteration:
-    """A whole training iteration: a model of `talos.app.costs.MODELS` and what it reads."""
+    """A model of `SHAPES` and what it reads at a time; None: all layers, and the usual tokens."""
 
     model: str
     batch: int
     tokens: int | None = None
     layers: int | None = None
-    """None: all."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A layer's product [samples, T, O] and [samples, T, I] as the scoring kernel takes them."""
-
-    samples: int
-    rows: int
-    columns: int
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A whole calibration by a model's own batches."""
-
-    model: str
-    samples: int
-    batch: int
-    rounds: int
-    layers: int | None = None
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """One of each; where there are several the most telling or usual one is first."""
+
     rounds: int
     """Of a timing; each is long enough for the clock."""
     copy_bytes: int
     matrix_width: int
     shapes: tuple[ModelShape, ...]
-    """Of the step, the most telling first."""
+    """Of the step."""
     densities: tuple[float, ...]
-    """Of the step, the usual first."""
+    """Of the step."""
     iterations: tuple[Iteration, ...]
     """Of the table of methods, and of scored batches."""
     smaller: Iteration
     """For the method that may not hold the usual batch."""
-    scoring: Scoring
+    layer: tuple[int, int]
+    """Rows and columns of the layer that the scoring kernel scores."""
+    samples: int
+    """Of that layer."""
+    tokens: tuple[int, ...]
+    """Of a sample of that layer."""
     threshold: int
     """Scores."""
     histogram: int
     """Of them, in the first pass alone."""
-    calibration: Calibration
+    calibrated: Iteration
+    """The model of a whole calibration, of four rounds."""
+    calibration_samples: int
     queued: Iteration
     """A batch of a model whose small layers share launches when they are scored."""
     chunks: tuple[int, ...]
-    """Entries that a Triton program takes at a time, beside those it does."""
+    """Entries that a Triton program takes at a time, beside the usual number."""
     processes: int
     """Of the tests."""
     tests: tuple[str, ...]
-    """What pytest is given: those in which a device computes, the references there left out."""
+    """Arguments of pytest: the tests in which a device computes, without the references there."""
     other_tests: tuple[str, ...]
     """Those of all others that are run where time is left."""
 
@@ -88,16 +75,18 @@ FULL = Sizes(
         Iteration("vit-b-32", 128),
     ),
     smaller=Iteration("vit-l-14", 64),
-    scoring=Scoring(samples=128, rows=1024, columns=1024, tokens=(257, 50, 128, 1)),
+    layer=(1024, 1024),
+    samples=128,
+    tokens=(257, 50, 128, 1),
     threshold=300_000_000,
     histogram=85_000_000,
-    calibration=Calibration("vit-l-14", samples=5000, batch=128, rounds=4),
+    calibrated=Iteration("vit-l-14", 128),
+    calibration_samples=5000,
     queued=Iteration("minilm", 16),
     chunks=(256, 1024),
     processes=12,
     tests=(
         "tests/gpu",
-        "--ignore=tests/gpu/test_steps.py",  # the stage runs its checks by itself, one by one
         "tests/kernels/test_triton.py",
         "tests/kernels/test_triton_primitives.py",
         "tests/kernels/test_ops.py",
@@ -134,10 +123,13 @@ TINY = Sizes(
     densities=(0.6, 0.1, 0.01, 0.3, 1.0),
     iterations=(Iteration("vit-b-32", 1, layers=1), Iteration("minilm", 2, tokens=4, layers=1)),
     smaller=Iteration("minilm", 1, tokens=4, layers=1),
-    scoring=Scoring(samples=2, rows=24, columns=16, tokens=(5, 1)),
+    layer=(24, 16),
+    samples=2,
+    tokens=(5, 1),
     threshold=10_000,
     histogram=5_000,
-    calibration=Calibration("minilm", samples=8, batch=4, rounds=2, layers=1),
+    calibrated=Iteration("minilm", 4, layers=1),
+    calibration_samples=8,
     queued=Iteration("minilm", 2, layers=1),
     chunks=(256,),
     processes=1,

@@ -2,18 +2,17 @@
 
     python -m benches.gpu.small_step [SHAPE] [--chunk N]
 
-`--chunk` sets how many entries a Triton program takes at a time; kernels read it as they are
-compiled, so each size has a process of its own. It prints the seconds of a replayed step.
+`--chunk` sets how many entries a Triton program takes at a time, and prints the seconds of a
+replayed step. Kernels read the number as they are compiled, so each has a process of its own.
 """
 
 import argparse
-import importlib
 import json
-import threading
+import sys
 
 import torch
 
-from benches import forms, measure
+from benches import bench_sparse_adam, measure
 from benches.gpu.context import end_with_parent
 from benches.gpu.device import find_device
 from benches.gpu.sizes import TINY
@@ -21,17 +20,18 @@ from benches.shapes import SHAPES
 from talos_kernels import fisher_diag_, select_threshold
 
 SAMPLES, TOKENS, WIDTH = 128, 257, 1024
-MODULES = ("blocks", "add_delta", "gather_grad", "sddmm", "sparse_adam")
 
 
 def set_chunk(entries: int) -> None:
-    """In every module that took the constant from `blocks` as it was imported."""
+    """Set the constant in every module that has imported it."""
     import triton.language as tl
 
-    for name in MODULES:
-        module = importlib.import_module(f"talos_kernels.triton.{name}")
+    import talos_kernels.triton
+
+    assert talos_kernels.triton
+    for name, module in list(sys.modules.items()):
         for constant, value in (("CHUNK", entries), ("ROWS", entries // 32)):
-            if hasattr(module, constant):
+            if name.startswith("talos_kernels.triton.") and hasattr(module, constant):
                 setattr(module, constant, tl.constexpr(value))
 
 
@@ -39,21 +39,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", nargs="?", choices=SHAPES, help="default: a tiny one")
     parser.add_argument("--chunk", type=int)
-    parser.add_argument("--end-with-parent", action="store_true")
     options = parser.parse_args()
-    if options.end_with_parent:
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     if options.chunk is not None:
         set_chunk(options.chunk)
     device = find_device()
     shape = SHAPES[options.shape] if options.shape else TINY.shapes[0]
-    form = forms.ours(shape, device.torch)
+    step = bench_sparse_adam.ours(shape, device.torch).step
     if options.chunk is not None:
-        seconds, _ = measure.median_and_spread(device.time_replayed(form.step))
+        seconds, _ = measure.median_and_spread(device.time_replayed(step))
         print(json.dumps({"seconds": seconds}))
         return
-    form.step()
-    form.step()
+    step()
+    step()
     samples, tokens, width = (SAMPLES, TOKENS, WIDTH) if options.shape else (4, 5, 64)
     dtype = torch.bfloat16 if device.kind == "cuda" else torch.float32
     dy, x = (
@@ -62,7 +60,7 @@ def main() -> None:
     score = torch.zeros(width, width, device=device.torch)
     fisher_diag_([score], [dy], [x])
     select_threshold([score], score.numel() // 10)
-    device.synchronise()
+    measure.synchronise()
 
 
 if __name__ == "__main__":

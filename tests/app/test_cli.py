@@ -17,7 +17,7 @@ import torch
 
 import talos
 from talos.app.cli import main
-from talos.app.cli.commands import bench, calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.commands.merge import parse_term
 from talos.app.models import load_encoder
 from talos.app.report import save_results
@@ -39,7 +39,6 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "report": report,
-    "bench": bench,
 }
 START = "import sys; from talos.app.cli import main; sys.exit(main())"
 
@@ -114,7 +113,7 @@ def test_examples_parse(
     for name in ("mask", "vector", "dense", "edit", "both"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     (tmp_path / "again.html").write_bytes(b"")
-    for folder in ("demo", "bench"):
+    for folder in ("demo",):
         (tmp_path / folder).write_bytes(b"")
     words = shlex.split(example)
     assert words[0] == "talos"

@@ -21,7 +21,7 @@ from pathlib import Path
 import triton
 
 from benches.measure import ROOT, commit
-from benches.results_file import write_json
+from benches.results import write_json
 from tests.kernels.sass import LINE, Instruction, loops
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 
 from benches.measure import commit
-from benches.results_file import write_json
+from benches.results import write_json
 from tests.kernels.sass import counts_of
 
 TARGET = "cuda:90"

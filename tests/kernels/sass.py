@@ -18,10 +18,9 @@ from pathlib import Path
 import triton
 
 from benches.measure import commit
-from benches.results_file import write_json
-from benches.shapes import SHAPES
-from talos.app.costs.step_bytes import sparse_step
-from talos.app.costs.workload import QK_DENSITY
+from benches.results import write_json
+from benches.shapes import QK_DENSITY, SHAPES
+from benches.work import sparse_step
 from talos_kernels.triton.blocks import BLOCK, CHUNK
 from talos_kernels.triton.sparse_adam import NUM_WARPS as WARPS
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import talos
+from benches.measure import peak_bytes
 from talos import Mask, SparseAdam, TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.app.costs.meters import peak_bytes
 from talos.optim import compaction as routed
 from talos.optim.compact_gradient import CompactGradient
 from talos.params import select_parameters

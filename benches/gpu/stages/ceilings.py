@@ -1,6 +1,6 @@
 """What the machine is, the rates that every share refers to, and csrc built for its device alone.
 
-The compiler works while the device is measured: both are done when the slower is.
+The compiler works while the device is measured: both are done when the slower one is.
 """
 
 import os
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from benches import measure
-from benches.gpu.context import Context, stage_main
+from benches.gpu.context import EAGER, Context, stage_main
+from benches.work import Work
 
 BUILD_LIMIT = 28.0  # seconds
 SERVES = """
@@ -60,7 +61,7 @@ def about(context: Context) -> dict[str, object]:
 
 
 def driver() -> dict[str, str] | None:
-    """What nvidia-smi says; None where it cannot be asked."""
+    """Return what nvidia-smi prints; None where it cannot run."""
     command = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -72,15 +73,12 @@ def driver() -> dict[str, str] | None:
 def copy_rate(context: Context) -> dict[str, object]:
     source = torch.ones(context.sizes.copy_bytes // 4, device=context.device.torch)
     target = torch.zeros_like(source)
-    times = context.device.time_eager(lambda: target.copy_(source), context.sizes.rounds)
-    seconds, spread = measure.median_and_spread(times)
-    moved = 2 * source.nbytes
-    return {
-        "seconds": seconds,
-        "spread": spread,
-        "bytes_moved": moved,
-        "bytes_per_second": moved / seconds,
-    }
+
+    def check() -> None:
+        assert torch.equal(target.copy_(source), source)
+
+    work = Work(lambda: target.copy_(source), check, bytes_moved=2 * source.nbytes)
+    return context.timed(work, EAGER)
 
 
 def matrix_rate(context: Context, dtype: torch.dtype, precision: str) -> dict[str, object]:
@@ -89,38 +87,32 @@ def matrix_rate(context: Context, dtype: torch.dtype, precision: str) -> dict[st
         torch.randn(width, width, device=context.device.torch).to(dtype) for _ in range(2)
     )
     out = torch.empty_like(left)
+
+    def step() -> None:
+        torch.mm(left, right, out=out)
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        times = context.device.time_eager(
-            lambda: torch.mm(left, right, out=out), context.sizes.rounds
-        )
+        return context.timed(Work(step, step, flops=2 * width**3), EAGER)
     finally:
         torch.set_float32_matmul_precision(before)
-    seconds, spread = measure.median_and_spread(times)
-    flops = 2 * width**3
-    return {
-        "seconds": seconds,
-        "spread": spread,
-        "flops": flops,
-        "flops_per_second": flops / seconds,
-    }
 
 
 class Build:
     """csrc for this device's architecture, started at once.
 
     A library that lies there already is built anew: it may be of other sources. A rehearsal asks
-    setup.py for its version only: it would change the checkout.
+    setup.py for its version only: a build would change the checkout.
     """
 
     def __init__(self, context: Context) -> None:
-        self._device = context.device.kind
+        self._on_device = context.device.kind == "cuda"
         self._start, self._process = time.monotonic(), None
         if not context.todo("csrc"):
             return
         arguments, environment = ["--version"], os.environ | {"TALOS_REQUIRE_CSRC": "1"}
-        if self._device == "cuda":
+        if self._on_device:
             major, minor = torch.cuda.get_device_capability()
             environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
             arguments = ["egg_info", "build_ext", "--force", "--inplace"]
@@ -131,22 +123,20 @@ class Build:
         )
 
     def wait(self) -> dict[str, object]:
-        seconds = 0.0
-        if self._process is not None:
-            try:
-                code = self._process.wait(max(1.0, self._start + BUILD_LIMIT - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                code = None
-            seconds = time.monotonic() - self._start
-            if code != 0:
-                ended = "was killed at its limit" if code is None else f"ended with {code}"
-                raise RuntimeError(f"the build of csrc {ended} after {seconds:.0f} s, see log.txt")
-        built = self._process is not None and self._device == "cuda"
-        paths = Path(measure.ROOT, "talos_kernels").glob("_C*.so") if built else ()
+        assert self._process is not None
+        try:
+            code = self._process.wait(max(1.0, self._start + BUILD_LIMIT - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = None
+        seconds = time.monotonic() - self._start
+        if code != 0:
+            ended = "was killed at its limit" if code is None else f"ended with {code}"
+            raise RuntimeError(f"the build of csrc {ended} after {seconds:.0f} s, see log.txt")
+        paths = Path(measure.ROOT, "talos_kernels").glob("_C*.so") if self._on_device else ()
         asked = [[sys.executable, "-c", SERVES, str(path)] for path in paths]
         serves = any(subprocess.run(each, check=False).returncode == 0 for each in asked)
-        return {"built": built, "seconds": round(seconds, 1), "serves": serves}
+        return {"built": self._on_device, "seconds": round(seconds, 1), "serves": serves}
 
 
 if __name__ == "__main__":

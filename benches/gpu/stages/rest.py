@@ -1,7 +1,7 @@
 """What is left: hardware counters, a checker of memory, constants that were never measured, tests.
 
-A tool that is not there, or that the machine refuses, is recorded as not readable with its reason:
-that is an answer, and no failure.
+A tool that is missing, or that the machine refuses, is recorded as not readable with its reason:
+that is an answer, not a failure.
 """
 
 import contextlib
@@ -13,24 +13,32 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
 
-from benches import bench_add_delta, bench_gather_grad, bench_sddmm, forms, measure, scoring
-from benches.gpu.context import Context, stage_main
+from benches import (
+    bench_add_delta,
+    bench_fisher_diag,
+    bench_gather_grad,
+    bench_sddmm,
+    bench_select_threshold,
+    bench_sparse_adam,
+    scoring,
+)
+from benches.gpu.context import EAGER, REPLAYED, Context, stage_main
 from benches.gpu.schedule import run_limited
-from benches.gpu.stages.agreement import record_tests
-from benches.shapes import SHAPES
-from benches.table import OURS
-from talos_kernels import fisher_diag_, select_threshold, tensor_index
+from benches.gpu.stages.agreement import run_tests
+from benches.results import OURS
+from benches.work import Work, selection
+from talos_kernels import tensor_index
 from talos_kernels.triton.fisher_diag import CONFIGS as SCORING
 from talos_kernels.triton.sddmm import CONFIGS as PRODUCTS
 
 TOOL_LIMIT = 25.0  # seconds
 TESTS_NEED = 12.0
-PROGRAM = [sys.executable, "-m", "benches.gpu.small_step", "--end-with-parent"]
+PROGRAM = [sys.executable, "-m", "benches.gpu.small_step"]
 KERNELS = "regex:sparse_adam_kernel|fisher_diag_kernel|score_histogram_kernel"
 METRICS = (
     "gpu__time_duration.sum",
@@ -52,17 +60,17 @@ def run(context: Context) -> None:
             key = f"border, d {density:g}, {encoding}"
             context.run(key, partial(encoded, context, border, density), needs=3)
     for sweep in SWEEPS:
-        run_sweep(context, sweep)
+        sweep.run(context)
     context.run("memory checker", lambda: memory_checker(context), needs=15)
     for entries in context.sizes.chunks:
         context.run(f"chunk of {entries}", partial(chunk, context, entries), needs=12)
-    if context.todo("other tests") and context.left() > TESTS_NEED:
-        arguments = context.sizes.other_tests
-        record_tests(context, "other tests", arguments, context.left() - TESTS_NEED / 2)
+    if context.left() > TESTS_NEED:
+        limit = context.left() - TESTS_NEED / 2
+        run_tests(context, "other tests", context.sizes.other_tests, limit)
 
 
 def ask(context: Context, tool: list[str], arguments: list[str]) -> tuple[str, str | None]:
-    """What the program printed under a tool, and why that says nothing; the CPU has no tool."""
+    """Return what the program prints under a tool, and why that is no answer; a CPU has no tool."""
     on_device = context.device.kind == "cuda"
     if on_device and tool and shutil.which(tool[0]) is None:
         return "", f"{tool[0]} is not installed"
@@ -83,7 +91,7 @@ def ask(context: Context, tool: list[str], arguments: list[str]) -> tuple[str, s
 
 
 def counters(context: Context) -> dict[str, object]:
-    """What Nsight Compute reads of one launch of each kernel, at the clocks that it finds."""
+    """Return what Nsight Compute reads of one launch of each kernel, at the present clocks."""
     tool = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
     tool += ["--kernel-name", KERNELS, "--metrics", ",".join(METRICS)]
     shape = ["vit-l-14"] if context.device.kind == "cuda" else []
@@ -95,7 +103,7 @@ def counters(context: Context) -> dict[str, object]:
 
 
 def read_counters(printed: str) -> dict[str, dict[str, str]]:
-    """The last launch of each kernel in the CSV that ncu prints after its own lines."""
+    """Return the last launch of each kernel in the CSV that ncu prints after its own lines."""
     lines = printed.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: dict[str, dict[str, str]] = {}
@@ -113,15 +121,6 @@ def memory_checker(context: Context) -> dict[str, object]:
     return {"readable": errors is not None, "reason": reason, "errors": errors}
 
 
-def timed(
-    context: Context, work: Callable[[], object], *, replayed: bool = True
-) -> dict[str, object]:
-    device = context.device
-    times = (device.time_replayed if replayed else device.time_eager)(work, context.sizes.rounds)
-    seconds, spread = measure.median_and_spread(times)
-    return {"seconds": seconds, "spread": spread}
-
-
 @contextlib.contextmanager
 def set_to(module: object, name: str, value: object) -> Iterator[None]:
     before = getattr(module, name)
@@ -133,45 +132,14 @@ def set_to(module: object, name: str, value: object) -> Iterator[None]:
 
 
 def encoded(context: Context, border: float, density: float) -> dict[str, object]:
-    """The step where the border between the encodings lies at a density, so that all is one."""
+    """Time the step with the border between the encodings moved, so that all tensors have one."""
     with set_to(tensor_index, "U16_DENSITY", border):
-        forms.selection.cache_clear()
-        form = forms.ours(context.sizes.shapes[-1], context.device.torch, density=density)
-        forms.selection.cache_clear()
-    return timed(context, form.step) | {"bytes_moved": form.bytes_moved}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A constant that is read at each launch, and what uses it."""
-
-    module: str
-    constant: str
-    values: Mapping[str, object]
-    make: Callable[[Context], Callable[[], object]]
-    replayed: bool = True
-    """What waits for the device cannot be captured."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.module.rpartition('.')[2]}.{self.constant}"
-
-
-def run_sweep(context: Context, sweep: Sweep) -> None:
-    keys = {f"{sweep.name} = {label}": value for label, value in sweep.values.items()}
-    if not any(map(context.todo, keys)):
-        return
-    module = import_module(sweep.module)
-    made: list[Callable[[], object]] = []
-
-    def measured(value: object) -> dict[str, object]:
-        if not made:
-            made.append(sweep.make(context))
-        with set_to(module, sweep.constant, value):
-            return timed(context, made[0], replayed=sweep.replayed)
-
-    for key, value in keys.items():
-        context.run(key, partial(measured, value), needs=3)
+        selection.cache_clear()
+        work = bench_sparse_adam.ours(
+            context.sizes.shapes[-1], context.device.torch, density=density
+        )
+        selection.cache_clear()
+    return context.timed(work)
 
 
 def chunk(context: Context, entries: int) -> dict[str, object]:
@@ -182,51 +150,52 @@ def chunk(context: Context, entries: int) -> dict[str, object]:
     return {"seconds": float(json.loads(printed.splitlines()[-1])["seconds"])}
 
 
-def step(context: Context) -> Callable[[], object]:
-    return forms.ours(context.sizes.shapes[0], context.device.torch).step
+def step(context: Context) -> Work:
+    return bench_sparse_adam.ours(context.sizes.shapes[0], context.device.torch)
 
 
-def op(module: object) -> Callable[[Context], Callable[[], object]]:
-    """The work of a bench's own form on the first shape."""
-
-    def make(context: Context) -> Callable[[], object]:
-        make_work: Callable[..., object] = module.make
-        return make_work(context.sizes.shapes[0], OURS, context.device.torch).step
-
-    return make
+def added(context: Context) -> Work:
+    return bench_add_delta.make(context.sizes.shapes[0], OURS, context.device.torch)
 
 
-def scored_layer(context: Context) -> Callable[[], object]:
-    sizes, device = context.sizes.scoring, context.device.torch
-    dtype = torch.bfloat16 if context.device.kind == "cuda" else torch.float32
-    dy, x = (
-        torch.randn(1, sizes.samples, sizes.tokens[0], width, device=device).to(dtype)
-        for width in (sizes.rows, sizes.columns)
-    )
-    score = torch.zeros(sizes.rows, sizes.columns, device=device)
-    return lambda: fisher_diag_([score], [dy], [x])
+def gathered(context: Context) -> Work:
+    return bench_gather_grad.make(context.sizes.shapes[0], OURS, context.device.torch)
 
 
-def threshold(context: Context) -> Callable[[], object]:
-    scores = [torch.rand(context.sizes.threshold // 4, device=context.device.torch)]
-    return lambda: select_threshold(scores, scores[0].numel() // 10)
+def scored_layer(context: Context) -> Work:
+    sizes, device = context.sizes, context.device
+    dtype = torch.bfloat16 if device.kind == "cuda" else torch.float32
+    tokens = sizes.tokens[0]
+    return bench_fisher_diag.make(OURS, sizes.layer, sizes.samples, tokens, dtype, device.torch)
 
 
-def product(context: Context) -> Callable[[], object]:
+def threshold(context: Context) -> Work:
+    count = context.sizes.threshold // 4
+    scores = [torch.randn(count, device=context.device.torch).square_()]
+    return bench_select_threshold.make(scores, OURS)
+
+
+def product(context: Context) -> Work:
     shape, device = context.sizes.shapes[-1], context.device.torch
-    return bench_sddmm.make(shape, OURS, context.sizes.queued.batch, device).step
+    return bench_sddmm.make(shape, OURS, context.sizes.queued.batch, device)
 
 
-def queued(context: Context) -> Callable[[], object]:
-    """A scored batch of small layers, which share launches."""
-    iteration = context.sizes.queued
-    layers = iteration.layers or SHAPES[iteration.model].layers
-    model, batch = scoring.build(iteration.model, layers, iteration.batch, context.device.torch)
-    return lambda: scoring.ours(model, batch)
+def queued(context: Context) -> Work:
+    """Return the scoring of a batch of small layers, which share launches."""
+    size = context.sizes.queued
+    model, batch = scoring.build(size.model, size.layers, size.batch, context.device.torch)
+
+    def step() -> scoring.Scores:
+        return scoring.ours(model, batch)
+
+    def check() -> None:
+        assert scoring.relative_error(step(), scoring.exact(model, batch)) <= 1e-4
+
+    return Work(step, check)
 
 
 def scoring_tiles() -> Iterator[tuple[str, object]]:
-    """The tiles of 16 bits in use, and some beside them."""
+    """Yield the tiles of 16 bits in use, and others."""
     for rows, cols, depth, warps, stages in (
         (128, 128, 64, 8, 3),
         (128, 128, 32, 8, 3),
@@ -244,7 +213,7 @@ def scoring_tiles() -> Iterator[tuple[str, object]]:
 
 
 def product_plans() -> Iterator[tuple[str, object]]:
-    """Tiles and parts of the tokens, in place of what the predicted time chooses."""
+    """Yield tiles and parts of the tokens, in place of those that the predicted time chooses."""
     for rows, cols, depth, warps, stages, parts in (
         (128, 128, 64, 8, 3, 1),
         (64, 64, 64, 4, 3, 1),
@@ -260,32 +229,49 @@ def product_plans() -> Iterator[tuple[str, object]]:
         yield title, lambda *_, chosen=(tile, parts): chosen
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A constant that is read at each launch, and the work that depends on it."""
+
+    module: str
+    constant: str
+    values: Mapping[str, object]
+    make: Callable[[Context], Work]
+    how: str = REPLAYED
+    """What waits for the device cannot be captured."""
+
+    def run(self, context: Context) -> None:
+        module, made = import_module(self.module), cache(self.make)
+
+        def timed(value: object) -> dict[str, object]:
+            work = made(context)
+            with set_to(module, self.constant, value):
+                return context.timed(work, self.how)
+
+        for label, value in self.values.items():
+            key = f"{self.module.rpartition('.')[2]}.{self.constant} = {label}"
+            context.run(key, partial(timed, value), needs=3)
+
+
+def numbers(*values: int) -> dict[str, int]:
+    return {str(value): value for value in values}
+
+
 TRITON = "talos_kernels.triton"
-WARPS = {str(n): n for n in (4, 2, 8)}
+WARPS = numbers(4, 2, 8)
+QUEUES = {f"{size} MB": size << 20 for size in (32, 8, 128)}
 SWEEPS = (
     Sweep(f"{TRITON}.sparse_adam", "NUM_WARPS", WARPS, step),
     Sweep(f"{TRITON}.fisher_diag", "CONFIGS", dict(scoring_tiles()), scored_layer),
-    Sweep(
-        f"{TRITON}.fisher_diag",
-        "PROGRAMS_PER_PROCESSOR",
-        {str(n): n for n in (2, 1, 3, 4)},
-        scored_layer,
-    ),
-    Sweep(
-        f"{TRITON}.select_threshold", "STEPS", {str(n): n for n in (64, 16, 256)}, threshold, False
-    ),
-    Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, False),
+    Sweep(f"{TRITON}.fisher_diag", "PROGRAMS_PER_PROCESSOR", numbers(2, 1, 3, 4), scored_layer),
+    Sweep(f"{TRITON}.select_threshold", "STEPS", numbers(64, 16, 256), threshold, EAGER),
+    Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, EAGER),
     Sweep(f"{TRITON}.sddmm", "plan", dict(product_plans()), product),
-    Sweep(
-        "talos.calibration.capture",
-        "_QUEUE_BYTES",
-        {f"{n} MB": n << 20 for n in (32, 8, 128)},
-        queued,
-        False,
-    ),
-    Sweep(f"{TRITON}.add_delta", "NUM_WARPS", WARPS, op(bench_add_delta)),
-    Sweep(f"{TRITON}.gather_grad", "NUM_WARPS", WARPS, op(bench_gather_grad)),
+    Sweep("talos.calibration.capture", "_QUEUE_BYTES", QUEUES, queued, EAGER),
+    Sweep(f"{TRITON}.add_delta", "NUM_WARPS", WARPS, added),
+    Sweep(f"{TRITON}.gather_grad", "NUM_WARPS", WARPS, gathered),
 )
+"""The most telling first; the values in use come first."""
 
 
 if __name__ == "__main__":

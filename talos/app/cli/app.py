@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 import talos
-from talos.app.cli.commands import bench, calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.console import Interrupted
 from talos.errors import TalosError
 
@@ -40,7 +40,6 @@ for _command, _examples in (
     (evaluate.evaluate, evaluate.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
-    (bench.bench, bench.EXAMPLES),
 ):
     app.command(
         "eval" if _command is evaluate.evaluate else _command.__name__,

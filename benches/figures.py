@@ -1,24 +1,23 @@
-"""Two figures: the time of an iteration and its peak memory, in units of non-linear fine-tuning's.
+"""Two figures of a workload: an iteration's time and its peak memory, with non-linear's as unit.
 
 Bars are what was measured, by part; diamonds are the paper's.
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from talos.app.costs.forms import BASELINE
-from talos.app.costs.results import paper_ratios
+from benches.results import BASELINE, Costs, paper_ratios, ratios
 from talos.app.report.svg import GREY, INK, draw
-
-__all__ = ["memory_bars", "time_bars"]
 
 Parts = dict[str, tuple[Callable[[Mapping[str, Any]], float], str]]
 
-_TIME: Parts = {
+TIME: Parts = {
     "forward and backward": (lambda form: form["forward_backward"], "#0f766e"),
     "optimizer": (lambda form: form["optimizer"], "#c2410c"),
 }
-_MEMORY: Parts = {
+MEMORY: Parts = {
     "weights": (lambda form: form["memory"]["weights"], GREY),
     "gradients": (lambda form: form["memory"]["gradients"], "#c2410c"),
     "state": (lambda form: form["memory"]["state"], "#4f46e5"),
@@ -29,39 +28,23 @@ _MEMORY: Parts = {
 }
 
 
-def time_bars(results: Mapping[str, Any]) -> str:
-    """Draws the time of an iteration.
+def draw_costs(folder: Path, model: str, label: str, forms: Costs) -> None:
+    """Draw one workload's forms.
 
-    Args:
-        results: of `talos.app.costs.results`, non-linear fine-tuning among the forms.
-
-    Returns:
-        An SVG document.
+    Without matplotlib, or where non-linear fine-tuning was not measured, nothing is drawn.
     """
-    return _bars("time", results, _TIME, lambda form: form["total"], 1)
+    if find_spec("matplotlib") is None or ratios(forms, forms[0]) is None:
+        return
+    stem = label.replace(", ", "-").replace(" ", "-")
+    time = _bars("time", model, forms, TIME, 1)
+    memory = _bars("peak memory", model, forms, MEMORY, 2)
+    (folder / f"{stem}-time.svg").write_text(time, encoding="utf-8")
+    (folder / f"{stem}-memory.svg").write_text(memory, encoding="utf-8")
 
 
-def memory_bars(results: Mapping[str, Any]) -> str:
-    """Draws the peak memory of an iteration.
-
-    Args:
-        results: of `talos.app.costs.results`, non-linear fine-tuning among the forms.
-
-    Returns:
-        An SVG document.
-    """
-    return _bars("peak memory", results, _MEMORY, lambda form: form["memory"]["peak"], 2)
-
-
-def _bars(
-    what: str,
-    results: Mapping[str, Any],
-    parts: Parts,
-    whole: Callable[[Mapping[str, Any]], float],
-    place: int,
-) -> str:
-    forms, model = results["forms"], results["settings"]["model"]
-    unit = whole(next(form for form in forms if form["form"] == BASELINE))
+def _bars(what: str, model: str, forms: Costs, parts: Parts, place: int) -> str:
+    base = next(form for form in forms if form["form"] == BASELINE)
+    unit = sum(part(base) for part, _ in parts.values())
     reported = [paper_ratios(model, form["form"]) for form in forms]
     theirs = [(row, each[place]) for row, each in enumerate(reported) if each is not None]
 
@@ -73,7 +56,8 @@ def _bars(
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
         for row, form in enumerate(forms):
             at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
-            axes.text(1.0, row, f"{whole(form) / unit:.2f}", fontsize=8.5, **at)
+            ratio = (ratios(forms, form) or ())[place]
+            axes.text(1.0, row, f"{ratio:.2f}", fontsize=8.5, **at)
         if theirs:
             rows, values = zip(*theirs, strict=True)
             axes.plot(values, rows, "D", color=INK, markersize=5, label="paper", linestyle="none")

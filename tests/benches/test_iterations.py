@@ -1,0 +1,145 @@
+"""Whole iterations by method, on small models."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from benches import workload as workloads
+from benches.iterations import HYPER, Agreement, Form, Running, measure_forms
+from benches.methods import FORMS, projections
+from benches.workload import Workload, make_workload
+
+BY_NAME = {form.name: form for form in FORMS}
+
+
+def small_model(name: str, layers: int | None = None) -> nn.Module:
+    """Return the library's own class at a size that costs nothing."""
+    if name == "minilm":
+        sizes = {"num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30000}
+        config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, **sizes)
+        return transformers.BertModel(config, add_pooling_layer=False)
+    if name == "t5-large":
+        t5 = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "vocab_size": 30000}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=1, **t5))
+    return VisionTransformer(
+        image_size=224, patch_size=56, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=8
+    )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "library_model", small_model)
+    monkeypatch.setattr("benches.measure.copy_bandwidth", lambda device: 1e10)
+
+
+def workload(name: str = "vit-b-32", dtype: torch.dtype = torch.float32) -> Workload:
+    tokens = None if name.startswith("vit") else 6
+    return make_workload(name, batch_size=2, tokens=tokens, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["minilm", "vit-b-32", "t5-large"])
+def test_every_form_is_what_it_claims(name: str, dtype: torch.dtype) -> None:
+    made = workload(name, dtype)
+    before = {key: each.clone() for key, each in made.model.state_dict().items()}
+    costs = {cost.form: cost for cost in measure_forms(made, FORMS, rounds=1)}
+    assert list(costs) == list(BY_NAME)
+    for key, each in made.model.state_dict().items():
+        assert torch.equal(each, before[key])
+    assert all(param.requires_grad and param.grad is None for param in made.model.parameters())
+    weights = sum(param.nbytes for param in made.model.parameters())
+    head = sum(buffer.nbytes for buffer in made.model.buffers())
+    trained = sum(param.nbytes for param in made.model.parameters() if param.requires_grad)
+    dense, sparse = costs["nonlinear"], costs["talos"]
+    assert dense.memory.weights == weights + head
+    assert costs["linearized"].memory.weights == 2 * weights + head
+    assert dense.memory.gradients == trained
+    steps = 4 * len(list(made.model.parameters()))
+    assert dense.memory.state == 2 * trained + steps
+    # Two moments and the index of a selected entry, against two moments of all.
+    assert 8 * made.mask.nnz <= sparse.memory.state < 0.5 * dense.memory.state
+    assert sparse.memory.gradients < costs["talos_dense_gradients"].memory.gradients * 1.5
+    assert costs["lota_dense_gradients"].memory.gradients == pytest.approx(trained, rel=0.01)
+    assert sparse.memory.peak < dense.memory.peak
+    for cost in costs.values():
+        assert cost.total >= max(cost.forward_backward, cost.optimizer) > 0
+        assert cost.launches > 0
+
+
+def plain(lr: float, *, masked: bool) -> Callable[[Workload], Running]:
+    """Return a form that trains everything, and claims to train the mask or everything."""
+
+    def start(workload: Workload) -> Running:
+        optimizer = torch.optim.AdamW(workload.model.parameters(), **{**HYPER, "lr": lr})
+        about = {"allowed": lambda: workload.mask} if masked else {}
+        return Running(
+            workload, workload.model, workload.logits, optimizer, optimizer.step, **about
+        )
+
+    return start
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Form:
+    """Return a form whose logits are changed."""
+
+    def start(workload: Workload) -> Running:
+        running = BY_NAME[name].start(workload)
+        running.logits_fn = lambda module, batch: change(module(batch))
+        return running
+
+    return Form("changed", "changed", start)
+
+
+def with_doubled_gradient(logits: torch.Tensor) -> torch.Tensor:
+    logits.register_hook(lambda gradient: 2 * gradient)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        ([Form("loose", "loose", plain(1e-3, masked=True))], "must not move the unselected"),
+        ([Form("idle", "idle", plain(0.0, masked=False))], "must train"),
+        ([BY_NAME["nonlinear"], changed("nonlinear", lambda x: 2 * x)], "begin with the loss"),
+        ([BY_NAME["talos"], changed("talos_dense_gradients", with_doubled_gradient)], "gradient"),
+    ],
+    ids=["loose", "idle", "loss", "gradient"],
+)
+def test_a_form_that_does_something_else_is_refused(forms: list[Form], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        measure_forms(workload(), forms, rounds=1)
+
+
+def test_forms_of_several_calls_must_agree() -> None:
+    made, agreement = workload(), Agreement()
+    for name in ("talos", "nonlinear", "masked_adamw"):
+        measure_forms(made, [BY_NAME[name]], rounds=1, iterations=1, agreement=agreement)
+    agreement.gradient = agreement.gradient.flip(0)
+    with pytest.raises(RuntimeError, match="gradient"):
+        measure_forms(made, [BY_NAME["masked_adamw"]], rounds=1, agreement=agreement)
+    agreement.loss += 1
+    with pytest.raises(RuntimeError, match="must begin with the loss of TaLoS"):
+        measure_forms(made, [BY_NAME["nonlinear"]], rounds=1, agreement=agreement)
+
+
+def test_a_form_without_memory_is_left_out() -> None:
+    def fails(logits: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made, form = workload(), changed("talos", fails)
+    costs = measure_forms(made, [form, BY_NAME["nonlinear"]], rounds=2)
+    assert [cost.form for cost in costs] == ["nonlinear"]
+    assert all(param.requires_grad for param in made.model.parameters())
+    assert measure_forms(made, [form]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("minilm", ["query", "value"]), ("t5-large", ["q", "v"]), ("vit-b-32", None)],
+)
+def test_adapters_find_queries_and_values(name: str, wanted: list[str] | None) -> None:
+    assert projections(small_model(name)) == wanted
