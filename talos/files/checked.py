@@ -162,8 +162,8 @@ def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:
     """Return the parsed metadata of a file, checked."""
     if text is None:
         raise TalosValueError(
-            f"{path}: a safetensors file that talos did not write; masks and task vectors come "
-            "from .save()"
+            f"{path}: must hold a {kind}, got a safetensors file that talos did not write; "
+            "save one with .save()"
         )
     try:
         about = dict(parse_json(text))

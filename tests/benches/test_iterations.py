@@ -1,5 +1,6 @@
 """Whole iterations by method, on small models."""
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 import transformers
 from open_clip.transformer import VisionTransformer
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from benches import workload as workloads
-from benches.iterations import HYPER, Agreement, Form, Running, measure_forms
+from benches.iterations import HYPER, Agreement, Form, Running, measure_forms, stored_in
 from benches.methods import FORMS, projections
 from benches.workload import Workload, make_workload
 
@@ -143,3 +145,18 @@ def test_a_form_without_memory_is_left_out() -> None:
 )
 def test_adapters_find_queries_and_values(name: str, wanted: list[str] | None) -> None:
     assert projections(small_model(name)) == wanted
+
+
+def test_nested_tensors_come_in_order() -> None:
+    first, second = torch.zeros(1), torch.ones(1)
+    state = defaultdict(dict, {first: {"step": first, "none": None}, "x": OrderedDict(a=(second,))})
+    found = list(stored_in([state, "text", 3, {torch.zeros(3)}]))
+    assert [id(each) for each in found] == [id(first), id(second)]
+
+
+def test_memory_is_kept_in_the_parts_of_a_tensor_that_is_made_of_others() -> None:
+    inner = TwoTensor(torch.zeros(2), torch.ones(2))
+    outer = TwoTensor(inner, TwoTensor(torch.full((2,), 2.0), torch.full((2,), 3.0)))
+    found = list(stored_in({"a": [outer], "b": torch.full((2,), 4.0)}))
+    assert [type(each) for each in found] == [torch.Tensor] * 5
+    assert [each[0].item() for each in found] == [0.0, 1.0, 2.0, 3.0, 4.0]
