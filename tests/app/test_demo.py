@@ -232,10 +232,6 @@ def test_settings_are_checked(name: str, value: Any, message: str) -> None:
         DemoSettings(**{name: value})
 
 
-def test_scaling_coefs_are_linspace() -> None:
-    assert scaling_coefs(21) == pytest.approx(torch.linspace(0, 1, 21).tolist())
-
-
 class Dial:
     """Stands for a judge and an edit: accuracies are functions of the scale that is put on."""
 
