@@ -104,6 +104,7 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers(folder, capfd
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
+@pytest.mark.slow
 def test_importing_talos_does_not_import_transformers():
     code = (
         "import sys, talos, talos.app.models, talos.app.tasks\n"
