@@ -99,6 +99,7 @@ def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().contiguous() for tensor in tensors]
 
 
+@torch.no_grad()
 def write_back(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     """Copy the row-major copies that `contiguous` made back into their tensors."""
     for tensor, row in zip(tensors, rows, strict=True):

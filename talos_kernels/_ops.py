@@ -1,24 +1,23 @@
-"""The op namespace `talos`: schema once, one implementation a device.
+"""Registration of the ops: one schema, one implementation per device.
 
-`define` registers an op's schema, its reference (every device that has nothing better) and its
-fake (shapes for `torch.compile`). The compiled library, where it was built, serves the CPU: it is a
-library of its own, namespace `talos_C`, with the same schemas, so that C++ programs use it without
-Python. On CUDA devices Triton's kernels run where Triton is and the library's where it is not;
-where both are, `CUDA_BACKENDS` says which.
+`define` registers an op `talos::<name>` with its schema and its reference, which runs on every
+device that has nothing better. The compiled library is a separate library, namespace `talos_C`,
+with the same schemas: C++ programs use it without Python, and here it serves the CPU. On CUDA
+devices Triton's kernels run, or the library's where Triton is missing; `CUDA_BACKENDS` chooses
+where both exist.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = [
     "CUDA_BACKENDS",
     "compiled_library",
     "define",
-    "increment_version",
     "op_for",
     "serve_cuda",
     "use_compiled_cuda",
@@ -28,8 +27,10 @@ CUDA_BACKENDS = {
     "sparse_adam_": "triton",  # unmeasured
     "add_delta_": "triton",  # unmeasured
 }
-"""Which of "triton" and "csrc" serves an op on CUDA devices, of those that both have; read at each
-call. A result of `benches/` on a device replaces "unmeasured"."""
+"""Which backend, "triton" or "csrc", serves an op on CUDA devices where both have it.
+
+Read at each call. A result of `benches/` on a device replaces "unmeasured".
+"""
 
 
 def _load_library() -> Path | None:
@@ -40,7 +41,7 @@ def _load_library() -> Path | None:
 
 
 compiled_library = _load_library()
-"""The compiled library in use, or None: the references serve the CPU then."""
+"""Path of the compiled library in use; None: the references serve the CPU."""
 
 
 _library = torch.library.Library("talos", "FRAGMENT")
@@ -53,22 +54,23 @@ def define(
     name: str,
     schema: str,
     reference: Callable[..., Any],
-    fake: Callable[..., Any],
+    *,
+    fake: Callable[..., Any] = lambda *_: None,
     cpu: Callable[..., Any] | None = None,
 ) -> None:
-    """Register the op `talos::name`.
+    """Register the op `talos::<name>`.
 
     Args:
         name: the op's name.
         schema: its arguments and results, as in native_functions.yaml, without the name.
         reference: the definition; runs on every device without an implementation of its own.
-        fake: its shapes and dtypes, for tracing.
-        cpu: serves the CPU where other ops make it faster than the definition is.
+        fake: returns outputs of the right shapes and dtypes, for tracing; by default none.
+        cpu: a faster CPU implementation made of other ops.
     """
     op = f"talos::{name}"
     _references[name] = reference
     torch.library.define(op, schema)
-    # Not register_kernel, whose wrapper imports torch._dynamo (2 s) at the first call.
+    # Not register_kernel: its wrapper imports torch._dynamo (2 s) at the first call.
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(op, fake)
     if cpu is not None:
@@ -79,14 +81,9 @@ def define(
 
 
 def op_for(name: str, *dtypes: torch.dtype) -> Callable[..., Any]:
-    """What runs an op on tensors of these dtypes: no kernel takes float64, the reference does.
+    """Return the op for tensors of these dtypes: the reference for float64, which no kernel takes.
 
-    Args:
-        name: the op's name.
-        dtypes: of its tensors.
-
-    Returns:
-        Takes the op's arguments by position.
+    The result takes the schema's arguments by position.
     """
     if torch.float64 in dtypes:
         return _references[name]
@@ -95,12 +92,12 @@ def op_for(name: str, *dtypes: torch.dtype) -> Callable[..., Any]:
 
 
 def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> None:
-    """Serve the op `talos::name` on CUDA and HIP devices.
+    """Register an implementation of `talos::<name>` for CUDA and HIP devices.
 
     Args:
         name: the op's name.
-        backend: "triton" or "csrc"; where both serve the op, `CUDA_BACKENDS` chooses.
-        implementation: takes the op's arguments by position.
+        backend: "triton" or "csrc".
+        implementation: takes the schema's arguments by position.
     """
     backends = _on_cuda.setdefault(name, {})
     backends[backend] = implementation
@@ -109,12 +106,12 @@ def serve_cuda(name: str, backend: str, implementation: Callable[..., Any]) -> N
 
 
 def cuda_backends(name: str) -> tuple[str, ...]:
-    """Which of "triton" and "csrc" have an op for CUDA devices."""
+    """Return which of "triton" and "csrc" have the op for CUDA devices."""
     return tuple(_on_cuda.get(name, ()))
 
 
 def cuda_implementation(name: str) -> Callable[..., Any]:
-    """What serves an op on CUDA devices at this moment."""
+    """Return what serves the op on CUDA devices at this moment."""
     backends = _on_cuda[name]
     if len(backends) == 1:
         return next(iter(backends.values()))
@@ -122,22 +119,28 @@ def cuda_implementation(name: str) -> Callable[..., Any]:
 
 
 def use_compiled_cuda() -> None:
-    """Let the compiled library serve CUDA devices too."""
+    """Let the compiled library serve CUDA devices, too."""
     for name in _defined:
         if (compiled := _compiled(name, "CUDA")) is not None:
             serve_cuda(name, "csrc", compiled)
 
 
 def _compiled(name: str, key: str) -> Callable[..., Any] | None:
-    """The compiled library's op for the devices of a dispatch key."""
+    """Return the compiled library's op for a dispatch key; None without one that fits."""
     if compiled_library is None or not hasattr(torch.ops.talos_C, name):
         return None
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"talos_C::{name}", key):
         return None
-    op: Callable[..., Any] = getattr(torch.ops.talos_C, name).default
-    return op
-
-
-def increment_version(tensors: Tensor | Sequence[Tensor]) -> None:
-    """Tell autograd that a kernel wrote these tensors in place."""
-    torch.autograd.graph.increment_version(tensors)
+    op: Any = getattr(torch.ops.talos_C, name).default
+    own: Any = getattr(torch.ops.talos, name).default
+    built, ours = (str(each._schema).partition("::")[2] for each in (op, own))
+    if built != ours:
+        warnings.warn(
+            f"{compiled_library} must be built from this version's sources, got {built} for "
+            f"{ours}; a slower reference runs until you build it again: "
+            "`python setup.py build_ext --inplace` or `pip install --no-build-isolation .`",
+            stacklevel=2,
+        )
+        return None
+    implementation: Callable[..., Any] = op
+    return implementation

@@ -4,17 +4,18 @@
     params[t][j]      <- params[t][j] + scale * values[rank(t, j)]       (float32, rounded once;
                                                                           float64 for float64)
 
-In bf16 adding and then subtracting is not the identity, so `revert_delta_` writes the saved bits
-back.
+In bf16 adding and then subtracting does not give the old weight back, so `revert_delta_` writes
+the saved bits.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._checks import PARAM_DTYPES, check_flat, check_params, contiguous, write_back
-from ._ops import define, increment_version, op_for
+from ._ops import define, op_for
 from .gather_grad import scatter_
 from .index import Index
 
@@ -28,7 +29,7 @@ def add_delta_reference(
     scale: float,
     saved: Tensor | None,
 ) -> None:
-    """The definition, one tensor after another."""
+    """Define the op, one tensor after another."""
     packed = Index.from_buffers(index)
     for param, part, entries in zip(params, packed.unpack(), packed.slices, strict=True):
         where = part.positions_int64().to(param.device)
@@ -40,21 +41,10 @@ def add_delta_reference(
         param.view(-1)[where] = edited.to(param.dtype)
 
 
-def _fake(
-    params: Sequence[Tensor],
-    index: Sequence[Tensor],
-    values: Tensor,
-    scale: float,
-    saved: Tensor | None,
-) -> None:
-    return None
-
-
 define(
     "add_delta_",
     "(Tensor(a!)[] params, Tensor[] index, Tensor values, float scale, Tensor(b!)? saved) -> ()",
     add_delta_reference,
-    _fake,
 )
 
 
@@ -69,11 +59,11 @@ def add_delta_(
     """Add `scale * values` to the selected entries of many tensors, in place, in one launch.
 
     Args:
-        params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
+        params: float32, bfloat16, float16 or float64; one dtype and device, any shapes.
         index: the selection, on the tensors' device.
-        values: `[nnz]`, the delta in rank order; of any of these dtypes.
+        values: `[nnz]`, the delta in rank order, in any of these dtypes.
         scale: the scaling coefficient.
-        saved: `[nnz]` of the tensors' dtype; receives the old bits, for `revert_delta_`.
+        saved: `[nnz]` in the tensors' dtype; receives the old bits for `revert_delta_`.
 
     Raises:
         TalosValueError: a shape, number, device or layout does not fit the index.
@@ -99,8 +89,7 @@ def add_delta_(
         check_flat("saved", saved, index, (params[0].dtype,))
     rows = contiguous(params)
     op_for("add_delta_", params[0].dtype, values.dtype)(rows, index.buffers, values, scale, saved)
-    with torch.no_grad():
-        write_back(params, rows)
+    write_back(params, rows)
     increment_version(params)
 
 
@@ -108,9 +97,9 @@ def revert_delta_(params: Sequence[Tensor], index: Index, saved: Tensor) -> None
     """Write back the bits that `add_delta_` saved, in place, in one launch.
 
     Args:
-        params: the tensors that were edited.
+        params: the edited tensors.
         index: the selection, on the tensors' device.
-        saved: `[nnz]` of the tensors' dtype, as `add_delta_` filled it.
+        saved: `[nnz]` in the tensors' dtype, as `add_delta_` filled it.
 
     Raises:
         TalosValueError: a shape, number, device or layout does not fit the index.

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from ._ops import define, increment_version
+from ._ops import define
 from .errors import TalosTypeError, TalosValueError
 
 __all__ = [
@@ -46,17 +47,10 @@ def fisher_diag_reference(
             score.add_((rows.T @ inputs).square_(), alpha=share)
 
 
-def _fake(
-    scores: Sequence[Tensor], dys: Sequence[Tensor], xs: Sequence[Tensor], share: float
-) -> None:
-    return None
-
-
 define(
     "fisher_diag_",
     "(Tensor(a!)[] scores, Tensor[] dys, Tensor[] xs, float share) -> ()",
     fisher_diag_reference,
-    _fake,
 )
 
 

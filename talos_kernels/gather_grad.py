@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._checks import PARAM_DTYPES, check_flat, check_params, contiguous, dense_gradients, write_back
-from ._ops import define, increment_version, op_for
+from ._ops import define, op_for
 from .index import Index
 
 __all__ = ["gather_grad_", "gather_grad_reference", "scatter_", "scatter_reference"]
@@ -19,7 +20,7 @@ __all__ = ["gather_grad_", "gather_grad_reference", "scatter_", "scatter_referen
 def gather_grad_reference(
     out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
 ) -> None:
-    """The definition, one tensor after another; an empty gradient counts as zero."""
+    """Define the op, one tensor after another; an empty gradient counts as zero."""
     packed = Index.from_buffers(index)
     for grad, part, entries in zip(grads, packed.unpack(), packed.slices, strict=True):
         if not accumulate:
@@ -29,34 +30,22 @@ def gather_grad_reference(
 
 
 def scatter_reference(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
-    """The definition, one tensor after another."""
+    """Define the op, one tensor after another."""
     packed = Index.from_buffers(index)
     for param, part, entries in zip(params, packed.unpack(), packed.slices, strict=True):
         where = part.positions_int64().to(param.device)
         param.view(-1)[where] = values[entries].to(param.dtype)
 
 
-def _gather_fake(
-    out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
-) -> None:
-    return None
-
-
-def _scatter_fake(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
-    return None
-
-
 define(
     "gather_grad_",
     "(Tensor(a!) out, Tensor[] grads, Tensor[] index, bool accumulate) -> ()",
     gather_grad_reference,
-    _gather_fake,
 )
 define(
     "scatter_",
     "(Tensor(a!)[] params, Tensor[] index, Tensor values) -> ()",
     scatter_reference,
-    _scatter_fake,
 )
 
 
@@ -66,8 +55,8 @@ def gather_grad_(
     """Gather the selected entries of dense gradients into one compact array, in one launch.
 
     Args:
-        out: float32 `[nnz]`, written in rank order; float64 for gradients of that dtype.
-        grads: one a tensor of the index, any shapes, None counts as zero.
+        out: float32 `[nnz]`, float64 for float64 gradients; written in rank order.
+        grads: one for each tensor of the index, any shapes; None counts as zero.
         index: the selection, on the gradients' device.
         accumulate: add to `out` instead of overwriting it.
 
@@ -95,7 +84,7 @@ def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:
     """Write compact values into the selected entries of dense tensors, in place, in one launch.
 
     Args:
-        params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
+        params: float32, bfloat16, float16 or float64; one dtype and device, any shapes.
         index: the selection, on the tensors' device.
         values: `[nnz]` in rank order, cast to the tensors' dtype.
 
@@ -117,6 +106,5 @@ def scatter_(params: Sequence[Tensor], index: Index, values: Tensor) -> None:
         return
     rows = contiguous(params)
     op_for("scatter_", params[0].dtype, values.dtype)(rows, index.buffers, values)
-    with torch.no_grad():
-        write_back(params, rows)
+    write_back(params, rows)
     increment_version(params)

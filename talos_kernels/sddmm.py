@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._checks import KERNEL_DTYPES, check_flat
-from ._ops import define, increment_version
+from ._ops import define
 from .errors import TalosTypeError, TalosValueError
 from .index import BLOCK_SIZE, SEGMENT_SIZE, Index
 
@@ -56,15 +57,10 @@ def _selected_rows(index: Sequence[Tensor], rows: int, cols: int) -> slice:
     return slice(int(blocks[0]) * size // cols, min(-(-(int(blocks[-1]) + 1) * size // cols), rows))
 
 
-def _fake(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> None:
-    return None
-
-
 define(
     "sddmm_",
     "(Tensor(a!) out, Tensor dy, Tensor x, Tensor[] index, bool accumulate) -> ()",
     sddmm_reference,
-    _fake,
     cpu=_product_and_gather,
 )
 

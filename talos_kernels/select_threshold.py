@@ -70,7 +70,7 @@ define(
     "score_histogram",
     "(Tensor[] scores, Tensor prefix, int shift, int bits, bool largest) -> (Tensor, Tensor)",
     score_histogram_reference,
-    _fake,
+    fake=_fake,
 )
 
 

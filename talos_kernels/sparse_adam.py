@@ -24,12 +24,14 @@ Bytes moved at least, N entries in the touched tensors, f the share of 32-byte s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._checks import check_flat, check_params, contiguous, dense_gradients, write_back
-from ._ops import define, increment_version, op_for
+from ._ops import define, op_for
 from .errors import TalosValueError
 from .index import Index
 
@@ -126,11 +128,7 @@ def _rounded(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), bits.view(torch.bfloat16), x.bfloat16())
 
 
-def _fake(*args: object) -> None:
-    return None
-
-
-define("sparse_adam_", SCHEMA, sparse_adam_reference, _fake)
+define("sparse_adam_", SCHEMA, sparse_adam_reference)
 
 
 def sparse_adam_(
@@ -217,14 +215,13 @@ def sparse_adam_(
     if not params or index.nnz == 0:
         return
     rows = contiguous(params)
+    dense = dense_gradients(grads, index, params[0].dtype, compact=True)
+    rate = torch.as_tensor(lr, dtype=torch.float64, device=index.device)
     sparse_adam_rows_(
-        rows, dense_gradients(grads, index, params[0].dtype, compact=True), index, exp_avg,
-        exp_avg_sq, steps, lr=torch.as_tensor(lr, dtype=torch.float64, device=index.device),
-        betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, master=master,
-        grad_scale=grad_scale, found_inf=found_inf, clip_factor=clip_factor, seed=seed,
+        rows, dense, index, exp_avg, exp_avg_sq, master, steps, rate, *betas, eps, weight_decay,
+        maximize, grad_scale, found_inf, clip_factor, seed,
     )  # fmt: skip
-    with torch.no_grad():
-        write_back(params, rows)
+    write_back(params, rows)
 
 
 def sparse_adam_rows_(
@@ -233,31 +230,20 @@ def sparse_adam_rows_(
     index: Index,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    steps: Tensor,
-    *,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
     master: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_factor: Tensor | None,
-    seed: int,
+    steps: Tensor,
+    *numbers: Any,
 ) -> None:
-    """What `sparse_adam_` does with arguments that were checked.
+    """Run the op on checked arguments; `numbers` are the schema's from `lr` on.
 
-    All tensors are row-major; the gradients have one dtype, the weights' or float32, and an empty
-    one stands for None. `lr` is float64 on the device. Nothing may be recorded by autograd.
+    All tensors are row-major. The gradients share one dtype, the weights' or float32; an empty one
+    stands for None. `lr` is float64 on the device.
     """
+    placed = [
+        each.to(index.device, torch.float32) if number and isinstance(each, Tensor) else each
+        for number, each in enumerate(numbers)
+    ]
     op_for("sparse_adam_", params[0].dtype)(
-        params, grads, index.buffers, exp_avg, exp_avg_sq, master, steps, lr, *betas, eps,
-        weight_decay, maximize, _scalar(grad_scale, index), _scalar(found_inf, index),
-        _scalar(clip_factor, index), seed,
-    )  # fmt: skip
+        params, grads, index.buffers, exp_avg, exp_avg_sq, master, steps, *placed
+    )
     increment_version([*params, exp_avg, exp_avg_sq, steps])
-
-
-def _scalar(tensor: Tensor | None, index: Index) -> Tensor | None:
-    return None if tensor is None else tensor.to(index.device, torch.float32)

@@ -59,7 +59,7 @@ class Sizes:
 # What a device cannot change, what compiles for minutes, and what `tests` has run.
 _NO_DEVICE = (
     *("app", "house", "benches"),
-    *(f"kernels/test_{name}.py" for name in ("aot", "csrc", "csrc_cuda", "nvcc", "sass")),
+    *(f"kernels/test_{name}.py" for name in ("aot", "csrc", "csrc_cuda")),
     *(f"kernels/test_{name}.py" for name in ("triton", "triton_primitives", "ops")),
 )
 

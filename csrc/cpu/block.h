@@ -70,3 +70,10 @@ inline bool find_block(const IndexView& index, int64_t program, Block& b) {
   }
   return true;
 }
+
+// Calls f with a value of the type that `dtype` names.
+template <class F>
+bool with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32) return f(float{});
+  return dtype == DType::bf16 ? f(BFloat16{}) : f(Half{});
+}

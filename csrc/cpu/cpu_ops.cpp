@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../checks.h"
+#include "../ops.h"
 #include "kernels.h"
 
 namespace talos {
@@ -64,51 +64,6 @@ std::vector<int64_t> compact_ranks(const IndexView& index, const TensorList& gra
   return ranks;
 }
 
-void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                  const std::vector<Tensor>& index, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                  const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                  const std::optional<Tensor>& clip_factor, int64_t seed) {
-  const int64_t n = static_cast<int64_t>(params.size());
-  const int64_t nnz = exp_avg.numel();
-  const TensorList p = checked_params(params, exp_avg);
-  const TensorList g = checked_grads(grads, p, exp_avg);
-  AdamCall call{};
-  call.index = checked_index(index, n, nnz, exp_avg);
-  check_numels(call.index, p, "params");
-  const std::vector<int64_t> compact_rank = compact_ranks(call.index, g);
-  call.params = p.data.data();
-  call.grads = g.data.data();
-  call.compact_rank = compact_rank.data();
-  call.param_dtype = p.dtype;
-  call.grad_dtype = g.dtype;
-  constexpr ScalarType kFloat = ScalarType::Float;
-  call.moment_dtype = checked_moment_dtype(exp_avg);
-  const ScalarType moments = scalar_type_of(call.moment_dtype);
-  call.exp_avg = checked_array(exp_avg, "exp_avg", moments, nnz, exp_avg);
-  call.exp_avg_sq = checked_array(exp_avg_sq, "exp_avg_sq", moments, nnz, exp_avg);
-  call.master = checked_array<float>(master, "master", kFloat, nnz, exp_avg);
-  call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
-  call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
-  call.maximize = maximize;
-  auto* step = static_cast<float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
-  const auto* rate =
-      static_cast<const double*>(checked_array(lr, "lr", ScalarType::Double, 1, exp_avg));
-  const float* inf = checked_array<const float>(found_inf, "found_inf", kFloat, 1, exp_avg);
-  if (inf != nullptr && *inf != 0) return;
-
-  std::vector<AdamScalars> scalars(n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (g.data[i] == nullptr) continue;
-    step[i] += 1;
-    scalars[i] = adam_scalars(*rate, step[i], beta1, beta2, weight_decay, seed);
-  }
-  call.constants = adam_constants(beta1, beta2, eps);
-  call.scalars = scalars.data();
-  run_programs(kernels().sparse_adam, call);
-}
-
 void gather_grad_(const Tensor& out, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& index, bool accumulate) {
   const TensorList g = checked_grads(grads, out);
@@ -122,40 +77,44 @@ void gather_grad_(const Tensor& out, const std::vector<Tensor>& grads,
   run_programs(kernels().gather_grad, call);
 }
 
-DeltaCall checked_delta(const TensorList& params, const std::vector<Tensor>& index,
-                        const Tensor& values) {
-  DeltaCall call{};
-  const int64_t n = static_cast<int64_t>(params.data.size());
-  call.index = checked_index(index, n, values.numel(), values);
-  check_numels(call.index, params, "params");
-  call.params = params.data.data();
-  call.param_dtype = params.dtype;
-  call.value_dtype = checked_float_dtype(values, "values");
-  call.values = checked_array(values, "values", values.scalar_type(), values.numel(), values);
-  return call;
+DeltaCall delta_call(const DeltaArguments& arguments, const TensorList& params) {
+  check_numels(arguments.index, params, "params");
+  return {arguments, params.data.data()};
 }
 
 void scatter_(const std::vector<Tensor>& params, const std::vector<Tensor>& index,
               const Tensor& values) {
   const TensorList p = checked_params(params, values);
-  run_programs(kernels().scatter, checked_delta(p, index, values));
+  run_programs(kernels().scatter, delta_call(checked_delta(p, index, values), p));
 }
 
-void add_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& index,
-                const Tensor& values, double scale, const std::optional<Tensor>& saved) {
-  const TensorList p = checked_params(params, values);
-  DeltaCall call = checked_delta(p, index, values);
-  call.scale = static_cast<float>(scale);
-  call.saved = checked_array<void>(saved, "saved", scalar_type_of(p.dtype), values.numel(), values);
-  run_programs(kernels().add_delta, call);
-}
+struct Cpu {
+  static void sparse_adam(const AdamArguments& a, const TensorList& params, const TensorList& grads,
+                          const Tensor&) {
+    check_numels(a.index, params, "params");
+    const std::vector<int64_t> compact_rank = compact_ranks(a.index, grads);
+    if (a.found_inf != nullptr && *a.found_inf != 0) return;
+    std::vector<AdamScalars> scalars(a.index.n_tensors);
+    for (int64_t i = 0; i < a.index.n_tensors; ++i) {
+      if (grads.data[i] == nullptr) continue;
+      a.steps[i] += 1;
+      scalars[i] = adam_scalars(*a.lr, a.steps[i], a.beta1, a.beta2, a.weight_decay, a.seed);
+    }
+    run_programs(kernels().sparse_adam, AdamCall{a, params.data.data(), grads.data.data(),
+                                                 compact_rank.data(), scalars.data()});
+  }
+
+  static void add_delta(const DeltaArguments& a, const TensorList& params, const Tensor&) {
+    run_programs(kernels().add_delta, delta_call(a, params));
+  }
+};
 
 }  // namespace
 }  // namespace talos
 
 STABLE_TORCH_LIBRARY_IMPL(talos_C, CPU, m) {
-  m.impl("sparse_adam_", TORCH_BOX(&talos::sparse_adam_));
+  m.impl("sparse_adam_", TORCH_BOX(&talos::sparse_adam_<talos::Cpu>));
   m.impl("gather_grad_", TORCH_BOX(&talos::gather_grad_));
   m.impl("scatter_", TORCH_BOX(&talos::scatter_));
-  m.impl("add_delta_", TORCH_BOX(&talos::add_delta_));
+  m.impl("add_delta_", TORCH_BOX(&talos::add_delta_<talos::Cpu>));
 }

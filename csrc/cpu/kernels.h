@@ -8,28 +8,18 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../adam.h"
-#include "../layout.h"
+#include "../arguments.h"
 
 namespace talos {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-struct AdamCall {
-  IndexView index;
+struct AdamCall : AdamArguments {
   void* const* params;
   void* const* grads;           // nullptr: the tensor is skipped
   const int64_t* compact_rank;  // [n_tensors], of grads[i][0] where that is compact, else -1
-  DType param_dtype, grad_dtype, moment_dtype;
-  void* exp_avg;
-  void* exp_avg_sq;
-  float* master;  // or nullptr
-  AdamConstants constants;
-  const AdamScalars* scalars;  // [n_tensors]
-  const float* grad_scale;     // or nullptr
-  const float* clip_factor;    // or nullptr
-  bool maximize;
+  const AdamScalars* scalars;   // [n_tensors]
 };
 
 struct GatherCall {
@@ -40,14 +30,8 @@ struct GatherCall {
   bool accumulate;
 };
 
-// scatter_ and add_delta_: `saved` and `scale` are add_delta_'s.
-struct DeltaCall {
-  IndexView index;
+struct DeltaCall : DeltaArguments {
   void* const* params;
-  const void* values;
-  DType param_dtype, value_dtype;
-  float scale;
-  void* saved;  // or nullptr
 };
 
 // The rows of one side of fisher_diag_: [outer, samples, inner, features], strides in elements.

@@ -16,22 +16,13 @@
 #endif
 
 namespace talos::avx2 {
-#include "block.h"
-
 #include "select_scalar.h"
-
-#include "programs.h"
 
 typedef __m256 Lanes;
 constexpr int kLanes = 8, kTileRows = 4;
 inline Lanes spread(float a) { return _mm256_set1_ps(a); }
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-#include "squares.h"
-
-#include "histogram.h"
-
-const Kernels kKernels = {sparse_adam, gather_grad, scatter,
-                          add_delta,   fisher_diag, score_histogram};
+#include "bodies.h"
 }  // namespace talos::avx2
 
 #ifdef __clang__

@@ -1,4 +1,4 @@
-// The kernels for x86-64 with AVX512.
+// The kernels for x86-64 with AVX-512.
 //
 // Only what stands between push and pop may use these instructions. The headers come before it: an
 // inline function of theirs, compiled with them here, could be the copy that the linker keeps for
@@ -18,22 +18,13 @@
 #endif
 
 namespace talos::avx512 {
-#include "block.h"
-
 #include "select_avx512.h"
-
-#include "programs.h"
 
 typedef __m512 Lanes;
 constexpr int kLanes = 16, kTileRows = 8;
 inline Lanes spread(float a) { return _mm512_set1_ps(a); }
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-#include "squares.h"
-
-#include "histogram.h"
-
-const Kernels kKernels = {sparse_adam, gather_grad, scatter,
-                          add_delta,   fisher_diag, score_histogram};
+#include "bodies.h"
 }  // namespace talos::avx512
 
 #ifdef __clang__

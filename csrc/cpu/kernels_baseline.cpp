@@ -2,20 +2,11 @@
 #include "kernels.h"
 
 namespace talos::baseline {
-#include "block.h"
-
 #include "select_scalar.h"
-
-#include "programs.h"
 
 typedef float Lanes __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kTileRows = 4;
 inline Lanes spread(float a) { return Lanes{a, a, a, a}; }
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }
-#include "squares.h"
-
-#include "histogram.h"
-
-const Kernels kKernels = {sparse_adam, gather_grad, scatter,
-                          add_delta,   fisher_diag, score_histogram};
+#include "bodies.h"
 }  // namespace talos::baseline

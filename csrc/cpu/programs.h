@@ -53,23 +53,19 @@ inline void narrow(const float* in, int64_t n, T* out) {
   }
 }
 
-// Calls body(block, begin, n, rank) for every run of at most kRunSize entries of a block.
-template <class Body>
-inline void for_block(const Block& b, const Body& body) {
-  for (int64_t begin = 0; begin < b.count; begin += kRunSize)
-    body(b, begin, b.count - begin < kRunSize ? b.count - begin : kRunSize, b.rank + begin);
-}
-
-// As above for every program first .. last - 1.
+// Calls body(block, begin, n, rank) for every run of at most kRunSize entries of the programs
+// first .. last - 1.
 template <class Body>
 inline bool for_runs(const IndexView& index, int64_t first, int64_t last, const Body& body) {
   bool agrees = true;
   for (int64_t program = first; program < last; ++program) {
     Block b;
-    if (find_block(index, program, b))
-      for_block(b, body);
-    else
+    if (!find_block(index, program, b)) {
       agrees = false;
+      continue;
+    }
+    for (int64_t begin = 0; begin < b.count; begin += kRunSize)
+      body(b, begin, b.count - begin < kRunSize ? b.count - begin : kRunSize, b.rank + begin);
   }
   return agrees;
 }
@@ -198,65 +194,40 @@ bool gather_programs(const GatherCall& call, int64_t first, int64_t last) {
                   });
 }
 
-template <class P>
-struct DeltaScratch {
-  Scratch<P> params;
-  Scratch<float> wide_params, wide_values;
-};
-
-// params <- values, for `n` selected entries whose values begin at `values`.
-template <class P, class V>
-inline void write_run(void* param, const Block& b, int64_t begin, int64_t n, const V* values,
-                      DeltaScratch<P>& scratch) {
-  P* entries = scratch.params.entries;
-  if constexpr (std::is_same_v<P, V>)  // bit for bit, NaN payloads too: this is how an edit is
-                                       // reverted
-    std::memcpy(entries, values, n * sizeof(P));
-  else
-    narrow(widen(values, n, scratch.wide_values), n, entries);
-  scatter(static_cast<P*>(param) + b.dense_begin, b, begin, n, static_cast<const P*>(entries));
-}
-
-// saved <- params, unless it is nullptr; params <- params + scale * values.
-template <class P, class V>
-inline void add_run(void* param, const Block& b, int64_t begin, int64_t n, const V* in, float scale,
-                    P* saved, DeltaScratch<P>& scratch) {
-  P* dense = static_cast<P*>(param) + b.dense_begin;
-  P* entries = scratch.params.entries;
-  gather(static_cast<const P*>(dense), b, begin, n, entries);
-  if (saved != nullptr) std::memcpy(saved, entries, n * sizeof(P));
-  float* w = widen(entries, n, scratch.wide_params);
-  const float* values = widen(in, n, scratch.wide_values);
-  for (int64_t i = 0; i < n; ++i) w[i] = w[i] + scale * values[i];
-  narrow(w, n, entries);
-  scatter(dense, b, begin, n, static_cast<const P*>(entries));
-}
-
 template <class P, class V>
 bool scatter_programs(const DeltaCall& call, int64_t first, int64_t last) {
-  DeltaScratch<P> scratch;
+  Scratch<P> params;
+  Scratch<float> wide;
   return for_runs(call.index, first, last,
                   [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
-                    write_run(call.params[b.tensor], b, begin, n,
-                              static_cast<const V*>(call.values) + r, scratch);
+                    const V* values = static_cast<const V*>(call.values) + r;
+                    P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
+                    // Of one type bit for bit, NaN payloads too: so an edit is reverted.
+                    if constexpr (std::is_same_v<P, V>)
+                      std::memcpy(params.entries, values, n * sizeof(P));
+                    else
+                      narrow(widen(values, n, wide), n, params.entries);
+                    scatter(dense, b, begin, n, params.entries);
                   });
 }
 
 template <class P, class V>
 bool delta_programs(const DeltaCall& call, int64_t first, int64_t last) {
-  DeltaScratch<P> scratch;
-  return for_runs(call.index, first, last,
-                  [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
-                    P* saved = call.saved == nullptr ? nullptr : static_cast<P*>(call.saved) + r;
-                    add_run(call.params[b.tensor], b, begin, n,
-                            static_cast<const V*>(call.values) + r, call.scale, saved, scratch);
-                  });
-}
-
-template <class F>
-bool with_dtype(DType dtype, const F& f) {
-  if (dtype == DType::f32) return f(float{});
-  return dtype == DType::bf16 ? f(BFloat16{}) : f(Half{});
+  Scratch<P> params;
+  Scratch<float> wide_params, wide_values;
+  return for_runs(
+      call.index, first, last, [&](const Block& b, int64_t begin, int64_t n, int64_t r) {
+        P* dense = static_cast<P*>(call.params[b.tensor]) + b.dense_begin;
+        P* entries = params.entries;
+        gather(static_cast<const P*>(dense), b, begin, n, entries);
+        if (call.saved != nullptr)
+          std::memcpy(static_cast<P*>(call.saved) + r, entries, n * sizeof(P));
+        float* w = widen(entries, n, wide_params);
+        const float* values = widen(static_cast<const V*>(call.values) + r, n, wide_values);
+        for (int64_t i = 0; i < n; ++i) w[i] = w[i] + call.scale * values[i];
+        narrow(w, n, entries);
+        scatter(dense, b, begin, n, entries);
+      });
 }
 
 bool sparse_adam(const AdamCall& call, int64_t first, int64_t last) {

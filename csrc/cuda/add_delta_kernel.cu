@@ -4,28 +4,10 @@
 namespace talos {
 namespace {
 
-template <bool kListed, class P, class V>
-__device__ inline void add(const Selection& s, P* params, const V* values, float scale, P* saved) {
-#pragma unroll 1
-  for (int batch = 0; batch < s.batches; ++batch) {
-    bool active[kUnroll];
-    int dense[kUnroll], local[kUnroll];
-    s.entries<kListed>(batch, active, dense, local);
-    P param[kUnroll];
-    V value[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) param[k] = load(params + dense[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k) value[k] = load(values + local[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k) {
-      if (!active[k]) continue;
-      if (saved != nullptr) saved[local[k]] = param[k];
-      params[dense[k]] = from_float<P>(to_float(param[k]) + scale * to_float(value[k]));
-    }
-  }
-}
-
 template <class P, class V>
 __global__ void __launch_bounds__(kThreads, 4)
-    add_delta_kernel(const DeltaLaunch __grid_constant__ a, const Slots __grid_constant__ slots) {
+    add_delta_kernel(const DeltaArguments __grid_constant__ a,
+                     const Slots __grid_constant__ slots) {
   Selection s;
   if (!s.find(a.index, slots, blockIdx.x)) return;
   const Slot& slot = slots.slot[s.tensor - slots.first];
@@ -33,14 +15,21 @@ __global__ void __launch_bounds__(kThreads, 4)
   P* params = whole(static_cast<P*>(slot.param) + s.dense_begin);
   const V* values = whole(static_cast<const V*>(a.values) + s.rank);
   P* saved = a.saved == nullptr ? nullptr : whole(static_cast<P*>(a.saved) + s.rank);
-  if (s.positions != nullptr)
-    add<true>(s, params, values, a.scale, saved);
-  else
-    add<false>(s, params, values, a.scale, saved);
+  s.for_batches([&](bool (&active)[kUnroll], int (&dense)[kUnroll], int (&local)[kUnroll]) {
+    P param[kUnroll];
+    V value[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) param[k] = load(params + dense[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) value[k] = load(values + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) {
+      if (!active[k]) continue;
+      if (saved != nullptr) saved[local[k]] = param[k];
+      params[dense[k]] = from_float<P>(to_float(param[k]) + a.scale * to_float(value[k]));
+    }
+  });
 }
 
 template <class P>
-const char* launch(const DeltaLaunch& a, const Slots& slots, void* stream) {
+const char* launch(const DeltaArguments& a, const Slots& slots, void* stream) {
   const auto kernel = a.value_dtype == DType::f32    ? add_delta_kernel<P, float>
                       : a.value_dtype == DType::bf16 ? add_delta_kernel<P, __nv_bfloat16>
                                                      : add_delta_kernel<P, __half>;
@@ -49,7 +38,7 @@ const char* launch(const DeltaLaunch& a, const Slots& slots, void* stream) {
 
 }  // namespace
 
-const char* launch_add_delta(const DeltaLaunch& a, const Slots& slots, void* stream) {
+const char* launch_add_delta(const DeltaArguments& a, const Slots& slots, void* stream) {
   if (a.index.n_programs == 0) return nullptr;
   if (a.param_dtype == DType::f32) return launch<float>(a, slots, stream);
   if (a.param_dtype == DType::bf16) return launch<__nv_bfloat16>(a, slots, stream);

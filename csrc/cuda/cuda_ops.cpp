@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "../checks.h"
+#include "../ops.h"
 #include "launch.h"
 
 // Weak, because a torch without CUDA lacks it; nothing there calls an op with CUDA tensors.
@@ -40,64 +40,29 @@ void launch_all(const TensorList& params, const TensorList* grads, const Tensor&
   }
 }
 
-void sparse_adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                  const std::vector<Tensor>& index, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                  const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                  const std::optional<Tensor>& clip_factor, int64_t seed) {
-  constexpr ScalarType kFloat = ScalarType::Float;
-  const auto n = static_cast<int64_t>(params.size());
-  const int64_t nnz = exp_avg.numel();
-  const TensorList p = checked_params(params, exp_avg);
-  const TensorList g = checked_grads(grads, p, exp_avg);
-  AdamLaunch call{};
-  call.index = checked_index(index, n, nnz, exp_avg);
-  call.param_dtype = p.dtype;
-  call.grad_dtype = g.dtype;
-  call.moment_dtype = checked_moment_dtype(exp_avg);
-  const ScalarType moments = scalar_type_of(call.moment_dtype);
-  call.exp_avg = checked_array(exp_avg, "exp_avg", moments, nnz, exp_avg);
-  call.exp_avg_sq = checked_array(exp_avg_sq, "exp_avg_sq", moments, nnz, exp_avg);
-  call.master = checked_array<float>(master, "master", kFloat, nnz, exp_avg);
-  call.steps = static_cast<float*>(checked_array(steps, "steps", kFloat, n, exp_avg));
-  call.lr = static_cast<const double*>(checked_array(lr, "lr", ScalarType::Double, 1, exp_avg));
-  call.grad_scale = checked_array<const float>(grad_scale, "grad_scale", kFloat, 1, exp_avg);
-  call.found_inf = checked_array<const float>(found_inf, "found_inf", kFloat, 1, exp_avg);
-  call.clip_factor = checked_array<const float>(clip_factor, "clip_factor", kFloat, 1, exp_avg);
-  constexpr int64_t kFloats = sizeof(AdamScalars) / sizeof(float);
-  const Tensor scalars = torch::stable::new_empty(exp_avg, {n * kFloats}, kFloat);
-  call.scalars = static_cast<AdamScalars*>(scalars.data_ptr());
-  call.constants = adam_constants(beta1, beta2, eps);
-  call.beta1 = beta1;
-  call.beta2 = beta2;
-  call.weight_decay = weight_decay;
-  call.maximize = maximize;
-  call.seed = seed;
-  launch_all(p, &g, exp_avg, [&](const Slots& slots, void* stream) {
-    return launch_sparse_adam(call, slots, stream);
-  });
-}
+struct Cuda {
+  static void sparse_adam(const AdamArguments& a, const TensorList& params, const TensorList& grads,
+                          const Tensor& exp_avg) {
+    constexpr int64_t kFloats = sizeof(AdamScalars) / sizeof(float);
+    const Tensor scalars =
+        torch::stable::new_empty(exp_avg, {a.index.n_tensors * kFloats}, ScalarType::Float);
+    const AdamLaunch call{a, static_cast<AdamScalars*>(scalars.data_ptr())};
+    launch_all(params, &grads, exp_avg, [&](const Slots& slots, void* stream) {
+      return launch_sparse_adam(call, slots, stream);
+    });
+  }
 
-void add_delta_(const std::vector<Tensor>& params, const std::vector<Tensor>& index,
-                const Tensor& values, double scale, const std::optional<Tensor>& saved) {
-  const TensorList p = checked_params(params, values);
-  DeltaLaunch call{};
-  call.index = checked_index(index, static_cast<int64_t>(params.size()), values.numel(), values);
-  call.param_dtype = p.dtype;
-  call.value_dtype = checked_float_dtype(values, "values");
-  call.values = checked_array(values, "values", values.scalar_type(), values.numel(), values);
-  call.scale = static_cast<float>(scale);
-  call.saved = checked_array<void>(saved, "saved", scalar_type_of(p.dtype), values.numel(), values);
-  launch_all(p, nullptr, values, [&](const Slots& slots, void* stream) {
-    return launch_add_delta(call, slots, stream);
-  });
-}
+  static void add_delta(const DeltaArguments& a, const TensorList& params, const Tensor& values) {
+    launch_all(params, nullptr, values, [&](const Slots& slots, void* stream) {
+      return launch_add_delta(a, slots, stream);
+    });
+  }
+};
 
 }  // namespace
 }  // namespace talos
 
 STABLE_TORCH_LIBRARY_IMPL(talos_C, CUDA, m) {
-  m.impl("sparse_adam_", TORCH_BOX(&talos::sparse_adam_));
-  m.impl("add_delta_", TORCH_BOX(&talos::add_delta_));
+  m.impl("sparse_adam_", TORCH_BOX(&talos::sparse_adam_<talos::Cuda>));
+  m.impl("add_delta_", TORCH_BOX(&talos::add_delta_<talos::Cuda>));
 }

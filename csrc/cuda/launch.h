@@ -2,8 +2,7 @@
 // headers.
 #pragma once
 
-#include "../adam.h"
-#include "../layout.h"
+#include "../arguments.h"
 
 namespace talos {
 
@@ -26,35 +25,13 @@ struct Slots {
   Slot slot[kMaxTensors];
 };
 
-struct AdamLaunch {
-  IndexView index;
-  DType param_dtype, grad_dtype, moment_dtype;
-  void* exp_avg;
-  void* exp_avg_sq;
-  float* master;         // or nullptr
-  float* steps;          // [n_tensors]
+struct AdamLaunch : AdamArguments {
   AdamScalars* scalars;  // [n_tensors], written before they are read
-  const double* lr;
-  const float* grad_scale;   // or nullptr
-  const float* found_inf;    // or nullptr
-  const float* clip_factor;  // or nullptr
-  AdamConstants constants;
-  double beta1, beta2, weight_decay;
-  bool maximize;
-  int64_t seed;
-};
-
-struct DeltaLaunch {
-  IndexView index;
-  DType param_dtype, value_dtype;
-  const void* values;
-  void* saved;  // or nullptr
-  float scale;
 };
 
 // Each launches on `stream` of the current device, never waits, and returns nullptr or CUDA's
 // message.
 const char* launch_sparse_adam(const AdamLaunch& launch, const Slots& slots, void* stream);
-const char* launch_add_delta(const DeltaLaunch& launch, const Slots& slots, void* stream);
+const char* launch_add_delta(const DeltaArguments& launch, const Slots& slots, void* stream);
 
 }  // namespace talos

@@ -66,6 +66,11 @@ struct Selection {
   template <bool kListed>
   __device__ void entries(int batch, bool (&active)[kUnroll], int (&dense)[kUnroll],
                           int (&local)[kUnroll]) const;
+
+  // Calls body(active, dense, local) with every batch of the thread's entries: the one walk over an
+  // index, of all kernels and encodings.
+  template <class Body>
+  __device__ void for_batches(const Body& body) const;
 };
 
 __device__ inline int inclusive_sum(int x) {
@@ -150,6 +155,25 @@ __device__ inline void Selection::entries(int batch, bool (&active)[kUnroll], in
     local[k] = before + __popc(word & ((1u << lane) - 1u));
     active[k] = (word >> lane & 1u) != 0 && dense[k] < dense_count && local[k] < count;
   }
+}
+
+template <bool kListed, class Body>
+__device__ inline void walk(const Selection& s, const Body& body) {
+#pragma unroll 1
+  for (int batch = 0; batch < s.batches; ++batch) {
+    bool active[kUnroll];
+    int dense[kUnroll], local[kUnroll];
+    s.entries<kListed>(batch, active, dense, local);
+    body(active, dense, local);
+  }
+}
+
+template <class Body>
+__device__ inline void Selection::for_batches(const Body& body) const {
+  if (positions != nullptr)
+    walk<true>(*this, body);
+  else
+    walk<false>(*this, body);
 }
 
 // An address in global memory that the compiler does not take apart: from such a one an entry's is

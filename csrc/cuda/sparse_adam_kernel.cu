@@ -23,58 +23,6 @@ __device__ inline void store_moment(__nv_bfloat16* to, float x, uint32_t noise) 
   *to = __ushort_as_bfloat16(rounded_stochastically(x, noise));
 }
 
-// Where a block's entries lie, and what all of them share.
-template <class P, class G, class M>
-struct Block {
-  P* params;
-  const G* grads;  // as dense as the params, or compact
-  bool compact;
-  M* exp_avgs;
-  M* exp_avg_sqs;
-  float* masters;
-  AdamScalars scalars;
-  float scale, factor;
-};
-
-// All loads of a batch are issued before its arithmetic.
-template <bool kMaster, bool kListed, class P, class G, class M>
-__device__ inline void step(const AdamLaunch& a, const Selection& s, const Block<P, G, M>& b) {
-#pragma unroll 1
-  for (int batch = 0; batch < s.batches; ++batch) {
-    bool active[kUnroll];
-    int dense[kUnroll], local[kUnroll];
-    s.entries<kListed>(batch, active, dense, local);
-    P param[kUnroll];
-    G grad[kUnroll];
-    M exp_avg[kUnroll], exp_avg_sq[kUnroll];
-    float master[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) param[k] = load(b.params + dense[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k)
-      grad[k] = load(b.grads + (b.compact ? local[k] : dense[k]), active[k]);
-    for (int k = 0; k < kUnroll; ++k) exp_avg[k] = load(b.exp_avgs + local[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k) exp_avg_sq[k] = load(b.exp_avg_sqs + local[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k)
-      if constexpr (kMaster) master[k] = load(b.masters + local[k], active[k]);
-    for (int k = 0; k < kUnroll; ++k) {
-      float g = to_float(grad[k]);
-      if (a.grad_scale != nullptr) g = g / b.scale;
-      float w = to_float(param[k]), m = to_float(exp_avg[k]), v = to_float(exp_avg_sq[k]);
-      // A weight somebody else wrote since the last step wins over its master.
-      if (kMaster && to_float(from_float<P>(master[k])) == w) w = master[k];
-      adam_entry(g * b.factor, w, m, v, a.constants, b.scalars);
-      // The stores' addresses are computed again: kept since the loads, they would spill.
-      asm volatile("" : "+r"(local[k]), "+r"(dense[k]));
-      if (!active[k]) continue;
-      const uint32_t noise =
-          std::is_same_v<M, float> ? 0 : noise_bits(b.scalars.noise_key, s.rank + local[k]);
-      store_moment(b.exp_avgs + local[k], m, noise);
-      store_moment(b.exp_avg_sqs + local[k], v, noise >> 16);
-      if constexpr (kMaster) b.masters[local[k]] = w;
-      b.params[dense[k]] = from_float<P>(w);
-    }
-  }
-}
-
 // One thread block a program, four of them a multiprocessor: 64 registers a thread.
 template <class P, class G, class M, bool kMaster>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -89,20 +37,46 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t first = compact ? s.rank - s.tensor_rank : s.dense_begin;
   if (compact && (first < 0 || first > slot.grad_numel - s.count)) return;
   const float clip = a.clip_factor != nullptr ? *a.clip_factor : 1.0f;
-  const Block<P, G, M> block = {whole(static_cast<P*>(slot.param) + s.dense_begin),
-                                whole(static_cast<const G*>(slot.grad) + first),
-                                compact,
-                                whole(static_cast<M*>(a.exp_avg) + s.rank),
-                                whole(static_cast<M*>(a.exp_avg_sq) + s.rank),
-                                kMaster ? whole(a.master + s.rank) : nullptr,
-                                a.scalars[s.tensor],
-                                a.grad_scale != nullptr ? *a.grad_scale : 1.0f,
-                                a.maximize ? -clip : clip};
+  P* params = whole(static_cast<P*>(slot.param) + s.dense_begin);
+  const G* grads = whole(static_cast<const G*>(slot.grad) + first);
+  M* exp_avgs = whole(static_cast<M*>(a.exp_avg) + s.rank);
+  M* exp_avg_sqs = whole(static_cast<M*>(a.exp_avg_sq) + s.rank);
+  float* masters = kMaster ? whole(a.master + s.rank) : nullptr;
+  const AdamScalars scalars = a.scalars[s.tensor];
+  const float scale = a.grad_scale != nullptr ? *a.grad_scale : 1.0f;
+  const float factor = a.maximize ? -clip : clip;
   if (found_inf != 0.0f) return;
-  if (s.positions != nullptr)
-    step<kMaster, true>(a, s, block);
-  else
-    step<kMaster, false>(a, s, block);
+  // All loads of a batch are issued before its arithmetic.
+  s.for_batches([&](bool (&active)[kUnroll], int (&dense)[kUnroll], int (&local)[kUnroll]) {
+    P param[kUnroll];
+    G grad[kUnroll];
+    M exp_avg[kUnroll], exp_avg_sq[kUnroll];
+    float master[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) param[k] = load(params + dense[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k)
+      grad[k] = load(grads + (compact ? local[k] : dense[k]), active[k]);
+    for (int k = 0; k < kUnroll; ++k) exp_avg[k] = load(exp_avgs + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) exp_avg_sq[k] = load(exp_avg_sqs + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k)
+      if constexpr (kMaster) master[k] = load(masters + local[k], active[k]);
+    for (int k = 0; k < kUnroll; ++k) {
+      float g = to_float(grad[k]);
+      if (a.grad_scale != nullptr) g = g / scale;
+      float w = to_float(param[k]), m = to_float(exp_avg[k]), v = to_float(exp_avg_sq[k]);
+      // A weight that somebody else wrote since the last step wins over its master.
+      if (kMaster && to_float(from_float<P>(master[k])) == w) w = master[k];
+      adam_entry(g * factor, w, m, v, a.constants, scalars);
+      // The stores' addresses are computed again: kept since the loads, they would spill.
+      asm volatile("" : "+r"(local[k]), "+r"(dense[k]));
+      if (!active[k]) continue;
+      const uint32_t noise =
+          std::is_same_v<M, float> ? 0 : noise_bits(scalars.noise_key, s.rank + local[k]);
+      store_moment(exp_avgs + local[k], m, noise);
+      store_moment(exp_avg_sqs + local[k], v, noise >> 16);
+      if constexpr (kMaster) masters[local[k]] = w;
+      params[dense[k]] = from_float<P>(w);
+    }
+  });
 }
 
 template <class P, class G, class M>

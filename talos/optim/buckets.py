@@ -1,9 +1,10 @@
-"""The flat state of all tensors of one param group, device and dtype: what one launch steps."""
+"""The flat state of the tensors that one launch steps: of one param group, device and dtype."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import compress
-from operator import attrgetter
+from functools import cached_property
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.compact_gradient import CompactGradient
 from talos.optim.compaction import CompactedParam
-from talos_kernels import Index, gather_grad_, sparse_adam_
+from talos.optim.states import OWN, State
+from talos_kernels import Index, gather_grad_
+from talos_kernels._checks import contiguous, dense_gradients, write_back
 from talos_kernels.sparse_adam import sparse_adam_rows_
 
 __all__ = ["Bucket"]
@@ -22,7 +25,7 @@ __all__ = ["Bucket"]
 _look = attrgetter("dtype", "device", "shape", "layout")
 _grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
-# Entries whose norm is taken at once: torch adds float32 one after another on a CPU.
+# Entries whose norm is taken at once: on a CPU torch adds float32 numbers one after another.
 PIECE = 1 << 14
 Look = tuple[torch.dtype, torch.device, torch.Size, torch.layout]
 
@@ -37,17 +40,15 @@ class Bucket:
         looks: what each of them was when the bucket was made.
         index: the selected entries, on their device.
         exp_avg: float32 or bfloat16 `[nnz]`, first moment; float64 for float64 weights.
-        exp_avg_sq: `[nnz]` of the same dtype, second moment.
-        master: float32 `[nnz]`, the weights before rounding; None for weights that need none.
-        steps: float32 `[tensors]`, steps that each tensor has taken.
+        exp_avg_sq: `[nnz]` in the same dtype, second moment.
+        master: float32 `[nnz]`, the weights before rounding; None for float32 and float64 weights.
+        steps: float32 `[tensors]`, how many steps each tensor has taken.
         lr: float64 0-dim, the learning rate on the device.
-        lr_value: the number that `lr` holds, so that it is uploaded only when it changes.
-        base: `[nnz]` on the CPU, of the tensors' dtype or that of a checkpoint: the initial
-            weights.
-        compacted: the parameters whose gradients are kept compact; none where they are not.
-        absent: stands for a gradient that is None.
-        accepted: the looks of the gradients that `check` has accepted last.
-        uniform: whether those have one dtype, which the step takes as it is.
+        lr_value: the number in `lr`, which is uploaded only when it changes.
+        absent: an empty tensor that stands for a missing gradient.
+        compacted: the parameters whose gradients are kept compact; none while they are dense.
+        accepted: the looks of the gradients that `check` accepted last.
+        uniform: whether those have one dtype that the op takes.
     """
 
     group: int
@@ -59,103 +60,100 @@ class Bucket:
     master: Tensor | None
     steps: Tensor
     lr: Tensor
-    lr_value: float | None
-    base: Tensor
     absent: Tensor
+    lr_value: float | None = None
     compacted: dict[str, CompactedParam] = field(default_factory=dict)
     accepted: list[Look] = field(default_factory=list)
     uniform: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: hooks stay with the parameters that have them."""
-        return {**self.__dict__, "compacted": {}}
+        """Keep no hooks and no views: copies make the views anew, of their own arrays."""
+        kept = {key: value for key, value in self.__dict__.items() if key != "views"}
+        return {**kept, "compacted": {}}
 
     @classmethod
     @torch.inference_mode(False)  # the state outlives the caller's mode
+    @torch.no_grad()
     def create(
         cls,
         group: int,
         params: dict[str, Tensor],
         mask: Mask,
-        moment_dtype: torch.dtype = torch.float32,
+        moment_dtype: torch.dtype,
+        states: Mapping[Tensor, State],
     ) -> "Bucket":
-        """State of zeros for these tensors, whose names are the mask's."""
+        """Make the state of these tensors; zeros, and masters from the weights, without `states`.
+
+        Args:
+            group: number of their param group.
+            params: by their names in the mask; one device and dtype.
+            mask: what is selected.
+            moment_dtype: dtype of the moments; float64 weights have float64 ones.
+            states: checked state by parameter.
+        """
         first = next(iter(params.values()))
-        index = mask.pack(list(params), first.device)
-        wide = torch.promote_types(first.dtype, torch.float32)
-        weights = torch.empty(index.nnz, dtype=wide, device=first.device)
-        with torch.no_grad():
-            gather_grad_(weights, list(params.values()), index)
-        if wide == torch.float64:
-            moment_dtype = wide
-        return cls(
+        device, wide = first.device, torch.promote_types(first.dtype, torch.float32)
+        index = mask.pack(list(params), device)
+        dtype = wide if wide == torch.float64 else moment_dtype
+        bucket = cls(
             group,
             params,
             list(map(_look, params.values())),
             index,
-            torch.zeros_like(weights, dtype=moment_dtype),
-            torch.zeros_like(weights, dtype=moment_dtype),
-            weights if first.dtype != wide else None,
-            torch.zeros(len(params), dtype=torch.float32, device=first.device),
-            torch.zeros((), dtype=torch.float64, device=first.device),
+            torch.zeros(index.nnz, dtype=dtype, device=device),
+            torch.zeros(index.nnz, dtype=dtype, device=device),
             None,
-            weights.to("cpu", first.dtype, copy=True),
-            weights.new_empty(0),
+            torch.zeros(len(params), dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros(0, dtype=wide, device=device),
         )
+        if first.dtype != wide:
+            bucket.master = bucket.weights()
+        for param, views in bucket.views.items():
+            given = states.get(param, {})
+            views["step"].fill_(float(given.get("step", 0)))
+            for key in OWN[1:]:
+                if key in views and key in given:
+                    views[key].copy_(given[key])
+        return bucket
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The weights' dtype."""
         return self.looks[0][0]
 
     @property
     def is_moved(self) -> bool:
-        """Whether a weight has another device or dtype than the state was made for."""
+        """Whether a weight has another device or dtype than when the bucket was made."""
         kinds = [look[:2] for look in self.looks]
         return [_look(param)[:2] for param in self.params.values()] != kinds
 
-    @torch.no_grad()
-    def fill(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Take over state by parameter; where there is none it stays as a new bucket's."""
-        parts = zip(self.params.values(), self.index.slices, strict=True)
-        for i, (param, entries) in enumerate(parts):
-            given = states.get(param)
-            if not given:
-                continue
-            self.steps[i] = given["step"]
-            self.exp_avg[entries].copy_(given["exp_avg"])
-            self.exp_avg_sq[entries].copy_(given["exp_avg_sq"])
-            if self.master is not None and "master" in given:
-                self.master[entries].copy_(given["master"])
-
-    def bases(self) -> dict[str, Tensor]:
-        """The initial weights by name: views of `base`."""
+    @cached_property
+    def views(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Each tensor's part of the state, as `Optimizer.state` holds it."""
+        arrays = [self.exp_avg, self.exp_avg_sq]
+        if self.master is not None:
+            arrays.append(self.master)
+        parts = [[array[entries] for array in arrays] for entries in self.index.slices]
         return {
-            name: self.base[entries]
-            for name, entries in zip(self.params, self.index.slices, strict=True)
+            param: dict(zip(OWN, (step, *part), strict=False))
+            for param, step, part in zip(self.params.values(), self.steps, parts, strict=True)
         }
 
-    def views(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Each tensor's part of the flat state, as `Optimizer.state` holds it."""
-        state = {}
-        for i, (param, entries) in enumerate(
-            zip(self.params.values(), self.index.slices, strict=True)
-        ):
-            state[param] = {
-                "step": self.steps[i],
-                "exp_avg": self.exp_avg[entries],
-                "exp_avg_sq": self.exp_avg_sq[entries],
-            }
-            if self.master is not None:
-                state[param]["master"] = self.master[entries]
-        return state
+    def is_shown_in(self, state: Mapping[Tensor, Any]) -> bool:
+        """Return whether an optimizer's `state` still holds these views."""
+        own = itemgetter(*next(iter(self.views.values())))
+        try:
+            found = [own(state[param]) for param in self.views]
+        except (KeyError, TypeError):
+            return False
+        shown = map(dict.values, self.views.values())
+        return all(map(is_, chain.from_iterable(found), chain.from_iterable(shown)))
 
     def check(self) -> list[Tensor]:
-        """Refuse tensors and gradients that are no longer what the state belongs to.
+        """Refuse changed tensors and unusable gradients; return what holds each gradient.
 
-        Returns:
-            What holds each tensor's gradient: a dense tensor, the entries of a compact one, or
-            `absent`.
+        That is a dense tensor, the entries of a compact gradient, or `absent`.
         """
         if list(map(_look, self.params.values())) != self.looks:
             self._refuse_params()
@@ -173,7 +171,7 @@ class Bucket:
         return grads
 
     def _refuse_params(self) -> None:
-        """Say which parameter is no longer what it was."""
+        """Name the parameter that is no longer what it was."""
         for (name, param), (_, _, shape, _) in zip(self.params.items(), self.looks, strict=True):
             if param.device != self.index.device or param.dtype != self.dtype:
                 raise TalosRuntimeError(
@@ -187,7 +185,7 @@ class Bucket:
                 )
 
     def _held(self, name: str, grad: Tensor | None) -> Tensor:
-        """What holds a gradient of any kind."""
+        """Return what holds a gradient of any kind."""
         if grad is None:
             return self.absent
         if not isinstance(grad, CompactGradient):
@@ -201,7 +199,7 @@ class Bucket:
         return grad.entries
 
     def _check_gradients(self, grads: list[Tensor]) -> None:
-        """Refuse a gradient that is not what its parameter needs."""
+        """Refuse a gradient that does not fit its parameter; note the kinds of all."""
         for (name, param), nnz, grad in zip(
             self.params.items(), self.index.nnzs, grads, strict=True
         ):
@@ -213,7 +211,7 @@ class Bucket:
         self.uniform = dtypes <= {self.dtype} or (dtypes <= {torch.float32} and not self._is_wide)
 
     def compact_gradients(self, sampled: bool) -> list[CompactedParam]:
-        """Where each tensor's gradient goes, made anew."""
+        """Return a new receiver for each tensor's gradient."""
         self.compacted = {
             name: CompactedParam(param, index, _rows(param, index), sampled)
             for (name, param), index in zip(self.params.items(), self.index.split(), strict=True)
@@ -223,50 +221,40 @@ class Bucket:
     def step(
         self,
         grads: list[Tensor],
-        group: dict[str, Any],
+        group: Mapping[str, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         clip_factor: Tensor | None,
     ) -> None:
-        """One step of the tensors that have a gradient, which `check` has returned."""
+        """Step the tensors that have a gradient; `grads` come from `check`."""
         self._upload_lr(group["lr"])
+        beta1, beta2 = map(float, group["betas"])
         params = list(self.params.values())
-        given: Sequence[Tensor | None] = grads
-        step: Callable[..., None] = sparse_adam_rows_
-        if not (all(map(_row_major, params)) and self._plain(grads)):
-            step, given = sparse_adam_, [None if each is self.absent else each for each in grads]
-        step(
-            params,
-            given,
-            self.index,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps,
-            lr=self.lr,
-            betas=tuple(map(float, group["betas"])),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=bool(group["maximize"]),
-            master=self.master,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip_factor=clip_factor,
-            seed=int(group["seed"]),
-        )
+        rows = params if all(map(_row_major, params)) else contiguous(params)
+        if not self._plain(grads):
+            given = [None if each is self.absent else each for each in grads]
+            grads = dense_gradients(given, self.index, self.dtype, compact=True)
+        sparse_adam_rows_(
+            rows, grads, self.index, self.exp_avg, self.exp_avg_sq, self.master, self.steps,
+            self.lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]),
+            bool(group["maximize"]), grad_scale, found_inf, clip_factor, int(group["seed"]),
+        )  # fmt: skip
+        if rows is not params:
+            write_back(params, rows)
 
     def _plain(self, grads: list[Tensor]) -> bool:
-        """Whether the ops take these gradients as they are."""
+        """Return whether the op takes these gradients as they are."""
         return self.uniform and all(map(_row_major, grads))
 
     def _upload_lr(self, lr: float | Tensor) -> None:
-        """Write the rate to the device: a number when it changed, a tensor of it each time."""
+        """Write the rate to the device: a number if it changed, a tensor there at every step."""
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             self.lr.copy_(lr.reshape(()))
             self.lr_value = None
             return
         value = float(lr.item() if isinstance(lr, Tensor) else lr)
         if value != self.lr_value:
-            if _captured(self.lr):  # each replay would write it anew
+            if _captured(self.lr):  # each replay would write it again
                 raise TalosRuntimeError(
                     f"lr must be a tensor on the device while a CUDA graph is captured, or the "
                     f"number of the step before, {self.lr_value}, got {value}; step once before "
@@ -276,14 +264,14 @@ class Bucket:
             self.lr_value = value
 
     def densify_gradients(self) -> None:
-        """Back to dense gradients."""
+        """Make the gradients dense again."""
         for param in self.params.values():
             if isinstance(param.grad, CompactGradient):
                 param.grad = param.grad.to_dense()
         self.compacted = {}
 
     def _split(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The entries of compact gradients; each tensor's dense one, None where it has none."""
+        """Return the entries of the compact gradients, and the dense ones, None elsewhere."""
         compact = [isinstance(param.grad, CompactGradient) for param in self.params.values()]
         dense = [
             None if is_compact or grad is self.absent else grad
@@ -292,7 +280,7 @@ class Bucket:
         return list(compress(grads, compact)), dense
 
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """The sum of squares over the selected entries of what `check` has returned, 0-dim."""
+        """Return the sum of squares over the selected entries, 0-dim; `grads` come from `check`."""
         compact, dense = self._split(grads)
         norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
@@ -309,28 +297,28 @@ class Bucket:
 
     @property
     def _is_wide(self) -> bool:
-        """Whether the weights are float64, which the references serve."""
+        """Whether the weights are float64, for which the references run."""
         return self.dtype == torch.float64
 
     @property
     def _wide(self) -> torch.dtype:
-        """Of arrays of the selected entries that are no narrower than those."""
+        """The dtype of arithmetic on the weights: float32, or float64."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def scale_gradients(self, grads: list[Tensor], coefficient: Tensor) -> None:
-        """Multiply what `check` has returned by a 0-dim tensor, in place.
+        """Multiply the gradients by a 0-dim tensor in place; `grads` come from `check`.
 
-        A gradient whose entries share memory, an expanded one, is replaced by a copy.
+        An expanded gradient, whose entries share memory, is replaced by a copy.
         """
         for i, (param, grad) in enumerate(zip(self.params.values(), grads, strict=True)):
             if not grad.is_contiguous() and 0 in grad.stride():
                 param.grad = grads[i] = grad.contiguous()
-        # Of one dtype, which `absent` need not have: torch would go through them one by one.
+        # Without `absent`, whose dtype may differ: torch would then scale them one by one.
         if given := [grad for grad in grads if grad is not self.absent]:
             torch._foreach_mul_(given, coefficient.to(self.index.device))
 
     def zero_compact(self) -> bool:
-        """Fill the compact gradients with zeros; whether there are none but those."""
+        """Fill the compact gradients with zeros; return whether all gradients are compact."""
         if not self.compacted:
             return False
         grads = [grad for grad in map(_grad, self.params.values()) if grad is not None]
@@ -340,27 +328,28 @@ class Bucket:
         return len(compact) == len(grads)
 
     @torch.no_grad()
-    def deltas(self) -> dict[str, Tensor]:
-        """Current minus initial weights of each tensor: float32 `[nnz]`, on the CPU."""
-        weights = self.exp_avg.new_empty(self.index.nnz, dtype=self._wide)
+    def weights(self) -> Tensor:
+        """Return the weights at the selected entries, from their masters where these hold."""
+        weights = torch.zeros(self.index.nnz, dtype=self._wide, device=self.index.device)
         gather_grad_(weights, list(self.params.values()), self.index)
-        if self.master is not None:  # a weight that somebody else wrote wins, as in the step
-            ours = self.master.to(self.dtype).float() == weights
-            weights = torch.where(ours, self.master, weights)
-        delta = (weights.cpu() - self.base.to(weights.dtype)).float()
-        return {
-            name: delta[entries]
-            for name, entries in zip(self.params, self.index.slices, strict=True)
-        }
+        if self.master is None:
+            return weights
+        # As in the step: a weight that other code wrote wins over its master.
+        ours = self.master.to(self.dtype).float() == weights
+        return torch.where(ours, self.master, weights)
+
+    def weights_by_name(self) -> dict[str, Tensor]:
+        """Return the weights at the selected entries of each tensor."""
+        return dict(zip(self.params, self.weights().split(self.index.nnzs), strict=True))
 
 
 def _captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph records what is done with a tensor, instead of doing it."""
+    """Return whether a CUDA graph is recording on the tensor's device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _rows(param: Tensor, index: Index) -> slice:
-    """From the first row of dimension 0 to behind the last in which an entry is selected."""
+    """Return the range of rows, along dimension 0, that holds the selected entries."""
     if param.dim() < 2 or index.nnz in (0, param.numel()):
         return slice(0, len(param) if param.dim() else 1)
     (part,) = index.unpack()

@@ -1,4 +1,4 @@
-"""Clipping of the gradients' norm, at once or by the next step on its way through them."""
+"""Clipping of the gradients' norm: at once, or by the next step as it reads the gradients."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ _version = attrgetter("_version")
 
 
 class Clipping:
-    """Clips what buckets hold, and keeps the factor of a clipping that was deferred.
+    """Clips the gradients of buckets and remembers the factor of a deferred clipping.
 
-    With the factor it keeps the gradients that it was computed from, and their versions: of others
-    it would be wrong.
+    The factor is right only for the gradients it was computed from, so those and their versions are
+    kept with it.
 
     Args:
-        buckets: whose gradients.
+        buckets: the optimizer's.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -30,18 +30,18 @@ class Clipping:
         self.drop()
 
     def drop(self) -> None:
-        """Forget a clipping that was deferred."""
+        """Forget a deferred clipping."""
         self._factor: Tensor | None = None
         self._grads: list[Tensor] = []
         self._versions: list[int] = []
 
     @property
     def pending(self) -> bool:
-        """Whether a clipping was deferred and not done yet."""
+        """Whether a deferred clipping was not done yet."""
         return self._factor is not None
 
     def clip(self, max_norm: float, *, error_if_nonfinite: bool, defer: bool) -> Tensor:
-        """See `SparseAdam.clip_grad_norm_`."""
+        """Do what `SparseAdam.clip_grad_norm_` documents."""
         if not max_norm > 0:
             raise TalosValueError(f"max_norm must be positive, got {max_norm}")
         checked = self.settle()
@@ -66,36 +66,34 @@ class Clipping:
         return norm
 
     def take(self, checked: Sequence[list[Tensor]]) -> Tensor | None:
-        """What these gradients are still to be multiplied by, which is told once.
+        """Return the deferred factor, once.
 
         Args:
-            checked: what each bucket's `check` has returned.
+            checked: each bucket's gradients, from `Bucket.check`.
 
         Returns:
-            0-dim; None: they are as they should be, or all of them are new.
+            0-dim; None if nothing was deferred, or if all gradients are new.
 
         Raises:
-            TalosRuntimeError: they changed since, so that no factor is right for them.
+            TalosRuntimeError: some gradients changed since, so that no factor is right for them.
         """
-        factor, kept = self._factor, self._grads
-        if factor is None:
+        if self._factor is None:
             return None
+        factor, kept, versions = self._factor, self._grads, self._versions
         grads = self._given(checked)
         same = len(grads) == len(kept) and all(map(is_, grads, kept))
-        if same and list(map(_version, grads)) == self._versions:
-            self.drop()
-            return factor
-        if not set(map(id, grads)).isdisjoint(map(id, kept)):
+        same = same and list(map(_version, grads)) == versions
+        if not same and not set(map(id, grads)).isdisjoint(map(id, kept)):
             raise TalosRuntimeError(
-                "gradients must stay as they were between clip_grad_norm_(defer=True) and step(), "
-                "got others; clip behind the last change, or call zero_grad() to begin anew"
+                "gradients must not change between clip_grad_norm_(defer=True) and step(), got "
+                "changed ones; clip after the last change, or call zero_grad() first"
             )
         self.drop()
-        return None
+        return factor if same else None
 
     @torch.no_grad()
     def settle(self) -> list[list[Tensor]]:
-        """Scale the gradients if that was deferred; returns what each bucket's `check` does."""
+        """Do a deferred clipping now; return each bucket's gradients, from `Bucket.check`."""
         checked = [bucket.check() for bucket in self._buckets]
         if (factor := self.take(checked)) is not None:
             self._scale(checked, factor)
@@ -106,10 +104,6 @@ class Clipping:
             bucket.scale_gradients(grads, factor)
 
     def _given(self, checked: Sequence[list[Tensor]]) -> list[Tensor]:
-        """The gradients of all buckets without those that are None."""
-        return [
-            grad
-            for bucket, grads in zip(self._buckets, checked, strict=True)
-            for grad in grads
-            if grad is not bucket.absent
-        ]
+        """Return the gradients of all buckets without the missing ones."""
+        pairs = zip(self._buckets, checked, strict=True)
+        return [grad for bucket, grads in pairs for grad in grads if grad is not bucket.absent]

@@ -9,18 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.names import named_parameters, resolve_names
+from talos.masks import Mask
+from talos.names import match_tensors, named_parameters, resolve_names
 from talos.options import as_real, integer
+from talos.params import check_one_memory
+from talos.tensors import place
 
 __all__ = [
     "NamedParams",
+    "alike",
     "by_name",
     "check_hyperparameters",
     "check_moments",
     "check_not_wrapped",
     "check_trainable",
+    "complete_groups",
     "module_of",
     "named_groups",
+    "selected_names",
     "several_processes",
 ]
 
@@ -113,6 +119,65 @@ def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
                     "prefix the names of each module"
                 )
     return params
+
+
+def selected_names(
+    model: object, params: Mapping[str, Tensor], mask: Mask, strict: bool
+) -> dict[Tensor, str]:
+    """Return the parameters that a mask selects entries of, with their names in it."""
+    if mask.nnz == 0:
+        raise TalosValueError("mask must select at least one entry: no weight selected")
+    aliases = params
+    if isinstance(model, nn.Module):
+        aliases = named_parameters(model, remove_duplicate=False)
+    matched = match_tensors(mask.shapes, aliases)
+    check_one_memory(aliases, {n: p for n, p in matched.items() if mask.indices[n].nnz})
+    covered = {place(param) for param in matched.values()}
+    if strict and (unknown := [n for n, p in params.items() if place(p) not in covered]):
+        raise TalosValueError(
+            f"mask must cover every parameter when strict, lacks {len(unknown)}: "
+            f"{', '.join(unknown[:5])}"
+        )
+    names = {param: name for name, param in matched.items() if mask.indices[name].nnz}
+    for param, name in names.items():
+        check_trainable(name, param)
+    return names
+
+
+def alike(
+    groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, str]
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """Return the parameters of one group, device and dtype together, by name, with its number."""
+    found: dict[tuple[int, torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for number, group in enumerate(groups):
+        for param in group["params"]:
+            members = found.setdefault((number, param.device, param.dtype), {})
+            members[names[param]] = param
+    return [(number, members) for (number, _, _), members in found.items()]
+
+
+def complete_groups(
+    groups: Iterable[dict[str, Any]], names: Mapping[Tensor, str], defaults: Mapping[str, Any]
+) -> None:
+    """Name the parameters of regrouped groups and fill in what these lack.
+
+    Raises:
+        TalosRuntimeError: the groups do not hold exactly the named parameters.
+    """
+    every = [param for group in groups for param in group["params"]]
+    strange = [tuple(param.shape) for param in every if param not in names]
+    lost = [name for param, name in names.items() if param not in set(every)]
+    if strange or lost or len(every) != len(names):
+        raise TalosRuntimeError(
+            "param_groups must hold the parameters that the optimizer was made with, each "
+            f"once, lacks {', '.join(lost[:5]) or 'none'}, got others of shapes "
+            f"{strange[:5] or 'none'}; make a new optimizer, or call requires_grad_(False) on "
+            "parameters that should not be trained"
+        )
+    for group in groups:
+        group["param_names"] = [names[param] for param in group["params"]]
+        for key, value in defaults.items():
+            group.setdefault(key, value)
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -1,20 +1,20 @@
-"""AdamW that trains, and keeps state for, the selected entries of a model only.
+"""AdamW that trains the selected entries of a model, and keeps state only for them.
 
-The update is that of `talos_kernels.sparse_adam`: decoupled weight decay, bias-corrected moments.
-State of a selected entry: exp_avg and exp_avg_sq, 8 bytes (4 in bf16), and 4 more for the float32
-master that bf16 and fp16 weights have; plus the compressed index. A tensor without a selected entry
-has no state and is frozen, so that autograd computes no gradient for it.
+`talos_kernels.sparse_adam` holds the equations: decoupled weight decay, bias-corrected moments. A
+selected entry has exp_avg and exp_avg_sq, 8 bytes (4 in bf16), and 4 more for a float32 master if
+its weight is bf16 or fp16; the compressed index comes on top.
 
-The state of all tensors of one group, device and dtype is one flat array a quantity, so that a step
-is one launch; `optimizer.state[param]` holds views into those arrays. Whoever replaces or clears
-what `state` holds changes the optimizer's, as with torch's own. Until the first step the state
-follows its parameters to another device or dtype.
+The state of all tensors with one param group, device and dtype lies in flat arrays, a `Bucket`, so
+that one launch steps them. `optimizer.state[param]` holds views of those arrays. What other code
+puts into `state` or `param_groups` counts from the next step on, as with torch's own optimizers.
+Until the first step the state follows its parameters to another device or dtype.
 """
 
 import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any, overload
 
 import torch
@@ -22,27 +22,28 @@ from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
-from talos.names import match_tensors, named_parameters
+from talos.optim.base import Base
+from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
 from talos.optim.compaction import compact
-from talos.optim.flat_state import FlatState
 from talos.optim.param_groups import (
     NamedParams,
+    alike,
     by_name,
     check_hyperparameters,
     check_moments,
     check_not_wrapped,
-    check_trainable,
+    complete_groups,
     module_of,
     named_groups,
+    selected_names,
     several_processes,
 )
-from talos.optim.states import Saved, State, StateReader, Watched, foreign, state_of, watched
+from talos.optim.states import OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import warn_of_no_gradient, watch_frozen
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
-from talos.task_vectors.fingerprints import fingerprint
-from talos.tensors import WatchedBuffers, place
+from talos.tensors import WatchedBuffers
 
 __all__ = ["SparseAdam"]
 
@@ -50,32 +51,34 @@ _logger = logging.getLogger(__name__)
 
 
 class SparseAdam(torch.optim.Optimizer):
-    """AdamW on the weights that a mask selects (`torch.optim.SparseAdam` is for sparse gradients).
+    """AdamW on the entries that a mask selects (`torch.optim.SparseAdam` is for sparse gradients).
+
+    The constructor freezes every parameter without a selected entry (`requires_grad=False`), so
+    that autograd computes no gradient for it; `release()` gives them back to training.
 
     Args:
         model: a module, its `named_parameters()`, or param groups `{"params": named parameters,
-            "lr": ...}`; bare parameters, as trainers hand them over, have their names in the module
-            that holds them.
+            "lr": ...}`. Bare parameters, as trainers pass them, take the names that the module
+            holding them gives them.
         mask: which entries are trained.
-        lr: learning rate; a tensor is read on its device, without a sync. A CUDA graph reads it at
-            every replay, and keeps a number that was uploaded before it was captured.
+        lr: learning rate. A tensor is read on its device, without a sync. A CUDA graph reads it at
+            every replay; a number must have been uploaded by a step before the capture.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay of the selected entries.
         maximize: ascend instead of descend.
-        moment_dtype: float32, or bfloat16 for half the state: its moments are rounded
+        moment_dtype: float32, or bfloat16 for half the state; bfloat16 moments are rounded
             stochastically.
-        seed: of that rounding's noise.
-        strict: refuse a model with parameters that the mask does not cover, instead of freezing
-            them.
+        seed: seed of that rounding.
+        strict: refuse a model with parameters that the mask does not name.
 
-    Parameters without a selected entry are frozen (`requires_grad=False`); `release()` gives them
-    back. With a full mask the weights are those of `torch.optim.AdamW`. What `task_vector` measures
-    from, the initial weights at the selected entries, is kept on the CPU in the weights' dtype.
+    With a full mask the weights are those of `torch.optim.AdamW`. The initial weights at the
+    selected entries, from which `task_vector` measures, are kept on the CPU in the weights' dtype.
 
     Raises:
-        TalosValueError: the mask selects nothing, names what the model lacks, or has other shapes;
-            a selected parameter has requires_grad=False; a hyper-parameter is out of range.
+        TalosValueError: the mask selects nothing, names a parameter that the model lacks, or has
+            another shape; a selected parameter has requires_grad=False; a hyper-parameter is out
+            of range.
         TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, is on
             meta, or is sharded.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
@@ -95,10 +98,10 @@ class SparseAdam(torch.optim.Optimizer):
 
     # GradScaler hands over its scale and inf flag as tensors instead of reading them on the host.
     _step_supports_amp_scaling = True
-    # What deepcopy and pickle keep beside torch's own; the hooks are dropped, as torch does.
+    # Copies and pickles keep these beside torch's own attributes; hooks are dropped, as by torch.
     _KEPT = (
-        *("_mask", "_names", "_buckets", "_untrained", "_fingerprints"),
-        *("_base_known", "_complete", "_stepped", "_trained"),
+        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base"),
+        *("_complete", "_stepped", "_trained"),
     )
 
     def __init__(
@@ -121,23 +124,8 @@ class SparseAdam(torch.optim.Optimizer):
         check_moments(moment_dtype, seed)
         groups = named_groups(model, mask.names)
         params = by_name(groups)
-        if mask.nnz == 0:
-            raise TalosValueError("mask must select at least one entry: no weight selected")
-        aliases: Mapping[str, Tensor] = params
-        if isinstance(model, nn.Module):
-            aliases = named_parameters(model, remove_duplicate=False)
-        matched = match_tensors(mask.shapes, aliases)
-        check_one_memory(aliases, {n: p for n, p in matched.items() if mask.indices[n].nnz})
-        covered = {place(param) for param in matched.values()}
-        if strict and (unknown := [n for n, p in params.items() if place(p) not in covered]):
-            raise TalosValueError(
-                f"mask must cover every parameter when strict, lacks {len(unknown)}: "
-                f"{', '.join(unknown[:5])}"
-            )
         self._mask = mask
-        self._names = {p: n for n, p in matched.items() if mask.indices[n].nnz}
-        for param, name in self._names.items():
-            check_trainable(name, param)
+        self._names = selected_names(model, params, mask, strict)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -158,44 +146,38 @@ class SparseAdam(torch.optim.Optimizer):
             check_not_wrapped(model)
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
         self._stop_watching: Callable[[], Any] | None = None
-        self._buckets = FlatState(mask, moment_dtype)
+        self._moment_dtype = moment_dtype
+        self._buckets: list[Bucket] = []
         self._clipping = Clipping(self._buckets)
-        self._changes: list[Any] = []  # of `state`, by others
-        self._saved: Saved | None = None  # while it is loaded
         self._buffers = WatchedBuffers(module_of(model, self._names))
-        self._base_known = True
         self._stepped = self._trained = self._complete = False
-        self._fingerprints = {n: fingerprint(p) for p, n in self._names.items()}
         super().__init__(groups, defaults)
         self._complete = True
-        self._hand_out()
+        self._build({})
+        self._base = Base.of(self._buckets)
+        self._show()
         self.freeze()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters; the constructor calls this for each of its groups.
-
-        Every tensor that the mask selects has a place from then on, so a later call finds none.
+        """Add a group of named parameters; only the constructor may call this.
 
         Args:
             param_group: `{"params": named parameters, ...}`.
 
         Raises:
-            TalosValueError: a later call, or a hyper-parameter is out of range.
+            TalosValueError: the optimizer is complete, or a hyper-parameter is out of range.
             TalosTypeError: the parameters have no names.
         """
         (group,) = named_groups([param_group])
         check_hyperparameters({**self.defaults, **group}, read_tensors=True)
-        chosen = [(name, p) for name, p in group["params"] if p in self._names]
         if self._complete:
             raise TalosValueError(
-                "param_group must hold parameters that the mask selects, got none that is not "
-                "trained already; make a new optimizer with a mask that selects them"
+                "all parameters that the mask selects already belong to this optimizer; to train "
+                "others, build a new mask and make a new optimizer"
             )
+        chosen = [(name, p) for name, p in group["params"] if p in self._names]
         names = [name for name, _ in chosen]
         super().add_param_group({**group, "params": chosen, "param_names": names})
-        number = len(self.param_groups) - 1
-        self._buckets.add_group(number, {self._names[param]: param for _, param in chosen})
-        self.param_groups[number]["base"] = self._buckets.base_of(number)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -205,18 +187,18 @@ class SparseAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the selected entries; a parameter whose gradient is None is passed over.
+        """Update the selected entries; skip parameters whose gradient is None.
 
         Args:
-            closure: computes the loss and the gradients.
+            closure: computes the gradients and returns the loss.
 
         Returns:
-            What `closure` returned.
+            The loss that `closure` returned.
 
         Raises:
             TalosRuntimeError: a parameter was moved, cast or reshaped since the optimizer was made;
-                or a CUDA graph is captured and a number for lr is new.
-            TalosTypeError: a gradient is sparse or of another kind of number.
+                or a CUDA graph is being captured and lr is a new number.
+            TalosTypeError: a gradient is sparse or has an unsupported dtype.
             TalosValueError: a gradient has another shape or device, or a hyper-parameter was set
                 out of range. Nothing is written in any of these cases.
         """
@@ -232,69 +214,83 @@ class SparseAdam(torch.optim.Optimizer):
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
         if not self._trained:
-            self._trained = self._buckets.have_gradients(checked)
+            pairs = zip(self._buckets, checked, strict=True)
+            self._trained = any(g is not bucket.absent for bucket, grads in pairs for g in grads)
             if not self._trained and self._stepped:
                 warn_of_no_gradient(stacklevel=3)
-                self._trained = True  # said once
+                self._trained = True  # warn once
         self._stepped = True
         return loss
 
     def _checked(self) -> list[list[Tensor]]:
-        """What each bucket's `check` returns, once the state is what and where it should be."""
+        """Bring the state up to date; return each bucket's gradients, from `Bucket.check`."""
         self._make_ready()
         return [bucket.check() for bucket in self._buckets]
 
     def _make_ready(self) -> None:
-        """Take over what others put into `state`; before the first step follow the parameters."""
+        """Take over changes of `state` and groups; before the first step follow the parameters."""
         self._refresh()
-        if not self._stepped and self._buckets.have_moved(self._untrained):
+        if self._stepped:
+            return
+        own = {name: param for param, name in self._names.items()}
+        check_one_memory({**self._untrained, **own}, own)
+        if any(bucket.is_moved for bucket in self._buckets):
             self._follow()
 
     def _refresh(self) -> None:
-        """Take over what somebody else put into `state`, and how they grouped the parameters."""
-        regrouped = self._buckets.regrouped(self.param_groups)
-        if self.state is self._handed and not self._changes and not regrouped:
+        """Take over what other code put into `state`, and how it grouped the parameters."""
+        regrouped = self._regrouped()
+        if not regrouped and all(bucket.is_shown_in(self.state) for bucket in self._buckets):
             return
         states = {
-            param: state_of(
+            param: checked_state(
                 name, self.state.get(param, {}), self._mask.indices[name].nnz, "optimizer.state"
             )
             for param, name in self._names.items()
         }
-        self._rebuild(states, self._buckets.bases())
+        self._build(states)
+        self._show()
+
+    def _regrouped(self) -> bool:
+        """Return whether other code regrouped or reordered the parameters; name them then."""
+        if self._grouped == [list(map(id, group["params"])) for group in self.param_groups]:
+            return False
+        complete_groups(self.param_groups, self._names, self.defaults)
+        return True
 
     def _follow(self) -> None:
-        """Move the state to where its parameters are, in what they are; no step was taken yet."""
-        bases, now = self._buckets.bases(), {name: p for p, name in self._names.items()}
-        cast = {name: now[name] for name in bases if bases[name].dtype != now[name].dtype}
-        bases |= {name: bases[name].to(param.dtype) for name, param in cast.items()}
+        """Move the state to where its parameters are now, in their dtype; no step was taken yet."""
+        dtypes = {name: weights.dtype for name, weights in self._base.weights.items()}
+        cast = {n: p for p, n in self._names.items() if dtypes[n] != p.dtype}
         states = {param: dict(self.state[param]) for param in self._names}
-        for param in cast.values():  # whose master is the weight that was cast
+        for param in cast.values():  # the master is the cast weight
             states[param].pop("master", None)
-        self._rebuild(states, bases)
-        # What was only cast is a base with a fingerprint of its own.
-        deltas = self._buckets.deltas()
-        kept = {name: base for name, base in self._fingerprints.items() if name not in cast}
-        unchanged = {name: param for name, param in cast.items() if not deltas[name].any()}
-        self._fingerprints = kept | {n: fingerprint(p) for n, p in unchanged.items()}
+        self._build(states)
+        self._base.cast(cast, self._buckets)
+        self._show()
 
-    def _rebuild(self, states: Mapping[Tensor, State], bases: Mapping[str, Tensor]) -> None:
-        """Make the buckets anew with this state by parameter and these initial weights by name."""
-        groups = [{self._names[p]: p for p in group["params"]} for group in self.param_groups]
-        self._buckets.rebuild(groups, states, bases)
-        for number, group in enumerate(self.param_groups):
-            group["base"] = self._buckets.base_of(number)
-        self._hand_out()
+    def _build(self, states: Mapping[Tensor, State]) -> None:
+        """Make all buckets anew with this state by parameter; old arrays stay as they were."""
+        compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
+        self._buckets[:] = [
+            Bucket.create(number, params, self._mask, self._moment_dtype, states)
+            for number, params in alike(self.param_groups, self._names)
+        ]
+        for bucket in self._buckets:
+            bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
 
-    def _hand_out(self) -> None:
-        """Show the buckets' state in `state`, and what others have put there beside it."""
-        self._changes = []
-        before = self.__dict__.get("state", {})
-        self._handed = watched(self._changes, self._buckets.views(), before)
-        self.state = self._handed
+    def _show(self) -> None:
+        """Put the views into `state`, and a hash of its initial weights into each group."""
+        for bucket in self._buckets:
+            for param, views in bucket.views.items():
+                others = {k: v for k, v in self.state.get(param, {}).items() if k not in OWN}
+                self.state[param] = {**others, **views}
+        self._grouped = [list(map(id, group["params"])) for group in self.param_groups]
+        for group in self.param_groups:
+            group["base"] = self._base.digest(self._names[param] for param in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, and the clipping of them that the step has not done yet.
+        """Drop the gradients, and a deferred clipping with them.
 
         Args:
             set_to_none: False keeps their memory and fills it with zeros.
@@ -314,20 +310,21 @@ class SparseAdam(torch.optim.Optimizer):
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
         Args:
-            max_norm: the largest norm let through; infinity only computes the norm.
-            error_if_nonfinite: raise where the norm is NaN or infinite; reads it on the host.
-            defer: let the next step scale what it reads, and leave the gradients as they are: of
-                dense ones it saves a pass that costs as much as the step. float32 gradients give
-                the same bits; of 16-bit ones the scaled are not rounded. They must not change
-                before the step: with a GradScaler call `unscale_` first.
+            max_norm: the largest allowed norm; infinity only computes the norm.
+            error_if_nonfinite: raise if the norm is NaN or infinite; waits for the device.
+            defer: leave the gradients as they are and let the next step scale them as it reads
+                them. For dense gradients this saves a pass that costs as much as the step. The
+                result has the same bits with float32 gradients; 16-bit ones are scaled without
+                rounding. Gradients must not change before the step: with a GradScaler, call
+                `unscale_` first.
 
         Returns:
             The norm before clipping, float32 0-dim.
 
         Raises:
             TalosValueError: `max_norm` is not positive.
-            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set; no
-                gradient is changed then. Or gradients changed since a clipping that was deferred.
+            TalosRuntimeError: the norm is NaN or infinite and `error_if_nonfinite` is set, and no
+                gradient was changed; or gradients changed since a deferred clipping.
 
         Example:
             >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -343,24 +340,22 @@ class SparseAdam(torch.optim.Optimizer):
     def compact_gradients(self, enabled: bool = True, *, sampled: bool = False) -> None:
         """Keep the gradients of the selected entries only, from the next backward on.
 
-        A gradient is compacted the moment it exists, so that at most one is ever dense, and of a
-        linear layer's weight only the rows with selected entries are computed. `param.grad` is a
-        `CompactGradient` then, 4 bytes a selected entry: it accumulates, and clipping, GradScaler
-        and norms work on it. The gradients of linear layers' weights do not pass autograd unless
-        such a weight has hooks (`register_hook`), which see them dense; `torch.autograd.grad` does
-        not return them.
+        Each gradient is compacted as soon as autograd has it, so that at most one is dense at a
+        time. For a linear layer's weight only the rows with selected entries are computed.
+        `param.grad` is then a `CompactGradient` of 4 bytes a selected entry; accumulation,
+        clipping, GradScaler and norms work on it. Autograd does not see the weight gradients of
+        linear layers, unless a weight has hooks (`register_hook`), which see them dense.
 
         Args:
-            enabled: False goes back to dense gradients; `release` does too.
-            sampled: compute the gradients of linear layers' weights at their selected entries only
-                (`talos_kernels.sddmm_`), rounded to no shorter type than float32. On a GPU this
-                saves the scratch that all layers share, as large as the largest such weight, and
-                one dense gradient written and read a layer; its matrix product is Triton's, not the
-                vendor's. It has not been measured on a GPU: `pytest benches/bench_sddmm.py` tells
-                where it is faster. A CPU gains nothing.
+            enabled: False goes back to dense gradients, as `release` does.
+            sampled: compute the weight gradients of linear layers at their selected entries only
+                (`talos_kernels.sddmm_`), in float32. On a GPU this saves a scratch as large as the
+                largest such weight, and writing and reading one dense gradient a layer. It has not
+                been measured on a GPU: run `pytest benches/bench_sddmm.py` there. It does not help
+                on a CPU.
 
         Raises:
-            TalosRuntimeError: there are several processes: their gradients would not be averaged.
+            TalosRuntimeError: several processes train: their gradients would not be averaged.
 
         Example:
             >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -374,10 +369,11 @@ class SparseAdam(torch.optim.Optimizer):
         """
         if enabled and several_processes():
             raise TalosRuntimeError(
-                "compact gradients must be trained in one process, got several: those of linear "
-                "layers do not pass DistributedDataParallel, which would wait for them"
+                "compact gradients must be trained in one process, got several: "
+                "DistributedDataParallel would wait for gradients of linear layers that it never "
+                "sees; use dense gradients there"
             )
-        if self._clipping.pending:  # its gradients give way to others
+        if self._clipping.pending:  # its gradients are about to be replaced
             self._clipping.settle()
         if self._stop_compacting is not None:
             self._stop_compacting()
@@ -392,15 +388,15 @@ class SparseAdam(torch.optim.Optimizer):
             self._stop_compacting.atexit = False
 
     def task_vector(self) -> TaskVector:
-        """What training has changed: current minus initial weights, at the selected entries.
+        """Return what training has changed: current minus initial weights, where selected.
 
         Returns:
-            float32 values on the CPU, over the optimizer's mask; of bf16 and fp16 weights, the
+            float32 values on the CPU over the optimizer's mask; for bf16 and fp16 weights the
             masters' change.
 
         Raises:
-            TalosRuntimeError: a parameter was moved, cast or reshaped; or the state was loaded from
-                a checkpoint that belongs to other initial weights and does not hold them.
+            TalosRuntimeError: a parameter was moved, cast or reshaped; or the state comes from a
+                checkpoint with other initial weights that does not hold them.
 
         Example:
             >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -411,20 +407,20 @@ class SparseAdam(torch.optim.Optimizer):
             >>> optimizer.task_vector().values
             tensor([-0.5000, -0.5000])
         """
-        if not self._base_known:
+        if not self._base.known:
             raise TalosRuntimeError(
-                "the initial weights are not known: the loaded state belongs to others and does "
-                "not hold them; use TaskVector.from_models(base, model, mask)"
+                "the initial weights are not known: the loaded state belongs to other ones and "
+                "does not hold them; use TaskVector.from_models(base, model, mask)"
             )
         self._checked()
-        deltas = self._buckets.deltas()
+        deltas = self._base.deltas(self._buckets)
         empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
         made = {"method": "talos", **self._buffers.metadata(stacklevel=2)}
-        return TaskVector(self._mask, values, fingerprints=self._fingerprints, metadata=made)
+        return TaskVector(self._mask, values, fingerprints=self._base.fingerprints, metadata=made)
 
     def freeze(self) -> None:
-        """Freeze the tensors without a selected entry; the constructor has done so once."""
+        """Freeze the parameters without a selected entry, as the constructor does."""
         for param in self._untrained.values():
             param.requires_grad = False
         if self._untrained and self._stop_watching is None:
@@ -432,10 +428,7 @@ class SparseAdam(torch.optim.Optimizer):
             _logger.info("%d parameters without a selected entry are frozen", len(self.frozen))
 
     def release(self) -> None:
-        """Give the tensors that were frozen for lack of a selected entry back to training.
-
-        Gradients are dense again.
-        """
+        """Give the parameters that the optimizer froze back to training; make gradients dense."""
         self.compact_gradients(False)
         for param in self._untrained.values():
             param.requires_grad = True
@@ -445,7 +438,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the parameters that were frozen for lack of a selected entry."""
+        """Names of the parameters that the optimizer froze."""
         return tuple(self._untrained)
 
     @property
@@ -454,82 +447,85 @@ class SparseAdam(torch.optim.Optimizer):
         return self._mask
 
     def state_dict(self) -> dict[str, Any]:
-        """The state by parameter, the groups, and what `task_vector` measures from.
+        """Return the state by parameter, the groups, and the initial weights.
 
         Returns:
-            torch's dictionary and two keys more: `base`, the initial weights at the selected
+            torch's dictionary and two more keys: `base`, the initial weights at the selected
             entries (a flat CPU tensor for each parameter, in the order of the groups), and
             `fingerprints`.
         """
         self._refresh()
         state = super().state_dict()
-        state["state"] = {
-            key: dict(each) if isinstance(each, Watched) else each
-            for key, each in state["state"].items()
-        }
-        bases = self._buckets.bases()
-        listed = [bases[self._names[p]] for group in self.param_groups for p in group["params"]]
-        return {**state, "base": listed, "fingerprints": dict(self._fingerprints)}
+        state["state"] = {key: copy(each) for key, each in state["state"].items()}
+        params = [param for group in self.param_groups for param in group["params"]]
+        base = [self._base.weights[self._names[param]] for param in params]
+        return {**state, "base": base, "fingerprints": dict(self._base.fingerprints)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state that another optimizer with the same mask saved.
+        """Load the state that an optimizer with the same mask saved.
 
         Args:
             state_dict: what `state_dict()` returned; it is copied. A checkpointer may drop `base`:
                 the initial weights are then this optimizer's own, if the state belongs to them.
 
-        State is taken by the parameters' names, whatever device or dtype it was saved in; a master
-        is made of the weights where there is none. A group that lacks a hyper-parameter, as those
-        of older versions may, has the one that this optimizer was made with.
+        State is found by the parameters' names and cast to their device and dtype; missing masters
+        are made from the weights. A group that lacks a hyper-parameter, as in a state dict of an
+        older version, keeps the one that this optimizer was made with.
 
         Raises:
             TalosValueError: it belongs to another mask, or its groups, names or sizes differ. The
-                state is left as it was then.
+                optimizer stays as it was.
         """
+        self._regrouped()
+        own = [group["base"] for group in self.param_groups]
+        saved: list[Saved] = []
 
-        def check_and_take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            # Runs after the caller's own hooks. torch would cast the state to each weight's dtype
-            # and give it by place, so it is handed none, and __setstate__ fills in what was read.
+        # torch would cast the state to each weight's dtype and assign it by place, so it is given
+        # none. These hooks run after the caller's pre-hooks and before the caller's post-hooks.
+        def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             nnz = {name: self._mask.indices[name].nnz for name in self._names.values()}
             reader = StateReader(
                 self.param_groups, self.defaults, self._names, nnz, self._mask.fingerprint
             )
-            self._saved = reader.read(state_dict)
-            return {**state_dict, "state": {}, "param_groups": self._saved.groups}
+            saved.append(reader.read(state_dict))
+            return {**state_dict, "state": {}, "param_groups": saved[0].groups}
 
-        self._buckets.regrouped(self.param_groups)
-        handle = self.register_load_state_dict_pre_hook(check_and_take)
+        def take(_: torch.optim.Optimizer) -> None:
+            (found,) = saved
+            if found.base is not None:
+                self._base = Base(found.base, found.fingerprints)
+            elif own != [group.get("base") for group in self.param_groups]:
+                self._base.known = False
+            self.state = defaultdict(dict, found.others)
+            self._build(found.states)
+            self._show()
+            self._stepped = False
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-            self._saved = None
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep; the views in `state` are made again from the buckets."""
+        """Return what copies and pickles keep; they make the views in `state` anew."""
         self._refresh()
-        kept = {name: getattr(self, name) for name in self._KEPT if name != "_names"}
-        names = list(self._names.items())
-        state = {**super().__getstate__(), "state": foreign(self.state)}
-        return {**state, "_names": names, **kept}
+        kept = {name: getattr(self, name) for name in self._KEPT}
+        names = list(self._names.items())  # a tensor has no hash before it is rebuilt
+        return {**super().__getstate__(), **kept, "state": foreign(self.state), "_names": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the optimizer from `__getstate__`, or take over what `load_state_dict` read."""
-        if "_names" in state:
-            state = {**state, "_names": dict(state["_names"])}
-        own = [group["base"] for group in self.__dict__.get("param_groups", [])]
-        super().__setstate__(state)
-        if "_names" in state:
-            self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
-            self._clipping = Clipping(self._buckets)  # and with none that is still to be clipped
-            self._saved, self._buffers = None, WatchedBuffers(module_of(None, self._names))
-            self._hand_out()
-        elif (saved := self._saved) is not None:
-            bases = self._buckets.bases() if saved.base is None else saved.base
-            if saved.base is None:
-                self._base_known &= own == [group["base"] for group in self.param_groups]
-            else:
-                self._fingerprints, self._base_known = saved.fingerprints, True
-            self.state = defaultdict(dict, saved.others)
-            self._rebuild(saved.states, bases)
-            self._stepped = False
+        """Rebuild a copy; `load_state_dict` calls this, too, with the loaded groups."""
+        if "_names" not in state:
+            super().__setstate__(state)
+            return
+        super().__setstate__({**state, "_names": dict(state["_names"])})
+        self.state = defaultdict(dict, self.state)
+        self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
+        self._clipping = Clipping(self._buckets)  # and without a deferred clipping
+        self._buffers = WatchedBuffers(module_of(None, self._names))
+        self._show()

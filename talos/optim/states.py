@@ -1,6 +1,5 @@
-"""State by parameter, as torch's optimizers have it: anybody changes it, files hold it by name."""
+"""State by parameter, as torch's optimizers hold it; state dicts store it by name."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,84 +11,24 @@ from talos.errors import TalosValueError
 from talos.names import resolve_names
 from talos.options import as_real
 
-__all__ = ["Saved", "State", "StateReader", "Watched", "foreign", "state_of", "watched"]
+__all__ = ["OWN", "Saved", "State", "StateReader", "checked_state", "foreign"]
 
 State = Mapping[str, Any]
-"""`step` and arrays `[nnz]`, of one parameter; none: it has taken no step."""
+"""`step` and arrays `[nnz]` of one parameter; empty before its first step."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-OWN = ("step", *MOMENTS, "master")
-
-
-class Watched(defaultdict[Any, Any]):
-    """A dictionary that notes when somebody changes it.
-
-    Args:
-        changes: to which it appends itself then.
-        content: what it holds.
-    """
-
-    def __init__(self, changes: list[Any], content: Mapping[Any, Any]) -> None:
-        super().__init__(dict, content)
-        self._changes = changes
-
-
-def _noting(name: str) -> Any:
-    def method(self: Watched, *args: Any, **kwargs: Any) -> Any:
-        self._changes.append(self)
-        return getattr(defaultdict, name)(self, *args, **kwargs)
-
-    return method
-
-
-for _name in (
-    *("__delitem__", "__ior__", "__missing__", "__setitem__", "clear", "pop", "popitem"),
-    *("setdefault", "update"),
-):
-    setattr(Watched, _name, _noting(_name))
-
-
-def watched(
-    changes: list[Any], views: Mapping[Tensor, State], others: Mapping[Any, State]
-) -> Watched:
-    """State as an optimizer shows it.
-
-    Args:
-        changes: receives what somebody changes.
-        views: the optimizer's own quantities by parameter.
-        others: what was shown before, of which foreign quantities are kept.
-
-    Returns:
-        Watched dictionaries by parameter, in a watched one.
-    """
-    inner = {
-        param: Watched(changes, {**others.get(param, {}), **own}) for param, own in views.items()
-    }
-    beside = {key: each for key, each in others.items() if not isinstance(key, Tensor)}
-    return Watched(changes, {**beside, **inner})
-
-
-def foreign(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What others keep in an optimizer's state: quantities of parameters, and whole keys."""
-    found = {}
-    for key, each in state.items():
-        if isinstance(key, Tensor):
-            each = {name: value for name, value in each.items() if name not in OWN}
-        if each or not isinstance(key, Tensor):
-            found[key] = each
-    return found
+OWN = ("step", "exp_avg", "exp_avg_sq", "master")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a state dict holds, checked.
+    """The checked contents of a state dict.
 
     Attributes:
         groups: the hyper-parameters of each param group.
-        states: the state by parameter, in the order of the own groups.
-        others: what others keep beside it.
-        base: the initial weights at the selected entries by name, on the CPU; None: not held.
-        fingerprints: of the whole tensors that those come from.
+        states: the state by parameter, in the order of the optimizer's own groups.
+        others: what other code keeps in the state.
+        base: the initial weights at the selected entries by name, on the CPU; None: not stored.
+        fingerprints: of the whole initial tensors, by name.
     """
 
     groups: list[dict[str, Any]]
@@ -99,20 +38,28 @@ class Saved:
     fingerprints: dict[str, str]
 
 
-def state_of(name: str, found: State, nnz: int, what: str) -> dict[str, Any]:
-    """Check one parameter's state.
+def foreign(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return what other code keeps in an optimizer's state: by parameter, or under other keys."""
+    found = {}
+    for key, each in state.items():
+        if isinstance(key, Tensor):
+            each = {name: value for name, value in each.items() if name not in OWN}
+        if each or not isinstance(key, Tensor):
+            found[key] = each
+    return found
+
+
+def checked_state(name: str, found: State, nnz: int, what: str) -> dict[str, Any]:
+    """Return the optimizer's own part of one parameter's state, `step` as a float.
 
     Args:
-        name: the parameter's.
-        found: its state.
+        name: the parameter's name.
+        found: its state; an empty one stays empty.
         nnz: how many of its entries are selected.
-        what: whose state it is, for the message.
-
-    Returns:
-        Its quantities, `step` as a float; empty where there is none.
+        what: where the state was found, for the message.
 
     Raises:
-        TalosValueError: a part is missing or has another form.
+        TalosValueError: a part is missing or has another shape or kind.
     """
     if not found:
         return {}
@@ -122,7 +69,7 @@ def state_of(name: str, found: State, nnz: int, what: str) -> dict[str, Any]:
             f"{what} must hold step of shape () for {name}, got {found.get('step')!r}"
         )
     taken: dict[str, Any] = {"step": step}
-    for key in (*MOMENTS, "master"):
+    for key in OWN[1:]:
         value = found.get(key)
         if key == "master" and value is None:
             continue
@@ -137,24 +84,16 @@ def state_of(name: str, found: State, nnz: int, what: str) -> dict[str, Any]:
     return taken
 
 
-def _beside(param: Tensor, value: Any) -> Any:
-    """A quantity that others keep of a parameter, on its device and in its dtype, as torch does."""
-    if not isinstance(value, Tensor):
-        return value
-    dtype = param.dtype if value.is_floating_point() else value.dtype
-    return value.detach().to(param.device, dtype, copy=True)
-
-
 @dataclass(frozen=True)
 class StateReader:
     """Reads state dicts for an optimizer's groups.
 
     Attributes:
         groups: the optimizer's own.
-        defaults: what a group has where a state dict of an older version says nothing.
-        names: of the parameters in the mask.
+        defaults: hyper-parameters for groups that lack them, as those of older versions may.
+        names: the parameters' names in the mask.
         nnz: how many entries of each name are selected.
-        mask: its fingerprint.
+        mask: the mask's fingerprint.
     """
 
     groups: Sequence[Mapping[str, Any]]
@@ -164,7 +103,7 @@ class StateReader:
     mask: str
 
     def read(self, state_dict: Mapping[str, Any]) -> Saved:
-        """Check all of a state dict; nothing of it is taken over yet.
+        """Check all of a state dict and return its contents; the optimizer stays as it is.
 
         Raises:
             TalosValueError: it belongs to another mask, or its groups, names or sizes differ.
@@ -176,7 +115,7 @@ class StateReader:
             )
         states: dict[Tensor, State] = {}
         others = dict(state_dict["state"])
-        order: list[str] = []  # of the saved parameters, by our names
+        order: list[str] = []  # our names of the saved parameters
         for own, group in zip(self.groups, groups, strict=True):
             if group.get("mask") != self.mask:
                 raise TalosValueError(
@@ -188,21 +127,20 @@ class StateReader:
             for param in own["params"]:
                 name = self.names[param]
                 found = others.pop(keys[param], {})
-                states[param] = state_of(name, found, self.nnz[name], "state_dict")
-                others[param] = {key: _beside(param, value) for key, value in found.items()}
+                states[param] = checked_state(name, found, self.nnz[name], "state_dict")
+                others[param] = {key: _like(param, value) for key, value in found.items()}
             by_key = {key: self.names[param] for param, key in keys.items()}
             order += [by_key[key] for key in group["params"]]
-        base = self._base(state_dict["base"], order) if "base" in state_dict else None
         merged = [
-            {**self.defaults, **group, "params": group["params"], "param_names": own["param_names"]}
+            {**self.defaults, **group, "param_names": own["param_names"]}
             for own, group in zip(self.groups, groups, strict=True)
         ]
-        return Saved(
-            merged, states, foreign(others), base, dict(state_dict.get("fingerprints", {}))
-        )
+        base = self._base(state_dict["base"], order) if "base" in state_dict else None
+        fingerprints = dict(state_dict.get("fingerprints", {}))
+        return Saved(merged, states, foreign(others), base, fingerprints)
 
     def _keys(self, own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[Tensor, Any]:
-        """The key in the saved state of each own parameter: by name, by place where it has none."""
+        """Return each parameter's key in the saved state: by name, or by place without names."""
         params, keys = own["params"], list(group["params"])
         if len(keys) != len(params):
             raise TalosValueError(
@@ -224,9 +162,9 @@ class StateReader:
         return {param: saved[name] for name, param in zip(own["param_names"], params, strict=True)}
 
     def _base(self, base: Sequence[Tensor], order: Sequence[str]) -> dict[str, Tensor] | None:
-        """The initial weights by name; None where their values are lost.
+        """Return the initial weights by name; None if they are on meta, without values.
 
-        A state dict lists them in the order of its parameters; version 0.1 joined those of a
+        A state dict lists them in the order of its parameters; older ones joined those of one
         group, device and dtype.
         """
         base = [part.detach() for part in base]
@@ -239,3 +177,11 @@ class StateReader:
                 raise TalosValueError("state_dict must hold base weights of the optimizer's shapes")
             base = list(torch.cat([part.reshape(-1).cpu() for part in base]).split(sizes))
         return {name: part.cpu() for name, part in zip(order, base, strict=True)}
+
+
+def _like(param: Tensor, value: Any) -> Any:
+    """Copy other code's quantity to its parameter's device and dtype, as torch does."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = param.dtype if value.is_floating_point() else value.dtype
+    return value.detach().to(param.device, dtype, copy=True)

@@ -18,23 +18,6 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def add(source, param_ptr, values_ptr, saved_ptr, first, scale, LISTED: tl.constexpr):
-    """Adds the values of a block, once the old bits are in `saved`, if that is given."""
-    done, count = 0, source[3]
-    while done < count:
-        chunk = load_chunk(source, done, LISTED)
-        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
-        stored = tl.load(param_ptr + offs, mask=selected)
-        values = tl.load(values_ptr + first + ranks, mask=selected).to(tl.float32)
-        if saved_ptr is not None:
-            tl.store(saved_ptr + first + ranks, stored, mask=selected)
-        edited = stored.to(tl.float32) + scale * values
-        tl.store(param_ptr + offs, edited.to(stored.dtype), mask=selected)
-        first += found
-        done += CHUNK
-
-
-@triton.jit
 def add_delta_kernel(
     words_ptr,
     positions_ptr,
@@ -48,14 +31,23 @@ def add_delta_kernel(
     PARAM_DTYPE: tl.constexpr,
 ):
     """One program edits one block."""
-    tensor, begin, first, _, listed, source = find_block(
+    tensor, begin, first, _, source, counts = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
     param_ptr = tensor_pointer(addresses_ptr + tensor, PARAM_DTYPE) + begin
-    if listed:
-        add(source, param_ptr, values_ptr, saved_ptr, first, scale, LISTED=True)
-    else:
-        add(source, param_ptr, values_ptr, saved_ptr, first, scale, LISTED=False)
+    for LISTED in tl.static_range(2):
+        done, count = 0, counts[LISTED]
+        while done < count:
+            chunk = load_chunk(source, done, count, LISTED)
+            offs, selected, ranks, found = next_chunk(chunk, done, count, LISTED)
+            stored = tl.load(param_ptr + offs, mask=selected)
+            values = tl.load(values_ptr + first + ranks, mask=selected).to(tl.float32)
+            if saved_ptr is not None:
+                tl.store(saved_ptr + first + ranks, stored, mask=selected)
+            edited = stored.to(tl.float32) + scale * values
+            tl.store(param_ptr + offs, edited.to(stored.dtype), mask=selected)
+            first += found
+            done += CHUNK
 
 
 def add_delta_(

@@ -21,7 +21,6 @@ __all__ = [
     "load_chunk",
     "next_chunk",
     "popcount",
-    "segment_chunk",
     "tensor_pointer",
 ]
 
@@ -69,12 +68,12 @@ def find_block(words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr):
     """Find the block or segment that this program works on.
 
     Returns:
-        tensor: int64, which tensor it lies in;
+        tensor: int64, the number of its tensor;
         begin: int64, its first entry in the tensor;
         first: int64, the rank of its first selected entry;
         tensor_first: int64, the rank of the tensor's first selected entry;
-        listed: whether it lists positions, as 16-bit segments do; a kernel walks those apart;
-        source: what `load_chunk` and `next_chunk` read of it.
+        source: what `load_chunk` and `next_chunk` read;
+        counts: the dense entries of a block and the selected ones of a segment; one of them is 0.
     """
     program_ptr = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program_ptr).to(tl.int64)
@@ -87,36 +86,37 @@ def find_block(words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr):
     listed = encoding == U16
     begin = block * tl.where(listed, SEGMENT, BLOCK)
     first = tl.load(start_ptr, mask=encoding != FULL, other=tensor_first + begin)
-    end = tl.load(start_ptr + 1, mask=listed, other=0)
-    left = tl.minimum(tl.load(row_ptr + NUMEL) - begin, BLOCK)
-    left = tl.where(listed, end - first, left)
-    words_ptr += data + block * WORDS
-    positions_ptr += data + first - tensor_first
-    source = words_ptr, positions_ptr, encoding, left.to(tl.int32)
-    return tensor, begin, first, tensor_first, listed, source
+    end = tl.load(start_ptr + 1, mask=listed, other=first)
+    dense = tl.minimum(tl.load(row_ptr + NUMEL) - begin, BLOCK)
+    counts = tl.where(listed, 0, dense).to(tl.int32), (end - first).to(tl.int32)
+    source = (
+        words_ptr + data + block * WORDS,
+        positions_ptr + data + first - tensor_first,
+        encoding == BITMAP,
+    )
+    return tensor, begin, first, tensor_first, source, counts
 
 
 @triton.jit
-def load_chunk(source, done, LISTED: tl.constexpr):
-    """Load what tells the CHUNK entries from `done` on: listed positions, or words of a bitmap.
+def load_chunk(source, done, count, LISTED: tl.constexpr):
+    """Load the positions or the bitmap words of the CHUNK entries from `done` on.
 
-    `done` counts selected entries of a segment, dense entries of a block.
+    `done` and `count` are selected entries of a segment where LISTED, else dense ones of a block.
     """
-    words_ptr, positions_ptr, encoding, count = source
+    words_ptr, positions_ptr, has_words = source
     if LISTED:
         rank = done + tl.arange(0, CHUNK)
         chunk = tl.load(positions_ptr + rank, mask=rank < count, other=0)
     else:
         row = done // BITS + tl.arange(0, ROWS)
         # All bits of a `full` tensor are ones, which no memory holds.
-        some = (encoding == BITMAP) & (row * BITS < count)
-        chunk = tl.load(words_ptr + row, mask=some, other=-1)
+        chunk = tl.load(words_ptr + row, mask=has_words & (row * BITS < count), other=-1)
     return chunk
 
 
 @triton.jit
-def next_chunk(source, chunk, done, LISTED: tl.constexpr):
-    """Tell the entries of a chunk that `load_chunk` has loaded.
+def next_chunk(chunk, done, count, LISTED: tl.constexpr):
+    """Decode a chunk that `load_chunk` has loaded.
 
     Returns:
         offs: int32 [CHUNK], offsets in the block or segment;
@@ -124,7 +124,6 @@ def next_chunk(source, chunk, done, LISTED: tl.constexpr):
         ranks: int32 [CHUNK], the ranks of those, from 0 in the chunk;
         found: how many are selected, the ranks before the next chunk.
     """
-    count = source[3]
     lane = tl.arange(0, CHUNK)
     if LISTED:
         offs, ranks, found = chunk.to(tl.int32), lane, CHUNK
@@ -143,12 +142,3 @@ def next_chunk(source, chunk, done, LISTED: tl.constexpr):
         ranks = tl.reshape(ranks, (CHUNK,))
         selected = tl.reshape(chosen, (CHUNK,)) & (offs < count)
     return offs, selected, ranks, found
-
-
-@triton.jit
-def segment_chunk(segment_ptr, done, count):
-    """The next CHUNK selected entries: offsets in the segment, which of them exist, ranks in it."""
-    ranks = done + tl.arange(0, CHUNK)
-    selected = ranks < count
-    offs = tl.load(segment_ptr + ranks, mask=selected, other=0).to(tl.int32)
-    return offs, selected, ranks

@@ -56,7 +56,7 @@ CONFIGS = {
 }
 BLACKWELL = CONFIGS | {"half": Config(128, 64, (64, 32, 16), 8, 3)}  # sm_100 and later
 # What a step costs beside its products, in tokens: of bf16 at sm_90 a loop has 284 instructions at
-# 32 tokens and 312 at 64 (benches/results/compiled/products.json), of which 128 square, once a
+# 32 tokens and 312 at 64 (benches/results/compiled/triton.json), of which 128 square, once a
 # sample. A scheduler issues them for two warps; 32 tokens take the matrix unit 256 cycles.
 STEP_COST = 27
 

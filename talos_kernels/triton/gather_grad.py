@@ -18,21 +18,6 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def gather(source, grad_ptr, out_ptr, given, ACCUMULATE: tl.constexpr, LISTED: tl.constexpr):
-    """Gathers a block, of a gradient not given zeros."""
-    done, count = 0, source[3]
-    while done < count:
-        chunk = load_chunk(source, done, LISTED)
-        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
-        values = tl.load(grad_ptr + offs, mask=selected & given, other=0.0).to(tl.float32)
-        if ACCUMULATE:
-            values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
-        tl.store(out_ptr + ranks, values, mask=selected)
-        out_ptr += found
-        done += CHUNK
-
-
-@triton.jit
 def gather_grad_kernel(
     words_ptr,
     positions_ptr,
@@ -45,28 +30,23 @@ def gather_grad_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     """One program gathers one block; a gradient not given counts as 0."""
-    tensor, begin, first, _, listed, source = find_block(
+    tensor, begin, first, _, source, counts = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
     given = tl.load(addresses_ptr + tensor) != 0
     grad_ptr = tensor_pointer(addresses_ptr + tensor, GRAD_DTYPE) + begin
-    if listed:
-        gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=True)
-    else:
-        gather(source, grad_ptr, out_ptr + first, given, ACCUMULATE, LISTED=False)
-
-
-@triton.jit
-def scatter(source, param_ptr, values_ptr, LISTED: tl.constexpr):
-    """Writes the values of a block to its selected entries."""
-    done, count = 0, source[3]
-    while done < count:
-        chunk = load_chunk(source, done, LISTED)
-        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
-        values = tl.load(values_ptr + ranks, mask=selected)
-        tl.store(param_ptr + offs, values.to(param_ptr.dtype.element_ty), mask=selected)
-        values_ptr += found
-        done += CHUNK
+    out_ptr += first
+    for LISTED in tl.static_range(2):
+        done, count = 0, counts[LISTED]
+        while done < count:
+            chunk = load_chunk(source, done, count, LISTED)
+            offs, selected, ranks, found = next_chunk(chunk, done, count, LISTED)
+            values = tl.load(grad_ptr + offs, mask=selected & given, other=0.0).to(tl.float32)
+            if ACCUMULATE:
+                values += tl.load(out_ptr + ranks, mask=selected, other=0.0)
+            tl.store(out_ptr + ranks, values, mask=selected)
+            out_ptr += found
+            done += CHUNK
 
 
 @triton.jit
@@ -81,14 +61,20 @@ def scatter_kernel(
     PARAM_DTYPE: tl.constexpr,
 ):
     """One program writes one block."""
-    tensor, begin, first, _, listed, source = find_block(
+    tensor, begin, first, _, source, counts = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
     param_ptr = tensor_pointer(addresses_ptr + tensor, PARAM_DTYPE) + begin
-    if listed:
-        scatter(source, param_ptr, values_ptr + first, LISTED=True)
-    else:
-        scatter(source, param_ptr, values_ptr + first, LISTED=False)
+    values_ptr += first
+    for LISTED in tl.static_range(2):
+        done, count = 0, counts[LISTED]
+        while done < count:
+            chunk = load_chunk(source, done, count, LISTED)
+            offs, selected, ranks, found = next_chunk(chunk, done, count, LISTED)
+            values = tl.load(values_ptr + ranks, mask=selected)
+            tl.store(param_ptr + offs, values.to(PARAM_DTYPE), mask=selected)
+            values_ptr += found
+            done += CHUNK
 
 
 def gather_grad_(

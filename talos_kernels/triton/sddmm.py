@@ -23,7 +23,7 @@ from .._ops import serve_cuda
 from ..index import BLOCK_SIZE, SEGMENT_SIZE
 from ..sddmm import sddmm_reference
 from ..tensor_index import WORD_SIZE
-from .blocks import BITS, BLOCK, CHUNK, SEGMENT, WORDS, popcount, segment_chunk
+from .blocks import BITS, BLOCK, CHUNK, SEGMENT, WORDS, load_chunk, next_chunk, popcount
 from .launch import device_guard, processors, tf32_allowed
 
 __all__ = ["add_parts_kernel", "bitmap", "bitmap_kernel", "sddmm_", "sddmm_kernel"]
@@ -52,7 +52,7 @@ class Config(NamedTuple):
 
 # By precision, largest first. Chosen from the compiled code, unmeasured: none spills at sm_80,
 # sm_90, sm_100 and gfx942. Cycles are instructions at sm_90 over its four schedulers
-# (benches/results/compiled/products.json), of products those of its units' peak rates.
+# (benches/results/compiled/triton.json), of products those of its units' peak rates.
 CONFIGS = {
     "half": (
         Config(128, 128, 64, 8, 3, resident=1, multiply=512, issue=250, outside=5100),
@@ -244,9 +244,11 @@ def bitmap_kernel(positions_ptr, starts_ptr, words_ptr, word_starts_ptr):
     block = tl.arange(0, BLOCKS)
     ranks = tl.zeros((BLOCKS,), tl.int32)
     words_ptr += segment * (SEGMENT // BITS)
+    source = words_ptr, positions_ptr + first, False
     done = 0
     while done < count:
-        offs, selected, _ = segment_chunk(positions_ptr + first, done, count)
+        chunk = load_chunk(source, done, count, LISTED=True)
+        offs, selected, _, _ = next_chunk(chunk, done, count, LISTED=True)
         bits = (1 << (offs % BITS)).to(tl.int32)
         tl.atomic_or(words_ptr + offs // BITS, bits, mask=selected, sem="relaxed")
         before = selected[None, :] & (offs[None, :] < (block * BLOCK)[:, None])

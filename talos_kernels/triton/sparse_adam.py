@@ -37,6 +37,13 @@ def mix_bits(x):
 
 
 @triton.jit
+def noise_bits(noise_key, ranks):
+    """Return 32 bits of noise for each rank (int64)."""
+    high = (ranks >> 32).to(tl.uint32)
+    return mix_bits(mix_bits(noise_key + high) ^ ranks.to(tl.uint32))
+
+
+@triton.jit
 def rounded_stochastically(x, noise):
     """float32 to bf16: the bits and 16 bits of noise are added and cut off; infinities stay."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -85,78 +92,19 @@ def adam_scalars_kernel(
 
 
 @triton.jit
-def step_block(
-    source,
-    param_ptr,
-    grad_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    master_ptr,
-    grad_scale_ptr,
-    clip_factor_ptr,
-    first,
-    compact,
-    scalars,
-    MAXIMIZE: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """Steps the selected entries of a block, whose state begins at the rank `first`."""
-    decay, step_size, root_correction, noise_key, one_minus_beta1, beta2, one_minus_beta2, eps = (
-        scalars
-    )
-    grad_scale = tl.load(grad_scale_ptr) if grad_scale_ptr is not None else None
-    clip_factor = tl.load(clip_factor_ptr) if clip_factor_ptr is not None else None
+def adam_entries(weight, grad, exp_avg, exp_avg_sq, numbers):
+    """Return weights and moments after the step; all float32 [CHUNK]."""
+    decay, step_size, root_correction, one_minus_beta1, beta2, one_minus_beta2, eps = numbers
     # torch's lerp: it starts from whichever end is nearer.
     near = one_minus_beta1 < 0.5
     fraction = tl.where(near, one_minus_beta1, one_minus_beta1 - 1.0)
-    done, before, count = 0, 0, source[3]
-    chunk = load_chunk(source, done, LISTED)
-    while done < count:
-        offs, selected, ranks, found = next_chunk(source, chunk, done, LISTED)
-        done += CHUNK
-        # The next chunk's words are under way while this one's entries are.
-        chunk = load_chunk(source, done, LISTED)
-        stored = tl.load(param_ptr + offs, mask=selected)
-        # What is not selected is 1: of 0 the divisions and the root would take their slow paths.
-        grad_offs = tl.where(compact, before + ranks, offs)
-        grad = tl.load(grad_ptr + grad_offs, mask=selected, other=1.0).to(tl.float32)
-        exp_avg_ptrs = exp_avg_ptr + first + ranks
-        exp_avg_sq_ptrs = exp_avg_sq_ptr + first + ranks
-        exp_avg = tl.load(exp_avg_ptrs, mask=selected, other=1.0).to(tl.float32)
-        exp_avg_sq = tl.load(exp_avg_sq_ptrs, mask=selected, other=1.0).to(tl.float32)
-        weight = stored.to(tl.float32)
-        if master_ptr is not None:
-            # A stored weight that is not the rounding of its master was written by somebody else.
-            master_ptrs = master_ptr + first + ranks
-            master = tl.load(master_ptrs, mask=selected, other=1.0)
-            weight = tl.where(master.to(stored.dtype).to(tl.float32) == weight, master, weight)
-        if grad_scale is not None:
-            grad = tl.div_rn(grad, tl.zeros_like(grad) + grad_scale)
-        if clip_factor is not None:
-            grad = grad * clip_factor
-        if MAXIMIZE:
-            grad = -grad
-
-        weight = weight * decay
-        difference = grad - exp_avg
-        exp_avg = tl.fma(difference, tl.zeros_like(grad) + fraction, tl.where(near, exp_avg, grad))
-        exp_avg_sq = exp_avg_sq * beta2 + (one_minus_beta2 * grad) * grad
-        denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.zeros_like(grad) + root_correction) + eps
-        weight = weight + tl.div_rn(step_size * exp_avg, denominator)
-
-        if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
-            rank = first + ranks
-            high = (rank >> 32).to(tl.uint32)
-            noise = mix_bits(mix_bits(noise_key + high) ^ rank.to(tl.uint32))
-            exp_avg = rounded_stochastically(exp_avg, noise)
-            exp_avg_sq = rounded_stochastically(exp_avg_sq, noise >> 16)
-        tl.store(exp_avg_ptrs, exp_avg, mask=selected)
-        tl.store(exp_avg_sq_ptrs, exp_avg_sq, mask=selected)
-        if master_ptr is not None:
-            tl.store(master_ptrs, weight, mask=selected)
-        tl.store(param_ptr + offs, weight.to(stored.dtype), mask=selected)
-        first += found
-        before += found
+    weight = weight * decay
+    difference = grad - exp_avg
+    exp_avg = tl.fma(difference, tl.zeros_like(grad) + fraction, tl.where(near, exp_avg, grad))
+    exp_avg_sq = exp_avg_sq * beta2 + (one_minus_beta2 * grad) * grad
+    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.zeros_like(grad) + root_correction) + eps
+    weight = weight + tl.div_rn(step_size * exp_avg, denominator)
+    return weight, exp_avg, exp_avg_sq
 
 
 @triton.jit
@@ -185,7 +133,7 @@ def sparse_adam_kernel(
     """One program steps one block; a tensor without a gradient keeps every bit."""
     if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
         return
-    tensor, begin, first, tensor_first, listed, source = find_block(
+    tensor, begin, first, tensor_first, source, counts = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
     addresses_ptr += tensor * COLUMNS
@@ -197,23 +145,51 @@ def sparse_adam_kernel(
     grad_ptr = tensor_pointer(addresses_ptr + GRAD, GRAD_DTYPE)
     grad_ptr += tl.where(compact, first - tensor_first, begin)
     row_ptr = scalars_ptr + tensor * SCALARS
+    decay, step_size, root = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
     noise_key = tl.load(row_ptr + 3).to(tl.uint32, bitcast=True)
-    scalars = (
-        tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), noise_key, one_minus_beta1,
-        beta2, one_minus_beta2, eps,
-    )  # fmt: skip
-    if listed:
-        step_block(
-            source, param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, grad_scale_ptr,
-            clip_factor_ptr, first, compact, scalars, MAXIMIZE,
-            LISTED=True,
-        )  # fmt: skip
-    else:
-        step_block(
-            source, param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, grad_scale_ptr,
-            clip_factor_ptr, first, compact, scalars, MAXIMIZE,
-            LISTED=False,
-        )  # fmt: skip
+    numbers = decay, step_size, root, one_minus_beta1, beta2, one_minus_beta2, eps
+    grad_scale = tl.load(grad_scale_ptr) if grad_scale_ptr is not None else None
+    clip_factor = tl.load(clip_factor_ptr) if clip_factor_ptr is not None else None
+    for LISTED in tl.static_range(2):
+        done, before, count = 0, 0, counts[LISTED]
+        chunk = load_chunk(source, done, count, LISTED)
+        while done < count:
+            offs, selected, ranks, found = next_chunk(chunk, done, count, LISTED)
+            done += CHUNK
+            # The next chunk's words are under way while this one's entries are.
+            chunk = load_chunk(source, done, count, LISTED)
+            stored = tl.load(param_ptr + offs, mask=selected)
+            # What is not selected is 1: of 0 the divisions and the root take their slow paths.
+            grad_offs = tl.where(compact, before + ranks, offs)
+            grad = tl.load(grad_ptr + grad_offs, mask=selected, other=1.0).to(tl.float32)
+            exp_avg_ptrs = exp_avg_ptr + first + ranks
+            exp_avg_sq_ptrs = exp_avg_sq_ptr + first + ranks
+            exp_avg = tl.load(exp_avg_ptrs, mask=selected, other=1.0).to(tl.float32)
+            exp_avg_sq = tl.load(exp_avg_sq_ptrs, mask=selected, other=1.0).to(tl.float32)
+            weight = stored.to(tl.float32)
+            if master_ptr is not None:
+                # A stored weight that is not the rounding of its master was written by others.
+                master_ptrs = master_ptr + first + ranks
+                master = tl.load(master_ptrs, mask=selected, other=1.0)
+                weight = tl.where(master.to(stored.dtype).to(tl.float32) == weight, master, weight)
+            if grad_scale is not None:
+                grad = tl.div_rn(grad, tl.zeros_like(grad) + grad_scale)
+            if clip_factor is not None:
+                grad = grad * clip_factor
+            if MAXIMIZE:
+                grad = -grad
+            weight, exp_avg, exp_avg_sq = adam_entries(weight, grad, exp_avg, exp_avg_sq, numbers)
+            if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
+                noise = noise_bits(noise_key, first + ranks)
+                exp_avg = rounded_stochastically(exp_avg, noise)
+                exp_avg_sq = rounded_stochastically(exp_avg_sq, noise >> 16)
+            tl.store(exp_avg_ptrs, exp_avg, mask=selected)
+            tl.store(exp_avg_sq_ptrs, exp_avg_sq, mask=selected)
+            if master_ptr is not None:
+                tl.store(master_ptrs, weight, mask=selected)
+            tl.store(param_ptr + offs, weight.to(stored.dtype), mask=selected)
+            first += found
+            before += found
 
 
 def sparse_adam_(

@@ -2,14 +2,11 @@
 
     TRITON_INTERPRET=0 python -m tests.kernels.aot cuda:90 OUT
 
-The launchers themselves run, on CPU tensors, under a driver that names the wanted target, and they
-compile instead of launching: signatures, alignment and options are a real launch's. OUT receives
-the intermediate languages of each kernel, and facts.json with registers, spills and shared memory.
+The launchers themselves run, on CPU tensors, under a driver that names the wanted target; they
+compile instead of launching. So signatures, alignment and options are a real launch's. OUT
+receives each kernel's code in Triton's languages and the assembler's, and the binary for NVIDIA.
 """
 
-import json
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,29 +118,6 @@ def launches() -> dict[str, Callable[[], object]]:
     }
 
 
-def resources(kernel: Any, name: str, folder: Path) -> dict[str, int]:
-    """Registers a thread, bytes of the local memory that spilled registers go to, shared bytes."""
-    found = {"shared": int(kernel.metadata.shared)}
-    if "cubin" in kernel.asm:
-        path = folder / f"{name}.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        names = {"registers": "REG", "spilled": "STACK", "local": "LOCAL"}
-        patterns = {name: rf"\b{word}:(\d+)" for name, word in names.items()}
-    else:
-        usage = kernel.asm["amdgcn"]
-        patterns = {
-            "registers": r"\.vgpr_count:\s+(\d+)",
-            "spilled": r"\.vgpr_spill_count:\s+(\d+)",
-            "local": r"\.private_segment_fixed_size:\s+(\d+)",
-        }
-    for fact, pattern in patterns.items():
-        (count,) = re.findall(pattern, usage)
-        found[fact] = int(count)
-    return found
-
-
 def main(target: str, folder: Path) -> None:
     triton.runtime.driver.set_active(Driver(parse_target(target)))
     scoring.processors = lambda device: 132  # so that samples are split
@@ -153,7 +127,6 @@ def main(target: str, folder: Path) -> None:
         return lambda *args, **kwargs: compiled.append(kernel.warmup(*args, grid=grid, **kwargs))
 
     JITFunction.__getitem__ = compile_only
-    facts = {}
     for name, launch in launches().items():
         launch()
         own = {kernel.metadata.name.removesuffix("_kernel"): kernel for kernel in compiled}
@@ -163,8 +136,8 @@ def main(target: str, folder: Path) -> None:
             for language in LANGUAGES:
                 if language in kernel.asm:
                     (folder / f"{label}.{language}").write_text(kernel.asm[language])
-            facts[label] = resources(kernel, label, folder)
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+            if "cubin" in kernel.asm:
+                (folder / f"{label}.cubin").write_bytes(kernel.asm["cubin"])
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ inline float counted_sqrt(float x) {
 #define sqrtf counted_sqrt
 #define talos_C talos_cuda_on_cpu
 
-#include "../csrc/checks.cpp"
-#include "../csrc/cuda/add_delta_kernel.cu"
-#include "../csrc/cuda/cuda_ops.cpp"
-#include "../csrc/cuda/sparse_adam_kernel.cu"
-#include "../csrc/library.cpp"
+#include "../../csrc/checks.cpp"
+#include "../../csrc/cuda/add_delta_kernel.cu"
+#include "../../csrc/cuda/cuda_ops.cpp"
+#include "../../csrc/cuda/sparse_adam_kernel.cu"
+#include "../../csrc/library.cpp"
 
 AOTITorchError current_stream(int32_t, void** stream) {
   *stream = nullptr;

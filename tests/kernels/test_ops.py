@@ -4,6 +4,7 @@ Where the compiled library was built it serves the CPU, so each op is also run a
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,9 +290,12 @@ def test_in_place_writes_are_seen_by_autograd() -> None:
         loss.backward()
 
 
-def test_the_compiled_library_is_the_one_beside_the_package() -> None:
-    built = ops.compiled_library
-    assert built is None or built.parent.name == "talos_kernels"
+@pytest.mark.skipif(ops.compiled_library is None, reason="talos_kernels/_C was not built")
+def test_a_library_built_from_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(_schema="talos_C::scatter_(Tensor values) -> ()")
+    monkeypatch.setattr(torch.ops.talos_C, "scatter_", SimpleNamespace(default=other))
+    with pytest.warns(UserWarning, match=r"_C.* must be built from this .*build it again"):
+        assert ops._compiled("scatter_", "CPU") is None
 
 
 def test_the_table_chooses_among_two_backends_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
