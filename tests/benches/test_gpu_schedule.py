@@ -30,6 +30,8 @@ from benches.gpu.stages.rest import read_counters
 from benches.measure import ROOT
 from tests import conftest
 
+pytestmark = pytest.mark.slow
+
 FAKE = """
 import atexit
 import os

@@ -18,6 +18,8 @@ from benches.gpu.sizes import FULL, TINY, Sizes
 from benches.gpu.stages import methods, scoring, step
 from benches.work import Work
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"step": step, "methods": methods, "scoring": scoring}
 
 Run = Callable[..., StageResult]

@@ -43,6 +43,7 @@ def workload(name: str = "vit-b-32", dtype: torch.dtype = torch.float32) -> Work
     return make_workload(name, batch_size=2, tokens=tokens, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["minilm", "vit-b-32", "t5-large"])
 def test_every_form_is_what_it_claims(name: str, dtype: torch.dtype) -> None:
@@ -116,6 +117,7 @@ def test_a_form_that_does_something_else_is_refused(forms: list[Form], message: 
         measure_forms(workload(), forms, rounds=1)
 
 
+@pytest.mark.slow
 def test_forms_of_several_calls_must_agree() -> None:
     made, agreement = workload(), Agreement()
     for name in ("talos", "nonlinear", "masked_adamw"):
@@ -128,6 +130,7 @@ def test_forms_of_several_calls_must_agree() -> None:
         measure_forms(made, [BY_NAME["nonlinear"]], rounds=1, agreement=agreement)
 
 
+@pytest.mark.slow
 def test_a_form_without_memory_is_left_out() -> None:
     def fails(logits: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
