@@ -44,7 +44,11 @@ def bench_methods(
         device=device,
     )
     compiled = COMPILED if device.type == "cuda" or option("--compile") else ()
-    reasons = {form: form.missing(workload) for form in (*FORMS, *compiled, *OTHER_LIBRARIES)}
+    chosen = option("--form")
+    every = (*FORMS, *compiled, *OTHER_LIBRARIES)
+    reasons = {
+        form: form.missing(workload) for form in every if chosen is None or form.name in chosen
+    }
     wanted = [form for form, why in reasons.items() if why is None]
     costs = measure_forms(workload, wanted, rounds=option("--rounds"))
     measured = {cost.form for cost in costs}
@@ -56,4 +60,6 @@ def bench_methods(
     label = f"{trained}, batch {batch}, {tokens or shape.tokens} tokens, {dtype}"
     if layers not in (None, shape.layers):
         label += f", {layers} layers"
+    if chosen is not None:
+        label += ", chosen forms"
     keep_costs(trained, label, costs)

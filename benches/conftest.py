@@ -45,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tokens", type=int, help="of a text of a whole iteration")
     parser.addoption("--rounds", type=int, default=3, help="turns of each form of an iteration")
     parser.addoption(
+        "--form",
+        action="append",
+        help="of an iteration, by name; may be given again (default: all)",
+    )
+    parser.addoption(
         "--compile",
         action="store_true",
         help="compiled forms of an iteration on the CPU too, where compiling takes minutes",

@@ -7,7 +7,7 @@ those of the other forms, and no entry moves that must not.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from benches.workload import Workload
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Phase
 from talos.optim.compact_gradient import CompactGradient
-from talos.tensors import tensors_in
 
 HYPER: dict[str, Any] = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 """Of every form's AdamW; without weight decay, so that a masked gradient keeps a weight, and so
@@ -151,12 +150,14 @@ class Running:
 
 def stored_in(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of nested mappings and sequences; of torchao's quantised ones the parts."""
-    for tensor in tensors_in(tree):
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            yield from stored_in([getattr(tensor, name) for name in names])
-        else:
-            yield tensor
+    if isinstance(tree, Tensor) and hasattr(tree, "__tensor_flatten__"):
+        names, _ = tree.__tensor_flatten__()
+        yield from stored_in([getattr(tree, name) for name in names])
+    elif isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping | tuple | list):
+        for each in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from stored_in(each)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@
 - Anything else is a regular expression, tried with `re.search` on each name. What it matches is
   taken, heads and embeddings too.
 
-A head is what `get_output_embeddings()` (transformers) or `get_classifier()` (timm) returns, and a
-module at the top of the model that is called head, heads, classifier, pre_classifier, lm_head,
+A head is what `get_output_embeddings()` (transformers) or `get_classifier()` (timm) returns. So is
+a module at the top of the model that is called head, heads, classifier, pre_classifier, lm_head,
 score, fc, visual_projection or text_projection. The top is the model, or the single module in it.
 """
 

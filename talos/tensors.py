@@ -7,7 +7,7 @@ other at places that nobody selected.
 
 import warnings
 import weakref
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ __all__ = [
     "equal_bits",
     "moved_buffers",
     "place",
-    "tensors_in",
     "warn_of_moved",
 ]
 
@@ -146,22 +145,6 @@ def _overlap(what: str, which: str) -> TalosValueError:
         f"{what} must not share a part of their memory, got {which}; give each its own (clone), or "
         "tie them as one parameter"
     )
-
-
-def tensors_in(tree: object) -> Iterator[Tensor]:
-    """Yield the tensors of nested mappings, lists and tuples, in order.
-
-    Example:
-        >>> [each.numel() for each in tensors_in({"a": [torch.zeros(2)], "b": (3, torch.ones(1))})]
-        [2, 1]
-    """
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        yield from tensors_in(list(tree.values()))
-    elif isinstance(tree, tuple | list):
-        for each in tree:
-            yield from tensors_in(each)
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:

@@ -441,6 +441,7 @@ def test_calibration_prints_speed_densities_and_stability(
     assert "stability" not in capsys.readouterr().out  # of one batch there are no halves
 
 
+@pytest.mark.slow
 def test_clip_from_calibration_to_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

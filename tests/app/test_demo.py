@@ -56,6 +56,7 @@ def done(
     return out, run_demo(settings, out, on_progress=seen.append), seen
 
 
+@pytest.mark.slow
 def test_the_folder_holds_everything(done: tuple[Path, dict[str, Any], list[Progress]]) -> None:
     out, results, _ = done
     assert sorted(path.name for path in out.iterdir()) == [
@@ -124,6 +125,7 @@ def test_every_phase_reports_progress(
     assert {p.phase for p in seen} == {phase["phase"] for phase in results["timings"]["phases"]}
 
 
+@pytest.mark.slow
 def test_the_same_seed_repeats_and_the_encoder_is_left_alone(
     model: Path, tmp_path: Path, done: tuple[Path, dict[str, Any], list[Progress]]
 ) -> None:
@@ -230,10 +232,6 @@ def test_kept_counts_what_is_there(tmp_path: Path) -> None:
 def test_settings_are_checked(name: str, value: Any, message: str) -> None:
     with pytest.raises(TalosValueError, match=message):
         DemoSettings(**{name: value})
-
-
-def test_scaling_coefs_are_linspace() -> None:
-    assert scaling_coefs(21) == pytest.approx(torch.linspace(0, 1, 21).tolist())
 
 
 class Dial:

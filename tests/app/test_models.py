@@ -66,16 +66,6 @@ def test_minilm_is_the_mean_of_the_last_hidden_states(minilm):
             )
 
 
-def test_minilm_knows_paraphrases(minilm):
-    one, other, unrelated = minilm.encode(
-        ["How do I bake bread?", "What is the way to make a loaf?", "The server closed the socket."]
-    )
-    assert minilm.name == "minilm"
-    assert one @ other > 0.5
-    assert one @ unrelated < 0.2
-    assert other @ unrelated < 0.2
-
-
 def test_every_parameter_of_minilm_takes_part_in_the_logits(minilm):
     classifier = ZeroShotClassifier(minilm, ["a cat", "a dog"])
     try:
@@ -114,6 +104,7 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers(folder, capfd
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
+@pytest.mark.slow
 def test_importing_talos_does_not_import_transformers():
     code = (
         "import sys, talos, talos.app.models, talos.app.tasks\n"

@@ -190,6 +190,7 @@ def page() -> tuple[Page, str]:
     return parser, text
 
 
+@pytest.mark.slow
 def test_every_number_is_on_the_page(page: tuple[Page, str]) -> None:
     words = " ".join(page[0].words)
     results = synthetic()
@@ -238,6 +239,7 @@ def test_user_strings_are_escaped(page: tuple[Page, str]) -> None:
     assert "A CPU &lt;4&gt;" in text
 
 
+@pytest.mark.slow
 def test_the_page_repeats(page: tuple[Page, str]) -> None:
     assert report.render(synthetic()) == page[1]
 

@@ -31,7 +31,6 @@ from talos.app.tasks.standard_library import (
     MIN_TOPIC_FILES,
     PACKAGES,
     TEST_WORDS,
-    TOPICS,
 )
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 
@@ -77,17 +76,16 @@ def library(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def test_at_least_five_tasks_work_without_the_test_package(tasks):
-    assert set(tasks) >= WITHOUT_TESTS
-
-
 def test_no_text_and_no_origin_is_in_two_splits(tasks):
+    assert set(tasks) >= WITHOUT_TESTS
     for name, task in tasks.items():
         for what in (lambda e: e.text, lambda e: text_key(e.text), lambda e: e.origin):
             seen = [{what(example) for example in task.examples(split)} for split in SPLITS]
             assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2], name
         texts = [e.text for split in SPLITS for e in task.examples(split)]
         assert len(set(texts)) == len(texts), name
+        # a header may stand before the lines of a function
+        assert all(text.strip() and len(text) <= 2 * MAX_CHARS for text in texts), name
 
 
 def test_only_files_of_a_class_with_few_files_are_cut_into_regions(tasks):
@@ -116,15 +114,6 @@ def test_splits_are_balanced_large_and_labelled_in_range(tasks):
             assert sorted(counts) == list(range(n_classes)), name
             assert max(counts.values()) - min(counts.values()) <= 1, name
             assert smallest <= sum(counts.values()) <= largest, name
-
-
-def test_texts_are_short_and_not_empty(tasks):
-    for name, task in tasks.items():
-        for split in SPLITS:
-            for example in task.examples(split):
-                # a header may stand before the lines of a function
-                assert example.text.strip(), name
-                assert len(example.text) <= 2 * MAX_CHARS, name
 
 
 def test_docstrings_do_not_name_their_module(tasks):
@@ -336,12 +325,6 @@ def test_tests_caches_and_installed_packages_are_no_library(tmp_path):
     folder = tmp_path
     assert list_files(folder, tests=False) == ("a.py", "p/b.py")
     assert list_files(folder, tests=True) == ("p/tests/test_b.py", "test/test_a.py")
-
-
-def test_no_file_belongs_to_two_families():
-    for families in (TOPICS, PACKAGES):
-        patterns = [pattern for family in families.values() for pattern in family]
-        assert len(set(patterns)) == len(patterns)
 
 
 def test_deduplicate_keeps_the_first_and_drops_texts_with_two_labels():

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from talos.architecture.layers import is_conv1d, is_linear, kind_of, layer_of
+from talos.names import named_parameters
 from talos.params import body, select_attention
 from tests.architecture.test_attention import FUSED, TOLD_APART
 from tests.architecture.test_families import FAMILIES
@@ -85,6 +86,11 @@ def test_the_kind_of_every_linear_layer_is_its_role(name: str) -> None:
     for key, found in roles.items():
         assert kind_of(key) == ("bias" if "bias" in key else KIND_OF_ROLES[found]), key
     if name in FAMILIES:
+        params = named_parameters(model)
+        layers = {key.rpartition(".")[0] for key in roles}
+        assert set(roles) == {key for key in params if key.rpartition(".")[0] in layers}
+        sizes = {tuple(sorted(params[key].shape)) for key in roles if params[key].dim() == 2}
+        assert sizes <= {(16, 32), (32, 32), (32, 96)}  # none has the hidden size of an MLP
         for path, module in body(model).items():
             if is_linear(module) and f"{path}.weight" not in roles:
                 assert kind_of(f"{path}.weight") == kind_by_shape(module), path

@@ -1,5 +1,6 @@
 """Whole iterations by method, on small models."""
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 import transformers
 from open_clip.transformer import VisionTransformer
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from benches import workload as workloads
-from benches.iterations import HYPER, Agreement, Form, Running, measure_forms
+from benches.iterations import HYPER, Agreement, Form, Running, measure_forms, stored_in
 from benches.methods import FORMS, projections
 from benches.workload import Workload, make_workload
 
@@ -41,6 +43,7 @@ def workload(name: str = "vit-b-32", dtype: torch.dtype = torch.float32) -> Work
     return make_workload(name, batch_size=2, tokens=tokens, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["minilm", "vit-b-32", "t5-large"])
 def test_every_form_is_what_it_claims(name: str, dtype: torch.dtype) -> None:
@@ -114,6 +117,7 @@ def test_a_form_that_does_something_else_is_refused(forms: list[Form], message: 
         measure_forms(workload(), forms, rounds=1)
 
 
+@pytest.mark.slow
 def test_forms_of_several_calls_must_agree() -> None:
     made, agreement = workload(), Agreement()
     for name in ("talos", "nonlinear", "masked_adamw"):
@@ -126,6 +130,7 @@ def test_forms_of_several_calls_must_agree() -> None:
         measure_forms(made, [BY_NAME["nonlinear"]], rounds=1, agreement=agreement)
 
 
+@pytest.mark.slow
 def test_a_form_without_memory_is_left_out() -> None:
     def fails(logits: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -143,3 +148,18 @@ def test_a_form_without_memory_is_left_out() -> None:
 )
 def test_adapters_find_queries_and_values(name: str, wanted: list[str] | None) -> None:
     assert projections(small_model(name)) == wanted
+
+
+def test_nested_tensors_come_in_order() -> None:
+    first, second = torch.zeros(1), torch.ones(1)
+    state = defaultdict(dict, {first: {"step": first, "none": None}, "x": OrderedDict(a=(second,))})
+    found = list(stored_in([state, "text", 3, {torch.zeros(3)}]))
+    assert [id(each) for each in found] == [id(first), id(second)]
+
+
+def test_memory_is_kept_in_the_parts_of_a_tensor_that_is_made_of_others() -> None:
+    inner = TwoTensor(torch.zeros(2), torch.ones(2))
+    outer = TwoTensor(inner, TwoTensor(torch.full((2,), 2.0), torch.full((2,), 3.0)))
+    found = list(stored_in({"a": [outer], "b": torch.full((2,), 4.0)}))
+    assert [type(each) for each in found] == [torch.Tensor] * 5
+    assert [each[0].item() for each in found] == [0.0, 1.0, 2.0, 3.0, 4.0]

@@ -117,6 +117,7 @@ def test_bytes_of_dense_steps() -> None:
     assert sparse_step([(10, 10)], 0, compact=False) == dense_step(10)
 
 
+@pytest.mark.slow
 def test_float32_is_multiplied_in_float32() -> None:
     assert not torch.backends.cudnn.allow_tf32  # in the tests, and in the benches:
     code = "import benches.conftest, torch; print(torch.backends.cudnn.allow_tf32)"

@@ -97,6 +97,7 @@ def batches(classifier: ZeroShotClassifier) -> list[Batch]:
     return [{name: each[start : start + 16] for name, each in whole.items()} for start in (0, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", estimators.LOOPS.values())
 def test_the_loops_make_the_mask_that_calibrate_makes(
     classifier: ZeroShotClassifier,

@@ -201,6 +201,7 @@ def run_python(code: str) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_import_talos_loads_no_heavy_package() -> None:
     code = f"""
 import sys, torch
@@ -211,11 +212,13 @@ print([name for name in {NOT_LOADED_BY_IMPORT_TALOS!r} if name in set(sys.module
     assert run_python(code).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_everything_imports_where_triton_is_not() -> None:
     code = "import sys; sys.modules['triton'] = None; import talos_kernels, talos; print('ok')"
     assert run_python(code).strip() == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
 def test_an_op_does_not_load_torchs_compiler(compiled: bool) -> None:
     """It takes seconds to import, at the first call of a process."""

@@ -12,6 +12,8 @@ import torch
 from talos import tensors as buffers
 from tests.library_defaults import DEFAULTS, LibraryDefaults
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = (
     *("test_optim.py", "test_states.py", "test_clipping.py", "test_task_vectors.py"),

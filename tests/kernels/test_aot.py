@@ -15,6 +15,8 @@ import pytest
 from benches.measure import ROOT
 from tests.kernels.aot import TARGETS, launches
 
+pytestmark = pytest.mark.slow
+
 KERNELS = tuple(launches())
 INDEXED = tuple(
     name for name in KERNELS if name.startswith(("sparse_adam", "gather", "scatter", "add_delta"))

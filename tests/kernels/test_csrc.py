@@ -388,6 +388,7 @@ def digest_of_everything() -> str:
     return str(total)
 
 
+@pytest.mark.slow
 @needs_library
 def test_bits_depend_neither_on_threads_nor_on_the_instruction_set(
     threads: Callable[[int], None],
@@ -541,6 +542,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_the_install_goes_on_without_a_working_compiler(compiler: str, tmp_path: Path) -> None:
     done = build(tmp_path, CXX=compiler, TALOS_CUDA="0", TALOS_REQUIRE_CSRC="0")

@@ -215,6 +215,7 @@ def test_a_step_takes_as_many_tokens_as_cost_least() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 @pytest.mark.skipif(_ops.compiled_library is None, reason="csrc/ was not built")
 def test_every_instruction_set(capability: str, tmp_path: object) -> None:

@@ -174,6 +174,7 @@ def test_rows_may_begin_at_any_bit(rows: int, cols: int, density: float) -> None
     assert_bit_equal(out, x.expand(rows, cols)[mask])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
 def test_every_tile_and_number_of_parts(

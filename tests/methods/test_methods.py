@@ -30,7 +30,7 @@ from talos.names import named_parameters
 from talos.params import select_parameters
 from talos.task_vectors import TaskVector
 from talos.training import FineTuneStep, fine_tune, fine_tune_steps
-from tests.architecture.test_families import FAMILIES, cast, expand, logits_of, pattern_of
+from tests.architecture.test_families import FAMILIES, cast, logits_of
 from tests.cases import assert_bit_equal
 
 CLIP, T5, BERT = (
@@ -40,47 +40,6 @@ CLIP, T5, BERT = (
 TIMM, GPT2 = "timm VisionTransformer", "GPT2ForSequenceClassification"
 ARCHITECTURES = (CLIP, T5, BERT)
 
-# What "attention" takes, by the patterns of tests/architecture/test_families.py.
-CLIP_LAYER = "_model.encoder.layers.*.self_attn.{q,k,v,out}_proj.{weight,bias}"
-BERT_LAYER = ".encoder.layer.*.attention.{self.{query,key,value},output.dense}.{weight,bias}"
-IN_PROJ = "transformer.resblocks.*.attn.{in_proj_weight,in_proj_bias,out_proj.weight,out_proj.bias}"
-T5_LAYERS = (
-    "{encoder,decoder}.block.*.layer.*.SelfAttention.{q,k,v,o}.weight",
-    "decoder.block.*.layer.*.EncDecAttention.{q,k,v,o}.weight",
-)
-LLAMA = "model.layers.*.self_attn.{q,k,v,o}_proj.weight"
-DECODER = "transformer.h.*.attn.{c_attn,c_proj}.{weight,bias}"
-VIT = "blocks.*.attn.{qkv,proj}.{weight,bias}"
-ATTENTION = {
-    **{name: (IN_PROJ,) for name in FAMILIES if name.startswith("open_clip ViT")},
-    "open_clip CLIP": (IN_PROJ, f"visual.{IN_PROJ}"),
-    "CLIPVisionModelWithProjection": (f"vision{CLIP_LAYER}",),
-    "CLIPModel": (f"{{vision,text}}{CLIP_LAYER}",),
-    "ViTForImageClassification": ("vit.layers.*.attention.{q,k,v,o}_proj.{weight,bias}",),
-    BERT: tuple(
-        f"bert.encoder.layer.*.attention.{each}.{{weight,bias}}"
-        for each in ("self.{query,key,value}", "output.dense")
-    ),
-    "RobertaForSequenceClassification": tuple(
-        f"roberta.encoder.layer.*.attention.{each}.{{weight,bias}}"
-        for each in ("self.{query,key,value}", "output.dense")
-    ),
-    "DistilBertForSequenceClassification": (
-        "distilbert.transformer.layer.*.attention.{q,k,v,out}_lin.{weight,bias}",
-    ),
-    T5: T5_LAYERS,
-    "T5ForConditionalGeneration v1.1": T5_LAYERS,
-    "GPT2LMHeadModel": (DECODER,),
-    GPT2: (DECODER,),
-    "LlamaForCausalLM": (LLAMA,),
-    "Qwen2ForCausalLM": (LLAMA, "model.layers.*.self_attn.{q,k,v}_proj.bias"),
-    "Qwen3ForCausalLM": (LLAMA,),
-    "MixtralForCausalLM": (LLAMA,),
-    "Qwen3MoeForCausalLM": (LLAMA,),
-    "GptOssForCausalLM": (LLAMA, "model.layers.*.self_attn.{q,k,v,o}_proj.bias"),
-    TIMM: (VIT,),
-    f"{TIMM}, qk_norm": (VIT,),
-}
 # Their routers compute in float32, whatever the model's dtype is.
 ROUNDED = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -546,14 +505,6 @@ def test_the_second_training_of_lota_begins_with_the_buffers_of_the_first() -> N
     for key, value in model.state_dict().items():
         assert_bit_equal(value, other.state_dict()[key])
     assert_bit_equal(mean, torch.zeros(3))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_preset_attention_takes_all_projections(name: str) -> None:
-    family = FAMILIES[name]
-    chosen = select_parameters(family.model(family.attentions[-1]), "attention")
-    assert {pattern_of(key) for key in chosen} == expand(ATTENTION[name])
-    assert chosen.rows == {}
 
 
 def test_attention_only_moves_attention_only() -> None:

@@ -280,6 +280,7 @@ def test_under_activation_checkpointing(reentrant: bool) -> None:
     compact.release()
 
 
+@pytest.mark.slow
 def test_compiled_models_compact_by_the_hook() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     model, dense, other, compact = both(model, random_mask(model, params="."))

@@ -563,6 +563,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert run_python(KILLED, tmp_path / "a.safetensors") == "ok\n"
 
@@ -589,6 +590,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     assert run_python(LIMITED, tmp_path / "a.safetensors") == "ok\n"
 
@@ -622,6 +624,7 @@ print(saving, peak_of(lambda: TaskVector.load(path)), path.stat().st_size // 102
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_takes_the_file_s_memory_and_saving_none(tmp_path: Path) -> None:
     saving, loading, size = map(int, run_python(MEMORY, tmp_path / "a.safetensors").split())

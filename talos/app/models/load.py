@@ -26,9 +26,9 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
     Raises:
         TalosRuntimeError: an optional package is not installed.
         TalosOSError: the model cannot be found or downloaded.
-        TalosValueError: the weights of "minilm" are not the published ones, the folder holds no
-            readable safetensors file, its weights do not fit its configuration, or the tokenizer of
-            a language model has no token to pad with.
+        TalosValueError: the weights of "minilm" are not the published ones, or the folder holds no
+            readable safetensors file. Or the weights do not fit the configuration, or the
+            tokenizer of a language model has no token to pad with.
 
     Example:
         >>> classifier = load_encoder().classifier(["an animal", "a vehicle"])

@@ -31,9 +31,9 @@ def load_file(path: str | Path, *, seed: int = 0) -> Task:
 
     Raises:
         TalosOSError: the file cannot be read.
-        TalosValueError: the file has another suffix, is not what its suffix says, lacks a column,
-            has no rows, an empty text or label, one text with two labels, fewer than two classes,
-            or a class with fewer than three texts; or `seed` is not an integer.
+        TalosValueError: the file has another suffix, is not what its suffix says, lacks a column
+            or has no rows. Or a text or label is empty, a text has two labels, there are fewer
+            than two classes, a class has fewer than three texts, or `seed` is not an integer.
 
     Example:
         >>> import pathlib, tempfile

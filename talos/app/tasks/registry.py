@@ -50,9 +50,9 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
 
     Raises:
         TalosTypeError: one of `sizes` is not an integer.
-        TalosValueError: there is no such task, the installation holds too little text for it,
-            `seed` is not an integer, or `sizes` are not three numbers of at least one example per
-            class.
+        TalosValueError: there is no such task, or the installation holds too little text for it.
+            Or `seed` is not an integer, or `sizes` are not three numbers of at least one example
+            per class.
 
     Example:
         >>> task = load_task("character_kind", sizes=(60, 12, 12))
