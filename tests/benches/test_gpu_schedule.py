@@ -295,7 +295,7 @@ def test_counters_are_those_of_the_last_launch() -> None:
 def test_the_tests_that_a_device_is_given_are_there() -> None:
     paths = [each.removeprefix("--ignore=") for each in (*FULL.tests, *FULL.other_tests)]
     paths = [path for path in paths if path.startswith("tests")]
-    assert len(paths) > 20
+    assert paths
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from benches.gpu.context import DONE, FAILED, Context, StageResult, read_stage
 from benches.gpu.device import Device
 from benches.gpu.questions import FIGURES
 from benches.gpu.sizes import FULL, TINY, Sizes
-from benches.gpu.stages import methods, scoring, step
+from benches.gpu.stages import methods, rest, scoring, step
 from benches.work import Work
 
 pytestmark = pytest.mark.slow
@@ -128,3 +129,8 @@ def test_a_calibration_that_does_not_fit_is_extrapolated(
     assert found["extrapolated"]
     assert found["batches_run"] == 3
     assert found["seconds"] > 0
+
+
+def test_the_constants_that_are_swept_exist() -> None:
+    for sweep in rest.SWEEPS:
+        assert hasattr(import_module(sweep.module), sweep.constant), sweep
