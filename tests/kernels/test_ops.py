@@ -249,6 +249,7 @@ def test_two_runs_are_bit_equal_on_any_number_of_threads(case: Case, device: tor
         assert_bit_equal(first, second)
 
 
+@pytest.mark.slow
 def test_opcheck(device: torch.device) -> None:
     case = Case("opcheck", (97, 2049), (0.6, 0.01))
     index, _ = packed(case, device)

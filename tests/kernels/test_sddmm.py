@@ -255,6 +255,7 @@ def test_rows_apart_in_memory_are_read_in_place() -> None:
     assert_sum_is_close(out, by_autograd(dy, x, mask), 6)
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     dy, x, _, index = operands((3, 40, 60), 0.3, torch.float32)
     args = (torch.zeros(index.nnz), dy, x, index.buffers, False)
