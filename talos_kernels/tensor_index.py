@@ -15,6 +15,7 @@ positions and ranks are int64: a tensor may have more than 2**31 entries.
 `TensorIndex` encodes one tensor; `index.Index` packs many of them for one kernel launch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -274,48 +275,29 @@ class TensorIndex:
         return torch.where((bits >> bit) & 1 == 1, rank, -1)
 
     def intersection_nnz(self, other: "TensorIndex") -> int:
-        """Number of entries that both select, counted on the compressed form."""
-        if self.encoding == "full":
-            return other.nnz
-        if other.encoding == "full":
-            return self.nnz
-        if self.encoding == other.encoding == "bitmap":
-            return int(popcount(self.words & other.words).sum())
-        if self.encoding == "bitmap":
-            return other.intersection_nnz(self)
-        return int((other.rank(self.positions_int64()) >= 0).sum())
+        """Return the number of entries that both select."""
+        return (self & other).nnz
 
     def __and__(self, other: "TensorIndex") -> "TensorIndex":
         """Return the entries that both select."""
-        self._check_same_size(other)
-        if self.encoding == "full":
-            return other
-        if other.encoding == "full":
-            return self
-        if self.encoding == other.encoding == "bitmap":
-            return self._from_words(self.words & other.words, self.numel)._recoded()
-        if self.encoding == "bitmap":
-            return other & self
-        own = self.positions_int64()
-        return self.from_positions(own[other.rank(own) >= 0], self.numel)
+        return self._combined(other, torch.bitwise_and)
 
     def __or__(self, other: "TensorIndex") -> "TensorIndex":
         """Return the entries that either selects."""
-        self._check_same_size(other)
-        if self.encoding == "full" or other.nnz == 0:
-            return self
-        if other.encoding == "full" or self.nnz == 0:
-            return other
+        return self._combined(other, torch.bitwise_or)
+
+    def _combined(
+        self, other: "TensorIndex", operation: Callable[[Tensor, Tensor], Tensor]
+    ) -> "TensorIndex":
+        """Combine two selections: bitmaps word by word, others as dense ones."""
+        if self.numel != other.numel:
+            raise TalosValueError(
+                "indices must cover tensors of one size, "
+                f"got {self.numel} and {other.numel} entries"
+            )
         if self.encoding == other.encoding == "bitmap":
-            return self._from_words(self.words | other.words, self.numel)._recoded()
-        if self.encoding == other.encoding == "u16":
-            union = torch.cat([self.positions_int64(), other.positions_int64()]).unique()
-            return self.from_positions(union, self.numel)
-        if self.encoding == "u16":
-            return other | self
-        dense = self.decode()
-        dense[other.positions_int64()] = True
-        return self.encode(dense)
+            return self._from_words(operation(self.words, other.words), self.numel)._recoded()
+        return self.encode(operation(self.decode(), other.decode()))
 
     def __eq__(self, other: object) -> bool:
         """Equal when the same entries of a tensor of the same size are selected."""
@@ -339,13 +321,6 @@ class TensorIndex:
         if self.nnz == self.numel or self.nnz < U16_DENSITY * self.numel or self.nnz == 0:
             return self.from_positions(self.positions_int64(), self.numel)
         return self
-
-    def _check_same_size(self, other: "TensorIndex") -> None:
-        if self.numel != other.numel:
-            raise TalosValueError(
-                "indices must cover tensors of one size, "
-                f"got {self.numel} and {other.numel} entries"
-            )
 
 
 def _restore(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Bucket:
         compacted: the parameters whose gradients are kept compact; none while they are dense.
         accepted: the looks of the gradients that `check` accepted last.
         uniform: whether those have one dtype that the op takes.
+        shown: the dictionaries of `Optimizer.state` that show the arrays.
+        view_ids: the identities of the views in them.
     """
 
     group: int
@@ -65,11 +67,13 @@ class Bucket:
     compacted: dict[str, CompactedParam] = field(default_factory=dict)
     accepted: list[Look] = field(default_factory=list)
     uniform: bool = False
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    view_ids: list[int] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep no hooks and no views: a copy makes views of its own arrays."""
         kept = {key: value for key, value in self.__dict__.items() if key != "views"}
-        return {**kept, "compacted": {}}
+        return {**kept, "compacted": {}, "shown": []}
 
     @classmethod
     @torch.inference_mode(False)  # the state outlives the caller's mode
@@ -140,15 +144,24 @@ class Bucket:
             for param, step, part in zip(self.params.values(), self.steps, parts, strict=True)
         }
 
-    def is_shown_in(self, state: Mapping[Tensor, Any]) -> bool:
-        """Return whether an optimizer's `state` still holds these views."""
+    def show_in(self, state: dict[Any, Any]) -> None:
+        """Put the views into an optimizer's `state`, beside what other code keeps there."""
+        self.shown = []
+        for param, views in self.views.items():
+            others = {k: v for k, v in state.get(param, {}).items() if k not in OWN}
+            state[param] = {**others, **views}
+            self.shown.append(state[param])
+        views = chain.from_iterable(map(dict.values, self.views.values()))
+        self.view_ids = list(map(id, views))
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the dictionaries that `show_in` made still hold these views."""
         own = itemgetter(*next(iter(self.views.values())))
         try:
-            found = [own(state[param]) for param in self.views]
-        except (KeyError, TypeError):
+            return list(map(id, chain.from_iterable(map(own, self.shown)))) == self.view_ids
+        except KeyError:
             return False
-        shown = map(dict.values, self.views.values())
-        return all(map(is_, chain.from_iterable(found), chain.from_iterable(shown)))
 
     def check(self) -> list[Tensor]:
         """Refuse changed tensors and unusable gradients; return what holds each gradient.

@@ -39,7 +39,7 @@ from talos.optim.param_groups import (
     selected_names,
     several_processes,
 )
-from talos.optim.states import OWN, Saved, State, StateReader, checked_state, foreign
+from talos.optim.states import Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import warn_of_no_gradient, watch_frozen
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
@@ -240,7 +240,9 @@ class SparseAdam(torch.optim.Optimizer):
     def _refresh(self) -> None:
         """Take over what other code put into `state`, and how it grouped the parameters."""
         regrouped = self._regrouped()
-        if not regrouped and all(bucket.is_shown_in(self.state) for bucket in self._buckets):
+        # By identity, without a parameter's hash, which is slow.
+        now = list(map(id, self.state.values()))
+        if not regrouped and now == self._shown and all(b.is_shown for b in self._buckets):
             return
         states = {
             param: checked_state(
@@ -282,9 +284,8 @@ class SparseAdam(torch.optim.Optimizer):
     def _show(self) -> None:
         """Put the views into `state`, and a hash of its initial weights into each group."""
         for bucket in self._buckets:
-            for param, views in bucket.views.items():
-                others = {k: v for k, v in self.state.get(param, {}).items() if k not in OWN}
-                self.state[param] = {**others, **views}
+            bucket.show_in(self.state)
+        self._shown = list(map(id, self.state.values()))
         self._grouped = [list(map(id, group["params"])) for group in self.param_groups]
         for group in self.param_groups:
             group["base"] = self._base.digest(self._names[param] for param in group["params"])
