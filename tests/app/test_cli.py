@@ -467,6 +467,7 @@ def test_clip_from_calibration_to_training(
     assert Mask.load(mask).metadata["task"] == "digits"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_tiny_t5, save_tiny_gpt2])
 def test_a_language_model_from_calibration_to_training(
     save: Callable[[Path], Path], data: str, tmp_path: Path
@@ -523,6 +524,7 @@ def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     refused(["report", str(results), "--out", str(page)], capsys, "--overwrite", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_prints_what_is_kept(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

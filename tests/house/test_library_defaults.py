@@ -16,8 +16,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = (
-    *("test_optim.py", "test_states.py", "test_clipping.py", "test_task_vectors.py"),
-    *("test_resident_vectors.py", "test_training.py", "test_masks.py"),
+    *("optim/test_optim.py", "optim/test_states.py", "optim/test_clipping.py"),
+    *("task_vectors/test_task_vectors.py", "task_vectors/test_resident_vectors.py"),
+    *("methods/test_training.py", "masks/test_masks.py"),
 )
 
 

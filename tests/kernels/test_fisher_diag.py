@@ -298,6 +298,7 @@ def test_embedding_of_nothing() -> None:
     assert score.tolist() == [[1, 1]] * 3
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     score, dy, x = layer((1, 3, 4), (6, 5), torch.float32)
     torch.library.opcheck(torch.ops.talos.fisher_diag_, ([score], [dy], [x], 0.5))

@@ -178,7 +178,7 @@ def test_skipping_scaling_and_found_inf(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
 def test_compact_gradients_step_as_dense_ones_do(
     case: Case, dtype: torch.dtype, device: torch.device, implementation: str
 ) -> None:
@@ -249,6 +249,7 @@ def test_two_runs_are_bit_equal_on_any_number_of_threads(case: Case, device: tor
         assert_bit_equal(first, second)
 
 
+@pytest.mark.slow
 def test_opcheck(device: torch.device) -> None:
     case = Case("opcheck", (97, 2049), (0.6, 0.01))
     index, _ = packed(case, device)

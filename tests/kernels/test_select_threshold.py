@@ -274,6 +274,7 @@ def test_counts_are_the_references(dtype: torch.dtype, largest: bool, name: str)
         assert refused.tolist()[2:] == [0, 33, 0]
 
 
+@pytest.mark.slow
 def test_two_runs_and_any_number_of_threads_agree() -> None:
     scores = some_scores(torch.float32, ((300, 1000), (70_000,)))
     before = torch.get_num_threads()
@@ -306,6 +307,7 @@ def compiled_differs() -> str:
     return "agrees"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_ops.compiled_library is None, reason="talos_kernels/_C was not built")
 @pytest.mark.parametrize("capability", ["avx2", "baseline"])
 def test_every_instruction_set_counts_alike(capability: str) -> None:
@@ -317,6 +319,7 @@ def test_every_instruction_set_counts_alike(capability: str) -> None:
     assert done.stdout.strip() == "agrees", done.stderr
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     scores = some_scores(torch.float32)
     op = torch.ops.talos.score_histogram.default
