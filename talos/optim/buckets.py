@@ -151,8 +151,8 @@ class Bucket:
             others = {k: v for k, v in state.get(param, {}).items() if k not in OWN}
             state[param] = {**others, **views}
             self.shown.append(state[param])
-        views = chain.from_iterable(map(dict.values, self.views.values()))
-        self.view_ids = list(map(id, views))
+        every = chain.from_iterable(map(dict.values, self.views.values()))
+        self.view_ids = list(map(id, every))
 
     @property
     def is_shown(self) -> bool:
