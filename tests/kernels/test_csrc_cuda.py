@@ -26,7 +26,10 @@ CXX = "c++"
 BF16 = torch.bfloat16
 MAX_TENSORS = 512  # of a launch, csrc/cuda/launch.h
 
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler"),
+]
 
 
 Ops = Callable[[str], Callable[..., None]]
