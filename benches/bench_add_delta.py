@@ -1,4 +1,4 @@
-"""A task vector's scaled delta added to a model, ours beside torch's own ways.
+"""A task vector's scaled delta added to a model, by our op and by torch's.
 
 - dense: a delta as long as the model, `_foreach_add_`: what editing with dense task vectors costs.
 - positions: `index_add_` at int64 positions, tensor by tensor.

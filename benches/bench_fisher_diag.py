@@ -1,11 +1,11 @@
 """Scoring one batch with a whole tower, and the op on a single layer.
 
-`ours` is the time of one further batch of a call of `talos.fisher_diag`, as its `on_progress` tells
-it: what comes once a calibration (finding out which rows are whose) is not in it, but in the row
-of the first batch. Peak memory includes the scores, and of the plain form the gradients.
+`ours` is the time of one further batch of a call of `talos.fisher_diag`. The first batch of a call
+also finds out which rows belong to which sample, and has a row of its own. Peak memory includes the
+scores, and of the plain form the gradients.
 
 Every form is checked in fp32 against a loop of single samples in float64 before it is timed; on a
-GPU it is timed under bf16 autocast. The work is that of the plain form, whatever a form really
+GPU it is timed under bf16 autocast. Operations are those of the plain form, whatever a form really
 computes.
 """
 
@@ -32,7 +32,7 @@ Keep = Callable[[Record], dict[str, object]]
 
 @pytest.fixture(scope="module")
 def tower(request: pytest.FixtureRequest) -> Tower:
-    """A real tower by its name, with its description."""
+    """Return a real tower by its name, with its description."""
     name, device = request.param, measure.target_device()
     full = SHAPES[name].layers
     default = full if device.type == "cuda" else CPU_LAYERS[name]
@@ -58,9 +58,7 @@ def flops(tower: Tower) -> int:
 
 
 @pytest.mark.parametrize("name", scoring.FORMS)
-def bench_scoring(
-    tower: Tower, wanted: scoring.Scores, flops: int, name: str, bandwidth: float, keep: Keep
-) -> None:
+def bench_scoring(tower: Tower, wanted: scoring.Scores, flops: int, name: str, keep: Keep) -> None:
     described, model, batch = tower
     form = scoring.FORMS[name]
     model = form.prepare(model)
@@ -135,7 +133,7 @@ def make(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Work:
-    """The op on one layer [O, I]."""
+    """Return the op on one layer [O, I]."""
     generator = torch.Generator(device).manual_seed(0)
     dy, x = (
         torch.randn((1, samples, tokens, width), generator=generator, device=device).to(dtype)

@@ -1,7 +1,7 @@
-"""Dense gradients gathered into the compact one, with its norm, ours beside torch's own ways.
+"""Dense gradients gathered into the compact one, by our op and by torch's.
 
-- masked_select: `grad[mask]` tensor by tensor, concatenated, and the sum of squares.
-- positions: `torch.take` at int64 positions, concatenated, and the sum of squares.
+- masked_select: `grad[mask]` tensor by tensor, concatenated.
+- positions: `torch.take` at int64 positions, concatenated.
 """
 
 from collections.abc import Callable

@@ -70,7 +70,7 @@ def product_and_gather(layers: list[Layer], scratch: Tensor) -> None:
 
 
 def relative_error(layer: Layer) -> float:
-    """Of the entries, beside the product of the same operands in float64."""
+    """Return the entries' relative error, against the product of the same operands in float64."""
     wanted = layer.dy.double().t() @ layer.x.double()
     found = layer.out.double()
     entries = wanted.flatten()[layer.index.unpack()[0].positions_int64().to(wanted.device)]

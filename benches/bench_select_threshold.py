@@ -27,7 +27,7 @@ NOT_MASKABLE = ("embed", "shared", "relative_attention_bias")
 
 
 def maskable(shape: ModelShape) -> list[TensorShape]:
-    """The weights of linear layers and convolutions: embeddings, norms and biases are left out."""
+    """Return the weights of linear layers and convolutions."""
     return [
         tensor
         for tensor in shape.tensors
@@ -36,7 +36,7 @@ def maskable(shape: ModelShape) -> list[TensorShape]:
 
 
 def make(scores: list[Tensor], name: str) -> Work:
-    """A threshold of squares of normal numbers."""
+    """Return the threshold of squares of normal numbers."""
     device = scores[0].device
     n = sum(score.numel() for score in scores)
     k = round(DENSITY * n)

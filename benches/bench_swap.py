@@ -1,4 +1,4 @@
-"""One task vector exchanged for another on a resident model, ours beside loading the whole model.
+"""One task vector swapped for another on a resident model, ours beside loading the whole model.
 
 - ours: the old delta reverted, then the new one added with the old bits saved: two launches.
 - load_state_dict: a full fine-tuned state of each task, copied over the whole model.

@@ -49,7 +49,7 @@ class Record:
 
     @property
     def share(self) -> float | None:
-        """Of the copy bandwidth; the bytes are the model's, so a cache may lift it above 1."""
+        """Return the share of the copy bandwidth; a cache may lift it above 1."""
         return _ratio(self.bytes_per_second, self.bandwidth)
 
     @property
@@ -58,7 +58,7 @@ class Record:
 
     @property
     def matrix_share(self) -> float | None:
-        """Of the rate of a product of large square matrices."""
+        """Return the share of the rate of a product of large square matrices."""
         return _ratio(self.flops_per_second, self.matrix_rate)
 
 

@@ -49,17 +49,17 @@ class ModelShape:
 
     @cached_property
     def touched(self) -> tuple[TensorShape, ...]:
-        """The tensors with selected entries: Q and K, fused with V or not."""
+        """Return the tensors with selected entries: Q and K, fused with V or not."""
         return tuple(tensor for tensor in self.tensors if tensor.query_key_rows)
 
     @cached_property
     def touched_numel(self) -> int:
-        """Entries of the rows that hold selected entries: V's rows of a fused weight are none."""
+        """Return the entries of Q and K: the rows of V in a fused weight do not count."""
         return sum(tensor.query_key_numel for tensor in self.touched)
 
     @cached_property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """The shapes [O, I] that linear layers of the blocks have, each once."""
+        """Return the shapes [O, I] of the blocks' linear layers, each once."""
         blocks = (".layer.", ".block.", ".resblocks.")
         matrices = (
             (tensor.shape[0], tensor.shape[1])
@@ -71,7 +71,7 @@ class ModelShape:
         return tuple(dict.fromkeys(matrices))
 
     def masks(self, density: float = QK_DENSITY) -> dict[str, torch.Tensor]:
-        """A bool mask for each touched tensor, `density` of its Q and K rows; always the same."""
+        """Return masks of `density` of the Q and K rows of each touched tensor; always the same."""
         generator = torch.Generator().manual_seed(0)
         masks = {}
         for tensor in self.touched:

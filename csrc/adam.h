@@ -1,11 +1,10 @@
 // The arithmetic of one AdamW step, shared by every kernel.
 //
 // Both compilers run with contraction off (-ffp-contract=off, -fmad=false), so an operation is
-// fused exactly where fmaf is written: where torch 2.11's AVX2 and AVX-512 kernels fuse, in lerp
-// and addcmul and not in addcdiv. So exp_avg and exp_avg_sq have the bits that
-// torch.optim.AdamW(foreach=False, fused=False) gives them, and weights too but for the square
-// root: this one is rounded correctly, torch's on x86 comes from MKL, which in .6 % of arguments is
-// 1 ulp off.
+// fused only where fmaf is written. That is where torch 2.11's AVX2 and AVX-512 kernels fuse: in
+// lerp and addcmul, not in addcdiv. So exp_avg and exp_avg_sq have the bits of
+// torch.optim.AdamW(foreach=False, fused=False). Weights do, too, except for the square root: this
+// one is rounded correctly; torch's on x86 is MKL's, which is 1 ulp off for .6 % of arguments.
 #pragma once
 
 #include <cmath>
@@ -15,7 +14,7 @@
 
 namespace talos {
 
-// What all entries of a step share, computed in double and rounded to float once.
+// Numbers shared by all entries of a step, computed in double and rounded to float once.
 struct AdamConstants {
   float lerp;  // exp_avg = base + lerp * (g - exp_avg), base = lerp_from_grad ? g : exp_avg
   bool lerp_from_grad;  // torch's lerp starts from the end when the weight is .5 or more
@@ -24,7 +23,7 @@ struct AdamConstants {
   float eps;
 };
 
-// What the entries of one tensor share besides.
+// Numbers shared by the entries of one tensor.
 struct alignas(16) AdamScalars {
   float decay;      // 1 - lr * weight_decay; 1 when there is no decay, and w * 1 is w
   float step_size;  // -lr / (1 - beta1^step)
@@ -32,7 +31,7 @@ struct alignas(16) AdamScalars {
   uint32_t noise_key;  // of seed and step
 };
 
-// A bijection of 32 bits that spreads every bit over all ("lowbias32").
+// Mixes 32 bits by a bijection ("lowbias32").
 TALOS_HOST_DEVICE inline uint32_t mix_bits(uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
@@ -43,14 +42,14 @@ TALOS_HOST_DEVICE inline uint32_t noise_key(int64_t seed, double step) {
   return mix_bits(mix_bits(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(step));
 }
 
-// The bits that round the moments of the entry at `rank`: 16 for each.
+// The noise that rounds the two moments of the entry at `rank`, 16 bits each.
 TALOS_HOST_DEVICE inline uint32_t noise_bits(uint32_t key, int64_t rank) {
   const auto bits = static_cast<uint64_t>(rank);
   return mix_bits(mix_bits(key + static_cast<uint32_t>(bits >> 32)) ^ static_cast<uint32_t>(bits));
 }
 
-// The bfloat16 above or below `x`, above with a probability that makes the mean `x`: the sum of its
-// bits and a uniform number of 16, cut off. What is not finite is kept.
+// Rounds `x` up or down to bfloat16 so that the mean is `x`: adds 16 bits of noise to its bits and
+// cuts them off. Infinities and NaN are kept.
 TALOS_HOST_DEVICE inline uint16_t rounded_stochastically(float x, uint32_t noise) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));

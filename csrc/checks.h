@@ -23,12 +23,12 @@ struct TensorList {
 // `anchor` is the tensor whose device the call runs on.
 TensorList checked_params(const std::vector<Tensor>& params, const Tensor& anchor);
 
-// The gradients of `params`: each of its param's length, or shorter where it is compact, which the
-// op compares with the index, or empty where its param is to be skipped.
+// The gradients of `params`: each as long as its param; or shorter if it is compact, which the op
+// compares with the index; or empty if its param is skipped.
 TensorList checked_grads(const std::vector<Tensor>& grads, const TensorList& params,
                          const Tensor& anchor);
 
-// As above for a caller without params: lengths are compared with the index by the op.
+// As above without params: the op compares the lengths with the index.
 TensorList checked_grads(const std::vector<Tensor>& grads, const Tensor& anchor);
 
 // `n_tensors` is the length of the call's tensor lists, `nnz` that of its per-entry arrays.

@@ -1,7 +1,7 @@
-"""Kernels of sparse fine-tuning: tensors and indices, no models. Needs torch and nothing else.
+"""Kernels of sparse fine-tuning: tensors and indices, no models. They need only torch.
 
-Every op works on many tensors at once, in one launch, on the entries that an `Index` selects; only
-`sddmm_`, a matrix product, takes one tensor a call.
+Each op works on many tensors in one launch, on the entries that an `Index` selects. `sddmm_`, a
+matrix product, takes one tensor a call.
 """
 
 import importlib.util

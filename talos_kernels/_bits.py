@@ -1,4 +1,4 @@
-"""Bits of a selection: packing, unpacking, counting. Little end first, as every torch platform."""
+"""Pack, unpack and count the bits of a selection, in little-endian order."""
 
 import torch
 from torch import Tensor

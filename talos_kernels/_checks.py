@@ -1,4 +1,4 @@
-"""Checks that every public function makes on entry, before anything is written."""
+"""Checks of the public functions' arguments, made before anything is written."""
 
 from collections.abc import Sequence
 
@@ -59,10 +59,10 @@ def dense_gradients(
     *,
     compact: bool = False,
 ) -> list[Tensor]:
-    """Row-major gradients of one dtype: the weights' where all share it, or float64; else float32.
+    """Return row-major gradients of one dtype: the weights' if all share it, else float32.
 
-    An empty tensor stands for a gradient that is None. With `compact` a gradient may also hold the
-    selected entries only, in rank order.
+    For float64 weights it is float64. An empty tensor stands for None. With `compact` a gradient
+    may also hold only its selected entries, in rank order.
     """
     if len(grads) != len(index.numels):
         raise TalosValueError(
@@ -95,13 +95,13 @@ def dense_gradients(
 
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in row-major order: themselves, or a copy where their strides differ."""
+    """Return the tensors in row-major order: themselves, or copies if their strides differ."""
     return [tensor.detach().contiguous() for tensor in tensors]
 
 
 @torch.no_grad()
 def write_back(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-    """Copy the row-major copies that `contiguous` made back into their tensors."""
+    """Copy back the row-major copies that `contiguous` made."""
     for tensor, row in zip(tensors, rows, strict=True):
         if tensor.data_ptr() != row.data_ptr():
             tensor.copy_(row)

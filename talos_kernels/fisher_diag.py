@@ -4,11 +4,11 @@ For a linear layer y = x W^T, T rows (tokens) a sample and dY the gradient of it
 
     score[o, i] += share * sum_b ( sum_t dY[b, t, o] X[b, t, i] )^2.
 
-The gradients of a sample never reach memory. It costs the floating-point operations of the weight
-gradient that an ordinary backward computes, and takes its place. Rows of a batch come as
-[outer, samples, inner]: [1, B, T] where the sample is first, [T, B, 1] where the sequence is.
+A sample's gradient never reaches memory. The op costs the floating-point operations of the weight
+gradient in an ordinary backward, and replaces it. Rows of a batch come as [outer, samples, inner]:
+[1, B, T] if samples come first, [T, B, 1] if the sequence does.
 
-Cheap relatives serve vectors (a bias; the gain of a norm, whose dY is dy * xhat) and tables:
+Two cheaper functions score vectors (a bias, or a norm's gain with dY = dy * xhat) and tables:
 
     score[p]    += share * sum_b ( sum_t dY[b, t, p] )^2
     score[v, d] += share * sum_b ( sum_{t: ids[b, t] = v} dY[b, t, d] )^2
@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def fisher_diag_reference(
     scores: Sequence[Tensor], dys: Sequence[Tensor], xs: Sequence[Tensor], share: float
 ) -> None:
-    """The definition, one sample after another; float64 inputs are multiplied in float64."""
+    """Define the op, one sample after another; float64 inputs are multiplied in float64."""
     for score, dy, x in zip(scores, dys, xs, strict=True):
         wide = torch.promote_types(dy.dtype, torch.float32)
         for sample in range(dy.shape[1]):
@@ -59,13 +59,12 @@ def fisher_diag_(
 ) -> None:
     """Add the squared per-sample weight gradients of linear layers to their scores, in place.
 
-    Many layers go in one launch. Sums over samples are taken in a fixed order, so two calls give
-    the same bits. On the CPU rows of `dys` that are zero, as those of padding are, are passed over
-    whatever `xs` has there. float32 inputs are multiplied in float32, or in TF32 where
-    `torch.backends.cuda.matmul` permits that.
+    One launch serves many layers. Sums over samples have a fixed order, so two calls give the same
+    bits. A CPU skips rows of `dys` that are zero, such as padding's, whatever `xs` holds there.
+    float32 inputs are multiplied in float32, or in TF32 if `torch.backends.cuda.matmul` permits it.
 
     Args:
-        scores: float32 `[O, I]`, one a layer; the columns of a row lie next to each other.
+        scores: float32 `[O, I]`, one for each layer; the columns of a row are adjacent.
         dys: gradients of the layers' outputs, `[outer, samples, inner, O]`, floating point; all
             of one dtype and device.
         xs: inputs of the layers, `[outer, samples, inner, I]`, of the same dtype and device.
@@ -104,7 +103,7 @@ def fisher_diag_(
         return
     rows, inputs = [_dense_rows(dy) for dy in dys], [_dense_rows(x) for x in xs]
     with torch.no_grad():
-        if dys[0].dtype == torch.float64:  # nobody's hot path: the definition serves every device
+        if dys[0].dtype == torch.float64:  # rare: the definition runs on every device
             fisher_diag_reference(scores, rows, inputs, share)
         else:
             torch.ops.talos.fisher_diag_(scores, rows, inputs, share)
@@ -112,7 +111,7 @@ def fisher_diag_(
 
 
 def fisher_diag_vector_(score: Tensor, dy: Tensor, *, share: float = 1.0) -> None:
-    """Add the squared per-sample gradients of a vector that was added to every row, in place.
+    """Add the squared per-sample gradients of a vector added to every row, in place.
 
     Args:
         score: float32, P entries of any shape.
@@ -142,15 +141,15 @@ def fisher_diag_embedding_(
 ) -> None:
     """Add the squared per-sample gradients of an embedding table to its score, in place.
 
-    Rows are sorted by (id, sample) and summed by segments, so memory follows the number of tokens,
-    not the table; sums are taken in a fixed order.
+    Rows are sorted by (id, sample) and summed by segments, so memory grows with the tokens, not
+    with the table. Sums have a fixed order.
 
     Args:
         score: float32 `[V, D]`.
-        dy: gradients of what was looked up, floating point `[outer, samples, inner, D]`.
-        ids: the rows that were looked up, integer `[outer, samples, inner]`.
+        dy: gradients of the looked-up rows, floating point `[outer, samples, inner, D]`.
+        ids: the looked-up rows, integer `[outer, samples, inner]`.
         share: what the squares are multiplied by.
-        padding_idx: a row that has no gradient, as `torch.nn.functional.embedding` takes it.
+        padding_idx: a row without gradient, as in `torch.nn.functional.embedding`.
 
     Raises:
         TalosValueError: a shape, a device or an id does not fit.
@@ -191,13 +190,13 @@ def fisher_diag_embedding_(
 
 
 def _sum_runs(values: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the rows of `values` [n, D] over each run of equal `keys` [n], and the runs' keys."""
+    """Sum the rows of `values` [n, D] over each run of equal `keys` [n]; return the keys, too."""
     runs, lengths = keys.unique_consecutive(return_counts=True)
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0), runs
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with the features of a row next to each other, as the kernels read them."""
+    """Return the tensor with adjacent features in a row, as the kernels read them."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 

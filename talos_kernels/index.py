@@ -1,19 +1,19 @@
 """The compressed index of many tensors, packed for one kernel launch.
 
-The encoding of one tensor is `tensor_index.TensorIndex`; `Index` lays many of them one after
-another and adds the launch table, which tells each program of a kernel its tensor and its block:
+`tensor_index.TensorIndex` encodes one tensor. `Index` joins the buffers of many and adds the launch
+table, from which each program of a kernel reads its tensor and its block:
 
 | buffer      | dtype, shape         | holds                                                |
 |-------------|----------------------|------------------------------------------------------|
 | `words`     | int32 `[W]`          | the bitmaps                                          |
 | `positions` | uint16 `[P]`         | the 16-bit positions                                 |
-| `starts`    | int64 `[S]`          | a tensor's block ranks, counted through all tensors  |
+| `starts`    | int64 `[S]`          | first rank of each block, counted over all tensors   |
 | `table`     | int64 `[tensors, 5]` | numel, encoding, first rank, first word or position, |
 |             |                      | first block in `starts`                              |
 | `programs`  | int32 `[programs, 2]`| the tensor of each program, and its block in it      |
 
 A program takes one block of 2048 dense entries (`full`, `bitmap`) or one segment of 65536 (`u16`).
-A block without a selected entry has no program: of a fused QKV, the values' third.
+A block without a selected entry has no program, as in the values' third of a fused QKV.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ class Index:
 
     @classmethod
     def from_buffers(cls, buffers: Sequence[Tensor]) -> "Index":
-        """The index whose `buffers` these are; reads the table (a host sync on a GPU)."""
+        """Rebuild an index from its `buffers`; reads the table (a host sync on a GPU)."""
         words, positions, starts, table, programs = buffers
         rows = table.cpu()
         numels = tuple(int(n) for n in rows[:, Column.NUMEL])
@@ -121,17 +121,17 @@ class Index:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What every op takes as `index`: words, positions, starts, table, programs."""
+        """The `index` argument of every op: words, positions, starts, table, programs."""
         return [self.words, self.positions, self.starts, self.table, self.programs]
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers lie."""
+        """The buffers' device."""
         return self.table.device
 
     @property
     def nnz(self) -> int:
-        """Selected entries of all tensors."""
+        """Number of selected entries in all tensors."""
         return sum(self.nnzs)
 
     @property
@@ -148,7 +148,7 @@ class Index:
         return tuple(slice(a, b) for a, b in pairwise(ends))
 
     def split(self) -> "list[Index]":
-        """One index a tensor; the bitmaps and positions are views of this one's."""
+        """Return one index for each tensor; bitmaps and positions are views of this one's."""
         parts = []
         for part in _parts(self.buffers, self.numels, self.nnzs):  # a host sync on a GPU
             alone = [part.numel, ENCODINGS.index(part.encoding), 0, 0, 0]
@@ -166,12 +166,12 @@ class Index:
         return parts
 
     def to(self, device: torch.device | str) -> "Index":
-        """The same index on another device."""
+        """Return the index on another device."""
         moved = [buffer.to(device) for buffer in self.buffers]
         return Index(self.numels, self.nnzs, *moved)
 
     def unpack(self) -> list[TensorIndex]:
-        """One `TensorIndex` a tensor, on the CPU."""
+        """Return a `TensorIndex` for each tensor, on the CPU."""
         return list(_parts([buffer.cpu() for buffer in self.buffers], self.numels, self.nnzs))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -180,7 +180,7 @@ class Index:
         return _restore, (self.numels, self.nnzs, words, positions.view(torch.int16), *others)
 
     def check_tensors(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Refuse tensors that this index does not belong to.
+        """Refuse tensors that do not fit this index.
 
         Raises:
             TalosValueError: their number, sizes or device differ from the index's.
@@ -202,7 +202,7 @@ class Index:
 
 
 def _programs(tensor: int, part: TensorIndex) -> Tensor:
-    """A tensor's programs, flat: its number and the number of each block with a selected entry."""
+    """Return a tensor's programs, flat: its number and each block with a selected entry."""
     if part.encoding == "full":
         blocks = torch.arange(blocks_of(part.numel, BLOCK_SIZE), dtype=torch.int64, device="cpu")
     else:
@@ -213,7 +213,7 @@ def _programs(tensor: int, part: TensorIndex) -> Tensor:
 def _parts(
     buffers: Sequence[Tensor], numels: Sequence[int], nnzs: Sequence[int]
 ) -> Iterator[TensorIndex]:
-    """Each tensor's own index, where the buffers lie; its words and positions are views."""
+    """Yield each tensor's own index, on the buffers' device; words and positions are views."""
     words, positions, starts, table, _ = buffers
     for row, numel, nnz in zip(table.tolist(), numels, nnzs, strict=True):
         encoding = ENCODINGS[row[Column.ENCODING]]

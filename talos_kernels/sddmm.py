@@ -4,10 +4,10 @@ For a linear layer y = x W^T, T rows (tokens) and dY the gradient of its output,
 
     out[rank(o, i)] <- [out[rank(o, i)] +] sum_t dY[t, o] X[t, i]      for every selected (o, i).
 
-It is `gather_grad_` of the product dY^T X, [M, N], which a GPU never writes: an entry goes from the
-accumulator to its rank. Of a tile with a selected entry all are multiplied, because matrix units
-work on whole tiles; tiles without one are passed over. The field calls the operation SDDMM (sampled
-dense-dense matrix multiplication).
+This equals `gather_grad_` of the product dY^T X, [M, N], which a GPU never writes: each entry goes
+from the accumulator to its rank. A tile with a selected entry is multiplied whole, because matrix
+units work on tiles; other tiles are skipped. The operation is known as SDDMM (sampled dense-dense
+matrix multiplication).
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ __all__ = ["sddmm_", "sddmm_reference"]
 def sddmm_reference(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
 ) -> None:
-    """The definition: the whole product in float32, then its selected entries."""
+    """Define the op: the whole product in float32, then its selected entries."""
     (part,) = Index.from_buffers(index).unpack()
     product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=out.device)
-    torch.mm(dy.float().T, x.float(), out=product)  # into `out`: autocast would round it otherwise
+    torch.mm(dy.float().T, x.float(), out=product)  # into `out`: autocast would round a new one
     entries = product.flatten()[part.positions_int64().to(out.device)]
     out.copy_(out + entries if accumulate else entries)
 
@@ -38,7 +38,7 @@ def sddmm_reference(
 def _product_and_gather(
     out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool
 ) -> None:
-    """The CPU's: the rows that hold selected entries are multiplied, and gathered from."""
+    """Multiply the rows with selected entries and gather from them; the CPU's version."""
     product = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     rows = _selected_rows(index, *product.shape)
     torch.mm(dy[:, rows].float().T, x.float(), out=product[rows])
@@ -46,7 +46,7 @@ def _product_and_gather(
 
 
 def _selected_rows(index: Sequence[Tensor], rows: int, cols: int) -> slice:
-    """The rows [M, N] has from the first block with a selected entry to the last."""
+    """Return the range of rows of [M, N] from the first to the last non-empty block."""
     _, positions, starts, _, programs = index
     if programs.numel() == 0:
         return slice(0, 0)
@@ -68,10 +68,10 @@ define(
 def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool = False) -> None:
     """Compute the selected entries of `dy.T @ x`, a linear layer's weight gradient, in one launch.
 
-    Products are added up in float32 and never rounded to a shorter type. Sums are taken in a fixed
-    order, so two calls give the same bits. float32 operands are multiplied in float32, or on a GPU
-    in TF32 where `torch.backends.cuda.matmul` permits that. On the CPU the product of
-    the rows with selected entries is made and gathered from; a GPU holds none below 2^24 columns.
+    Products are summed in float32, in a fixed order, and never rounded to a shorter type, so two
+    calls give the same bits. float32 operands are multiplied in float32, or on a GPU in TF32 if
+    `torch.backends.cuda.matmul` permits it. A CPU makes the product of the rows with selected
+    entries; a GPU makes no product in memory below 2^24 columns.
 
     Args:
         out: float32 `[nnz]`, written in rank order.
@@ -129,6 +129,6 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Index, *, accumulate: bool
 
 
 def _dense_rows(rows: Tensor) -> Tensor:
-    """The rows with their entries next to each other: themselves, or a copy."""
+    """Return the rows with adjacent entries: themselves, or a copy."""
     rows = rows.detach()
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()

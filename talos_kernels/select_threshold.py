@@ -1,16 +1,16 @@
-"""The k lowest or largest entries of a list of tensors, as a threshold; nothing is concatenated.
+"""The k lowest or largest entries of a list of tensors, as a threshold, without concatenating.
 
 The bits of a float that is not negative, read as an integer, have the order of the floats:
 
     key(s) = bits(s)                 lowest first
            = bits(max) - bits(s)     largest first; max is the largest finite float
 
-So the k-th key is found digit by digit, from the highest: count the entries that begin with the
-digits found so far by their next digit, and take the first digit whose running total reaches what
-is left of k. Three passes find the 31 bits of a float32 key on a CPU (11, 10, 10), four on a GPU
-(7, 8, 8, 8), where an entry is read faster than it is counted among many bins: 12 and 16 bytes read
-an entry, with 16 KB of counts at most. Integers are counted, so no order of adding them, and no
-split of the tensors over processes, changes the result.
+So the k-th key is found digit by digit, from the highest. Each pass counts, by their next digit,
+the entries that begin with the digits found so far. It takes the first digit whose running total
+reaches the rest of k. A float32 key has 31 bits: three passes on a CPU (11, 10, 10 bits), four on a
+GPU (7, 8, 8, 8), where reading is cheaper than counting among many bins. That reads 12 or 16 bytes
+an entry, with at most 16 KB of counts. Counts are integers, so neither the order of adding nor a
+split of the tensors over processes changes the result.
 """
 
 import math
@@ -37,11 +37,11 @@ GPU_DIGITS = (7, 8, 8, 8)
 def score_histogram_reference(
     scores: Sequence[Tensor], prefix: Tensor, shift: int, bits: int, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition, one tensor after another.
+    """Define the op, one tensor after another.
 
-    Of the keys with `key >> (shift + bits) == prefix`, how many have each digit of `bits` bits
-    above `shift`; and of each tensor, how many entries are no score. 16-bit floats count as
-    float32. The infinity that sorts last has no key.
+    Among keys with `key >> (shift + bits) == prefix` it counts each digit, the `bits` bits above
+    `shift`; and in each tensor the entries that are no scores. 16-bit floats count as float32. The
+    infinity that sorts last has no key.
     """
     counts, refused = prefix.new_zeros(1 << bits), prefix.new_zeros(len(scores))
     for i, score in enumerate(scores):
@@ -76,13 +76,13 @@ define(
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which entries of a list of tensors are selected: those beyond a value, and some equal to it.
+    """A selection in a list of tensors: entries beyond a value, and some equal to it.
 
     Attributes:
-        value: the score of the last entry selected.
+        value: the score of the last selected entry.
         largest: whether larger scores come first.
-        ties: of each tensor's entries equal to `value`, how many are selected, the first ones in
-            flat position; None: all of them.
+        ties: how many entries equal to `value` each tensor selects, first positions first; None:
+            all of them.
 
     Example:
         >>> threshold = Threshold(value=1.0, largest=False, ties=(2,))
@@ -95,10 +95,10 @@ class Threshold:
     ties: tuple[int, ...] | None
 
     def select(self, i: int, score: Tensor) -> Tensor:
-        """The selected entries of tensor `i`.
+        """Return the selected entries of tensor `i`.
 
         Args:
-            i: the tensor's place in the list that the threshold was found for.
+            i: the tensor's number in the list of scores.
             score: that tensor.
 
         Returns:
@@ -121,11 +121,11 @@ class Threshold:
         return chosen
 
     def count_ties(self, score: Tensor) -> Tensor:
-        """How many entries equal `value`: int64 0-dim, on the device of `score`."""
+        """Count the entries equal to `value`: int64 0-dim, on the device of `score`."""
         return (self._comparable(score) == self.value).count_nonzero()
 
     def _comparable(self, score: Tensor) -> Tensor:
-        """The tensor, wider where its dtype would round a `value` that another tensor brought."""
+        """Return the tensor, in float64 if its dtype would round `value`."""
         score = score.detach()
         exact = torch.tensor(self.value, dtype=score.dtype, device="cpu").item() == self.value
         return score if exact else score.double()
@@ -139,7 +139,7 @@ def select_threshold(
     *,
     names: Sequence[str] | None = None,
 ) -> Threshold:
-    """Find the k lowest of all entries of many tensors, one launch a pass, exactly k.
+    """Find the k lowest of all entries of many tensors: exactly k, one launch a pass.
 
     Equal scores are selected in (tensor, flat position) order, under a group in (tensor, rank, flat
     position) order. On a GPU the host waits once, and once more where equal scores have to be cut.
@@ -212,7 +212,7 @@ def select_threshold(
 
 
 def _check(scores: Sequence[Tensor], k: int, names: Sequence[str] | None) -> list[str]:
-    """Refuse what cannot be searched; returns the tensors' names as errors write them."""
+    """Refuse unusable arguments; return the tensors' names for error messages."""
     if names is not None and len(names) != len(scores):
         raise TalosValueError(
             f"names must hold {len(scores)} entries, one a tensor, got {len(names)}"
@@ -240,7 +240,7 @@ def _digits(dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
 def _histogram(
     rows: Sequence[Tensor], wide: bool, prefix: Tensor, shift: int, bits: int, largest: bool
 ) -> Tensor:
-    """int64 [2^bits + tensors]: the counts of a digit, and of each tensor's refused entries.
+    """Return int64 [2^bits + tensors]: counts of a digit, and refused entries of each tensor.
 
     Tensors of several dtypes are counted one by one; the 64-bit keys have no kernel.
     """
@@ -256,7 +256,7 @@ def _histogram(
 
 
 def _value(key: int, dtype: torch.dtype, largest: bool) -> float:
-    """The float that has this key."""
+    """Return the float with this key."""
     integer, real = ("<q", "<d") if dtype == torch.float64 else ("<i", "<f")
     if largest:
         highest = struct.pack(real, torch.finfo(dtype).max)
@@ -267,7 +267,7 @@ def _value(key: int, dtype: torch.dtype, largest: bool) -> float:
 def _cut(
     threshold: Threshold, rows: Sequence[Tensor], left: int, group: dist.ProcessGroup | None
 ) -> tuple[int, ...]:
-    """Deal `left` ties out to the tensors, and in each to the ranks; returns this rank's."""
+    """Share `left` ties among tensors, then ranks, in order; return this rank's."""
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     counts = torch.zeros(ranks, len(rows), dtype=torch.int64, device=rows[0].device)
     counts[rank] = torch.stack([threshold.count_ties(row) for row in rows])

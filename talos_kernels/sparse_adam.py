@@ -11,13 +11,13 @@ algorithm 2; the order of operations is that of `torch.optim.AdamW`):
     denom      <- sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps
     w          <- w - lr / (1 - beta1^step) * exp_avg / denom
 
-An entry that is not selected is neither read for its value nor written, whatever its gradient.
-A gradient is dense, or compact: its selected entries in rank order.
+The value of an unselected entry is neither used nor changed, whatever its gradient. A gradient is
+dense, or compact: its selected entries in rank order.
 
-Moments in bf16 are computed in float32 and rounded up or down at random, by noise whose key is
-(seed, step, rank), so that small changes of a moment are kept on average. bf16 and fp16 weights
-are rounded from a float32 master of the selected entries; where a stored weight is not the rounding
-of its master, somebody else wrote it, and the master restarts from it.
+bf16 moments are computed in float32 and rounded up or down at random, with noise that depends on
+(seed, step, rank), so that small changes survive on average. bf16 and fp16 weights are rounded from
+a float32 master of the selected entries. If a stored weight is not its master's rounding, other
+code wrote it, and the master restarts from it.
 
 Bytes moved at least, N entries in the touched tensors, f the share of 32-byte sectors touched:
 2 N f b_param + [N f | compact: nnz] b_grad + nnz (4 b_moment + index [+ 8 master])
@@ -64,7 +64,7 @@ def sparse_adam_reference(
     clip_factor: Tensor | None,
     seed: int,
 ) -> None:
-    """The definition, in torch's own elementwise operations, one tensor after another."""
+    """Define the op by torch's elementwise operations, one tensor after another."""
     if found_inf is not None and found_inf.item() != 0:
         return
     packed = Index.from_buffers(index)
@@ -108,14 +108,14 @@ def sparse_adam_reference(
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32 bits, held in int64, that spreads every bit over all ("lowbias32")."""
+    """Mix 32 bits, held in int64, by a bijection ("lowbias32")."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def _noise(seed: int, step: int, entries: slice, device: torch.device) -> Tensor:
-    """32 bits for each rank in `entries`: int64, the same on every device."""
+    """Return 32 bits of noise for each rank in `entries`: int64, the same on every device."""
     ranks = torch.arange(entries.start, entries.stop, device=device, dtype=torch.int64)
     key = _mix(torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64, device=device)) + step
     key = _mix(key & 0xFFFFFFFF)
@@ -123,7 +123,7 @@ def _noise(seed: int, step: int, entries: slice, device: torch.device) -> Tensor
 
 
 def _rounded(x: Tensor, noise: Tensor) -> Tensor:
-    """bfloat16 whose mean over all 16-bit noise is the float32 `x`; what is not finite stays."""
+    """Round float32 to bfloat16, whose mean over the noise is `x`; infinities and NaN stay."""
     bits = ((x.view(torch.int32).long() & 0xFFFFFFFF) + noise >> 16).to(torch.int16)
     return torch.where(x.isfinite(), bits.view(torch.bfloat16), x.bfloat16())
 
@@ -155,23 +155,23 @@ def sparse_adam_(
     Args:
         params: float32, bfloat16, float16 or float64, one dtype and device, any shapes.
         grads: the gradients, each shaped as its param, or flat `[nnz of the tensor]`: compact, as
-            `gather_grad_` makes it; None: that tensor and its state stay as they are.
+            `gather_grad_` makes it; None leaves the tensor and its state as they are.
         index: the selection in `params`, on their device.
         exp_avg: float32 or bfloat16 `[nnz]`, for float64 weights float64: first moment in rank
             order, updated.
         exp_avg_sq: `[nnz]` of the same dtype, second moment in rank order, updated.
-        steps: float32 `[len(params)]`, how many steps each tensor has taken; counted up for those
-            that have a gradient.
-        lr: learning rate; a float64 0-dim tensor on the device is read there without a sync.
+        steps: float32 `[len(params)]`, the steps of each tensor; increased where there is a
+            gradient.
+        lr: learning rate; a float64 0-dim tensor on the device is read without a sync.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, of the selected entries only.
         maximize: ascend instead of descend.
         master: float32 `[nnz]`, the weights before rounding; for bfloat16 and float16, updated.
         grad_scale: 0-dim or `[1]`; gradients are divided by it.
-        found_inf: 0-dim or `[1]`; nothing changes where it is not 0.
+        found_inf: 0-dim or `[1]`; nothing changes if it is not 0.
         clip_factor: 0-dim or `[1]`; gradients are multiplied by it.
-        seed: of the noise that rounds bfloat16 moments; with the step and the rank its key.
+        seed: seed of the noise that rounds bfloat16 moments.
 
     Raises:
         TalosValueError: a shape, number, device or layout does not fit the index.

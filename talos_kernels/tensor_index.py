@@ -142,7 +142,7 @@ class TensorIndex:
         positions: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> "TensorIndex":
-        """Rebuild an index from what a file holds, checking all of it.
+        """Rebuild an index from a file's buffers; check all of them.
 
         Args:
             encoding: `full`, `bitmap` or `u16`.
@@ -225,7 +225,7 @@ class TensorIndex:
         return self.starts.diff().to(torch.int32)
 
     def decode(self) -> Tensor:
-        """The dense selection: bool `[numel]` on the CPU."""
+        """Return the dense selection: bool `[numel]` on the CPU."""
         if self.encoding == "full":
             return torch.ones(self.numel, dtype=torch.bool, device="cpu")
         if self.encoding == "bitmap":
@@ -235,7 +235,7 @@ class TensorIndex:
         return dense
 
     def positions_int64(self) -> Tensor:
-        """Flat positions of the selected entries: int64 `[nnz]`, ascending, on the CPU."""
+        """Return the selected flat positions: int64 `[nnz]`, ascending, on the CPU."""
         if self.encoding == "full":
             return torch.arange(self.numel, dtype=torch.int64, device="cpu")
         if self.encoding == "u16":
@@ -249,7 +249,7 @@ class TensorIndex:
         )
 
     def rank(self, positions: Tensor) -> Tensor:
-        """Rank of each flat position among the selected entries; -1 where it is not selected.
+        """Return the rank of each flat position; -1 where it is not selected.
 
         Args:
             positions: int64, any shape, in `[0, numel)`.
@@ -286,7 +286,7 @@ class TensorIndex:
         return int((other.rank(self.positions_int64()) >= 0).sum())
 
     def __and__(self, other: "TensorIndex") -> "TensorIndex":
-        """Entries that both select."""
+        """Return the entries that both select."""
         self._check_same_size(other)
         if self.encoding == "full":
             return other
@@ -300,7 +300,7 @@ class TensorIndex:
         return self.from_positions(own[other.rank(own) >= 0], self.numel)
 
     def __or__(self, other: "TensorIndex") -> "TensorIndex":
-        """Entries that either selects."""
+        """Return the entries that either selects."""
         self._check_same_size(other)
         if self.encoding == "full" or other.nnz == 0:
             return self
@@ -335,7 +335,7 @@ class TensorIndex:
         )  # fmt: skip
 
     def _recoded(self) -> "TensorIndex":
-        """The same selection in the encoding that its density asks for."""
+        """Return the same selection in the encoding for its density."""
         if self.nnz == self.numel or self.nnz < U16_DENSITY * self.numel or self.nnz == 0:
             return self.from_positions(self.positions_int64(), self.numel)
         return self
@@ -355,7 +355,7 @@ def _restore(
 
 
 def blocks_of(numel: int, size: int) -> int:
-    """Number of blocks of `size` entries that cover `numel` entries."""
+    """Return the number of blocks of `size` entries that cover `numel` entries."""
     return -(-numel // size)
 
 

@@ -30,7 +30,7 @@ class Sizes:
     iterations: tuple[Iteration, ...]
     """Of the table of methods, and of scored batches."""
     smaller: Iteration
-    """For the method that may not hold the usual batch."""
+    """For the method that may not fit at the usual batch."""
     layer: tuple[int, int]
     """Rows and columns of the layer that the scoring kernel scores."""
     samples: int

@@ -28,8 +28,8 @@ inline bool positions_agree(const Block& b) {
   return highest < b.dense_count;
 }
 
-// False where the buffers contradict each other, so that a damaged index cannot reach memory that
-// is not the call's. table[:, NUMEL] was compared with the params before.
+// Returns false if the buffers contradict each other, so that a damaged index cannot reach memory
+// outside the call's. table[:, NUMEL] was compared with the params before.
 inline bool find_block(const IndexView& index, int64_t program, Block& b) {
   b.tensor = index.programs[2 * program];
   if (b.tensor < 0 || b.tensor >= index.n_tensors) return false;

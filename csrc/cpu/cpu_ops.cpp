@@ -1,4 +1,4 @@
-// The ops on the CPU: checks, then the programs dealt out to torch's threads.
+// The ops on the CPU: their programs run on torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,9 +14,8 @@ namespace {
 
 constexpr int64_t kProgramsPerClaim = 8;
 
-// Threads claim programs as they get free: a program's cost follows its density, and blocks of one
-// tensor are alike, so equal shares would not be equal work. No program shares an entry with
-// another, so the result has the same bits for every number of threads.
+// Free threads claim programs: a program's cost depends on its density, so equal shares would not
+// be equal work. Programs share no entry, so every number of threads gives the same bits.
 template <class Call>
 void run_programs(bool (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_t n) {
   const int64_t threads =

@@ -1,4 +1,4 @@
-// fisher_diag_ on the CPU: checks, then the chunks of a score dealt out to torch's threads.
+// fisher_diag_ on the CPU: checks, then torch's threads compute chunks of a score.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

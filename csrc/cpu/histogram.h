@@ -6,8 +6,8 @@ constexpr uint32_t kNegativeZero = 0x80000000;
 constexpr int64_t kGroup = 32;  // entries looked at together; most groups of a later pass are
                                 // passed over
 
-// A score's digit goes to one of kTables tables in turn: where many entries have one digit, an
-// increment waits for the one before it in the same table.
+// Digits go to kTables tables in turn: if many entries share a digit, an increment waits for the
+// one before it in the same table.
 inline void count_digits(const uint32_t* digits, int64_t n, int64_t bits, uint32_t* tables) {
   for (int64_t i = 0; i < n; ++i) ++tables[((i % kTables) << bits) + digits[i]];
 }

@@ -81,8 +81,8 @@ struct HistogramCall {
   bool largest;
 };
 
-// Each runs the programs begin..end and returns false where the index contradicts itself; what such
-// a program would touch is left alone.
+// Each runs the programs begin..end. It returns false, and skips the program, if the index
+// contradicts itself.
 struct Kernels {
   bool (*sparse_adam)(const AdamCall&, int64_t begin, int64_t end);
   bool (*gather_grad)(const GatherCall&, int64_t begin, int64_t end);

@@ -70,7 +70,7 @@ inline bool for_runs(const IndexView& index, int64_t first, int64_t last, const 
   return agrees;
 }
 
-// A weight somebody else wrote since the last step wins over its master.
+// A weight that other code wrote since the last step wins over its master.
 template <class P>
 inline void restore_masters(const float* masters, const P* params, int64_t n, float* weights) {
   for (int64_t i = 0; i < n; ++i) {
@@ -96,8 +96,8 @@ inline const float* scaled(const AdamCall& call, const float* in, int64_t n, Scr
   return in;
 }
 
-// The arithmetic, which waits for divisions, fetches the next block a strip at a time: gathering
-// alone would wait for memory.
+// The arithmetic waits for divisions; meanwhile it fetches the next block, a strip at a time.
+// Gathering alone would wait for memory.
 constexpr int64_t kStripSize = 64;
 
 template <class T>
@@ -106,7 +106,7 @@ inline void prefetch(const T* dense, int64_t from, int64_t to) {
   for (int64_t i = from / line * line; i < to; i += line) __builtin_prefetch(dense + i);
 }
 
-// `shift` tells which 16 of an entry's 32 bits of noise a moment is rounded with.
+// `shift` selects 16 of an entry's 32 bits of noise.
 template <class M>
 inline void round_moments(const float* in, const AdamScalars& scalars, int64_t rank, int64_t n,
                           int shift, M* out) {

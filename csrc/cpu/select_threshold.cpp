@@ -1,4 +1,4 @@
-// score_histogram on the CPU: checks, then the chunks of all tensors dealt out to torch's threads.
+// score_histogram on the CPU: checks, then torch's threads count chunks of all tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kChunkSize = 65536;  // entries that a thread claims at a time
 
-// A thread's counts fit 32 bits: it hands them over before they could overflow.
+// A thread's counts have 32 bits: it adds them to the total before they overflow.
 constexpr int64_t kMostEntries = std::numeric_limits<uint32_t>::max() - kChunkSize;
 
 void hand_over(std::vector<uint32_t>& tables, int64_t size, int64_t* counts) {

@@ -1,8 +1,8 @@
-// S[o, i] += share * sum_b (sum_t dY[b, t, o] X[b, t, i])^2 without a gradient in memory: a tile of
-// one sample's gradient lives in registers over all its tokens and is squared there; the sums over
-// samples stay in registers where samples are short, and in cache else. Included once per
-// instruction set, inside its namespace, which provides Lanes (a vector of floats), kLanes,
-// kTileRows, spread(a), a in every lane, and fused(a, b, c) = a * b + c.
+// S[o, i] += share * sum_b (sum_t dY[b, t, o] X[b, t, i])^2 without a gradient in memory. A tile of
+// one sample's gradient stays in registers over all its tokens and is squared there. The sums over
+// samples stay in registers if samples are short, else in cache. Included once per instruction set,
+// inside its namespace, which provides Lanes (a vector of floats), kLanes, kTileRows, spread(a) (a
+// in every lane) and fused(a, b, c) = a * b + c.
 
 constexpr int kTileVectors = 3;
 constexpr int kTileCols = kTileVectors * kLanes;
@@ -60,8 +60,8 @@ inline void add_tile(const SquaresGroup& group, const float* dy, const float* x,
       }
 }
 
-// Adds a sample's tokens to the group, but for those whose dY is zero in columns [begin, end), as
-// that of padding is: what they add is zero.
+// Adds a sample's tokens to the group, except those whose dY is zero in columns [begin, end), such
+// as padding's, which add nothing.
 template <class T>
 inline void add_sample(const SquaresCall& call, int64_t sample, int64_t begin, int64_t end,
                        SquaresGroup& group) {

@@ -1,4 +1,4 @@
-// What the torch side hands to the CUDA side: plain data, so that neither includes the other's
+// What the torch side passes to the CUDA side: plain data, so that neither needs the other's
 // headers.
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace talos {
 
-// One tensor's pointers. They travel as kernel parameters, by value: an upload into a device table
-// would need a pinned buffer that outlives the copy, and a captured graph would read it again at
-// every replay. A launch takes kMaxTensors of them (16 KB of the 32 KB that a launch may carry); a
-// longer list takes several launches, in which the programs of the other tensors return at once.
+// One tensor's pointers, passed by value as kernel parameters. An upload into a device table would
+// need a pinned buffer that outlives the copy, and a captured graph would read it again at every
+// replay. A launch takes kMaxTensors of them, 16 KB of the 32 KB that it may carry. A longer list
+// takes several launches, in which the programs of other tensors return at once.
 struct Slot {
   void* param;       // nullptr: the tensor is empty
   const void* grad;  // nullptr: the tensor is skipped

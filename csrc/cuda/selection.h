@@ -1,4 +1,4 @@
-// The selected entries of a program, dealt out to the threads of its block.
+// The selected entries of a program, shared among the threads of its block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,12 +57,12 @@ struct Selection {
   uint32_t even, odd;
   int even_rank, odd_rank;
 
-  // Finds program `program`. False where it belongs to no slot of this launch, selects nothing, or
-  // the index's buffers contradict each other; then for all threads of the block.
+  // Finds program `program`. Returns false, for all threads of the block, if it belongs to no slot
+  // of this launch, selects nothing, or the index's buffers contradict each other.
   __device__ bool find(const IndexView& index, const Slots& slots, int64_t program);
 
-  // A thread's entries of a batch: the place in the block and the rank there, as far as they are
-  // selected. To be called by all lanes of a warp together, with kListed == (positions != nullptr).
+  // Returns a thread's entries of a batch: which are active, their places and ranks in the block.
+  // All lanes of a warp call this together, with kListed == (positions != nullptr).
   template <bool kListed>
   __device__ void entries(int batch, bool (&active)[kUnroll], int (&dense)[kUnroll],
                           int (&local)[kUnroll]) const;
@@ -82,7 +82,7 @@ __device__ inline int inclusive_sum(int x) {
   return x;
 }
 
-// Loads that do not need each other stand before the checks of what they load.
+// Independent loads come before the checks of what they load.
 __device__ inline bool Selection::find(const IndexView& index, const Slots& slots,
                                        int64_t program) {
   tensor = index.programs[2 * program];
@@ -176,9 +176,9 @@ __device__ inline void Selection::for_batches(const Body& body) const {
     walk<false>(*this, body);
 }
 
-// An address in global memory that the compiler does not take apart: from such a one an entry's is
-// a single instruction, where it would else add up its terms, 64 bits each, at every access. From
-// sm_100 on it does well by itself.
+// An address in global memory that the compiler does not take apart. An entry's address then takes
+// one instruction; else the compiler adds its 64-bit terms at every access. From sm_100 on it does
+// well by itself.
 template <class T>
 __device__ inline T* whole(T* address) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
@@ -188,7 +188,7 @@ __device__ inline T* whole(T* address) {
   return address;
 }
 
-// What is not selected is 1: of 0 the divisions and the root would take their slow paths.
+// An unselected entry is 1: with 0 the divisions and the root would take slow paths.
 template <class T>
 __device__ inline T load(const T* from, bool active) {
   T x = one<T>();
@@ -207,7 +207,7 @@ const char* start(void (*kernel)(Parameters...), int64_t blocks, void* stream,
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // told here, not to whoever asks next
+  cudaGetLastError();  // reported here, not by the next call
   return cudaGetErrorString(error);
 }
 

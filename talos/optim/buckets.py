@@ -67,7 +67,7 @@ class Bucket:
     uniform: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep no hooks and no views: copies make the views anew, of their own arrays."""
+        """Keep no hooks and no views: a copy makes views of its own arrays."""
         kept = {key: value for key, value in self.__dict__.items() if key != "views"}
         return {**kept, "compacted": {}}
 

@@ -1,4 +1,4 @@
-"""A gradient of which only the selected entries are kept, and which torch takes for a dense one."""
+"""A gradient that stores its selected entries only and that torch accepts as a dense one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _data: Any = Tensor.data
 _SET_DATA = _data.__set__
 
-# On these the entries stand for the whole gradient: zeros stay zeros and add nothing to a norm.
+# These work on the entries alone: zeros stay zeros and add nothing to a norm.
 _ON_ENTRIES = {
     aten.zero_.default,
     aten.mul_.Scalar,
@@ -35,7 +35,7 @@ _ON_ENTRIES = {
     aten._foreach_norm.Scalar,
     aten._amp_foreach_non_finite_check_and_unscale_.default,
 }
-# Entry by entry, though torch does not mark them so.
+# Elementwise, though torch does not tag them so.
 _POINTWISE = {
     aten.abs_.default,
     aten.copy_.default,
@@ -50,16 +50,15 @@ _POINTWISE = {
 class CompactGradient(Tensor):
     """A parameter's gradient that holds its selected entries only; all others count as zero.
 
-    It has the shape, dtype and device of its parameter, so that it can be `param.grad`, and no
-    memory of its own beside `entries`. A dense gradient that is added to it is gathered; norms,
-    scaling, clipping, GradScaler's check and whatever else works entry by entry and leaves zeros
-    alone work on the entries. Of another operand of such an operation the selected entries count;
-    the others are never trained. Any other reader gets the dense gradient, made for it: a view of
-    that is read-only. Any other writer is refused.
+    It has the shape, dtype and device of its parameter, so that it can be `param.grad`, but no
+    memory besides `entries`. A dense gradient added to it is gathered. Norms, scaling, clipping,
+    GradScaler's check and other elementwise operations that keep zeros work on the entries; other
+    operands count at the selected entries only. Every other reader gets a dense copy, whose views
+    are read-only. Every other writer is refused.
 
     Attributes:
-        entries: float32 `[nnz]`, the selected ones in rank order; float64 of float64 weights.
-        selection: which those are, of one tensor.
+        entries: float32 `[nnz]`, float64 for float64 weights; the selected ones in rank order.
+        selection: the index of one tensor that selects them.
 
     Example:
         >>> from talos_kernels import TensorIndex
@@ -81,7 +80,7 @@ class CompactGradient(Tensor):
 
     @classmethod
     def of(cls, param: Tensor, selection: Index, entries: Tensor) -> "CompactGradient":
-        """The gradient of a parameter.
+        """Make the gradient of a parameter.
 
         Args:
             param: the parameter.
@@ -95,17 +94,17 @@ class CompactGradient(Tensor):
         return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        """Its size: printing the entries would make it dense."""
+        """Show the size; printing the entries would make it dense."""
         return f"CompactGradient({self.entries.numel()} of {self.numel()} entries, {self.dtype})"
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: object) -> Tensor:
-        """The dense gradient, with zeros where nothing is selected."""
+        """Return the dense gradient, zero where nothing is selected."""
         dense = torch.zeros(self.shape, dtype=self.entries.dtype, device=self.device)
         scatter_([dense], self.selection, self.entries)
         return dense.to(dtype or self.dtype)
 
     def gathered(self, dense: Tensor) -> Tensor:
-        """The selected entries of a tensor of this shape: `[nnz]`, float32 or not floating."""
+        """Return the selected entries of a tensor of this shape: `[nnz]`, floats as `entries`."""
         if not dense.is_floating_point():
             (part,) = self.selection.unpack()
             return dense.reshape(-1)[part.positions_int64().to(dense.device)]
@@ -114,21 +113,21 @@ class CompactGradient(Tensor):
         return out
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The dense gradient as an array that cannot be written."""
+        """Return the dense gradient as a read-only array."""
         array = self.to_dense().numpy(force=force)
         array.flags.writeable = False
         return array
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        """For NumPy's own functions."""
+        """Return the dense gradient to NumPy's functions."""
         return self.numpy(force=True).__array__(*args, **kwargs)
 
     def tolist(self) -> Any:
-        """The dense gradient as nested lists."""
+        """Return the dense gradient as nested lists."""
         return self.to_dense().tolist()
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        """Assigns the selected entries; refused where others would no longer be zero."""
+        """Assign selected entries; refuse values that other entries would have to hold."""
         dense = self.to_dense(self.entries.dtype)
         dense[where] = _dense(value)
         written = self.gathered(dense)
@@ -138,14 +137,14 @@ class CompactGradient(Tensor):
         self.entries.copy_(written)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A file holds the dense gradient, which anybody can read."""
+        """Save the dense gradient, which every reader understands."""
         return self.to_dense().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
     ) -> Any:
-        """Hands the dense gradient to what views it, so made that torch refuses to write it."""
+        """Give a read-only dense gradient to functions that return views."""
         kwargs = kwargs or {}
         if func == _SET_DATA and isinstance(args[0], CompactGradient):
             return args[0].copy_(args[1])
@@ -161,7 +160,7 @@ class CompactGradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Runs an operation on the entries where that is the same, else on the dense gradient."""
+        """Run an operation on the entries where the result is the same, else on a dense copy."""
         return _dispatch(*args, **kwargs)
 
 
@@ -199,7 +198,7 @@ def _dispatch(
 
 
 class _ViewError(TalosTypeError):
-    """Somebody views a gradient that has no memory of its own."""
+    """A view was asked of a gradient that has no dense memory."""
 
 
 def _refusal(what: str, kind: type[TalosTypeError] = TalosTypeError) -> TalosTypeError:
@@ -210,10 +209,10 @@ def _refusal(what: str, kind: type[TalosTypeError] = TalosTypeError) -> TalosTyp
 
 
 def _write_entries(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Changes the entries of the first argument, or of a list of gradients, if that is the same.
+    """Run an in-place operation on the entries; return False where the result would differ.
 
-    It is where an operation works entry by entry and either takes another operand, of which the
-    selected entries count, or leaves zeros alone.
+    It is the same for elementwise operations that keep zeros or take another operand, whose
+    selected entries count.
     """
     name = func._schema.name.removeprefix("aten::")
     foreach = name.startswith("_foreach_")
@@ -228,7 +227,7 @@ def _write_entries(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     operands = [*rest, *others.values()]
     if not (foreach or isinstance(first, CompactGradient)):
         operands.append(first)
-    known = func in (aten.mul_.Tensor, aten.div_.Tensor)  # 0 times infinity is not asked
+    known = func in (aten.mul_.Tensor, aten.div_.Tensor)  # 0 times infinity is left out
     if not known and not any(_has_entries(each) for each in operands):
         zeros = [torch.zeros(1, dtype=torch.float32, device=each.device) for each in gradients]
         target = {} if out is None else {"out": zeros[0]}
@@ -261,7 +260,7 @@ def _writes(func: Any) -> bool:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[CompactGradient]:
-    """The compact gradients that an operation would write."""
+    """Return the compact gradients that an operation would write."""
     if not _writes(func):
         return []
     found = []
@@ -284,7 +283,7 @@ def _is_plain(other: object, like: Tensor) -> bool:
 
 
 def _operand(gradient: Tensor, other: Any) -> Any:
-    """What an elementwise operation on the entries takes for an operand of the dense one."""
+    """Return an operand for the entries that stands for one of the dense gradient."""
     if not isinstance(gradient, CompactGradient):
         return _dense(other)
     if isinstance(other, CompactGradient):
@@ -307,7 +306,7 @@ def _dense(arg: Any, *, read_only: bool = False) -> Any:
         dense = arg.to_dense()
         if not read_only:
             return dense
-        with torch.inference_mode():  # what is made here cannot be written outside of it
+        with torch.inference_mode():  # tensors made here are read-only outside
             return dense.clone()
     if isinstance(arg, list | tuple):
         return type(arg)([_dense(each, read_only=read_only) for each in arg])

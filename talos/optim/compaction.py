@@ -1,16 +1,16 @@
-"""Weight gradients that are never dense, or only one at a time.
+"""Weight gradients of which at most one is dense at a time.
 
-Autograd makes the dense gradient of every weight that is trained and keeps it until the step. Here
-a gradient is compacted the moment it exists, into 4 bytes a selected entry:
+Autograd makes the dense gradient of every trained weight and keeps it until the step. Here each
+gradient is compacted as soon as it exists, to 4 bytes a selected entry:
 
-- a hook behind autograd's accumulation gathers what it has made and drops it;
-- `torch.nn.functional.linear`, by which most layers reach their weight, is routed for the selected
-  weights to a function whose backward multiplies into one reused scratch, only the rows that hold
-  selected entries (the values of a fused QKV need none), and gathers from there, so that autograd
-  sees no weight gradient at all; or, where that is asked for, computes the selected entries alone.
+- A hook that runs after autograd's accumulation gathers the selected entries and drops the rest.
+- Most layers use their weight through `torch.nn.functional.linear`. For selected weights it is
+  replaced by a function whose backward multiplies into one reused scratch and gathers from there,
+  so that autograd sees no weight gradient. Only rows with selected entries are multiplied: a fused
+  QKV's values need none. With `sampled` only the selected entries are computed.
 
-`param.grad` is a `CompactGradient` then. In code that torch.compile traces, of a weight that has
-hooks of its own, and where a weight is reached otherwise, the hook alone does it.
+`param.grad` is then a `CompactGradient`. The hook alone does the work in code that torch.compile
+traces, for weights with hooks of their own, and for weights used in other ways.
 """
 
 import threading
@@ -34,9 +34,9 @@ class CompactedParam:
     Attributes:
         param: the parameter.
         index: its selected entries, on its device.
-        rows: of dimension 0, those from the first to behind the last with a selected entry.
-        sampled: whether a linear layer's gradient is made by `sddmm_`, never dense.
-        active: whether gradients are still to be compacted.
+        rows: the range of rows, along dimension 0, that holds the selected entries.
+        sampled: whether `sddmm_` makes a linear layer's gradient, never dense.
+        active: False once compacting has stopped.
     """
 
     param: Tensor
@@ -46,7 +46,7 @@ class CompactedParam:
     active: bool = True
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
-        """Adds a gradient that was not multiplied: see `Receiver`."""
+        """Add the gradient dyᵀ x; see `Receiver`."""
         if self.sampled and x.dtype != torch.float64:
             self.receive(dy, x)
             return
@@ -55,14 +55,14 @@ class CompactedParam:
         self.receive(scratch)
 
     def receive(self, *gradient: Tensor) -> None:
-        """Adds a gradient to `param.grad`, of which the selected entries are kept.
+        """Add the selected entries of a gradient to `param.grad`.
 
         Args:
-            gradient: the dense one, or `dy` and `x` of `sddmm_`, whose product it is.
+            gradient: a dense one, or the factors `dy` and `x` for `sddmm_`.
         """
         found = self.param.grad
         if found is not None and not isinstance(found, CompactGradient):
-            self.compact()  # somebody assigned a dense one
+            self.compact()  # other code assigned a dense one
             found = self.param.grad
         if isinstance(found, CompactGradient):
             _write(found.entries, gradient, found.selection, accumulate=True)
@@ -75,7 +75,7 @@ class CompactedParam:
         self.param.grad = CompactGradient.of(self.param, self.index, entries)
 
     def compact(self, _: Tensor | None = None) -> None:
-        """Replaces a dense `param.grad` by a compact one; the hook behind the accumulation."""
+        """Replace a dense `param.grad` by a compact one; runs after autograd's accumulation."""
         dense = self.param.grad
         if dense is None or isinstance(dense, CompactGradient) or dense.layout != torch.strided:
             return
@@ -86,7 +86,7 @@ class CompactedParam:
 def _write(
     out: Tensor, gradient: tuple[Tensor, ...], index: Index, *, accumulate: bool = False
 ) -> None:
-    """Writes or adds the selected entries of a gradient, which is dense or the factors of one."""
+    """Write or add the selected entries of a dense gradient or of two factors' product."""
     if len(gradient) == 2:
         sddmm_(out, *gradient, index, accumulate=accumulate)
     else:
@@ -94,7 +94,7 @@ def _write(
 
 
 def compact(params: list[CompactedParam]) -> Callable[[], None]:
-    """Keeps the gradients of parameters compact until the returned function is called."""
+    """Keep the gradients of parameters compact until the returned function is called."""
     hooks = [each.param.register_post_accumulate_grad_hook(each.compact) for each in params]
     route([each for each in params if each.param.dim() == 2])
     _compacted.update(params)
@@ -115,10 +115,10 @@ _scratches: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
 
 def _scratch(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for one dense weight gradient; what it holds is of no meaning.
+    """Return uninitialised memory for one dense weight gradient.
 
-    Each thread and stream has its own, so that nobody writes what another still reads. What a
-    CUDA graph captures is not kept: its memory is the graph's, and goes with it.
+    Each thread and stream has its own, so that none writes what another still reads. A CUDA graph
+    gets new memory, which belongs to the graph.
     """
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.empty(weight.shape, dtype=dtype, device=weight.device)

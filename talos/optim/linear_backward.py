@@ -1,10 +1,10 @@
-"""Linear layers whose backward hands out the weight's gradient as its two factors.
+"""Linear layers whose backward gives the two factors of the weight's gradient to a receiver.
 
-Autograd multiplies dYᵀX and keeps it until the step. Of some weights only a part of that product is
-wanted, or a product with it: while they are routed, `torch.nn.functional.linear`, by which most
-layers reach their weight, is a function whose backward gives a `Receiver` dY and X, and autograd no
-gradient of the weight. In code that torch.compile traces, of a weight that has hooks of its own,
-and where a weight is reached otherwise, autograd does what it ever does.
+Autograd multiplies dYᵀX and keeps the product until the step. Some users need only a part of it,
+or another product of the factors. While a weight is routed, `torch.nn.functional.linear` is a
+function whose backward gives dY and X to a `Receiver` and no weight gradient to autograd. In code
+that torch.compile traces, for weights with hooks of their own, and for weights used in other ways,
+autograd works as usual.
 """
 
 import threading
@@ -24,22 +24,22 @@ __all__ = ["Receiver", "route", "unroute"]
 
 
 class Receiver(Protocol):
-    """What takes the gradient of a weight.
+    """Takes the gradient of a weight.
 
     Attributes:
         param: the weight, [out, in].
-        active: whether it still takes gradients; autograd gets them otherwise.
+        active: whether it still takes gradients; else autograd gets them.
     """
 
     param: Tensor
     active: bool
 
     def multiply(self, dy: Tensor, x: Tensor) -> None:
-        """Takes the gradient dyᵀ x.
+        """Take the gradient dyᵀ x.
 
         Args:
-            dy: of the layer's output, [tokens, out].
-            x: the layer's input, [tokens, in], of the same dtype, which is autocast's under it.
+            dy: gradient of the layer's output, [tokens, out].
+            x: the layer's input, [tokens, in], in the same dtype; under autocast in autocast's.
         """
 
 
@@ -50,7 +50,7 @@ _replaced: Callable[..., Tensor] | None = None  # what functional.linear was bef
 
 
 class _Local(threading.local):
-    """What each thread has for itself."""
+    """Each thread's own cast."""
 
     def __init__(self) -> None:
         self.cast = SharedCast()
@@ -60,11 +60,7 @@ _local = _Local()
 
 
 def route(receivers: Sequence[Receiver]) -> None:
-    """Hands the gradients of weights, [out, in], to their receivers.
-
-    Args:
-        receivers: one a weight.
-    """
+    """Send the gradients of weights, [out, in], to their receivers, one for each weight."""
     global _replaced
     with _lock:
         if receivers and _replaced is None:
@@ -74,10 +70,9 @@ def route(receivers: Sequence[Receiver]) -> None:
 
 
 def unroute(receivers: Sequence[Receiver]) -> None:
-    """Gives the gradients back to autograd, those of forwards that are over too.
+    """Give the gradients back to autograd, also those of finished forwards.
 
-    Args:
-        receivers: those that were routed, or others, which changes nothing.
+    Receivers that were not routed are ignored.
     """
     global _replaced
     with _lock:
@@ -87,13 +82,13 @@ def unroute(receivers: Sequence[Receiver]) -> None:
                 del _routed[id(each.param)]
         if _routed:
             return
-        if functional.linear is _routing_linear:  # else somebody has wrapped it, and it stays
+        if functional.linear is _routing_linear:  # else other code wrapped it, and it stays
             setattr(functional, _FUNCTION, _replaced)
             _replaced = None
 
 
 def _routing_linear(*args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.linear` as long as a weight is routed."""
+    """Stand in for `torch.nn.functional.linear` while a weight is routed."""
     operands: list[Any] = [
         args[place] if place < len(args) else kwargs.get(name)
         for place, name in enumerate(("input", "weight", "bias"))
@@ -111,7 +106,7 @@ def _routing_linear(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is ordinary training, in which nobody asks for the dense gradient."""
+    """Return whether this is ordinary training, which needs no dense gradient."""
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
@@ -124,17 +119,17 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` without its history in another dtype: queries, keys and values share one cast.
+    """Cast `x` without its history; queries, keys and values share one cast.
 
-    Only what autograd has made is shared: a user's tensor may be written unseen.
+    Only tensors made by autograd are shared: a user's own tensor may change unseen.
     """
     return x.detach().to(dtype) if x.grad_fn is None else _local.cast(x, dtype)
 
 
 class _LinearTo(torch.autograd.Function):
-    """`linear` whose backward gives the weight's gradient to `target` and none to autograd.
+    """`linear` whose backward gives the weight's gradient to `target` instead of autograd.
 
-    Under autocast `inputs` and `cast` are `x` and `weight` in its dtype, without their history.
+    Under autocast `inputs` and `cast` are `x` and `weight` in its dtype, without history.
     """
 
     @staticmethod
@@ -153,8 +148,8 @@ class _LinearTo(torch.autograd.Function):
         if inputs.is_contiguous():
             y: Tensor = torch._C._nn.linear(inputs, weight, bias)
             return y
-        # Flat, as torch does it where there is a history: without one it would make a product of
-        # each matrix of the batch, and in bf16 on a CPU copy the weight for every one of them.
+        # Flat, as torch does with autograd: without it torch multiplies each matrix of the batch
+        # by itself, and in bf16 on a CPU copies the weight for each.
         y = torch.mm(inputs.reshape(-1, inputs.shape[-1]), weight.t())
         y = y.view(*inputs.shape[:-1], len(weight))
         return y if bias is None else y.add_(bias)
@@ -184,12 +179,12 @@ class _LinearTo(torch.autograd.Function):
 
 
 def _wanted(target: Receiver) -> Literal["", "accumulated", "returned"]:
-    """What the engine does with the weight's gradient, if it wants it at all."""
+    """Return what autograd's engine does with the weight's gradient; empty: it needs none."""
     node = get_gradient_edge(target.param).node
     try:
         return "accumulated" if torch._C._will_engine_execute_node(node) else ""
     except RuntimeError as error:
-        if "autograd.grad" not in str(error):  # where torch does not tell of a leaf
+        if "autograd.grad" not in str(error):  # torch does not answer for a leaf
             raise
         return "returned"
 

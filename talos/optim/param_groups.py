@@ -1,4 +1,4 @@
-"""Param groups of named parameters, and what a group may hold, in torch's words."""
+"""Param groups of named parameters, and the checks of what they hold, worded like torch's."""
 
 import gc
 import math
@@ -37,9 +37,9 @@ def named_groups(
     model: nn.Module | NamedParams | Iterable[Tensor] | Iterable[dict[str, Any]],
     selected: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Param groups of `(name, parameter)` pairs.
+    """Return param groups of `(name, parameter)` pairs.
 
-    Bare tensors have the names of a module that holds them, and those that are `selected`.
+    Bare tensors take their names from a module that holds them and knows the `selected` names.
     """
     if isinstance(model, nn.Module):
         return [{"params": list(named_parameters(model).items())}]
@@ -72,9 +72,9 @@ def _listed(group: Mapping[str, Any]) -> list[Any]:
 
 
 def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict[int, str]:
-    """The names of bare tensors, as trainers hand them over, in the module that they are of.
+    """Return the names of bare tensors, as trainers pass them, in the module that holds them.
 
-    A parameter does not know its name, so the modules of this process are looked through.
+    A parameter does not know its name, so this searches the modules of this process.
     """
     for module in _modules_of(params):
         named = named_parameters(module, remove_duplicate=False)
@@ -87,7 +87,7 @@ def _names_in_their_module(params: list[Any], selected: Collection[str]) -> dict
 
 
 def _modules_of(params: Iterable[Tensor]) -> Iterator[nn.Module]:
-    """The modules of this process that hold all of these parameters."""
+    """Yield the modules of this process that hold all of these parameters."""
     wanted = set(map(id, params))
     for module in gc.get_objects():
         if not issubclass(type(module), nn.Module) or "_parameters" not in module.__dict__:
@@ -97,7 +97,7 @@ def _modules_of(params: Iterable[Tensor]) -> Iterator[nn.Module]:
 
 
 def module_of(model: object, names: Mapping[Tensor, str]) -> nn.Module:
-    """The model, or one that has the parameters under these names; an empty one where none has."""
+    """Return the model, or a module with the parameters under these names, or an empty one."""
     if isinstance(model, nn.Module):
         return model
     for module in _modules_of(names):
@@ -109,7 +109,7 @@ def module_of(model: object, names: Mapping[Tensor, str]) -> nn.Module:
 
 
 def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """All parameters by name, which must name one tensor each."""
+    """Return all parameters by name; refuse a name of two tensors."""
     params: dict[str, Tensor] = {}
     for group in groups:
         for name, param in group["params"]:
@@ -181,11 +181,11 @@ def complete_groups(
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Refuse a model whose gradients DistributedDataParallel waits for already."""
+    """Refuse a model that DistributedDataParallel wraps already."""
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise TalosRuntimeError(
-            "the optimizer must be made before DistributedDataParallel, which would wait for the "
-            "gradients of tensors that are frozen now; make SparseAdam first, then wrap the model"
+            "the optimizer must be made before DistributedDataParallel, which would wait for "
+            "gradients of frozen tensors; make SparseAdam first, then wrap the model"
         )
 
 
@@ -210,7 +210,7 @@ def check_trainable(name: str, param: Tensor) -> None:
 
 
 def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
-    """Refuse a dtype that moments cannot have, and what is no seed of their noise."""
+    """Refuse an unsupported dtype of the moments, and a seed out of range."""
     if moment_dtype not in (torch.float32, torch.bfloat16):
         raise TalosTypeError(
             f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"
@@ -220,7 +220,10 @@ def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
 
 
 def check_hyperparameters(group: Mapping[str, Any], *, read_tensors: bool = False) -> None:
-    """Ranges and wording of `torch.optim.AdamW`; reads a tensor's value (a sync) if told to."""
+    """Refuse hyper-parameters out of range, as `torch.optim.AdamW` does.
+
+    `read_tensors` also reads a learning rate that is a tensor, which waits for its device.
+    """
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise TalosValueError(f"Tensor lr must be 1-element, got {lr.numel()}")
@@ -243,7 +246,7 @@ def _check_number(what: str, value: Any, below: float = math.inf) -> None:
 
 
 def several_processes() -> bool:
-    """Whether torch.distributed runs more than this process."""
+    """Return whether torch.distributed runs more than this process."""
     distributed = torch.distributed
     return (
         distributed.is_available()

@@ -270,7 +270,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._show()
 
     def _build(self, states: Mapping[Tensor, State]) -> None:
-        """Make all buckets anew with this state by parameter; old arrays stay as they were."""
+        """Make new buckets with this state by parameter; the old arrays stay as they were."""
         compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
         self._buckets[:] = [
             Bucket.create(number, params, self._mask, self._moment_dtype, states)
@@ -512,7 +512,7 @@ class SparseAdam(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep; they make the views in `state` anew."""
+        """Return what copies and pickles keep; they make their own views in `state`."""
         self._refresh()
         kept = {name: getattr(self, name) for name in self._KEPT}
         names = list(self._names.items())  # a tensor has no hash before it is rebuilt

@@ -1,4 +1,4 @@
-"""Faults in how an optimizer is used that show only while others are at work; each is said once."""
+"""Warnings about an optimizer's use that only show during training; each is given once."""
 
 import warnings
 import weakref
@@ -13,15 +13,15 @@ __all__ = ["warn_of_no_gradient", "watch_frozen"]
 
 
 def warn_of_no_gradient(stacklevel: int) -> None:
-    """Say that steps find no gradient at all.
+    """Warn that two steps found no gradient at all.
 
     Args:
         stacklevel: as of `warnings.warn`, from the caller of this function.
     """
     warnings.warn(
-        "two steps found no gradient of any selected parameter, so nothing is trained; parameters "
-        "that were replaced after the optimizer was made (load_state_dict(assign=True), a new "
-        "module) are not its own: make it anew",
+        "two steps found no gradient of any selected parameter, so nothing is trained; if "
+        "parameters were replaced after the optimizer was made (load_state_dict(assign=True), a "
+        "new module), make a new optimizer",
         stacklevel=stacklevel + 1,
     )
 
@@ -30,11 +30,11 @@ def watch_frozen(owner: torch.optim.Optimizer, frozen: Mapping[str, Tensor]) -> 
     """Warn when another optimizer steps a parameter that `owner` has frozen.
 
     Args:
-        owner: has frozen them; the watch ends with it.
-        frozen: by name.
+        owner: the optimizer that froze them; the watch ends with it.
+        frozen: the frozen parameters by name.
 
     Returns:
-        Ends the watch.
+        A function that ends the watch.
     """
     names = {id(param): name for name, param in frozen.items()}
     seen = weakref.WeakSet([owner])
@@ -48,9 +48,9 @@ def watch_frozen(owner: torch.optim.Optimizer, frozen: Mapping[str, Tensor]) -> 
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             warnings.warn(
-                f"{type(optimizer).__name__} steps {found[0]}{more}, frozen by SparseAdam, whose "
-                "mask selects nothing there, so it gets no gradient; make SparseAdam of the named "
-                "parameters that it trains, or call its release()",
+                f"{type(optimizer).__name__} steps {found[0]}{more}, frozen by SparseAdam because "
+                "its mask selects nothing there, so it gets no gradient; pass SparseAdam only the "
+                "named parameters that it trains, or call its release()",
                 stacklevel=4,
             )
 

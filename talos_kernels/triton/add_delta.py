@@ -57,7 +57,7 @@ def add_delta_(
     scale: float,
     saved: Tensor | None,
 ) -> None:
-    """Launch one program a block of all tensors; product and sum are rounded in turn."""
+    """Launch one program for each block; product and sum are rounded separately."""
     programs = index[4]
     if programs.shape[0] == 0:
         return

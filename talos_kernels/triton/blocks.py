@@ -1,8 +1,17 @@
-"""What a program works on: its tensor, its block, and which entries of the block are selected.
+"""The walk over an index, which all kernels share: blocks, and the selected entries of each.
 
-Offsets and ranks inside a block fit in 32 bits. Where the block begins, in its tensor, in the
-bitmaps and in the arrays of rank order, does not: block numbers are 64-bit before they are
-multiplied.
+A kernel finds its block with `find_block` and walks it with one loop, compiled for both kinds:
+
+    for LISTED in tl.static_range(2):  # a block's bitmap, or a segment's listed positions
+        done, count = 0, counts[LISTED]  # the other kind's count is 0
+        while done < count:
+            chunk = load_chunk(source, done, count, LISTED)
+            offs, selected, ranks, found = next_chunk(chunk, done, count, LISTED)
+            ...
+            done += CHUNK
+
+Offsets and ranks inside a block fit in 32 bits. Its begin, in the tensor, in the bitmaps and in
+rank order, may not: block numbers are 64-bit before they are multiplied.
 """
 
 import triton
@@ -38,25 +47,24 @@ RANK = tl.constexpr(int(Column.RANK))
 DATA = tl.constexpr(int(Column.DATA))
 STARTS = tl.constexpr(int(Column.STARTS))
 
-# Entries that a program takes at a time: four a thread, one beside the other's, so that a warp's
-# lanes read one word's entries and one run of the arrays of rank order. Wider loads of the
-# parameters would be fewer, but each access to the states, which are twice as many, would fall
-# apart into as many runs. Chosen from the compiled code, unmeasured: the optimizer at sm_90, bf16
-# with a master and 4 warps, has 233 registers at 2048 entries, 128 at 1024 and 80 at 512, without
-# spills.
+# Entries that a program takes at a time: four a thread, neighbours in neighbouring lanes, so that a
+# warp reads the entries of one word and one run in rank order. Wider loads would be fewer for the
+# parameters, but would split each access to the states, which are twice as many. Chosen from the
+# compiled code, unmeasured: the optimizer at sm_90, bf16 with a master and 4 warps, has 233
+# registers at 2048 entries, 128 at 1024 and 80 at 512, without spills.
 CHUNK = tl.constexpr(512)
 ROWS = tl.constexpr(CHUNK // BITS)
 
 
 @triton.jit
 def tensor_pointer(address_ptr, DTYPE: tl.constexpr):
-    """A tensor's data; the null pointer stands for a tensor that was not given."""
+    """Return a tensor's data pointer; null stands for a missing tensor."""
     return tl.load(address_ptr).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def popcount(words):
-    """Bits set in uint32 words. LLVM knows this form and makes it one instruction."""
+    """Count the bits of uint32 words. LLVM turns this form into one instruction."""
     pairs = words - ((words >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
@@ -137,8 +145,7 @@ def next_chunk(chunk, done, count, LISTED: tl.constexpr):
         ranks = before[:, None] + popcount(words[:, None] & lower_bits[None, :])
         chosen = ((words[:, None] >> bit[None, :]) & 1) != 0
         offs, found = done + lane, tl.sum(counts, 0)
-        # Flat: of a 2-D block whose ranks are not affine the compiler would put columns side by
-        # side.
+        # Flat: in a 2-D block with such ranks the compiler would put columns side by side.
         ranks = tl.reshape(ranks, (CHUNK,))
         selected = tl.reshape(chosen, (CHUNK,)) & (offs < count)
     return offs, selected, ranks, found

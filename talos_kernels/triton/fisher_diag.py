@@ -1,10 +1,10 @@
 """Squared per-sample weight gradients: see `talos_kernels.fisher_diag`.
 
-A program keeps one tile of a score in registers over its samples: the gradient of a sample is
-accumulated over the sample's tokens, squared, added, and begun again. Samples and tokens are one
-loop, written so that a step's addresses depend on no product: the next steps' loads are under way
-while one is multiplied, across samples too. Where a launch has too few tiles for the device its
-samples are split into slabs, whose sums a second kernel adds in a fixed order.
+A program keeps one tile of a score in registers over its samples. It accumulates a sample's
+gradient over its tokens, squares it, adds it and starts again. Samples and tokens are one loop in
+which no address depends on a product, so the next loads run during a multiplication, across samples
+too. If a launch has too few tiles for the device, its samples are split into slabs, whose sums a
+second kernel adds in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ STEP_COST = 27
 
 
 def token_block(tokens: int, depths: Sequence[int]) -> int:
-    """The depth whose steps cost least for this many tokens a sample."""
+    """Return the depth whose steps cost least for this many tokens a sample."""
     return min(depths, key=lambda depth: triton.cdiv(tokens, depth) * (depth + STEP_COST))
 
 
@@ -196,7 +196,7 @@ def fisher_diag_(
 
 
 def by_sample(rows: Tensor) -> Tensor:
-    """[outer, samples, inner, F] as [samples, tokens, F]: a view, but where both sides are long."""
+    """Reshape [outer, samples, inner, F] to [samples, tokens, F]: a view unless both are long."""
     if rows.shape[0] == 1:
         return rows[0]
     if rows.shape[2] == 1:
@@ -205,7 +205,7 @@ def by_sample(rows: Tensor) -> Tensor:
 
 
 def slab_count(samples: int, wanted: int) -> int:
-    """At most `wanted` slabs of equally many samples, but for the last one; none of them empty."""
+    """Return at most `wanted` slabs of equally many samples, the last perhaps fewer, none empty."""
     share = triton.cdiv(samples, max(wanted, 1))
     return triton.cdiv(samples, share)
 

@@ -29,7 +29,7 @@ def gather_grad_kernel(
     GRAD_DTYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """One program gathers one block; a gradient not given counts as 0."""
+    """One program gathers one block; a missing gradient counts as 0."""
     tensor, begin, first, _, source, counts = find_block(
         words_ptr, positions_ptr, starts_ptr, table_ptr, programs_ptr
     )
@@ -80,7 +80,7 @@ def scatter_kernel(
 def gather_grad_(
     out: Tensor, grads: Sequence[Tensor], index: Sequence[Tensor], accumulate: bool
 ) -> None:
-    """Launch one program a block of all tensors."""
+    """Launch one program for each block of all tensors."""
     programs = index[4]
     if programs.shape[0] == 0:
         return
@@ -92,7 +92,7 @@ def gather_grad_(
 
 
 def scatter_(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:
-    """Launch one program a block of all tensors."""
+    """Launch one program for each block of all tensors."""
     programs = index[4]
     if programs.shape[0] == 0:
         return

@@ -1,4 +1,4 @@
-"""What the launchers share: the table of addresses, the dtypes, the device guard."""
+"""Helpers of the launchers: tables of addresses, dtypes, the device guard."""
 
 import contextlib
 import sys
@@ -25,7 +25,7 @@ __all__ = [
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Tables kept, 16 bytes a tensor: an optimizer meets as many as its gradients alternate between.
+# Tables kept, 16 bytes a tensor: an optimizer needs one for each set of gradient addresses.
 CACHE_SIZE = 64
 
 _tables: dict[tuple[object, ...], Tensor] = {}
@@ -33,12 +33,12 @@ _lock = threading.Lock()
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make `device` current: Triton launches on the current one."""
+    """Make `device` current, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def architecture() -> tuple[str, int | str]:
-    """What kernels are compiled for: ("cuda", 90), ("hip", "gfx942") or ("interpreter", 0)."""
+    """Return what kernels are compiled for: ("cuda", 90), ("hip", "gfx942"), ("interpreter", 0)."""
     if triton.knobs.runtime.interpret:
         return "interpreter", 0
     target = triton.runtime.driver.active.get_current_target()
@@ -46,25 +46,25 @@ def architecture() -> tuple[str, int | str]:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in Triton's interpreter."""
+    """Return the number of a GPU's multiprocessors; 1 in Triton's interpreter."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tf32_allowed() -> bool:
-    """Whether torch may multiply float32 in TF32; `allow_tf32` cannot be read under its new API."""
+    """Return whether torch may use TF32; `allow_tf32` cannot be read under torch's new API."""
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
 
 
 def shared_dtype(tensors: Sequence[Tensor]) -> tl.dtype:
-    """Triton's name of the dtype of the tensors with entries: an empty one says nothing."""
+    """Return Triton's name for the dtype of the tensors that have entries."""
     return DTYPES[next((each.dtype for each in tensors if each.numel()), torch.float32)]
 
 
 def address_table(*columns: Sequence[Tensor]) -> Tensor:
-    """The addresses of tensors on their device, without waiting for it.
+    """Put the addresses of tensors on their device, without waiting for it.
 
     Args:
         columns: equally long lists of tensors on one device.
@@ -79,17 +79,16 @@ def address_table(*columns: Sequence[Tensor]) -> Tensor:
 
 
 def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers on a device, without waiting for it: int64 `[len(values)]`.
+    """Put integers on a device, without waiting for it: int64 `[len(values)]`.
 
     On a GPU a table is uploaded from pinned memory: a copy from pageable memory would wait for all
-    work queued before it. torch keeps the pinned buffer until the copy is done. Tables are kept
-    per stream: a kernel that finds one comes after its upload, and the memory of one that is
-    dropped goes back to the stream whose kernels read it.
+    queued work. torch keeps the pinned buffer until the copy is done. Tables are kept per stream,
+    so that a kernel runs after the upload of its table, and freed memory returns to the stream
+    whose kernels read it.
 
-    A captured CUDA graph would read the pinned buffer again at every replay, and has not filled its
-    table when another call could find it. So under capture the values travel as arguments of
-    kernels, which the graph keeps, into memory of the graph's own pool, and no other call finds the
-    table.
+    A CUDA graph would read the pinned buffer again at every replay, and other calls could find its
+    table before it is filled. Under capture the values are therefore arguments of kernels, which
+    the graph keeps, and the table lies in the graph's own pool, where no other call finds it.
     """
     on_gpu, stream = device.type == "cuda", 0
     if on_gpu:
@@ -111,10 +110,10 @@ def integer_table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def empty_table(size: int, device: torch.device) -> Tensor:
-    """int64 `[size]` of the current stream, in memory that may be kept.
+    """Allocate int64 `[size]` on the current stream, in memory that may be kept.
 
-    While inductor's graph trees warm up, what the thread allocates lies in a pool of theirs, and
-    they raise where something stays in it. What another thread allocates does not.
+    While inductor's graph trees warm up, this thread allocates from their pool, and they raise an
+    error for memory that stays. Another thread allocates outside it.
     """
     stream = torch.cuda.current_stream(device)
 
@@ -129,7 +128,7 @@ def empty_table(size: int, device: torch.device) -> Tensor:
 
 
 def captured_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 `[len(values)]`, filled by kernels that carry the values as arguments."""
+    """Fill int64 `[len(values)]` by kernels that take the values as arguments."""
     table = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(table.unbind(), list(values))
     return table

@@ -1,13 +1,13 @@
 """A weight gradient at its selected entries only: see `talos_kernels.sddmm`.
 
 A program accumulates one tile of dY^T X in registers and stores its selected entries at their
-ranks. A row of a tile is a run of the flattened tensor that begins at any bit of any word: its bits
-are shifted out of two words each, and its first rank is that of its block and the bits of the block
-before it. A tile without a selected entry is not multiplied. Where tiles are too few for the device
-the tokens are split: each part writes entries of its own, which a second kernel adds in order.
+ranks. A row of a tile is a run of the flattened tensor that may begin at any bit of a word. Its
+bits are shifted out of two words each; its first rank is its block's first rank plus the earlier
+bits of the block. A tile without a selected entry is not multiplied. If there are too few tiles for
+the device, the tokens are split: each part writes its own entries, which a second kernel adds in
+order.
 
-A 16-bit index cannot be asked for a run of entries: it is first made a bitmap, one bit an entry of
-the tensor, by a small kernel. Bits and ranks are then found alike for every encoding.
+A 16-bit index cannot be read by runs, so a small kernel first turns it into a bitmap.
 """
 
 import functools
@@ -80,14 +80,14 @@ BLOCKS = tl.constexpr(SEGMENT_SIZE // BLOCK_SIZE)
 
 @triton.jit
 def first_bits(count):
-    """Words (uint32) whose lowest `count` bits are set: none below 0, all above 31."""
+    """Return uint32 words with the lowest `count` bits set: none below 0, all above 31."""
     some = (1 << tl.minimum(tl.maximum(count, 0), BITS - 1)) - 1
     return tl.where(count < BITS, some, -1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def run_words(words_ptr, n_words, begins, counts, FULL: tl.constexpr, RUN: tl.constexpr):
-    """The bits of runs of entries: uint32 `[runs, RUN / 32]`.
+    """Return the bits of runs of entries: uint32 `[runs, RUN / 32]`.
 
     `begins`, int64 `[runs]`, is where each begins in the tensor; `counts`, int32 `[runs]`, how many
     of its RUN entries exist.
@@ -107,7 +107,7 @@ def run_words(words_ptr, n_words, begins, counts, FULL: tl.constexpr, RUN: tl.co
 
 @triton.jit
 def first_ranks(words_ptr, starts_ptr, first, begins, exists, FULL: tl.constexpr):
-    """Ranks of what is selected from `begins` on: those of the blocks, and the bits before in them.
+    """Return the first ranks of runs: their blocks' ranks and the earlier bits in these.
 
     Returns:
         int64, the rank of the block of the entry `first`; int32 `[runs]`, the ranks from there.
@@ -127,7 +127,7 @@ def first_ranks(words_ptr, starts_ptr, first, begins, exists, FULL: tl.constexpr
 
 @triton.jit
 def earlier(counts, N: tl.constexpr):
-    """The sum of the counts before each, of few: `[runs, N]`."""
+    """Sum the counts before each of a few columns: `[runs, N]`."""
     column = tl.arange(0, N)
     before = column[None, None, :] < column[None, :, None]
     return tl.sum(tl.where(before, counts[:, None, :], 0), 2)
@@ -137,7 +137,7 @@ def earlier(counts, N: tl.constexpr):
 def store_selected(
     places, product, first, begins, counts, FULL: tl.constexpr, ACCUMULATE: tl.constexpr
 ):
-    """Stores the selected entries of runs of a product, float32 `[runs, RUN]`, at their ranks."""
+    """Store the selected entries of runs of a product, float32 `[runs, RUN]`, at their ranks."""
     words_ptr, n_words, starts_ptr, out_ptr = places
     RUN: tl.constexpr = product.shape[1]
     SIZE: tl.constexpr = product.shape[0] * RUN
@@ -148,7 +148,7 @@ def store_selected(
     lower_bits = ((1 << bit) - 1).to(tl.uint32, bitcast=True)
     ranks = ranks[:, :, None] + popcount(words[:, :, None] & lower_bits[None, None, :])
     selected = ((words[:, :, None] >> bit[None, None, :]) & 1) != 0
-    # Flat: of a 2-D tile whose ranks are not affine the compiler would put columns side by side.
+    # Flat: in a 2-D tile with such ranks the compiler would put columns side by side.
     ranks, selected = tl.reshape(ranks, (SIZE,)), tl.reshape(selected, (SIZE,))
     values = tl.reshape(product, (SIZE,))
     out_ptr += start
@@ -258,7 +258,7 @@ def bitmap_kernel(positions_ptr, starts_ptr, words_ptr, word_starts_ptr):
 
 
 def bitmap(positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """The words and block ranks of a tensor whose selection is given by 16-bit positions.
+    """Return the bitmap words and block ranks of a selection by 16-bit positions.
 
     Args:
         positions: uint16 `[nnz]`, ascending inside each segment.
@@ -276,7 +276,7 @@ def bitmap(positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumulate: bool) -> None:
-    """Launch one program a tile and part of the tokens; add the parts where there are several."""
+    """Launch one program for each tile and part of the tokens; add the parts."""
     words, positions, starts, _, programs = index
     if programs.numel() == 0:
         return
@@ -299,7 +299,7 @@ def sddmm_(out: Tensor, dy: Tensor, x: Tensor, index: Sequence[Tensor], accumula
 def plan(
     precision: str, tokens: int, rows: int, cols: int, share: float, nnz: int, processors: int
 ) -> tuple[Config, int]:
-    """The tile, and the number of parts of the tokens, with the least predicted time.
+    """Return the tile and the number of parts of the tokens with the least predicted time.
 
     Args:
         precision: of `CONFIGS`.
@@ -350,7 +350,7 @@ def launch(
     config: Config,
     parts: int,
 ) -> None:
-    """Without words every entry is selected."""
+    """Launch the kernels of one choice; without words every entry is selected."""
     (tokens, rows), cols = dy.shape, x.shape[1]
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     entries = out if parts == 1 else out.new_empty(parts, out.numel())

@@ -1,4 +1,4 @@
-"""The digits of scores' keys counted: see `talos_kernels.select_threshold`."""
+"""Count the digits of scores' keys: see `talos_kernels.select_threshold`."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from .launch import DTYPES, device_guard, integer_table
 
 __all__ = ["score_histogram", "score_histogram_kernel"]
 
-# Entries counted at a time, and how often a program does that before it adds its counts to those of
-# all: at most 256 atomic additions in 64 K entries. Unmeasured. Chosen from the code compiled for
-# sm_90: of 256 bins a lane keeps 8, and takes as many population counts for 32 entries; at most 64
-# registers let four programs of 8 warps share a multiprocessor. Loads are of one entry a lane,
-# neighbours side by side: wider ones go through shared memory first.
+# Entries counted at a time, and blocks that a program counts before it adds its counts to the
+# total: at most 256 atomic additions in 64 K entries. Chosen from the code compiled for sm_90,
+# unmeasured: a lane keeps 8 of 256 bins and takes 8 population counts for 32 entries; at most 64
+# registers let four programs of 8 warps share a multiprocessor. Loads take one entry a lane: wider
+# ones would go through shared memory.
 BLOCK_SIZE = 1024
 STEPS = 64
 NUM_WARPS = 8
@@ -24,7 +24,7 @@ COLUMNS = tl.constexpr(3)  # of the table: address, entries, first program
 
 @triton.jit
 def program_tensor(table_ptr, n_tensors):
-    """The tensor of this program: the last one whose first program is not beyond it."""
+    """Return the tensor of this program: the last whose first program is not beyond it."""
     low, high = tl.zeros((), tl.int64), tl.cast(n_tensors, tl.int64)
     while high - low > 1:
         middle = (low + high) // 2
@@ -88,7 +88,7 @@ def score_histogram_kernel(
 def score_histogram(
     scores: Sequence[Tensor], prefix: Tensor, shift: int, bits: int, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launch one program a 64 K entries of all tensors; integers are added, in any order."""
+    """Launch one program for each 64 K entries; integers may be added in any order."""
     counts, refused = prefix.new_zeros(1 << bits), prefix.new_zeros(len(scores))
     rows, programs = [], 0
     for score in scores:

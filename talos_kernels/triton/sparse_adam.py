@@ -1,7 +1,7 @@
 """One AdamW step on the selected entries of many tensors: see `talos_kernels.sparse_adam`.
 
-Products and sums are not contracted (`enable_fp_fusion=False`), `fma` stands where torch's lerp has
-one, and division and square root are rounded to nearest, as torch's are on the CPU.
+To round as torch does on the CPU, products and sums are not fused (`enable_fp_fusion=False`) except
+in lerp's `fma`, and division and square root are rounded to nearest.
 """
 
 import math
@@ -22,7 +22,7 @@ __all__ = ["adam_scalars_kernel", "sparse_adam_", "sparse_adam_kernel"]
 # Chosen from the compiled code, unmeasured.
 NUM_WARPS = 4
 
-# Columns of the table of addresses: the parameter's, the gradient's, whether that is compact.
+# Columns of the table of addresses: parameter, gradient, whether the gradient is compact.
 COLUMNS, GRAD, COMPACT = tl.constexpr(3), tl.constexpr(1), tl.constexpr(2)
 SCALARS = tl.constexpr(4)  # of a tensor: decay, step size, root of a correction, noise key
 TENSORS = 128  # of a program that derives scalars
@@ -30,7 +30,7 @@ TENSORS = 128  # of a program that derives scalars
 
 @triton.jit
 def mix_bits(x):
-    """A bijection of uint32 that spreads every bit over all ("lowbias32")."""
+    """Mix uint32 by a bijection ("lowbias32")."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -45,7 +45,7 @@ def noise_bits(noise_key, ranks):
 
 @triton.jit
 def rounded_stochastically(x, noise):
-    """float32 to bf16: the bits and 16 bits of noise are added and cut off; infinities stay."""
+    """Round float32 to bf16: add 16 bits of noise to the bits and cut them off."""
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     quiet = tl.where((bits & 0x7FFFFF) != 0, 0x400000, 0).to(tl.uint32)
@@ -67,7 +67,7 @@ def adam_scalars_kernel(
     weight_decay: tl.float64,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Count the step of each tensor that has a gradient, and derive what its entries share."""
+    """Count the step of each tensor with a gradient, and compute its entries' shared numbers."""
     if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
         return
     tensor = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -77,7 +77,7 @@ def adam_scalars_kernel(
     count = tl.load(steps_ptr + tensor, mask=given, other=0.0) + 1
     tl.store(steps_ptr + tensor, count, mask=given)
 
-    # In float64: beta2^step = .999 leaves float32 with 16 of its 24 bits of 1 - beta2^step.
+    # In float64: for beta2^step = .999 float32 would keep 16 of the 24 bits of 1 - beta2^step.
     lr = tl.load(lr_ptr)
     step = count.to(tl.float64)
     correction1 = 1.0 - tl.exp2(step * log2_beta1)
@@ -159,7 +159,7 @@ def sparse_adam_kernel(
             # The next chunk's words are under way while this one's entries are.
             chunk = load_chunk(source, done, count, LISTED)
             stored = tl.load(param_ptr + offs, mask=selected)
-            # What is not selected is 1: of 0 the divisions and the root take their slow paths.
+            # An unselected entry is 1: with 0 the divisions and the root take slow paths.
             grad_offs = tl.where(compact, before + ranks, offs)
             grad = tl.load(grad_ptr + grad_offs, mask=selected, other=1.0).to(tl.float32)
             exp_avg_ptrs = exp_avg_ptr + first + ranks
@@ -211,7 +211,7 @@ def sparse_adam_(
     clip_factor: Tensor | None,
     seed: int,
 ) -> None:
-    """Launch the scalars of all tensors, then one program a block."""
+    """Launch the scalars of all tensors, then one program for each block."""
     programs = index[4]
     n_tensors, n_programs = len(params), programs.shape[0]
     if n_tensors == 0:

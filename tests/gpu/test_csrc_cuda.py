@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from talos_kernels import _ops
-from tests.kernels import test_csrc_cuda as csrc
+from tests.kernels import test_csrc as csrc
+from tests.kernels import test_csrc_cuda
 
 test_sparse_adam = csrc.test_sparse_adam_is_the_references
 test_every_instance = csrc.test_every_instance_is_the_references
@@ -17,8 +18,8 @@ test_skipping = csrc.test_what_has_no_gradient_is_not_counted_and_nothing_is_on_
 test_counting = csrc.test_steps_count_where_nothing_is_selected
 test_many_tensors = csrc.test_more_tensors_than_a_launch_takes
 test_add_delta = csrc.test_add_delta_is_the_references
-test_damaged_index = csrc.test_a_damaged_index_reaches_no_other_memory
-test_refused_arguments = csrc.test_arguments_are_refused_as_on_the_cpu
+test_damaged_index = test_csrc_cuda.test_a_damaged_index_reaches_no_other_memory
+test_refused_arguments = csrc.test_arguments_are_refused_before_anything_is_written
 
 
 @pytest.fixture

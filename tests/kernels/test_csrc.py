@@ -6,18 +6,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from talos_kernels import Index, TensorIndex, _ops
+from talos_kernels import Index, TensorIndex, _ops, gather_grad_
 from talos_kernels.add_delta import add_delta_reference
 from talos_kernels.gather_grad import gather_grad_reference, scatter_reference
 from talos_kernels.sparse_adam import sparse_adam_reference
 from tests.cases import CASES, DTYPES, MANY, Case, assert_bit_equal, assert_close
 
 ROOT = Path(__file__).parents[2]
+MAX_TENSORS = 512  # of a launch, csrc/cuda/launch.h
 NAMES = (
     "sparse_adam_",
     "gather_grad_",
@@ -81,6 +83,11 @@ def compiled(name: str) -> Callable[..., object]:
     return getattr(torch.ops.talos_C, name)
 
 
+def with_bf16_moments(problem: Problem) -> Problem:
+    problem.exp_avg, problem.exp_avg_sq = problem.exp_avg.bfloat16(), problem.exp_avg_sq.bfloat16()
+    return problem
+
+
 def all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
     for left, right in zip(actual, expected, strict=True):
         assert_close(left, right)
@@ -98,6 +105,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+Ops = Callable[[str], Callable[..., Any]]
+
+
+@pytest.fixture(params=["cpu", "cuda on cpu"])
+def op(request: pytest.FixtureRequest) -> Ops:
+    """The compiled library's ops: the CPU's, and CUDA's built for the CPU (see cuda_on_cpu.h)."""
+    if request.param == "cpu":
+        if _ops.compiled_library is None:
+            pytest.skip("talos_kernels/_C was not built: no C++ compiler at install time")
+        return compiled
+    request.getfixturevalue("cuda_on_cpu")
+    return lambda name: getattr(torch.ops.talos_cuda_on_cpu, name)
+
+
 @needs_library
 @pytest.mark.parametrize("name", NAMES)
 def test_schema_is_that_of_the_op(name: str) -> None:
@@ -107,47 +128,126 @@ def test_schema_is_that_of_the_op(name: str) -> None:
     )
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_sparse_adam_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
+def test_sparse_adam_is_the_references(op: Ops, case: Case, dtype: torch.dtype) -> None:
     ours, theirs = Problem(case, dtype), Problem(case, dtype)
-    actual = ours.adam(compiled("sparse_adam_"), steps=1)
+    actual = ours.adam(op("sparse_adam_"), steps=1)
     all_close(actual, theirs.adam(sparse_adam_reference, steps=1))
     for mask, param, before in zip(case.masks(), ours.params, case.tensors(dtype), strict=True):
         assert_bit_equal(param[~mask], before[~mask])
 
 
-@needs_library
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad_dtype", ["param", torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MANY, ids=str)
-def test_sparse_adam_options_match_the_reference(
-    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype | str
+def test_every_instance_is_the_references(
+    op: Ops,
+    case: Case,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype | str,
+    moment_dtype: torch.dtype,
 ) -> None:
-    ours = Problem(case, dtype, None if grad_dtype == "param" else grad_dtype)
-    theirs = Problem(case, dtype, None if grad_dtype == "param" else grad_dtype)
     scale = torch.tensor([512.0])
     for options in (
         {"maximize": True, "grad_scale": scale, "found_inf": torch.zeros(())},
-        {"weight_decay": 0.0, "beta1": 0.4, "eps": 1e-3},
+        {"weight_decay": 0.0, "beta1": 0.4, "eps": 1e-3, "seed": 2**33 + 7},
         {"clip_factor": torch.tensor(0.3), "grad_scale": scale},
     ):
-        actual = ours.adam(compiled("sparse_adam_"), 2, master=ours.master, **options)
-        expected = theirs.adam(sparse_adam_reference, 2, master=theirs.master, **options)
-        all_close(actual, expected)
+        for masters in (False, True):
+            ours, theirs = (
+                Problem(case, dtype, None if grad_dtype == "param" else grad_dtype) for _ in "12"
+            )
+            if moment_dtype == torch.bfloat16:
+                with_bf16_moments(ours), with_bf16_moments(theirs)
+            results = [
+                problem.adam(step, 1, master=problem.master if masters else None, **options)
+                for problem, step in (
+                    (ours, op("sparse_adam_")),
+                    (theirs, sparse_adam_reference),
+                )
+            ]
+            all_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_compact_gradients_beside_dense_ones(op: Ops, case: Case, dtype: torch.dtype) -> None:
+    ours, theirs = Problem(case, dtype), Problem(case, dtype)
+    compact = torch.empty(ours.index.nnz)
+    gather_grad_(compact, ours.grads, ours.index)
+    for i, entries in enumerate(ours.index.slices):
+        if i % 2 == 0:
+            ours.grads[i] = theirs.grads[i] = compact[entries].clone()
+        else:
+            ours.grads[i] = theirs.grads[i] = ours.grads[i].float()
+    all_close(
+        ours.adam(op("sparse_adam_"), 2, master=ours.master),
+        theirs.adam(sparse_adam_reference, 2, master=theirs.master),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_has_no_gradient_is_not_counted_and_nothing_is_on_inf(
+    op: Ops, dtype: torch.dtype
+) -> None:
+    problem, untouched = Problem(MANY[0], dtype), Problem(MANY[0], dtype)
+    found = problem.adam(op("sparse_adam_"), found_inf=torch.ones(1), master=problem.master)
+    all_bit_equal(found, untouched.written())
+
+    problem.grads[1] = torch.empty(0)
+    problem.adam(op("sparse_adam_"), 2, master=problem.master)
+    assert problem.steps.tolist() == [2, 0, 2]
+    skipped = problem.index.slices[1]
+    assert_bit_equal(problem.params[1], untouched.params[1])
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        assert_bit_equal(getattr(problem, name)[skipped], getattr(untouched, name)[skipped])
+    assert not torch.equal(problem.params[0], untouched.params[0])
+    assert not torch.equal(problem.params[2], untouched.params[2])
+
+
+def test_steps_count_where_nothing_is_selected(op: Ops) -> None:
+    problem = Problem(Case("none", (97, 2048), (0.0, 0.0)), torch.float32)
+    problem.adam(op("sparse_adam_"), 3)
+    assert problem.steps.tolist() == [3, 3]
+
+
+def test_more_tensors_than_a_launch_takes(op: Ops) -> None:
+    sizes = tuple(1 + i % 3 for i in range(MAX_TENSORS + 2))
+    case = Case("many", sizes, tuple(1.0 for _ in sizes))
+    ours, theirs = Problem(case, torch.float32), Problem(case, torch.float32)
+    for problem in (ours, theirs):
+        problem.grads[MAX_TENSORS] = torch.empty(0)
+    all_close(ours.adam(op("sparse_adam_")), theirs.adam(sparse_adam_reference))
+    assert ours.steps[-3:].tolist() == [3, 0, 3]
+    op("add_delta_")(ours.params, ours.index.buffers, ours.values, 2.0, None)
+    add_delta_reference(theirs.params, theirs.index.buffers, theirs.values, 2.0, None)
+    all_close(ours.params, theirs.params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_add_delta_is_the_references(op: Ops, case: Case, dtype: torch.dtype) -> None:
+    for value_dtype in DTYPES:
+        ours, theirs = Problem(case, dtype), Problem(case, dtype)
+        buffers, values = ours.index.buffers, ours.values.to(value_dtype)
+        saved, expected = torch.empty(2, ours.index.nnz, dtype=dtype).unbind()
+        op("add_delta_")(ours.params, buffers, values, 0.3, saved)
+        add_delta_reference(theirs.params, buffers, values, 0.3, expected)
+        all_bit_equal([*ours.params, saved], [*theirs.params, expected])
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MANY, ids=str)
-def test_bf16_moments_match_the_reference(case: Case, dtype: torch.dtype) -> None:
-    ours, theirs = Problem(case, dtype), Problem(case, dtype)
-    for problem in (ours, theirs):
-        problem.exp_avg, problem.exp_avg_sq = torch.zeros(2, problem.index.nnz).bfloat16().unbind()
-    actual = ours.adam(compiled("sparse_adam_"), steps=1, seed=2**33 + 7)
-    expected = theirs.adam(sparse_adam_reference, steps=1, seed=2**33 + 7)
-    all_close(actual, expected)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scatter_is_the_references(case: Case, dtype: torch.dtype) -> None:
+    for value_dtype in DTYPES:
+        ours, theirs = Problem(case, dtype), Problem(case, dtype)
+        buffers, values = ours.index.buffers, ours.values.to(value_dtype)
+        compiled("scatter_")(ours.params, buffers, values)
+        scatter_reference(theirs.params, buffers, values)
+        all_bit_equal(ours.params, theirs.params)
 
 
 @needs_library
@@ -177,37 +277,6 @@ def test_a_compact_gradient_of_another_length_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"must have .* or, of the selected entries"):
         problem.adam(compiled("sparse_adam_"))
     all_bit_equal(problem.written(), before)
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sparse_adam_skips_what_has_no_gradient_and_everything_on_inf(dtype: torch.dtype) -> None:
-    problem, untouched = Problem(MANY[0], dtype), Problem(MANY[0], dtype)
-    found = problem.adam(compiled("sparse_adam_"), found_inf=torch.ones(1), master=problem.master)
-    all_bit_equal(found, untouched.written())
-
-    problem.grads[1] = torch.empty(0)
-    problem.adam(compiled("sparse_adam_"), master=problem.master)
-    skipped = problem.index.slices[1]
-    assert_bit_equal(problem.params[1], untouched.params[1])
-    for name in ("exp_avg", "exp_avg_sq", "master"):
-        assert_bit_equal(getattr(problem, name)[skipped], getattr(untouched, name)[skipped])
-    assert not torch.equal(problem.params[0], untouched.params[0])
-    assert not torch.equal(problem.params[2], untouched.params[2])
-
-
-@needs_library
-def test_a_weight_written_by_somebody_else_wins_over_its_master() -> None:
-    index = Index.pack([TensorIndex.encode(torch.tensor([True, True, False, True]))])
-    params, grads = [torch.tensor([1.0, 2.0, 3.0, 4.0]).bfloat16()], [torch.zeros(4).bfloat16()]
-    master = torch.tensor([1.001, 7.0, 4.001])
-    state = torch.zeros(2, 3).unbind()
-    compiled("sparse_adam_")(
-        params, grads, index.buffers, *state, master, torch.ones(1),
-        torch.tensor(0.1, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.0, False, None, None, None, 0,
-    )  # fmt: skip
-    assert master.tolist() == pytest.approx([1.001, 2.0, 4.001])
-    assert params[0].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 def forty_steps(
@@ -273,24 +342,6 @@ def test_gather_grad_matches_the_reference(case: Case, dtype: torch.dtype) -> No
         compiled("gather_grad_")(actual, *arguments)
         gather_grad_reference(expected, *arguments)
         assert_bit_equal(actual, expected)
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_scatter_and_add_delta_match_the_references(case: Case, dtype: torch.dtype) -> None:
-    for value_dtype in DTYPES:
-        ours, theirs = Problem(case, dtype), Problem(case, dtype)
-        buffers, values = ours.index.buffers, ours.values.to(value_dtype)
-        saved, expected = torch.empty(2, ours.index.nnz, dtype=dtype).unbind()
-        compiled("add_delta_")(ours.params, buffers, values, 0.3, saved)
-        add_delta_reference(theirs.params, buffers, values, 0.3, expected)
-        all_bit_equal([*ours.params, saved], [*theirs.params, expected])
-        compiled("scatter_")(ours.params, buffers, saved)
-        all_bit_equal(ours.params, case.tensors(dtype))
-        compiled("scatter_")(ours.params, buffers, values)
-        scatter_reference(theirs.params, buffers, values)
-        all_bit_equal(ours.params, theirs.params)
 
 
 @needs_library
@@ -445,9 +496,21 @@ REFUSED_BY_TABLE = (
 )
 
 
-@needs_library
-@pytest.mark.parametrize(("spoil", "message"), REFUSED + REFUSED_BY_TABLE)
+@pytest.mark.parametrize(("spoil", "message"), REFUSED)
 def test_arguments_are_refused_before_anything_is_written(
+    op: Ops, spoil: Callable[[Problem], None], message: str
+) -> None:
+    problem = Problem(MANY[0], torch.float32)
+    spoil(problem)
+    before = [tensor.clone() for tensor in problem.written()]
+    with pytest.raises(RuntimeError, match=message):
+        problem.adam(op("sparse_adam_"))
+    all_bit_equal(problem.written(), before)
+
+
+@needs_library
+@pytest.mark.parametrize(("spoil", "message"), REFUSED_BY_TABLE)
+def test_arguments_that_the_table_contradicts_are_refused(
     spoil: Callable[[Problem], None], message: str
 ) -> None:
     problem = Problem(MANY[0], torch.float32)

@@ -204,33 +204,6 @@ def test_every_tile_and_number_of_parts(
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    ("layer", "tokens", "tile", "parts"),
-    [
-        ("vit-b-32 fused", 6400, (128, 128), 3),  # 72 of 108 tiles hold queries and keys
-        ("vit-b-32 fused", 800, (128, 128), 1),  # a second launch costs more than it brings
-        ("vit-b-32 fused", 50, (64, 64), 1),
-        ("t5-large", 4096, (128, 128), 2),  # 64 tiles
-        ("vit-l-14 fused", 257 * 32, (128, 128), 1),  # 128 of 192 tiles
-        ("wide", 8192, (128, 128), 1),
-    ],
-)
-def test_tiles_and_parts_are_those_of_the_least_predicted_time(
-    layer: str, tokens: int, tile: tuple[int, int], parts: int
-) -> None:
-    from talos_kernels.triton.sddmm import plan
-
-    rows, cols, share = {
-        "vit-b-32 fused": (2304, 768, 2 / 3),
-        "t5-large": (1024, 1024, 1.0),
-        "vit-l-14 fused": (3072, 1024, 2 / 3),
-        "wide": (4096, 4096, 1.0),
-    }[layer]
-    config, found = plan("half", tokens, rows, cols, share, int(0.6 * share * rows * cols), 132)
-    assert (config[:2], found) == (tile, parts)
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_the_precision_may_be_set_by_either_api(allow_tf32: Callable[[bool], None]) -> None:
     from talos_kernels.triton.launch import tf32_allowed
 

@@ -225,32 +225,6 @@ def test_the_dtype_of_a_missing_gradient_says_nothing(dtype: torch.dtype) -> Non
     replace(step, grads=[missing, *step.grads[1:]]).check()
 
 
-def test_full_mask_is_torchs_adamw() -> None:
-    case = Case("full", (2049, 97), (1.0, 1.0))
-    start = Step.of(case)
-    start.exp_avg.zero_()
-    start.exp_avg_sq.zero_()
-    oracle = [torch.nn.Parameter(param.clone()) for param in start.params]
-    optimizer = torch.optim.AdamW(oracle, lr=start.lr, weight_decay=start.weight_decay)
-    step = start
-    for count in range(1, 6):
-        grads = case.tensors(seed=count + 10)
-        ours = replace(step, grads=grads, steps=torch.full((2,), count - 1.0)).run(DEVICE)
-        for parameter, grad in zip(oracle, grads, strict=True):
-            parameter.grad = grad
-        optimizer.step()
-        state = [optimizer.state[parameter] for parameter in oracle]
-        step = replace(  # each step starts from torch's, so that no error adds up
-            start,
-            params=[parameter.detach().clone() for parameter in oracle],
-            exp_avg=torch.cat([moments["exp_avg"] for moments in state]),
-            exp_avg_sq=torch.cat([moments["exp_avg_sq"] for moments in state]),
-            steps=torch.full((2,), float(count)),
-        )
-        for actual, expected in zip(ours.written(), step.written(), strict=True):
-            assert_close(actual.cpu(), expected)
-
-
 @pytest.mark.parametrize(
     ("case", "accumulate"), [*((case, False) for case in SMALL), (ENCODINGS, True)], ids=str
 )

@@ -308,7 +308,7 @@ def test_steps_that_find_no_gradient_are_told_once() -> None:
     optimizer = SparseAdam(model, some(model), lr=1e-2)
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     train(model, optimizer, 1)
-    with pytest.warns(UserWarning, match="two steps found no gradient.*make it anew"):
+    with pytest.warns(UserWarning, match="two steps found no gradient.*make a new optimizer"):
         train(model, optimizer, 1)
     train(model, optimizer, 2)
 

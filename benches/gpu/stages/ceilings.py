@@ -24,7 +24,7 @@ torch.ops.load_library(sys.argv[1])
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 sys.exit(not has_kernel("talos_C::add_delta_", "CUDA"))
 """
-"""Asked in a process of its own: one that holds an earlier build cannot load another beside it."""
+"""Run in a process of its own: one that has loaded an earlier build cannot load another."""
 PACKAGES = ("open_clip_torch", "timm", "transformers", "peft", "torchao", "bitsandbytes")
 SMI = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
 
@@ -102,8 +102,8 @@ def matrix_rate(context: Context, dtype: torch.dtype, precision: str) -> dict[st
 class Build:
     """csrc for this device's architecture, started at once.
 
-    A library that lies there already is built anew: it may be of other sources. A rehearsal asks
-    setup.py for its version only: a build would change the checkout.
+    A library that is there already is built anew: it may come from other sources. A rehearsal only
+    prints setup.py's version: a build would change the checkout.
     """
 
     def __init__(self, context: Context) -> None:

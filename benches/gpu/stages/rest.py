@@ -75,7 +75,7 @@ def ask(context: Context, tool: list[str], arguments: list[str]) -> tuple[str, s
     if on_device and tool and shutil.which(tool[0]) is None:
         return "", f"{tool[0]} is not installed"
     command = [*(tool if on_device else []), *PROGRAM, *arguments]
-    # A checker of memory sees what lies beside a tensor; without a tool a graph must allocate.
+    # Without torch's cache a checker finds accesses beside a tensor; a graph needs the cache.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {})
     limit = max(1.0, min(TOOL_LIMIT, context.left()))
     with tempfile.TemporaryFile("w+") as file:
