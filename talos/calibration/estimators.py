@@ -1,18 +1,18 @@
-"""What is differentiated, and for which labels: estimators of the diagonal Fisher information.
+"""Estimate the diagonal Fisher information: which labels are drawn, and what is differentiated.
 
     F_jj = sum_x E_{y ~ p(y|x)} [ (d log p(y|x) / d theta_j)^2 ]
 
 The expectation over labels is taken in one of three ways:
 
 - sampled: y ~ p, the mean over `draws` of them;
-- importance: y ~ q with q_c proportional to p_c ||e_c - p||, the norm of the gradient with respect
-  to the logits, and log p(y|x) scaled by sqrt(p_y / q_y). The square has the same expectation and a
-  smaller variance: one such draw is as good as several;
+- importance: y ~ q with log p(y|x) scaled by sqrt(p_y / q_y). q_c is proportional to
+  p_c ||e_c - p||, the norm of the gradient with respect to the logits. The square has the same
+  expectation and a smaller variance: one such draw is as good as several;
 - exact: the sum over all classes of sqrt(p_c) log p(c|x), squared, one backward a class.
 
 Sequences [B, T, V] have a label at every counted position, and their log-probabilities add up.
-There the scaled ones get random signs: the gradient of log p(y|x) has mean 0 over y ~ p but not
-over y ~ q, so without signs the products of two positions would not vanish.
+There the scaled ones get random signs. The gradient of log p(y|x) has mean 0 over y ~ p but not
+over y ~ q: without signs the products of two positions would not vanish.
 
 Labels depend on (seed, round, sample, draw) alone, so scores do not depend on the batch size.
 """
@@ -37,7 +37,7 @@ Draws = int | Literal["exact"]
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model says of a batch.
+    """The logits of a batch.
 
     Attributes:
         values: floating point [B, C] or [B, T, V], finite or -inf.
@@ -54,12 +54,12 @@ class Estimator:
 
     Args:
         target: "log_prob", or "logit": the drawn class's logit.
-        draws: labels a sample, or "exact".
+        draws: labels per sample, or "exact".
         labels: "sampled" or "importance".
         seed: of the labels.
 
     Raises:
-        TalosValueError: an option is out of range, or two of them do not go together.
+        TalosValueError: an option is out of range, or two of them contradict each other.
     """
 
     target: Target = "log_prob"
@@ -85,7 +85,7 @@ class Estimator:
     def losses(
         self, logits: Logits, round_index: int, first: int
     ) -> Iterator[tuple[Tensor, float, bool]]:
-        """What to square the gradients of, one number a sample.
+        """Yield the losses whose gradients are squared, one number per sample.
 
         Args:
             logits: of a batch.
@@ -145,7 +145,7 @@ class Estimator:
             yield weight * possible, 1.0, label + 1 == probs.shape[1]
 
     def _proposal(self, probs: Tensor) -> Tensor:
-        """The distribution that labels are drawn from, fp64 [..., C], not normalised."""
+        """The distribution to draw labels from, fp64 [..., C], not normalised."""
         if self.labels == "sampled":
             return probs
         squares = probs.square().sum(-1, keepdim=True)
@@ -156,7 +156,7 @@ class Estimator:
 
 
 def _each_position(rngs: list[np.random.Generator], logits: Logits, draw: Any) -> Tensor:
-    """Numbers of each sample's generator for its counted positions, 0 elsewhere: fp64 [B(, T)]."""
+    """Random numbers from each sample's generator, 0 at positions not counted: fp64 [B(, T)]."""
     shape = logits.values.shape[:-1]
     numbers = np.zeros(shape)
     if logits.positions is None:
@@ -177,14 +177,14 @@ def _by_inversion(chance: Tensor, uniform: Tensor) -> Tensor:
 
 
 def checked_logits(found: object) -> Logits:
-    """What `logits_fn` returned, checked.
+    """Check what `logits_fn` returned.
 
     Args:
         found: logits [B, C] or [B, T, V], an object with `.logits`, or a pair of logits [B, T, V]
             and the positions, bool [B, T], that have a label.
 
     Raises:
-        TalosTypeError: there are no floating-point logits, or the positions are not bool.
+        TalosTypeError: the logits are no floating-point tensor, or the positions are not bool.
         TalosValueError: a shape does not fit, logits are NaN or infinite, or a sample has no
             position.
     """

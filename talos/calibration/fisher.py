@@ -1,52 +1,51 @@
-"""Which weights matter least: Fisher information from the model's own labels, in rounds.
+"""Score weights by the diagonal of the Fisher information, batch by batch.
 
-The sensitivity of weight j is the diagonal of the Fisher information at the base weights theta_0,
+The sensitivity of weight j at the base weights theta_0 is
 
     F_jj = sum_x E_{y ~ p(y|x)} [ (d log p(y|x) / d theta_j)^2 ],
 
-with labels drawn from the model and gradients of single samples. A mask of density s comes from R
-rounds over a set of N weights (TaLoS, arXiv 2504.02620):
-
-    in round r = 0 .. R-1:
-        score with theta_0 * m,  m = 1 where a weight is kept, soft where it is dropped
-        keep the k = round(s^((r+1)/R) * N) lowest of those still kept
-
-`talos.calibration.estimators` says which labels are drawn. Labels depend on (seed, round, sample,
-draw) alone, so a mask does not depend on the batch size.
+with labels drawn from the model and gradients of single samples (TaLoS, arXiv 2504.02620).
+`talos.calibration.estimators` says which labels are drawn. They depend on (seed, round, sample,
+draw) alone, so scores do not depend on the batch size.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import EllipsisType
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from talos.batches import logits_and_positions
-from talos.calibration.capture import Capture
-from talos.calibration.estimators import Draws, Estimator, Labels, Target
-from talos.calibration.left_out import left_out
-from talos.calibration.rounds import CalibrationProgress, LogitsFn, Rounds
-from talos.errors import TalosValueError
-from talos.masks import Mask
-from talos.masks.lowest import lowest_entries
-from talos.names import named_modules, named_parameters, unwrapped
-from talos.options import as_real, integer
-from talos.params import Candidate, Candidates, Rows, own_parameters, select_parameters
+from talos.batches import known_length, logits_and_positions
+from talos.calibration.capture import REMEDY, Capture, dtypes_of
+from talos.calibration.estimators import (
+    Draws,
+    Estimator,
+    Labels,
+    Logits,
+    Target,
+    checked_logits,
+)
+from talos.calibration.left_out import warn_of_left_out
+from talos.errors import TalosRuntimeError, TalosValueError
+from talos.names import named_modules, unwrapped
+from talos.params import Rows, select_parameters
 
-__all__ = ["CalibrationProgress", "FisherScores", "calibrate", "fisher_diag"]
+__all__ = [
+    "CalibrationProgress",
+    "FisherScores",
+    "LogitsFn",
+    "Scorer",
+    "evaluating",
+    "fisher_diag",
+]
 
-Parity = Literal["paper", "released"]
+LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
-_FEW_SAMPLES = 8
-_MANY_DEAD = 0.75  # of the selected weights
-
-# Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
-# 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
-_SCALE = 2.0**32
+# Of the self-test, by norm: far above rounding, in float32 and where a gradient has 16 bits, and
+# far below the error of a use that is missed or counted twice.
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
 
 
 class FisherScores(dict[str, Tensor]):
@@ -62,6 +61,23 @@ class FisherScores(dict[str, Tensor]):
     rows: dict[str, Rows]
 
 
+@dataclass(frozen=True)
+class CalibrationProgress:
+    """How far a calibration is; one comes after every batch.
+
+    Attributes:
+        round: from 1.
+        rounds: how many there are.
+        samples: scored in this round so far.
+        samples_total: of a round, known once the first is over.
+    """
+
+    round: int
+    rounds: int
+    samples: int
+    samples_total: int | None
+
+
 def fisher_diag(
     model: nn.Module,
     batches: Iterable[Any],
@@ -75,32 +91,31 @@ def fisher_diag(
     check: bool = False,
     on_progress: Callable[[CalibrationProgress], None] | None = None,
 ) -> FisherScores:
-    """Scores weights by the diagonal of the Fisher information, summed over samples.
+    """Score weights by the diagonal of the Fisher information, summed over samples.
 
-    The model runs in eval mode; weights, `.grad`, flags of modules and parameters are as before
+    The model runs in eval mode. Weights, `.grad`, flags of modules and parameters are as before
     when this returns or raises. One backward of a batch gives the gradients of all its samples.
 
     Args:
         model: the model, on any device.
         batches: of samples, each passed to `logits_fn`.
-        logits_fn: `logits_fn(model, batch)` returns [B, C], or [B, T, V] for labels at each of T
-            positions whose log-probabilities add up, or a pair of that and a bool [B, T], the
-            positions that count. By default a tensor is the input, of a pair the first is, a
-            mapping goes to `forward` by keyword without its labels, or whole where `forward` has
-            one argument; `.logits` is taken of what transformers return, and padding does not
-            count. `talos.choice_logits` scores answers to choose among.
+        logits_fn: `logits_fn(model, batch)` returns [B, C], or [B, T, V] for a label at each of T
+            positions, or a pair of that and a bool [B, T], the positions that count. By default a
+            tensor is the input, of a pair the first is, and a mapping goes to `forward` by keyword
+            without its labels, or whole where `forward` has one argument. `.logits` is taken from
+            outputs of transformers, and padding does not count. `talos.choice_logits` scores
+            answers to choose among.
         params: "maskable", "qk", "attention" or a regular expression over names; see
             `talos.params`.
         target: "log_prob", or "logit": the gradient of the drawn class's logit, as in the code
             that the paper's authors released.
-        draws: labels drawn a sample, over which scores are averaged, or "exact": the expectation
-            over all classes, at the price of one backward a class.
+        draws: labels drawn per sample, over which scores are averaged, or "exact": the expectation
+            over all classes, which takes one backward a class.
         labels: "sampled" from the model's own distribution, or "importance": drawn where gradients
-            are large and weighted accordingly, a smaller variance at the same price; see
-            `talos.calibration.estimators`.
+            are large and weighted accordingly. That has a smaller variance at the same price.
         seed: of the labels.
-        check: first score three samples of the first batch by single backwards, too, and refuse
-            to go on if the two differ.
+        check: first score three samples of the first batch by single backwards, too, and raise if
+            the two differ.
         on_progress: called after each batch.
 
     Returns:
@@ -109,7 +124,7 @@ def fisher_diag(
     Raises:
         TalosValueError: an option is out of range, there are no samples, no parameter is selected,
             logits or scores are not finite, or samples cannot be told apart.
-        TalosTypeError: the logits are none.
+        TalosTypeError: `logits_fn` did not return a floating-point tensor.
         TalosRuntimeError: a parameter is used in a way that cannot be scored, or not at all, or
             samples influence one another, or a batch was made under `torch.inference_mode`, or the
             self-test failed.
@@ -121,198 +136,20 @@ def fisher_diag(
         (torch.Size([3, 2]), 2)
     """
     estimator = Estimator(target, draws, labels, seed)
-    selection = select_parameters(model, params)
-    _left_out(model, selection, params)
+    candidates = select_parameters(model, params)
+    warn_of_left_out(model, candidates, params)
     found = FisherScores()
-    with _evaluating(model) as bare, Capture(bare, selection) as capture:
-        rounds = Rounds(1, on_progress, logits_fn or logits_and_positions, estimator, check)
-        found.samples = rounds.score(capture, bare, batches)
+    with evaluating(model) as bare, Capture(bare, candidates) as capture:
+        scorer = Scorer(1, on_progress, logits_fn or logits_and_positions, estimator, check)
+        found.samples = scorer.score(capture, bare, batches)
         found.update(capture.scores)
-    found.rows = selection.rows
+    found.rows = candidates.rows
     return found
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    density: float = 0.1,
-    rounds: int = 4,
-    *,
-    logits_fn: LogitsFn | None = None,
-    params: str = "maskable",
-    target: Target = "log_prob",
-    draws: Draws = 1,
-    labels: Labels = "sampled",
-    soft: float = 0.01,
-    seed: int = 0,
-    select: Literal["lowest", "highest"] = "lowest",
-    parity: Parity = "paper",
-    check: bool = False,
-    on_progress: Callable[[CalibrationProgress], None] | None = None,
-) -> Mask:
-    """Finds the weights to train: the least sensitive ones, narrowed down in rounds.
-
-    The weights are damped between the rounds and put back bit for bit, also when this raises or
-    is interrupted. For the other options see `fisher_diag`.
-
-    The mask's metadata tell how stable it is: `stability` is the share of the last round's choice
-    that two half-sets of the samples agree on, each choosing by itself, and `stability_by_chance`
-    what halves that agree on nothing would share. It is None where there is one batch, or where a
-    single round has an unknown number of batches. `samples` is the number of the samples that each
-    round scored, of unequal ones the least, and `samples_of_rounds` lists them. `left_out` holds
-    the names and the share of the weights that params="maskable" leaves out because it does not
-    know what they are; from 1 % on there is a warning, too.
-
-    Args:
-        model: the model, on any device.
-        batches: re-iterable (a DataLoader, a list); every round goes through all of them. Some
-            hundred samples are enough, 32 are few.
-        density: the fraction of the weights to select, in (0, 1].
-        rounds: how many.
-        logits_fn: `logits_fn(model, batch)` returns [B, C], [B, T, V], or a pair of that and the
-            positions that count.
-        params: "maskable", "qk", "attention" or a regular expression over names.
-        target: "log_prob" or "logit".
-        draws: labels drawn a sample, or "exact".
-        labels: "sampled" or "importance".
-        soft: what dropped weights are multiplied by in later rounds, in (0, 1]: 0.01 in the
-            paper, 0.1 in its released code. Never 0: a layer of zeros would stop the signal.
-        seed: of the labels.
-        select: "lowest", or "highest" for the most sensitive weights, as a control.
-        parity: "released" does what the code that the authors released does where it differs from
-            the paper: target="logit" and soft=0.1 whatever is passed here, int(density * N) entries
-            (one fewer than before in a round that would keep all) and all that tie with the last of
-            them, and the tensors that the model holds by itself
-            (class and positional embedding, `proj` of CLIP) trained whole besides.
-        check: a self-test on three samples; see `fisher_diag`.
-        on_progress: called after each batch.
-
-    Returns:
-        A mask of exactly round(density * N) of the N weights, ties in order of (tensor, position).
-
-    Raises:
-        TalosValueError: as `fisher_diag`; or `batches` can be gone through only once.
-        TalosTypeError: as `fisher_diag`.
-        TalosRuntimeError: as `fisher_diag`.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        >>> mask = calibrate(model, [torch.randn(16, 4) for _ in range(2)], density=0.25)
-        >>> mask.nnz, mask.metadata["samples"]
-        (17, 32)
-    """
-    if parity not in ("paper", "released"):
-        raise TalosValueError(f"parity must be 'paper' or 'released', got {parity!r}")
-    released = parity == "released"
-    if released:
-        target, soft = "logit", 0.1
-    estimator = Estimator(target, draws, labels, seed)
-    density, soft = as_real(density) or 0.0, as_real(soft) or 0.0
-    if not 0.0 < density <= 1.0:
-        raise TalosValueError(f"density must lie in (0, 1], got {density}")
-    rounds = integer("rounds", rounds, 1)
-    if not 0.0 < soft <= 1.0:
-        raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
-    if select not in ("lowest", "highest"):
-        raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
-    if rounds > 1 and isinstance(batches, Iterator):
-        raise TalosValueError(
-            "batches must be re-iterable, got an iterator, which the first of "
-            f"{rounds} rounds would exhaust; pass a list or a DataLoader"
-        )
-    selection = select_parameters(model, params)
-    entries = sum(each.numel for each in selection.values())
-    if (int if released else round)(density * entries) == 0:
-        raise TalosValueError(
-            f"density must select at least one of {entries} weights, got {density}: no weight "
-            "selected"
-        )
-    unknown = _left_out(model, selection, params)
-    kept = _selectable(selection)
-    asked = logits_fn or logits_and_positions
-    progress = Rounds(rounds, on_progress, asked, estimator, check, halving=True)
-    equal = False
-    silent: dict[str, Tensor] = {}
-    count = entries
-    scored: list[int] = []  # samples of each round
-    with ExitStack() as stack:
-        bare = stack.enter_context(_evaluating(model))
-        damp_ = stack.enter_context(_damping(selection, soft))
-        capture = stack.enter_context(Capture(bare, selection, _SCALE))
-        for index in range(rounds):
-            capture.reset()
-            scored.append(progress.score(capture, bare, batches))
-            before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
-            choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
-            halves = [choose(scores) for scores in progress.halves]
-            if halves:  # the second half's scores are the capture's; here they become the sum
-                for name, score in progress.halves.pop(0).items():
-                    capture.scores[name] += score
-            if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _warn_if_equal(capture.scores, selection)
-                # Damping wakes dead units: only the undamped model tells what has no gradient.
-                silent = {name: score == 0 for name, score in capture.scores.items()}
-            kept = choose(capture.scores, all_ties=released)
-            count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
-            if index + 1 < rounds:
-                damp_(kept)
-    dead = sum(int((mask & silent[name]).sum()) for name, mask in kept.items())
-    if dead > _MANY_DEAD * count and not equal:
-        warnings.warn(
-            f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them "
-            "on these samples (dead units, inputs that are always zero), so training will not move "
-            "them; use more varied samples, or leave their layers out with params=",
-            stacklevel=2,
-        )
-    samples = min(scored)
-    if len(set(scored)) > 1:
-        warnings.warn(
-            f"the rounds scored {', '.join(map(str, scored))} samples: batches yields unequal "
-            "numbers of them each time it is gone through; pass a list or a DataLoader of a fixed "
-            "data set",
-            stacklevel=2,
-        )
-    if samples < _FEW_SAMPLES:
-        warnings.warn(
-            f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
-            stacklevel=2,
-        )
-    options: dict[str, Any] = {"soft": float(soft), "select": select, "target": target}
-    options |= {"draws": estimator.draws, "labels": labels, "seed": estimator.seed}
-    options |= {"parity": parity}
-    sizes: dict[str, Any] = {"density": float(density), "rounds": rounds, "samples": samples}
-    sizes |= {"samples_of_rounds": scored}
-    made = {"method": "talos", "params": params, "passed_over": selection.passed_over}
-    made |= {"left_out": unknown}
-    made |= sizes | options | {"torch": str(torch.__version__)}
-    made |= {"stability": _overlap(halves, nnz), "stability_by_chance": nnz / before}
-    dense = {name: mask.cpu() for name, mask in kept.items()}
-    if released:
-        chosen = {id(each.param) for each in selection.values()}
-        left = [name for name, param in own_parameters(bare).items() if id(param) not in chosen]
-        dense |= {
-            name: torch.ones(named_parameters(bare)[name].shape, dtype=torch.bool, device="cpu")
-            for name in left
-        }
-    return Mask.from_dense(dense, metadata=made)
-
-
-def _nnz(wanted: float, kept: int, released: bool) -> int:
-    """How many entries a round keeps: the nearest number, or what the released code counts."""
-    return max(1, min(int(wanted), kept - 1)) if released else round(wanted)
-
-
-def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
-    """The share of entries that both halves chose; None where there are no halves."""
-    if not halves:
-        return None
-    one, other = halves
-    return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode and gradients; hands out the model without its wrappers, flags come back."""
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the model without its wrappers into eval mode; flags are restored afterwards."""
     bare = unwrapped(model)
     flags = [(module, module.training) for module in bare.modules()]
     try:
@@ -332,58 +169,123 @@ def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
-@contextmanager
-def _damping(selection: Candidates, soft: float) -> Iterator[Callable[[dict[str, Tensor]], None]]:
-    """Hands out what damps the dropped weights; every weight comes back bit for bit."""
-    base = {name: each.param.detach().clone() for name, each in selection.items()}
+@dataclass
+class Scorer:
+    """Scores the batches of one round after another.
 
-    def damp_(kept: dict[str, Tensor]) -> None:
-        for name, each in selection.items():
-            rows = _rows(each)
-            whole, damped = base[name][rows], each.param.detach()[rows]
-            torch.mul(whole, soft, out=damped)
-            torch.where(kept[name][rows], whole, damped, out=damped)
+    Attributes:
+        halving: whether the last round is scored in two halves; the capture then holds the second
+            one only.
+        halves: the scores of the first and of the second half of its batches.
+    """
 
-    try:
-        yield damp_
-    finally:
-        with torch.no_grad():
-            for name, each in selection.items():
-                each.param.copy_(base[name])
+    rounds: int
+    on_progress: Callable[[CalibrationProgress], None] | None
+    logits_fn: LogitsFn
+    estimator: Estimator
+    check: bool
+    halving: bool = False
+    done: int = 0
+    total: int | None = None
+    batches: int = 0
+    halves: list[dict[str, Tensor]] = field(default_factory=list)
 
+    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
+        """Add the scores of every sample of one round and return the number of samples."""
+        samples = count = 0
+        half = self._half(batches)
+        for batch in batches:
+            if count == half:
+                self.halves = [capture.take()]
+            if self.check and self.done == count == 0:
+                self._self_test(capture, model, batch)
+            logits = self._forward(capture, model, batch)
+            for losses, share, last in self.estimator.losses(logits, self.done, samples):
+                capture.backward(losses, share, last=last)
+            samples += len(logits.values)
+            del logits, losses  # and the activations with them: not every last backward frees them
+            count += 1
+            if self.on_progress is not None:
+                self.on_progress(
+                    CalibrationProgress(self.done + 1, self.rounds, samples, self.total)
+                )
+        if samples == 0 and self.done:
+            raise TalosValueError(
+                f"batches must be re-iterable, got none in round {self.done + 1} after "
+                f"{self.total} samples in the first; pass a list or a DataLoader"
+            )
+        if samples == 0:
+            raise TalosValueError(
+                "batches must hold at least one sample, got 0; check the data set"
+            )
+        if self.halves:
+            capture.check(self.halves[0])
+            self.halves.append(capture.scores)
+        capture.check()
+        self.done, self.total, self.batches = self.done + 1, samples, count
+        return samples
 
-def _selectable(selection: Candidates) -> dict[str, Tensor]:
-    """The entries that may be selected: bool, in the shapes of the parameters."""
-    among = {}
-    for name, each in selection.items():
-        among[name] = torch.zeros(each.param.shape, dtype=torch.bool, device=each.param.device)
-        among[name][_rows(each)] = True
-    return among
+    def _half(self, batches: Iterable[Any]) -> int | None:
+        """The batch with which the second half of the last round begins, if that is known."""
+        if self.done + 1 < self.rounds or not self.halving:
+            return None
+        return (self.batches or known_length(batches) or 0) // 2 or None
 
+    def _forward(
+        self, capture: Capture, model: nn.Module, batch: Any, scored: bool = True
+    ) -> Logits:
+        try:
+            with capture.forward(scored=scored):
+                found = self.logits_fn(model, batch)
+            return checked_logits(found)
+        except RuntimeError as error:
+            if "inference tensor" not in str(error).lower():
+                raise
+            raise TalosRuntimeError(
+                "batches and model must hold tensors that autograd can use, got some made under "
+                "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
+            ) from error
 
-def _rows(each: Candidate) -> slice | EllipsisType:
-    return ... if each.rows is None else slice(*each.rows)
-
-
-def _left_out(model: nn.Module, selection: Candidates, params: str) -> dict[str, Any] | None:
-    """What a mask's metadata say of weights that the preset does not know; a warning of many."""
-    if params != "maskable":
-        return None  # who names a part means to leave out the rest
-    found = left_out(model, selection)
-    if found.message is not None:
-        warnings.warn(found.message, stacklevel=3)
-    return {"names": list(found.sizes), "share": found.share}
-
-
-def _warn_if_equal(scores: dict[str, Tensor], selection: Candidates) -> bool:
-    parts = [scores[name][_rows(each)] for name, each in selection.items() if each.numel]
-    ends = [torch.aminmax(part) for part in parts]
-    low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
-    equal = low == high and sum(part.numel() for part in parts) > 1
-    if equal:
-        warnings.warn(
-            "all scores are equal: the first weights are selected, which says nothing about the "
-            "model; check that the logits depend on the input",
-            stacklevel=3,
+    def _self_test(self, capture: Capture, model: nn.Module, batch: Any) -> None:
+        """Compare the scores of three samples with those of single backwards."""
+        losses = self._any_losses(self._forward(capture, model, batch))
+        chosen = sorted({0, len(losses) // 2, len(losses) - 1})
+        only = torch.zeros_like(losses).index_fill_(
+            0, torch.tensor(chosen, dtype=torch.int64, device="cpu").to(losses.device), 1.0
         )
-    return equal
+        capture.backward(losses * only)
+        scores = capture.take()
+        losses = self._any_losses(self._forward(capture, model, batch, scored=False))
+        _compare(capture, scores, [losses[row] for row in chosen])
+
+    def _any_losses(self, logits: Logits) -> Tensor:
+        """Losses [B] that reach whatever any draw or class reaches."""
+        return torch.stack([each for each, _, _ in self.estimator.losses(logits, 0, 0)]).sum(0)
+
+
+def _compare(capture: Capture, scores: dict[str, Tensor], losses: list[Tensor]) -> None:
+    """Refuse scores that differ from the squared gradients of the losses, 0-dim each."""
+    params = [each.param for each in capture.candidates.values()]
+    expected = {name: torch.zeros_like(score) for name, score in scores.items()}
+    dtypes = dtypes_of(losses[0])
+    scale = 1.0 if torch.float16 in dtypes else capture.scale
+    for loss in losses:
+        with torch.autocast(loss.device.type, enabled=False):
+            grads = torch.autograd.grad(loss * scale, params, retain_graph=True, allow_unused=True)
+        for score, grad in zip(expected.values(), grads, strict=True):
+            if grad is not None:
+                score.addcmul_(grad.float(), grad.float())
+    tolerance = _HALF_TOLERANCE if dtypes & {torch.float16, torch.bfloat16} else _TOLERANCE
+    # A parameter that no loss depends on, a bias of keys, has a gradient of rounding errors alone.
+    largest = max(float(score.mean()) for score in expected.values() if score.numel())
+    for name, each in capture.candidates.items():
+        rows = slice(*(each.rows or (None,)))
+        ours, wanted = scores[name][rows].double(), expected[name][rows].double()
+        error, size = float((ours - wanted).norm()), float(wanted.norm())
+        noise = tolerance**2 * largest * wanted.numel() ** 0.5
+        if not error <= tolerance * size + noise:
+            raise TalosRuntimeError(
+                f"scores of {name} must equal those of single backwards, got a relative difference "
+                f"of {error / max(size, 1e-300):.2g} on {len(losses)} samples: the model uses it "
+                f"in a way that is not seen here; {REMEDY}"
+            )

@@ -1,48 +1,44 @@
-"""Which rows of a layer's input belong to which sample.
+"""Tell the samples of a batch apart: which rows of a layer's input belong to which sample.
 
-Rows are counted over the leading dimensions of a layer's input. Most models lay them out as
-[outer, samples, inner] for some split of the rows, so such a layout is one number, `outer`:
+Rows are counted over the leading dimensions of the input. Most models lay them out as
+[outer, samples, inner], so a layout is one number, `outer`:
 
-    first    [B, ..., D] or [B * T, D]    outer = 1
-    second   [T, B, ..., D]               outer = T
-    last     [T * B, ..., D]              outer = T
+    first             [B, ..., D] or [B * T, D]    outer = 1
+    last of first     [T * B, ..., D]              outer = T
+    second            [T, B, ..., D]               outer = T
+    last of second    [T, W * B, ..., D]           outer = T * W
 
-Shapes do not always tell them apart: [B, T, D] with T = B, or a flattened dimension. A probe does.
-It is a backward in which the b-th loss is scaled by 2^code(b), an exact operation: a row of one
-sample then comes out scaled by that sample's factor, and the ratio to the unscaled backward names
-the sample.
+The shape alone does not always decide: [B, T, D] with T = B, or a flattened dimension. Then a probe
+does. A probe is a backward in which the b-th loss is multiplied by 2^code(b), which is exact. A row
+of sample b comes out larger by that factor, so its ratio to the plain backward names the sample.
 
-The samples may also have changed places, as in a batch that is sorted: the sum of their squares is
-the same, so a layout is good that gives each of them the rows of another one, unless a tensor is
-used several times, in which case the uses must agree.
-
-Rows that fit no layout may still be one sample's each, in any order and any number: those of a
-batch that is packed, those that a router hands to an expert. Further probes name their
-samples one by one, with codes of which no two samples have all in common, and one probe more than
-that takes. Rows that all probes together do not name hold several samples, which no squared
-gradient may do.
+Rows without a layout may still belong to one sample each, in any order and number: a sorted batch,
+packed sequences, the tokens that a router sends to an expert. Further probes then name the sample
+of every row, with one probe more than that takes. A row that the probes do not name mixes samples,
+and no squared gradient can be right: it is refused.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from talos.errors import TalosRuntimeError, TalosValueError
 
-__all__ = ["Layouts", "Use", "leading"]
+__all__ = ["Layouts", "Rows", "Use", "blocks", "leading"]
 
-Origin = Literal["layer", "attention", "image"]
-
-# How many codes there are: they span what the gradients' dtype has exponents for. Where samples are
-# more, those of the first probe come at random, so that they keep step with nothing.
+# How many codes there are: they span what the gradients' dtype has exponents for. With more samples
+# than codes, the first probe takes random ones, so that no pattern of the batch repeats them.
 _PERIOD = 31
 _FP16_PERIOD = 7
 _TOLERANCE = 0.02  # of log2 of a ratio; two codes differ by 1 or more
+
+# Padding may take this many times the rows, or this many rows. Beyond that, samples with like
+# numbers of rows share a block.
+_MOST_PADDING = 2
+_FEW_ROWS = 4096
 
 
 @dataclass(eq=False)
@@ -52,24 +48,19 @@ class Use:
     Attributes:
         name: the tensor.
         lead: the leading dimensions of the layer's input.
-        origin: "attention" inside `multi_head_attention_forward`, whose inputs are [T, B, D] or
-            [T * B, D]; "image" for patches, [B, L, D]; "layer" for all else.
-        tensors: all tensors that it uses, the bias too.
         ordinal: how many uses of the tensor came before it in the forward.
-        routed: whether it is one of many parts of a tensor, of which data may decide what rows it
-            gets, so that its layout is no other batch's.
-        outer: the layout, once it is known.
-        owners: the sample of each row, int64 [rows], once it is known that there is no layout;
-            -1 for rows without a gradient so far.
-        signatures: the largest magnitude in each row of dY, one for each probe, fp32 or fp64
+        routed: whether data may decide which rows it gets (one of many parts of a tensor), so that
+            each batch has its own layout.
+        outer: the layout, once known.
+        owners: the sample of each row, int64 [rows], once it is known that there is no layout; -1
+            for rows that had no gradient yet.
+        signatures: the largest magnitude in each row of dY, one tensor a probe, fp32 or fp64
             [rows].
     """
 
     name: str
     lead: tuple[int, ...]
-    origin: Origin
     routed: bool = False
-    tensors: tuple[str, ...] = ()
     ordinal: int = 0
     outer: int | None = None
     owners: Tensor | None = None
@@ -77,33 +68,29 @@ class Use:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What this use has in common with that of another batch."""
+        """What this use has in common with the same use in another batch."""
         return self.name, self.ordinal
 
     def layouts(self, samples: int) -> dict[str, int]:
         """The layouts that the shape allows: kind and `outer`, no two with the same rows."""
         if samples == 1 or 0 in self.lead:
             return {"first": 1}
-        first, second = (*self.lead, 0, 0)[:2]
-        if self.origin == "attention":
-            if second % samples:
-                return {}
-            also = {} if second == samples else {"last": first * second // samples}
-            return {"second": first} | also
-        found = {}
-        if first and first % samples == 0:
-            found = {"first": 1} | ({} if first == samples else {"last": first // samples})
-        if self.origin == "layer" and second == samples:
-            found["second"] = first
+        found, outer = {}, 1
+        for kind, size in zip(("first", "second"), self.lead, strict=False):
+            if size % samples == 0:
+                found[kind] = outer
+                if size > samples:
+                    found[f"last of {kind}"] = outer * size // samples
+            outer *= size
         return found
 
 
 class Layouts:
     """What is known of the layouts of one model.
 
-    A layout belongs to the code of the model, so one that a probe decided holds for later batches.
-    Flattened rows are the exception: they may be packed sequences of unequal lengths and are probed
-    in every batch. So are the rows of a tensor of which some once had no layout.
+    A layout follows from the model's code, so what a probe decided holds for later batches. There
+    are two exceptions, which every batch probes: flattened rows, which may be packed sequences, and
+    tensors some of whose rows once had no layout.
     """
 
     def __init__(self) -> None:
@@ -111,26 +98,23 @@ class Layouts:
         self._probed = False
         self._seen: set[str] = set()  # tensors that a probe has reached
         self._scattered: set[str] = set()  # tensors some of whose rows had no layout
-        self._again: set[str] = set()  # tensors that the forward of the batch uses more than once
         self._half = False
         self._codes = torch.zeros(1, 0, dtype=torch.int64, device="cpu")  # [probes, B]
 
     def probes(self, uses: Sequence[Use], samples: int, *, half: bool) -> int:
-        """Settles the layouts that are known and tells how many probes the rest wants.
+        """Settle the layouts that are known and return how many probes the others need.
 
         Args:
             uses: of one batch.
             samples: the batch size B.
-            half: whether gradients are fp16 anywhere on their way.
+            half: whether any gradient of the batch is fp16.
 
         Returns:
-            0; or 1 where a layout is unknown, and for the first batch of more than one sample; or
-            as many as name the sample of every row.
+            0 if all layouts are known; 1 if one is not, and for the first batch of more than one
+            sample; `most` if every row has to be named.
         """
         self._half = half
         self._codes = _codes(samples, _FP16_PERIOD if half else _PERIOD)
-        times = Counter(name for use in uses for name in use.tensors)
-        self._again = {name for name, count in times.items() if count > 1}
         wanted = 0 if self._probed or samples == 1 else 1
         for use in uses:
             if use.outer is not None or use.owners is not None:
@@ -152,32 +136,27 @@ class Layouts:
         return len(self._codes)
 
     def scales(self, losses: Tensor, probe: int) -> Tensor:
-        """The factors of the losses in a probe: powers of two, shaped as `losses` [B].
-
-        Args:
-            losses: of the samples.
-            probe: its number, below `most`.
-        """
+        """Return the factors of the losses [B] in a probe: powers of two, shaped as `losses`."""
         return torch.ldexp(torch.ones_like(losses), self._codes[probe].to(losses.device))
 
-    def listen(self, use: Use, rows: Tensor) -> None:
-        """Keeps what the decision needs of dY [rows, features] in a probe."""
-        use.signatures.append(_row_sizes(rows))
+    def probe(self, use: Use, dy: Tensor) -> None:
+        """Keep what `decide` needs of dY [rows, features] in a probe."""
+        use.signatures.append(_row_sizes(dy))
 
-    def decide(self, use: Use, rows: Tensor, samples: int) -> int | Tensor | None:
-        """The layout of a use, from its probes where there were some.
+    def decide(self, use: Use, dy: Tensor, samples: int) -> int | Tensor | None:
+        """Decide the layout of a use, from its probes if there were any.
 
         Args:
-            use: a use whose layout is known or that was probed.
-            rows: dY of the unscaled backward, [rows, features].
+            use: a use whose layout is known, or that was probed.
+            dy: of the plain backward, [rows, features].
             samples: the batch size B.
 
         Returns:
-            outer, with which `rows` is [outer, samples, inner]; or the sample of each row, int64
-            [rows], -1 for nobody's; or None where that takes more probes than there were.
+            `outer`, so that the rows are [outer, samples, inner]; or the sample of each row, int64
+            [rows], -1 for rows without one; or None if that takes more probes.
 
         Raises:
-            TalosValueError: dY is not finite, or too small to be told apart.
+            TalosValueError: dY is not finite, or too small to tell samples apart.
             TalosRuntimeError: a row belongs to several samples.
         """
         if not use.signatures and use.outer is None and use.owners is None:
@@ -187,13 +166,13 @@ class Layouts:
             )
         if not use.signatures and use.outer is not None:
             return use.outer
-        size = _row_sizes(rows)
+        size = _row_sizes(dy)
         if not bool(torch.isfinite(size).all()):
             raise TalosValueError(
                 f"scores of {use.name} must be finite, got a gradient with NaN or infinity; look "
                 "for overflow in the model, or calibrate in float32"
             )
-        coarsest = torch.float16 if self._half else rows.dtype
+        coarsest = torch.float16 if self._half else dy.dtype
         floor = torch.finfo(coarsest).tiny * 16  # below, numbers are too coarse for a ratio
         if use.owners is None:
             outer = self._layout(use, size, floor, samples)
@@ -213,42 +192,37 @@ class Layouts:
         """The layout that the probes show, if there is one."""
         allowed, fitting = use.layouts(samples), {}
         signatures = torch.stack(use.signatures)  # [probes, rows]
-        heard = (size > floor) & (signatures > floor)
+        visible = (size > floor) & (signatures > floor)
         codes = self._codes[: len(signatures)].to(size.device)
         shift = torch.log2(signatures / size)
         for kind, outer in allowed.items():
             inner = len(size) // (outer * samples)
             wrong = (shift - codes.repeat_interleave(inner, 1).repeat(1, outer)).abs() > _TOLERANCE
-            if not bool(wrong[heard].any()):
+            if not bool(wrong[visible].any()):
                 fitting[kind] = outer
-        if not fitting and self._again.isdisjoint(use.tensors):
-            split = {kind: (outer, samples, -1) for kind, outer in allowed.items()}
-            fitting = {
-                kind: allowed[kind]
-                for kind, shape in split.items()
-                if _exchanged(shift[0].view(shape), heard[0].view(shape), codes[0])
-            }
-        self._probed = self._probed or bool(heard.any())
+        self._probed = self._probed or bool(visible.any())
         self._seen.add(use.name)
         if not fitting:
             return None
-        if len(fitting) == 1 < len(allowed) and len(use.lead) > 1:
-            self._kinds[use.key] = next(iter(fitting))
-        # Where several fit they give each row that is not zero to samples of the same code. That is
-        # enough for this backward; another one of the batch may tell more.
+        kind = next(iter(fitting))
+        # A second dimension longer than the batch may be packed sequences, [1, rows].
+        lasting = kind.endswith("first") or use.lead[1] == samples
+        if len(fitting) == 1 and len(use.lead) > 1 and lasting:
+            self._kinds[use.key] = kind
+        # Where several fit, each gives the rows that are not zero to samples of the same code. That
+        # is enough for this backward; another one of the batch may show more.
         outer = next(iter(fitting.values()))
         use.outer = outer if len(fitting) == 1 else None
         return outer
 
     def _owners(self, use: Use, size: Tensor, floor: float) -> Tensor:
-        """The sample of each row, by all probes: the one whose codes are all those of the row."""
+        """The sample of each row: the one whose codes are those of the row in every probe."""
         signatures = torch.stack(use.signatures)  # [probes, rows]
-        heard = (size > floor) & (signatures > floor).all(0)
-        if self._half and bool(((size > 0) & ~heard).any()):
+        visible = (size > floor) & (signatures > floor).all(0)
+        if self._half and bool(((size > 0) & ~visible).any()):
             raise TalosValueError(
-                f"gradients of {use.name} must be large enough to tell whose they are, got some "
-                "too small for float16; calibrate in bfloat16 or float32, or pass batches of one "
-                "sample"
+                f"gradients of {use.name} must be large enough to tell samples apart, got some too "
+                "small for float16; calibrate in bfloat16 or float32, or pass batches of one sample"
             )
         shift = torch.log2(signatures / size)
         found = shift.round()
@@ -262,25 +236,25 @@ class Layouts:
         own = (own * places[:, None]).sum(0)
         nearest = torch.searchsorted(keys, own).clamp_(max=len(keys) - 1)
         wrong |= keys[nearest] != own
-        if use.owners is not None:  # of another backward of the batch
+        if use.owners is not None:  # from another backward of the batch
             wrong |= (use.owners >= 0) & (use.owners != order[nearest])
-        if bool(wrong[heard].any()):
+        if bool(wrong[visible].any()):
             raise TalosRuntimeError(
                 f"the samples of a batch must not influence one another, got rows of {use.name} "
                 "that belong to several; look for statistics over the batch, losses across samples "
                 "or projections that a batch shares, pass batches of one sample, or leave the "
                 "tensor out with params="
             )
-        nobody = torch.full_like(order[nearest], -1) if use.owners is None else use.owners
-        return torch.where(heard, order[nearest], nobody)
+        before = torch.full_like(order[nearest], -1) if use.owners is None else use.owners
+        return torch.where(visible, order[nearest], before)
 
 
 @cache
 def _codes(samples: int, period: int) -> Tensor:
-    """The code of each sample in each probe, int64 [probes, B]: no two samples' are the same.
+    """The code of each sample in each probe, int64 [probes, B]: no two samples have the same ones.
 
-    Of two samples that are in one row, the first probe shows the weaker where its code is the
-    larger; where samples are no more than codes, the second probe shows it in the other case.
+    If two samples are mixed in a row, the first probe shows the weaker one where its code is the
+    larger. Where samples are no more than codes, the second probe shows it in the other case.
     """
     if samples <= period:
         codes = torch.linspace(0, period - 1, samples, dtype=torch.float32, device="cpu")
@@ -297,29 +271,18 @@ def _codes(samples: int, period: int) -> Tensor:
     return torch.stack(digits) - period // 2
 
 
-def _exchanged(shift: Tensor, heard: Tensor, codes: Tensor) -> bool:
-    """Whether the samples of rows [outer, B, inner] have changed places, as far as codes tell."""
-    low = shift.where(heard, torch.inf).amin((0, 2))
-    high = shift.where(heard, -torch.inf).amax((0, 2))
-    some = heard.any(2).any(0)
-    found = high[some].round()
-    near = torch.maximum((high[some] - found).abs(), (low[some] - found).abs()) <= _TOLERANCE
-    distinct = len(codes.unique()) == len(codes) and len(found.unique()) == len(found)
-    return distinct and bool((near & torch.isin(found, codes.to(found.dtype))).all())
-
-
-def _row_sizes(rows: Tensor) -> Tensor:
+def _row_sizes(dy: Tensor) -> Tensor:
     """The largest magnitude in each row, fp32 or fp64 [rows]."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    if rows.shape[1] == 0:
-        return rows.new_zeros(len(rows), dtype=wide)
-    return rows.abs().amax(1).to(wide)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if dy.shape[1] == 0:
+        return dy.new_zeros(len(dy), dtype=wide)
+    return dy.abs().amax(1).to(wide)
 
 
 def leading(x: Tensor) -> tuple[int, ...]:
-    """The leading dimensions of an input [..., D]; of rows that a view flattened, those before it.
+    """Return the leading dimensions of an input [..., D], before a view flattened them.
 
-    Flattened rows are probed in every batch, so it pays to know that they are none.
+    Flattened rows are probed in every batch. To know what they were before saves those probes.
 
     Args:
         x: the input.
@@ -331,8 +294,110 @@ def leading(x: Tensor) -> tuple[int, ...]:
         >>> leading(torch.zeros(2, 3, 4).view(-1, 4))
         (2, 3)
     """
-    base = x._base
-    if base is None or x.dim() != 2 or base.dim() == 2 or base.shape[-1:] != x.shape[-1:]:
-        return tuple(x.shape[:-1])
-    whole = base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
-    return tuple((base if whole else x).shape[:-1])
+    base, flat = x._base, tuple(x.shape[:-1])
+    if base is None or len(flat) != 1 or base.dim() == 2 or base.numel() != x.numel():
+        return flat
+    order = sorted(range(base.dim()), key=base.stride, reverse=True)  # as it lies in memory
+    base = base.permute(order)
+    lead, rows = [], len(x)
+    for size in base.shape if base.is_contiguous() and x.is_contiguous() else ():
+        if rows == 1 or size == 0 or (rows % size and size % rows):
+            break
+        lead.append(min(size, rows))
+        rows //= lead[-1]
+    return tuple(lead) if lead and rows == 1 else flat
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one use.
+
+    Attributes:
+        dy: the gradient of the use's output, [rows, features].
+        inputs: what it multiplied, [rows, features], or looked up, [rows]; None: neither.
+        layout: what `Layouts.decide` returned.
+    """
+
+    dy: Tensor
+    inputs: Tensor | None
+    layout: int | Tensor
+
+    def owners(self, samples: int) -> Tensor:
+        """The sample of each row, int64 [rows]."""
+        if isinstance(self.layout, Tensor):
+            return self.layout
+        inner = len(self.dy) // (self.layout * samples)
+        numbers = torch.arange(samples, dtype=torch.int64, device=self.dy.device)
+        return numbers.repeat_interleave(inner).repeat(self.layout)
+
+
+def blocks(uses: Sequence[Rows], samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Arrange the rows of a part's uses as the kernels take them.
+
+    Rows with a layout are a view. Rows with owners are sorted by sample and padded with zeros,
+    which add nothing to any sum. The rows of several uses are further rows of the samples.
+
+    Args:
+        uses: of one part of a parameter.
+        samples: the batch size.
+
+    Yields:
+        dY [outer, samples, inner, features], and inputs of that shape or ids
+        [outer, samples, inner] where there are any. Each sample's rows are in one block.
+    """
+    if len(uses) == 1 and isinstance(uses[0].layout, int):
+        dy, x, outer = uses[0].dy, uses[0].inputs, uses[0].layout
+        yield _split(dy, outer, samples), None if x is None else _split(x, outer, samples)
+        return
+    dys = [rows.dy for rows in uses]
+    inputs = [rows.inputs for rows in uses if rows.inputs is not None]
+    layouts = [rows.layout for rows in uses if isinstance(rows.layout, int)]
+    if len(layouts) == len(uses):
+        yield _joined(dys, layouts, samples), _joined(inputs, layouts, samples) if inputs else None
+        return
+    owners = torch.cat([rows.owners(samples) for rows in uses])
+    dy, x = torch.cat(dys), torch.cat(inputs) if inputs else None
+    for rows, slots, shape in _slots(owners):
+        yield _padded(dy, rows, slots, shape), None if x is None else _padded(x, rows, slots, shape)
+
+
+def _joined(rows: list[Tensor], layouts: list[int], samples: int) -> Tensor:
+    """Rows of several uses, each with a layout, as one block."""
+    split = [_split(each, outer, samples) for each, outer in zip(rows, layouts, strict=True)]
+    return torch.cat([each.transpose(0, 1).flatten(1, 2) for each in split], 1)[None]
+
+
+def _split(rows: Tensor, outer: int, samples: int) -> Tensor:
+    return rows.view(outer, samples, len(rows) // (outer * samples), *rows.shape[1:])
+
+
+def _slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+    """Each block's rows, their places in the block, and its numbers of samples and of rows each."""
+    owners, order = owners.sort(stable=True)
+    unowned = int((owners < 0).sum())
+    owners, order = owners[unowned:], order[unowned:]
+    if len(owners) == 0:
+        return
+    counts = owners.unique_consecutive(return_counts=True)[1]
+    sample = torch.arange(len(counts), dtype=torch.int64, device=owners.device)
+    sample = sample.repeat_interleave(counts)
+    ranks = torch.arange(len(owners), dtype=torch.int64, device=owners.device)
+    ranks -= (counts.cumsum(0) - counts)[sample]  # of each row among its sample's
+    largest = int(counts.max())
+    if len(counts) * largest <= max(_MOST_PADDING * len(owners), _FEW_ROWS):
+        sizes = torch.zeros_like(counts)
+    else:
+        sizes = counts.log2().long()
+    for size in sizes.unique():
+        number = (sizes == size).cumsum(0) - 1  # of each sample in its block
+        mine = (sizes == size)[sample]
+        longest = int(counts[sizes == size].max())
+        slots = number[sample[mine]] * longest + ranks[mine]
+        yield order[mine], slots, (int((sizes == size).sum()), longest)
+
+
+def _padded(x: Tensor, rows: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Some rows of `x` at their slots of a block that is zero elsewhere."""
+    block = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
+    block[slots] = x[rows]
+    return block.view(1, *shape, *x.shape[1:])

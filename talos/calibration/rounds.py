@@ -1,137 +1,286 @@
-"""Rounds of scoring: every batch of a round is asked for its logits and gives its scores."""
+"""Select the least sensitive weights in rounds (TaLoS, arXiv 2504.02620).
 
+A mask of density s over N weights comes from R rounds:
+
+    in round r = 0 .. R-1:
+        score with theta_0 * m,  m = 1 where a weight is kept, soft where it is dropped
+        keep the k = round(s^((r+1)/R) * N) lowest of those still kept
+
+Each round draws its own labels.
+"""
+
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from types import EllipsisType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from talos.batches import known_length
+from talos.batches import logits_and_positions
 from talos.calibration.capture import Capture
-from talos.calibration.estimators import Estimator, Logits, checked_logits
-from talos.errors import TalosRuntimeError, TalosValueError
+from talos.calibration.estimators import Draws, Estimator, Labels, Target
+from talos.calibration.fisher import CalibrationProgress, LogitsFn, Scorer, evaluating
+from talos.calibration.left_out import warn_of_left_out
+from talos.errors import TalosValueError
+from talos.masks import Mask
+from talos.masks.lowest import lowest_entries
+from talos.names import named_parameters
+from talos.options import as_real, integer
+from talos.params import Candidate, Candidates, own_parameters, select_parameters
 
-__all__ = ["CalibrationProgress", "LogitsFn", "Rounds"]
+__all__ = ["calibrate"]
 
-LogitsFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+_FEW_SAMPLES = 8
+_MANY_DEAD = 0.75  # of the selected weights
+
+# Damped weights pass on so little that squared gradients leave fp32's range: on MiniLM they reach
+# 1e-38 in the second round. Only their order matters here, and a power of two keeps it.
+_SCALE = 2.0**32
 
 
-@dataclass(frozen=True)
-class CalibrationProgress:
-    """How far a calibration is; one comes after every batch.
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    density: float = 0.1,
+    rounds: int = 4,
+    *,
+    logits_fn: LogitsFn | None = None,
+    params: str = "maskable",
+    target: Target | None = None,
+    draws: Draws = 1,
+    labels: Labels = "sampled",
+    soft: float | None = None,
+    seed: int = 0,
+    select: Literal["lowest", "highest"] = "lowest",
+    parity: Literal["paper", "released"] = "paper",
+    check: bool = False,
+    on_progress: Callable[[CalibrationProgress], None] | None = None,
+) -> Mask:
+    """Select the weights to train: the least sensitive ones, narrowed down in rounds.
 
-    Attributes:
-        round: from 1.
-        rounds: how many there are.
-        samples: scored in this round so far.
-        samples_total: of a round, known once the first is over.
+    The weights are damped between the rounds and restored bit for bit, also when this raises or is
+    interrupted.
+
+    The mask's metadata hold these results, among others:
+
+    - `stability`: the share of the last round's choice that two half-sets of the samples agree on,
+      each choosing by itself. None with one batch, or with one round over batches of unknown
+      number. `stability_by_chance` is the share for two random choices.
+    - `samples`: the number of samples that each round scored, the least of unequal ones;
+      `samples_of_rounds` lists them.
+    - `left_out`: the names and the share of the weights that params="maskable" leaves out because
+      it does not know their kind. From 1 % on there is a warning, too.
+
+    Args:
+        model: the model, on any device.
+        batches: re-iterable (a DataLoader, a list); every round goes through all of them. Some
+            hundred samples are enough, 32 are few.
+        density: the fraction of the weights to select, in (0, 1].
+        rounds: how many.
+        logits_fn: `logits_fn(model, batch)` returns the logits; see `fisher_diag`.
+        params: "maskable", "qk", "attention" or a regular expression over names.
+        target: "log_prob" (the default) or "logit"; see `fisher_diag`.
+        draws: labels drawn per sample, or "exact"; see `fisher_diag`.
+        labels: "sampled" or "importance"; see `fisher_diag`.
+        soft: the factor of dropped weights in later rounds, in (0, 1]; 0.01 by default, as in the
+            paper. Never 0: a layer of zeros would stop the signal.
+        seed: of the labels.
+        select: "lowest", or "highest" for the most sensitive weights, as a control.
+        parity: "released" follows the authors' code where it differs from the paper. target is
+            "logit" and soft 0.1. Every entry that ties with the last one is selected, of
+            int(density * N), one fewer than before in a round that would keep all. Tensors that
+            the model holds by itself (class and positional embedding, `proj` of CLIP) are trained
+            whole besides.
+        check: a self-test on three samples; see `fisher_diag`.
+        on_progress: called after each batch.
+
+    Returns:
+        A mask of exactly round(density * N) of the N weights, ties in order of (tensor, position).
+
+    Raises:
+        TalosValueError: as `fisher_diag`; or `batches` can be gone through only once; or target or
+            soft contradicts `parity`.
+        TalosTypeError: as `fisher_diag`.
+        TalosRuntimeError: as `fisher_diag`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> mask = calibrate(model, [torch.randn(16, 4) for _ in range(2)], density=0.25)
+        >>> mask.nnz, mask.metadata["samples"]
+        (17, 32)
     """
-
-    round: int
-    rounds: int
-    samples: int
-    samples_total: int | None
-
-
-@dataclass
-class Rounds:
-    """Scores round after round: what is asked of the model, how far it is, what halves said.
-
-    Attributes:
-        halving: whether the last round is to be scored in two halves, `halves`, of which the
-            capture then holds the second only.
-        halves: the scores of the first and of the second half of its batches.
-    """
-
-    rounds: int
-    on_progress: Callable[[CalibrationProgress], None] | None
-    logits_fn: LogitsFn
-    estimator: Estimator
-    check: bool
-    halving: bool = False
-    done: int = 0
-    total: int | None = None
-    batches: int = 0
-    halves: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
-        """Adds the scores of every sample of one round and returns their number."""
-        samples = count = 0
-        half = self._half(batches)
-        for batch in batches:
-            if count == half:
-                self.halves = [capture.take()]
-            if self.check and self.done == count == 0:
-                self._test(capture, model, batch)
-            logits = self._ask(capture, model, batch)
-            for losses, share, last in self.estimator.losses(logits, self.done, samples):
-                capture.backward(losses, share, last=last)
-            samples += len(logits.values)
-            del logits, losses  # and the activations with them: not every last backward frees them
-            count += 1
-            self._report(samples)
-        if samples == 0 and self.done:
-            raise TalosValueError(
-                f"batches must be re-iterable, got none in round {self.done + 1} after "
-                f"{self.total} samples in the first; pass a list or a DataLoader"
-            )
-        if samples == 0:
-            raise TalosValueError(
-                "batches must hold at least one sample, got 0; check the data set"
-            )
-        if self.halves:
-            capture.check(self.halves[0])
-            self.halves.append(capture.scores)
-        capture.check()
-        self.done, self.total, self.batches = self.done + 1, samples, count
-        return samples
-
-    def _half(self, batches: Iterable[Any]) -> int | None:
-        """The batch with which the second half of the last round begins, where that is known."""
-        if self.done + 1 < self.rounds or not self.halving:
-            return None
-        return (self.batches or known_length(batches) or 0) // 2 or None
-
-    def _ask(self, capture: Capture, model: nn.Module, batch: Any) -> Logits:
-        capture.forget()
-        with _refusing_inference_tensors():
-            return checked_logits(self.logits_fn(model, batch))
-
-    def _test(self, capture: Capture, model: nn.Module, batch: Any) -> None:
-        """Compares scores of three samples with those of single backwards, then forgets both."""
-        logits = self._ask(capture, model, batch)
-        count = len(logits.values)
-        chosen = sorted({0, count // 2, count - 1})
-        losses = self._any_losses(logits)
-        only = torch.zeros_like(losses).index_fill_(
-            0, torch.tensor(chosen, dtype=torch.int64, device="cpu").to(losses.device), 1.0
+    if parity not in ("paper", "released"):
+        raise TalosValueError(f"parity must be 'paper' or 'released', got {parity!r}")
+    released = parity == "released"
+    if released and (target not in (None, "logit") or soft not in (None, 0.1)):
+        raise TalosValueError(
+            "target and soft must be 'logit' and 0.1 with parity='released', got "
+            f"target={target!r} and soft={soft!r}; leave them out, or use parity='paper'"
         )
-        capture.backward(losses * only)
-        ours = capture.take()
-        with capture.plain():
-            logits = self._ask(capture, model, batch)
-            losses = self._any_losses(logits)
-            capture.compare(ours, [losses[row] for row in chosen])
+    target = target or ("logit" if released else "log_prob")
+    soft = as_real((0.1 if released else 0.01) if soft is None else soft) or 0.0
+    estimator = Estimator(target, draws, labels, seed)
+    density = as_real(density) or 0.0
+    if not 0.0 < density <= 1.0:
+        raise TalosValueError(f"density must lie in (0, 1], got {density}")
+    rounds = integer("rounds", rounds, 1)
+    if not 0.0 < soft <= 1.0:
+        raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
+    if select not in ("lowest", "highest"):
+        raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
+    if rounds > 1 and isinstance(batches, Iterator):
+        raise TalosValueError(
+            "batches must be re-iterable, got an iterator, which the first of "
+            f"{rounds} rounds would exhaust; pass a list or a DataLoader"
+        )
+    candidates = select_parameters(model, params)
+    entries = sum(each.numel for each in candidates.values())
+    if (int if released else round)(density * entries) == 0:
+        raise TalosValueError(
+            f"density must select at least one of {entries} weights, got {density}: no weight "
+            "selected"
+        )
+    left_out = warn_of_left_out(model, candidates, params)
+    scorer = Scorer(
+        rounds, on_progress, logits_fn or logits_and_positions, estimator, check, halving=True
+    )
+    kept, count = _all_of(candidates), entries
+    equal = False
+    silent: dict[str, Tensor] = {}
+    scored: list[int] = []  # samples of each round
+    with (
+        evaluating(model) as bare,
+        _damping(candidates, soft) as damp_,
+        Capture(bare, candidates, _SCALE) as capture,
+    ):
+        for index in range(rounds):
+            capture.reset()
+            scored.append(scorer.score(capture, bare, batches))
+            before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
+            choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
+            halves = [choose(scores) for scores in scorer.halves]
+            if halves:  # the second half's scores are the capture's; here they become the sum
+                for name, score in scorer.halves.pop(0).items():
+                    capture.scores[name] += score
+            if index == 0:  # later rounds choose among the lowest, which may all be 0
+                equal = _all_equal(capture.scores, candidates)
+                # Damping wakes dead units: only the undamped model shows what has no gradient.
+                silent = {name: score == 0 for name, score in capture.scores.items()}
+            kept = choose(capture.scores, all_ties=released)
+            count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
+            if index + 1 < rounds:
+                damp_(kept)
+    dead = sum(int((mask & silent[name]).sum()) for name, mask in kept.items())
+    if equal:
+        warnings.warn(
+            "all scores are equal: the first weights are selected, which says nothing about the "
+            "model; check that the logits depend on the input",
+            stacklevel=2,
+        )
+    elif dead > _MANY_DEAD * count:
+        warnings.warn(
+            f"{dead} of the {count} selected weights have a score of 0: no gradient reaches them "
+            "on these samples (dead units, inputs that are always zero), so training will not move "
+            "them; use more varied samples, or leave their layers out with params=",
+            stacklevel=2,
+        )
+    samples = min(scored)
+    if len(set(scored)) > 1:
+        warnings.warn(
+            f"the rounds scored {', '.join(map(str, scored))} samples: batches yields unequal "
+            "numbers of them each time it is gone through; pass a list or a DataLoader of a fixed "
+            "data set",
+            stacklevel=2,
+        )
+    if samples < _FEW_SAMPLES:
+        warnings.warn(
+            f"a mask from {samples} samples is mostly noise; pass some hundred in batches",
+            stacklevel=2,
+        )
+    metadata = {
+        "method": "talos",
+        "params": params,
+        "passed_over": candidates.passed_over,
+        "left_out": left_out,
+        "density": float(density),
+        "rounds": rounds,
+        "samples": samples,
+        "samples_of_rounds": scored,
+        "soft": float(soft),
+        "select": select,
+        "target": target,
+        "draws": estimator.draws,
+        "labels": labels,
+        "seed": estimator.seed,
+        "parity": parity,
+        "torch": str(torch.__version__),
+        "stability": _overlap(halves, nnz),
+        "stability_by_chance": nnz / before,
+    }
+    dense = {name: mask.cpu() for name, mask in kept.items()}
+    if released:
+        chosen = {id(each.param) for each in candidates.values()}
+        shapes = {name: param.shape for name, param in named_parameters(bare).items()}
+        dense |= {
+            name: torch.ones(shapes[name], dtype=torch.bool, device="cpu")
+            for name, param in own_parameters(bare).items()
+            if id(param) not in chosen
+        }
+    return Mask.from_dense(dense, metadata=metadata)
 
-    def _any_losses(self, logits: Logits) -> Tensor:
-        """Losses [B] that reach whatever any draw or class reaches."""
-        return torch.stack([each for each, _, _ in self.estimator.losses(logits, 0, 0)]).sum(0)
 
-    def _report(self, samples: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(CalibrationProgress(self.done + 1, self.rounds, samples, self.total))
+def _nnz(wanted: float, kept: int, released: bool) -> int:
+    """How many entries a round keeps: the nearest number, or what the released code counts."""
+    return max(1, min(int(wanted), kept - 1)) if released else round(wanted)
+
+
+def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
+    """The share of entries that both halves chose; None without halves."""
+    if not halves:
+        return None
+    one, other = halves
+    return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
 
 
 @contextmanager
-def _refusing_inference_tensors() -> Iterator[None]:
+def _damping(candidates: Candidates, soft: float) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+    """Yield a function that damps the dropped weights; every weight is restored bit for bit."""
+    base = {name: each.param.detach().clone() for name, each in candidates.items()}
+
+    def damp_(kept: dict[str, Tensor]) -> None:
+        for name, each in candidates.items():
+            rows = _rows(each)
+            whole, damped = base[name][rows], each.param.detach()[rows]
+            torch.mul(whole, soft, out=damped)
+            torch.where(kept[name][rows], whole, damped, out=damped)
+
     try:
-        yield
-    except RuntimeError as error:
-        if "inference tensor" not in str(error).lower():
-            raise
-        raise TalosRuntimeError(
-            "batches and model must hold tensors that autograd can use, got some made under "
-            "torch.inference_mode; clone() them outside of it, or make them under torch.no_grad"
-        ) from error
+        yield damp_
+    finally:
+        with torch.no_grad():
+            for name, each in candidates.items():
+                each.param.copy_(base[name])
+
+
+def _all_of(candidates: Candidates) -> dict[str, Tensor]:
+    """The entries that may be selected: bool, in the shapes of the parameters."""
+    among = {}
+    for name, each in candidates.items():
+        among[name] = torch.zeros(each.param.shape, dtype=torch.bool, device=each.param.device)
+        among[name][_rows(each)] = True
+    return among
+
+
+def _rows(each: Candidate) -> slice | EllipsisType:
+    return ... if each.rows is None else slice(*each.rows)
+
+
+def _all_equal(scores: dict[str, Tensor], candidates: Candidates) -> bool:
+    """Whether several candidates have one and the same score."""
+    parts = [scores[name][_rows(each)] for name, each in candidates.items() if each.numel]
+    ends = [torch.aminmax(part) for part in parts]
+    low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
+    return low == high and sum(part.numel() for part in parts) > 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
+from torch.overrides import has_torch_function
 
 from talos.errors import TalosRuntimeError
 from talos.tensors import SharedCast
@@ -112,6 +113,7 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
         and weight.requires_grad
         and not weight._backward_hooks
         and type(x) is Tensor
+        and not has_torch_function((x, weight))  # such as the mode of a calibration
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()

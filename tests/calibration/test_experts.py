@@ -17,7 +17,7 @@ from talos import Mask, SparseAdam, TaskVector, calibrate, fisher_diag
 from talos.errors import TalosRuntimeError
 from talos.names import named_parameters
 from talos.params import select_parameters
-from tests.calibration.test_calibration import (
+from tests.calibration.models import (
     Apply,
     C,
     E,

@@ -137,7 +137,7 @@ def calibrate(
     from talos.app.demo.judge import calibration_batches
     from talos.app.report.results import megabytes
     from talos.calibration import calibrate as find
-    from talos.calibration.rounds import CalibrationProgress
+    from talos.calibration.fisher import CalibrationProgress
 
     console = stdout()
     with on_interrupt("nothing was written"), Bars() as bars:

@@ -1,16 +1,17 @@
-"""Autograd functions that hand the gradient of their output to a listener.
+"""Autograd functions whose backward hands the gradient of their output to a sink.
 
 Each stands for a use of parameters: a linear layer, a norm, a vector of which every row has a copy,
-a table that is looked up in. Their backward computes the gradient of the input as ever, tells the
-listener dY, and hands none to the parameters.
+a table in which rows are looked up. The backward computes the gradient of the input as usual, hands
+dY to the sink, and leaves the parameters without a gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from talos.calibration.layouts import Use
 
@@ -19,10 +20,10 @@ __all__ = ["Part", "Sink", "copies", "linear", "look_up", "norm"]
 
 @dataclass(frozen=True)
 class Part:
-    """Entries `[start, stop)` of a listened-to parameter, flattened: what one call uses of it.
+    """Entries `[start, stop)` of a scored parameter, flattened: what one call uses of it.
 
     Attributes:
-        flipped: whether the call sees the transpose of the matrix that lies there.
+        flipped: whether the call uses the transpose of the matrix that lies there.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Part:
         return self.numel == self.param.numel()
 
     def chunk(self, number: int, count: int) -> "Part":
-        """One of `count` equal parts of it, in the order of its entries."""
+        """Return one of `count` equal parts of it, in the order of its entries."""
         size = self.numel // count
         start = self.start + number * size
         return Part(self.name, self.param, start, start + size)
@@ -50,15 +51,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Sink:
-    """Where one call of a linear layer, a vector's copies or a table sends its output's gradient.
+    """Where one use of parameters sends the gradient of its output.
 
     Attributes:
-        use: the call.
-        matrix: the weight of a linear layer, if it is listened to.
-        vector: its bias, or the vector of which copies were made, if it is listened to.
-        table: the embedding that was looked up in, if it is listened to.
+        use: the use.
         receive: called with the sink, dY and, where there is a matrix or a table, the layer's
             input or the ids.
+        matrix: the weight of a linear layer, if it is scored.
+        vector: its bias, or the vector of which copies were made, if it is scored.
+        table: the embedding that was looked up in, if it is scored.
         transposed: whether the matrix is [in, out].
         padding_idx: the row of the table that has no gradient.
     """
@@ -73,15 +74,15 @@ class Sink:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What is listened to."""
+        """The scored parts of parameters that it uses."""
         return tuple(part for part in (self.matrix, self.vector, self.table) if part is not None)
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` with a listener; `leaf`, a parameter, makes the output require a gradient.
+    """`linear` with a sink; `leaf`, a parameter, makes the output require a gradient.
 
-    `inputs` is `x` without its history, in the dtype of the weight: what layers that share their
-    input keep once.
+    `inputs` is `x` without its history, in the dtype of the weight. Layers that share their input
+    share it, so it is kept once.
     """
 
     @staticmethod
@@ -96,7 +97,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs if sink.matrix else None, weight)
         ctx.sink, ctx.dtype = sink, x.dtype
-        # Flat, because without a history torch takes rows apart in memory for a batch of products.
+        # Flat: without a history, torch would run strided rows as a batch of products.
         rows = inputs.flatten(0, -2) if inputs.dim() > 2 else inputs
         y: Tensor = torch._C._nn.linear(rows, weight, bias)
         if inputs.dim() <= 2:
@@ -109,39 +110,43 @@ class _Linear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         dy = grads[0].flatten(0, -2) if grads[0].dim() > 1 else grads[0][None]  # one copy at most
         ctx.sink.receive(ctx.sink, dy, inputs)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        dx = (dy @ weight).view(*grads[0].shape[:-1], weight.shape[1])
-        return dx.to(ctx.dtype), None, None, None, None, None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).view(*grads[0].shape[:-1], weight.shape[1]).to(ctx.dtype)
+        return dx, None, None, None, None, None
 
 
 class _Norm(torch.autograd.Function):
-    """LayerNorm (`centred`) or RMSNorm with listeners for gain and bias; keeps its input only."""
+    """`layer_norm` or `rms_norm` with sinks for gain and bias; keeps its input only."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        function: Callable[..., Tensor],
         x: Tensor,
-        call: Callable[[Tensor], Tensor],
-        weight: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float | None,
         leaf: Tensor,
-        options: tuple[Sequence[int], float, bool],
         sinks: tuple[Sink | None, Sink | None],
+        weight: Tensor | None,
+        *bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options, ctx.sinks = options, sinks
-        return call(x)
+        ctx.shape, ctx.eps, ctx.sinks = shape, eps, sinks
+        ctx.centred = function is functional.layer_norm
+        return function(x, shape, weight, *bias, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shape, eps, centred = ctx.options
         gain, shift = ctx.sinks
-        wide = torch.promote_types(torch.promote_types(x.dtype, grads[0].dtype), torch.float32)
+        narrow = torch.promote_types(x.dtype, torch.float32)  # torch's rms_norm takes its eps
+        eps = torch.finfo(narrow).eps if ctx.eps is None else ctx.eps
+        wide = torch.promote_types(narrow, grads[0].dtype)
         dy, inputs = grads[0].to(wide), x.to(wide)
-        dims = tuple(range(-len(shape), 0))
-        if centred:
-            xhat, mean, rstd = torch.native_layer_norm(inputs, shape, None, None, eps)
+        dims = tuple(range(-len(ctx.shape), 0))
+        if ctx.centred:
+            xhat, mean, rstd = torch.native_layer_norm(inputs, ctx.shape, None, None, eps)
         else:
             rstd = (inputs.square().mean(dims, keepdim=True) + eps).rsqrt_()
             xhat = inputs * rstd
@@ -149,21 +154,21 @@ class _Norm(torch.autograd.Function):
             shift.receive(shift, dy, None)
         if gain is not None:
             gain.receive(gain, dy * xhat, None)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        if centred:
+        dx = None
+        if ctx.needs_input_grad[1] and ctx.centred:
             scale = None if weight is None else weight.to(wide)
             dx = torch.ops.aten.native_layer_norm_backward(
-                dy, inputs, shape, mean, rstd, scale, None, (True, False, False)
-            )[0]
-        else:
+                dy, inputs, ctx.shape, mean, rstd, scale, None, (True, False, False)
+            )[0].to(x.dtype)
+        elif ctx.needs_input_grad[1]:
             scaled = dy if weight is None else dy * weight.to(wide)
             dx = (scaled - xhat * (scaled * xhat).mean(dims, keepdim=True)) * rstd
-        return dx.to(x.dtype), None, None, None, None, None
+            dx = dx.to(x.dtype)
+        return None, dx, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 class _Copies(torch.autograd.Function):
-    """One copy of a vector for every row, with a listener to the gradients of the copies."""
+    """One copy of a vector for every row, with a sink for the gradients of the copies."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, leaf: Tensor, shape: torch.Size, sink: Sink) -> Tensor:
@@ -177,7 +182,7 @@ class _Copies(torch.autograd.Function):
 
 
 class _LookUp(torch.autograd.Function):
-    """Rows looked up in a table, with a listener; `order` makes their gradient [..., D]."""
+    """Rows looked up in a table, with a sink; `order` makes their gradient [..., D]."""
 
     @staticmethod
     def forward(
