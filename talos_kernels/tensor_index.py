@@ -274,7 +274,7 @@ class TensorIndex:
         return torch.where((bits >> bit) & 1 == 1, rank, -1)
 
     def intersection_nnz(self, other: "TensorIndex") -> int:
-        """Number of entries that both select, counted on the compressed form."""
+        """Return the number of entries that both select, counted on the compressed form."""
         if self.encoding == "full":
             return other.nnz
         if other.encoding == "full":
