@@ -28,7 +28,7 @@ from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
 from talos.names import named_parameters
-from talos.options import as_real, integer
+from talos.options import as_real, fraction, integer
 from talos.params import Candidate, Candidates, own_parameters, select_parameters
 
 __all__ = ["calibrate"]
@@ -123,9 +123,7 @@ def calibrate(
     target = target or ("logit" if released else "log_prob")
     soft = as_real((0.1 if released else 0.01) if soft is None else soft) or 0.0
     estimator = Estimator(target, draws, labels, seed)
-    density = as_real(density) or 0.0
-    if not 0.0 < density <= 1.0:
-        raise TalosValueError(f"density must lie in (0, 1], got {density}")
+    density = fraction("density", density)
     rounds = integer("rounds", rounds, 1)
     if not 0.0 < soft <= 1.0:
         raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
