@@ -373,7 +373,7 @@ class Capture:
             fisher_diag_(scores, dys, xs, share=self._batch.share)
 
     def _entries(self, part: Part) -> tuple[int, int, Tensor]:
-        """The entries of `part` to score, counted from its start, and their scores, flat."""
+        """Return the entries of `part` to score, counted from its start, and their scores, flat."""
         self._reached.add(part.name)
         param = part.param
         first, last = self.candidates[part.name].rows or (0, len(param))

@@ -145,7 +145,7 @@ class Estimator:
             yield weight * possible, 1.0, label + 1 == probs.shape[1]
 
     def _proposal(self, probs: Tensor) -> Tensor:
-        """The distribution to draw labels from, fp64 [..., C], not normalised."""
+        """Return the distribution to draw labels from, fp64 [..., C], not normalised."""
         if self.labels == "sampled":
             return probs
         squares = probs.square().sum(-1, keepdim=True)

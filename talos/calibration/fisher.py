@@ -226,7 +226,7 @@ class Scorer:
         return samples
 
     def _half(self, batches: Iterable[Any]) -> int | None:
-        """The batch with which the second half of the last round begins, if that is known."""
+        """Return the first batch of the second half of the last round, if that is known."""
         if self.done + 1 < self.rounds or not self.halving:
             return None
         return (self.batches or known_length(batches) or 0) // 2 or None

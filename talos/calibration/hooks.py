@@ -18,7 +18,7 @@ __all__ = ["hook_modules"]
 
 
 def hook_modules(stack: ExitStack, model: nn.Module, router: Router) -> None:
-    """Hook the modules of a model until `stack` closes."""
+    """Put hooks on the modules of a model until `stack` closes."""
     for module in model.modules():
         if is_norm(module) and not isinstance(module, nn.LayerNorm | nn.RMSNorm):
             _hook_norm(stack, module, router)

@@ -72,7 +72,7 @@ class Use:
         return self.name, self.ordinal
 
     def layouts(self, samples: int) -> dict[str, int]:
-        """The layouts that the shape allows: kind and `outer`, no two with the same rows."""
+        """Return the layouts that the shape allows: kind and `outer`, no two with the same rows."""
         if samples == 1 or 0 in self.lead:
             return {"first": 1}
         found, outer = {}, 1
@@ -189,7 +189,7 @@ class Layouts:
         return use.owners
 
     def _layout(self, use: Use, size: Tensor, floor: float, samples: int) -> int | None:
-        """The layout that the probes show, if there is one."""
+        """Return the layout that the probes show, if there is one."""
         allowed, fitting = use.layouts(samples), {}
         signatures = torch.stack(use.signatures)  # [probes, rows]
         visible = (size > floor) & (signatures > floor)
@@ -216,7 +216,7 @@ class Layouts:
         return outer
 
     def _owners(self, use: Use, size: Tensor, floor: float) -> Tensor:
-        """The sample of each row: the one whose codes are those of the row in every probe."""
+        """Return the sample of each row: in every probe its code is the row's."""
         signatures = torch.stack(use.signatures)  # [probes, rows]
         visible = (size > floor) & (signatures > floor).all(0)
         if self._half and bool(((size > 0) & ~visible).any()):
@@ -251,7 +251,7 @@ class Layouts:
 
 @cache
 def _codes(samples: int, period: int) -> Tensor:
-    """The code of each sample in each probe, int64 [probes, B]: no two samples have the same ones.
+    """Return the codes of the samples, int64 [probes, B]: no two samples have the same ones.
 
     If two samples are mixed in a row, the first probe shows the weaker one where its code is the
     larger. Where samples are no more than codes, the second probe shows it in the other case.
@@ -272,7 +272,7 @@ def _codes(samples: int, period: int) -> Tensor:
 
 
 def _row_sizes(dy: Tensor) -> Tensor:
-    """The largest magnitude in each row, fp32 or fp64 [rows]."""
+    """Return the largest magnitude in each row, fp32 or fp64 [rows]."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     if dy.shape[1] == 0:
         return dy.new_zeros(len(dy), dtype=wide)
@@ -323,7 +323,7 @@ class Rows:
     layout: int | Tensor
 
     def owners(self, samples: int) -> Tensor:
-        """The sample of each row, int64 [rows]."""
+        """Return the sample of each row, int64 [rows]."""
         if isinstance(self.layout, Tensor):
             return self.layout
         inner = len(self.dy) // (self.layout * samples)
@@ -397,7 +397,7 @@ def _slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
 
 
 def _padded(x: Tensor, rows: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Some rows of `x` at their slots of a block that is zero elsewhere."""
+    """Return a block with rows of `x` at their slots and zeros elsewhere."""
     block = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
     block[slots] = x[rows]
     return block.view(1, *shape, *x.shape[1:])

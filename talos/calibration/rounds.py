@@ -236,7 +236,7 @@ def _nnz(wanted: float, kept: int, released: bool) -> int:
 
 
 def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
-    """The share of entries that both halves chose; None without halves."""
+    """Return the share of entries that both halves chose; None without halves."""
     if not halves:
         return None
     one, other = halves
@@ -264,7 +264,7 @@ def _damping(candidates: Candidates, soft: float) -> Iterator[Callable[[dict[str
 
 
 def _all_of(candidates: Candidates) -> dict[str, Tensor]:
-    """The entries that may be selected: bool, in the shapes of the parameters."""
+    """Return the entries that may be selected: bool, in the shapes of the parameters."""
     among = {}
     for name, each in candidates.items():
         among[name] = torch.zeros(each.param.shape, dtype=torch.bool, device=each.param.device)

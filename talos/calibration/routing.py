@@ -42,7 +42,7 @@ Pair = int | Sequence[int]
 
 
 def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a Python function of torch that does not ask modes: calls inside it still do."""
+    """Return a copy of a function of torch that does not ask modes; calls inside it still do."""
     original = cast(FunctionType, function)
     scope = original.__globals__ | {"has_torch_function": lambda _: False}
     copy = FunctionType(original.__code__, scope, original.__name__, original.__defaults__)
@@ -154,11 +154,11 @@ class Router(TorchFunctionMode):
         return self._sink(part, lead, table=part, padding_idx=padding_idx)
 
     def _vector_sink(self, part: Part, x: Tensor, dims: int) -> Sink:
-        """The sink of a vector of `dims` dimensions that every row of `x` shares."""
+        """Return the sink of a vector of `dims` dimensions that every row of `x` shares."""
         return self._sink(part, x.shape[: x.dim() - dims], vector=part)
 
     def _sink(self, part: Part, lead: Sequence[int], **options: Any) -> Sink:
-        """The sink of a call on rows of the leading dimensions `lead`."""
+        """Return the sink of a call on rows of the leading dimensions `lead`."""
         use = Use(part.name, tuple(lead), routed=len(lead) == 1 and not part.whole)
         sink = Sink(use, self._receive, **options)
         self._record(sink)
@@ -173,7 +173,7 @@ class Router(TorchFunctionMode):
     def _parts(
         self, weight: Tensor | None, bias: Tensor | None = None, *, matrix: bool = False
     ) -> Parts:
-        """What a call uses of the parameters; nothing where autograd is to handle it."""
+        """Return what a call uses of the parameters; nothing if autograd is to handle it."""
         parts = self.part(weight, matrix=matrix), self.part(bias)
         for part, tensor in zip(parts, (weight, bias), strict=True):
             if part is None and tensor is not None and tensor.requires_grad:
@@ -198,7 +198,7 @@ class Router(TorchFunctionMode):
         return self._layer(x, weight.detach(), _detached(bias), parts)
 
     def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> Tensor:
-        """A linear layer with a sink, in autocast's dtype where that is on."""
+        """Return a linear layer with a sink, in autocast's dtype where that is on."""
         device = x.device.type
         inputs = x.detach()
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -247,7 +247,7 @@ class Router(TorchFunctionMode):
         return None if copies is None else x.add_(copies)
 
     def _bias(self, vector: object, x: object) -> Tensor | None:
-        """Copies of a scored bias for the rows of `x`; None where it is no such bias."""
+        """Return copies of a scored bias for the rows of `x`; None where it is no such bias."""
         if not self._holds(vector) or self._holds(x) or not isinstance(x, Tensor):
             return None
         bias = cast(Tensor, vector)
@@ -356,7 +356,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 def _unfolded(
     images: Tensor, kernel: Sequence[int], stride: Pair, padding: str | Pair, dilation: Pair
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The patches of images under a 2-d convolution, [B, L, C * kh * kw], and the output's size."""
+    """Return a 2-d convolution's patches [B, L, C * kh * kw] and the size of its output."""
     steps, strides = _pair(dilation), _pair(stride)
     pads = (0, 0) if isinstance(padding, str) else _pair(padding)
     if padding == "same":  # what is odd goes to the end, as in torch

@@ -25,7 +25,10 @@ from tests.kernels.test_csrc import (
     with_bf16_moments,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler"),
+]
 
 
 @pytest.fixture
