@@ -127,7 +127,7 @@ def keep_costs(request: pytest.FixtureRequest) -> Callable[[str, str, list[Cost]
             result = record.as_dict() | {"model": model, "cost": cost.as_dict()}
             if out is not None:
                 add_result(out, result | measure.machine())
-        if out is not None:
+        if out is not None and config.getoption("--form") is None:
             draw_costs(out, model, label, forms)
 
     return keep_them
