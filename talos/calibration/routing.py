@@ -17,7 +17,6 @@ the copies are dy * xhat and dy. Nothing is kept for the backward that an ordina
 keep: a norm keeps its input, and layers that share an input share its cast to autocast's dtype.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,10 +58,7 @@ _compiler = threading.RLock()
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run code that torch has compiled eagerly; compiled code does not ask modes."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
+    """Run code that torch has compiled, or would compile, eagerly: compiled code asks no mode."""
     with _compiler, torch.compiler.set_stance("force_eager"):  # the stance is the process's
         yield
 

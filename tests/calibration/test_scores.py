@@ -1,6 +1,8 @@
 """Scores equal a loop of single samples in float64, and leave the model as it was."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -236,6 +238,25 @@ def test_layers_that_were_compiled_are_scored_eagerly() -> None:
     model(x)
     scores = fisher_diag(model, [x])
     assert all(torch.equal(score, expected[name]) for name, score in scores.items())
+
+
+_FIRST_COMPILED = """
+import sys, torch
+from torch import nn
+from talos import fisher_diag
+
+def compiled(model, batch):
+    return torch.compile(lambda x: model(x), backend="eager")(batch)
+
+model, x = nn.Linear(4, 3), torch.randn(5, 4)
+assert "torch._dynamo" not in sys.modules
+scores = fisher_diag(model, [x], logits_fn=compiled)
+assert all(torch.equal(score, scores[n]) for n, score in fisher_diag(model, [x]).items())
+"""
+
+
+def test_what_a_model_compiles_during_the_first_calibration_runs_eagerly() -> None:
+    subprocess.run([sys.executable, "-c", _FIRST_COMPILED], check=True)
 
 
 def test_threads_do_not_disturb_one_another() -> None:
