@@ -31,6 +31,7 @@ __all__ = [
 VERSION = 2
 """Version of the format that is written; no other is read."""
 
+_FIRST_FORMAT = '"talos"'  # an entry that files of version 1 have
 _LOADERS = {"mask": "talos.Mask.load", "task_vector": "talos.TaskVector.load"}
 _MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
@@ -127,7 +128,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     """
     path = Path(path)
     with opened(path) as file:
-        about = _about(path, kind, (file.metadata() or {}).get("talos"))
+        about = _about(path, kind, file.metadata() or {})
         if set(about["digests"]) != set(file.keys()):
             raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
         tensors = {}
@@ -158,8 +159,11 @@ def claimed_kind(path: str | os.PathLike[str]) -> str | None:
     return str(about.get("kind")) if isinstance(about, dict) else None
 
 
-def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the parsed metadata of a file, checked."""
+    text = metadata.get("talos")
+    if text is None and metadata.get("format") == _FIRST_FORMAT:
+        raise TalosValueError(f"{path}: version must be {VERSION}, got 1; make and save it again")
     if text is None:
         raise TalosValueError(
             f"{path}: must hold a {kind}, got a safetensors file that talos did not write; "
