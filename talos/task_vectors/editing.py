@@ -16,7 +16,7 @@ from talos.names import match_tensors, named_buffers, named_parameters
 from talos.options import as_real
 from talos.task_vectors.fingerprints import base_fingerprints, remember_bases
 from talos.task_vectors.sums import slices_of
-from talos.tensors import check_separate
+from talos.tensors import check_separate, place
 from talos_kernels import Index, add_delta_, revert_delta_
 
 __all__ = ["Launch", "ModelEdit", "check_base", "check_scale", "launches", "touched_weights"]
@@ -24,6 +24,8 @@ __all__ = ["Launch", "ModelEdit", "check_base", "check_scale", "launches", "touc
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A search applies a few vectors many times; a packed index is small beside its model.
 _MOST_PACKED = 8
+
+_open: list["ModelEdit"] = []  # the edits that can be taken off, in the order of their writing
 
 _PackedKey = tuple[int, tuple[str, ...], torch.device]
 _packed: OrderedDict[_PackedKey, tuple[weakref.ref[Mask], Index]] = OrderedDict()
@@ -145,13 +147,21 @@ class ModelEdit:
                 launch.take_off()
             raise
         remember_bases(self._touched, self._bases)
+        if not keep:
+            _open.append(self)
 
     def take_off(self) -> None:
         """Write the old bits back to the selected entries.
 
+        A weight with a later edit that is still on counts as another base afterwards.
+
         Raises:
             TalosRuntimeError: a weight was cast or resized while the delta was on.
         """
+        edits = list(_open)
+        _open.remove(self)
+        later = edits[edits.index(self) + 1 :]
+        crossed = {place(param) for edit in later for param in edit._touched.values()}
         for launch in self._launches:
             for param, numel in zip(launch.params, launch.index.numels, strict=True):
                 if param.dtype != launch.dtype or param.numel() != numel:
@@ -160,7 +170,8 @@ class ModelEdit:
                         f"task vector is applied, got {param.dtype} of {tuple(param.shape)}; the "
                         "edit is still on, load the weights again"
                     )
-        bases = base_fingerprints(self._touched, verify=False)
+        inner = {name: p for name, p in self._touched.items() if place(p) not in crossed}
+        bases = base_fingerprints(inner, verify=False)
         for launch in self._launches:
             launch.take_off()
         remember_bases(self._touched, bases)

@@ -152,6 +152,18 @@ def test_a_block_that_other_code_wrote_in_leaves_no_false_record() -> None:
         vector.apply_(model)
 
 
+def test_blocks_that_end_in_the_wrong_order_leave_no_false_record() -> None:
+    model = nn.Linear(4, 4)
+    vector = vector_for(model)
+    first, second = vector.applied(model), vector.applied(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)  # writes the first edit back
+    with pytest.raises(TalosValueError, match="fingerprint"):
+        vector.apply_(model)
+
+
 def test_a_copy_of_an_edited_model_is_another_base() -> None:
     model = nn.Linear(4, 4)
     vector = vector_for(model)
