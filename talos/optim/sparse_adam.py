@@ -206,9 +206,9 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        checked = self._checked()  # completes groups that other code made
         for group in self.param_groups:
             check_hyperparameters(group)
-        checked = self._checked()
         factor = self._clipping.take(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for bucket, grads in zip(self._buckets, checked, strict=True):

@@ -457,6 +457,15 @@ def test_groups_that_somebody_makes_anew_have_their_own_rates(
         assert named["param_names"] == [by_param[param] for param in group["params"]]
 
 
+def test_groups_that_somebody_makes_anew_have_the_usual_rates_where_they_name_none() -> None:
+    model = network()
+    optimizer = SparseAdam(model, full(model), lr=1e-2)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[:] = [{"params": [param]} for param in group["params"]]
+    train(model, optimizer, 1)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-2}
+
+
 def test_an_order_changed_by_hand_is_saved_under_the_right_names() -> None:
     model = network()
     optimizer = SparseAdam(model, full(model), lr=1e-2)
