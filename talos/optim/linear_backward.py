@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from talos.errors import TalosRuntimeError
 from talos.tensors import SharedCast
@@ -96,6 +96,9 @@ def _routing_linear(*args: Any, **kwargs: Any) -> Tensor:
     ]
     x, weight, bias = operands
     target = None if torch.compiler.is_compiling() else _routed.get(id(weight))
+    if target is not None and has_torch_function((x, weight)):  # as the mode of a default device
+        found: Tensor = handle_torch_function(_routing_linear, (x, weight), *args, **kwargs)
+        return found
     if target is None or not _plain(x, weight):
         return (_replaced or torch._C._nn.linear)(*args, **kwargs)
     device = x.device.type
@@ -113,7 +116,6 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
         and weight.requires_grad
         and not weight._backward_hooks
         and type(x) is Tensor
-        and not has_torch_function((x, weight))  # such as the mode of a calibration
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()

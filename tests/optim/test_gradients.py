@@ -217,6 +217,16 @@ def test_the_values_of_a_fused_projection_have_no_weight_gradient() -> None:
     assert operations[0] - operations[1] == 2 * 2 * tokens * width * width
 
 
+def test_under_a_default_device_autograd_makes_no_weight_gradient() -> None:
+    model, optimizer = compacting(sampled=True)
+    with torch.device("cpu"):  # a mode of torch's functions
+        loss = model(torch.randn(2, 6)).sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 0
+    optimizer.release()
+
+
 @pytest.mark.parametrize("name", ["open_clip ViT-B-32 visual", "BertForSequenceClassification"])
 def test_under_autocast(name: str) -> None:
     family = FAMILIES[name]
