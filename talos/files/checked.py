@@ -127,7 +127,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     """
     path = Path(path)
     with opened(path) as file:
-        about = _about(path, kind, (file.metadata() or {}).get("talos"))
+        about = _about(path, kind, file.metadata() or {})
         if set(about["digests"]) != set(file.keys()):
             raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
         tensors = {}
@@ -158,8 +158,14 @@ def claimed_kind(path: str | os.PathLike[str]) -> str | None:
     return str(about.get("kind")) if isinstance(about, dict) else None
 
 
-def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the parsed metadata of a file, checked."""
+    text = metadata.get("talos")
+    if text is None and metadata.get("format") == '"talos"':
+        raise TalosValueError(
+            f"{path}: version must be {VERSION}, got {metadata.get('version')}, which an earlier "
+            "build wrote; make it again"
+        )
     if text is None:
         raise TalosValueError(
             f"{path}: must hold a {kind}, got a safetensors file that talos did not write; "
@@ -174,7 +180,7 @@ def _about(path: Path, kind: str, text: str | None) -> dict[str, Any]:
         ) from None
     version, found = about.get("version"), about.get("kind")
     if type(version) is not int or version < VERSION:
-        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; save it again")
+        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; make it again")
     if version > VERSION:
         raise TalosValueError(
             f"{path}: version must be at most {VERSION}, got {version}; upgrade talos-sparse"
