@@ -210,7 +210,8 @@ def match_tensors(
         raise TalosValueError(
             f"{what} must name parameters of the model, got {len(missing)} that it lacks: "
             + "; ".join(with_nearest(name, params) for name in missing[:5])
-            + ("; ..." if len(missing) > 5 else "")
+            + (f"; {len(missing) - 5} more" if len(missing) > 5 else "")
+            + f"; take a {what} of this model"
         )
     matched = {name: params[found[name]] for name in shapes}
     differing = [

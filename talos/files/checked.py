@@ -31,7 +31,6 @@ __all__ = [
 VERSION = 2
 """Version of the format that is written; no other is read."""
 
-_FIRST_FORMAT = '"talos"'  # an entry that files of version 1 have
 _LOADERS = {"mask": "talos.Mask.load", "task_vector": "talos.TaskVector.load"}
 _MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
@@ -162,8 +161,11 @@ def claimed_kind(path: str | os.PathLike[str]) -> str | None:
 def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the parsed metadata of a file, checked."""
     text = metadata.get("talos")
-    if text is None and metadata.get("format") == _FIRST_FORMAT:
-        raise TalosValueError(f"{path}: version must be {VERSION}, got 1; make and save it again")
+    if text is None and metadata.get("format") == '"talos"':
+        raise TalosValueError(
+            f"{path}: version must be {VERSION}, got {metadata.get('version')}, which an earlier "
+            "build wrote; make it again"
+        )
     if text is None:
         raise TalosValueError(
             f"{path}: must hold a {kind}, got a safetensors file that talos did not write; "
@@ -178,7 +180,7 @@ def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
         ) from None
     version, found = about.get("version"), about.get("kind")
     if type(version) is not int or version < VERSION:
-        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; save it again")
+        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; make it again")
     if version > VERSION:
         raise TalosValueError(
             f"{path}: version must be at most {VERSION}, got {version}; upgrade talos-sparse"

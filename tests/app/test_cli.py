@@ -19,6 +19,7 @@ import talos
 from talos.app.cli import main
 from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.commands.merge import parse_term
+from talos.app.cli.console import command, merge_command
 from talos.app.models import load_encoder
 from talos.app.report import save_results
 from talos.errors import TalosValueError
@@ -136,8 +137,8 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("bogus", "bogus"),
-        ("merge", "Missing"),
+        ("bogus", "bogus.*; see `talos --help`"),
+        ("merge", "Missing.*; see `talos merge --help`"),
         ("calibrate --nonsense", "nonsense"),
         ("calibrate --data a --out m.safetensors --density 0", r"--density must lie in \(0, 1\]"),
         ("calibrate --data a --out m.safetensors --density nan", "--density must lie"),
@@ -162,8 +163,18 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("calibrate --data a --out m.pt", "--out must end in .safetensors"),
         ("calibrate --data a --out none/m.safetensors", "existing folder"),
-        ("calibrate --data nothing --out m.safetensors", "nothing"),
-        ("calibrate --data none.csv --out m.safetensors", "none.csv"),
+        (
+            "calibrate --data code_packages --out m.safetensors",
+            "--data must be .* got code_packages; did you mean code_package?",
+        ),
+        (
+            "calibrate --data none.csv --out m.safetensors",
+            "--data must be a file that can be read, got none.csv",
+        ),
+        (
+            "calibrate --data a --out m.safetensors --labels importance --draws exact",
+            "--labels must be sampled with --draws exact",
+        ),
         ("calibrate --data . --dry-run", "one folder of images per class, at least two"),
         ("calibrate --data digits --dry-run", "--model must read the images of digits, got minilm"),
         (
@@ -174,7 +185,10 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "calibrate --data digits --model openclip:ViT-B-32:w.pt --dry-run",
             "pickled weights are never loaded",
         ),
-        ("calibrate --data character_kind --model none/such/folder --dry-run", "no folder"),
+        (
+            "calibrate --data character_kind --model none/such/folder --dry-run",
+            "--model must be .*no folder",
+        ),
         (
             "train --data a --out v.safetensors --steps 0",
             "--steps must be an integer of",
@@ -221,6 +235,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("merge a.safetensors:x --out e.safetensors", "FILE.safetensors:NUMBER, got a.safetensors"),
         ("eval --data digits", "--model must read the images of digits, got minilm"),
         ("eval --data a --scale big", "--scale must be a finite number or grid, got big"),
+        ("eval --data a --scale 0.5", "--vector must be given with --scale 0.5, got none"),
         ("eval --data a --data a", "--data must differ"),
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
         ("inspect none.safetensors", "FILE must be an existing file"),
@@ -266,11 +281,22 @@ def test_merge_sums_over_the_union(
     assert "3 entries" in text
     assert "in common" not in text
     assert f"talos inspect {out}" in text
+    assert main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"0\.5 × +task t0", text)
+    assert re.search(r"-2 × +task t1", text)
     before = out.read_bytes()
     refused(["merge", str(vectors[0]), "--out", str(out)], capsys, "--overwrite", tmp_path)
     assert main(["merge", str(vectors[0]), "--out", str(out), "--overwrite"]) == 0
     assert out.read_bytes() != before
     assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
+
+
+def test_the_next_commands_can_be_run_as_they_are() -> None:
+    assert command("train", "--data", "my pets.csv") == "talos train --data 'my pets.csv'"
+    edit = Path("edit.safetensors")
+    assert "--out edit.safetensors" in merge_command(Path("a.safetensors"), 0.5)
+    assert "--out edit.safetensors" not in merge_command(edit, 0.5)
 
 
 def test_merge_warns_of_vectors_that_share_no_tensor(
@@ -344,7 +370,14 @@ def test_from_calibration_to_evaluation(
         assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
     assert watch.launches == ["add_delta_", *["scatter_", "add_delta_"] * 21, "scatter_"]
     text = capsys.readouterr().out
-    for word in ("pets", "pretrained", "edited", "mean validation accuracy", "0.05", "talos merge"):
+    for word in (
+        "pets",
+        "pretrained",
+        "edited",
+        "mean validation accuracy",
+        "0.05",
+        "talos inspect",
+    ):
         assert word in text, word
     dense = tmp_path / "dense.safetensors"
     assert main(["train", *common, "--steps", "2", "--out", str(dense)]) == 0

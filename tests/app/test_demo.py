@@ -12,6 +12,7 @@ from rich.console import Console
 from talos.app.cli.tables import overview
 from talos.app.demo import TITLES, DemoSettings, Progress, kept, run_demo
 from talos.app.demo.estimates import Estimator
+from talos.app.demo.folder import prepare
 from talos.app.demo.judge import Judge
 from talos.app.demo.protocol import negate, scaling_coefs
 from talos.app.models import load_encoder
@@ -196,6 +197,11 @@ def test_a_filled_folder_needs_overwrite(tmp_path: Path) -> None:
     with pytest.raises(TalosOSError, match="--overwrite"):
         run_demo(DemoSettings(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_empty_folders_of_a_run_that_wrote_nothing_need_no_overwrite(tmp_path: Path) -> None:
+    prepare(tmp_path, overwrite=False)
+    assert prepare(tmp_path, overwrite=False) == tmp_path
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -225,7 +225,10 @@ EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
         (lambda h: h.update(__metadata__=[]), "expected a map"),
         (lambda h: h.update(__metadata__={"talos": 3}), "expected a string"),
         (lambda h: h.update(__metadata__={"format": "pt"}), "talos did not write"),
-        (lambda h: h.update(__metadata__={"format": '"talos"'}), "version must be 2, got 1"),
+        (
+            lambda h: h.update(__metadata__={"format": '"talos"', "version": "1"}),
+            "version must be 2, got 1, which an earlier build wrote; make it again",
+        ),
         (lambda h: h.update(__metadata__={"talos": "pt"}), "metadata must be a JSON object"),
         (lambda h: h.update(__metadata__={"talos": "[]"}), "version must be 2, got None"),
         (lambda h: h.update(__metadata__={"talos": "[1]"}), "metadata must be a JSON object"),

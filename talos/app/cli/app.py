@@ -70,7 +70,9 @@ def _talos(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar="", help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Show the help where no command is given."""
@@ -129,6 +131,10 @@ def _warn(
 
 def _fail(error: TalosError | typer.TyperException) -> int:
     """Print an error in one line."""
-    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    text = str(error)
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "talos"
+        text = f"{error.format_message().rstrip('.')}; see `{command} --help`"
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     return 2

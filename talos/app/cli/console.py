@@ -1,8 +1,10 @@
 """The output of the command line: results on stdout, progress on stderr."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,6 +23,8 @@ from rich.table import Table
 __all__ = [
     "Bars",
     "Interrupted",
+    "command",
+    "merge_command",
     "next_step",
     "on_interrupt",
     "per_second",
@@ -56,6 +60,17 @@ def stdout() -> Console:
 def print_line(console: Console, text: str) -> None:
     """Print a line without markup and without line breaks; it may hold a user's names."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """Return a command line of `talos`, quoted for a shell."""
+    return shlex.join(["talos", *map(str, words)])
+
+
+def merge_command(vector: Path, coefficient: float) -> str:
+    """Return a command that merges a vector with another one, into a new file."""
+    out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
+    return command("merge", f"{vector}:{coefficient:g}", "SECOND.safetensors:0.5", "--out", out)
 
 
 def next_step(console: Console, *commands: str) -> None:

@@ -1,14 +1,30 @@
 """Load models and data by the names that the options take."""
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
-from talos.errors import TalosValueError
+from talos.app.tasks.standard_library import SOURCES
+from talos.errors import TalosError, TalosValueError
 
 __all__ = ["load_classifier", "load_data", "load_encoder"]
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option's name for `path` or `source` in the errors of the loaders."""
+    try:
+        yield
+    except TalosError as error:
+        argument, must, rest = str(error).partition(" must ")
+        if argument not in ("path", "source"):
+            raise
+        raise type(error)(f"{option}{must}{rest}") from error
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -18,11 +34,22 @@ def load_data(data: str) -> Task | ImageTask:
     training data.
     """
     path = Path(data)
-    if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
-        return load_file(path)
-    if data == "digits":
-        return load_digits()
-    return load_image_folder(path) if path.is_dir() else load_task(data)
+    with _named("--data"):
+        if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
+            return load_file(path)
+        if data == "digits":
+            return load_digits()
+        if path.is_dir():
+            return load_image_folder(path)
+    known = [source.name for source in SOURCES]
+    if data not in known:
+        near = difflib.get_close_matches(data, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise TalosValueError(
+            "--data must be a built-in task, digits, or an existing .csv or .jsonl file or folder "
+            f"of images, got {data}; {hint}built in are {', '.join(known)}"
+        )
+    return load_task(data)
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
@@ -40,7 +67,8 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
                 + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
             )
-    return load(model).to(default_device())
+    with _named("--model"):
+        return load(model).to(default_device())
 
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:

@@ -42,7 +42,7 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace existing files.")]
 Seed = Annotated[
     int,
     typer.Option(

@@ -11,7 +11,7 @@ _PATTERNS = ("results.json", "report.html", "vectors/*.safetensors", "masks/*.sa
 
 
 def prepare(out: Path, overwrite: bool) -> Path:
-    """Make the folder and its subfolders; it must be empty unless `overwrite` is set.
+    """Make the folder and its subfolders; they must hold no file unless `overwrite` is set.
 
     Raises:
         TalosOSError: it is a file, holds files, or cannot be written.
@@ -19,7 +19,7 @@ def prepare(out: Path, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise TalosOSError(f"out must be a folder, got the file {out}")
     try:
-        filled = out.is_dir() and any(out.iterdir())
+        filled = any(not path.is_dir() for path in out.rglob("*"))
         if filled and not overwrite:
             raise TalosOSError(
                 f"out must be an empty or new folder, got {out} with files in it; pass --overwrite "

@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from talos.app.cli.console import Bars, next_step, on_interrupt, per_second, print_line, stdout
+from talos.app.cli.console import (
+    Bars,
+    command,
+    next_step,
+    on_interrupt,
+    per_second,
+    print_line,
+    stdout,
+)
 from talos.app.cli.options import (
     Batch,
     Data,
@@ -92,15 +100,19 @@ def calibrate(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="First compare the scores of three samples with plain autograd."
+            "--check",
+            metavar="",
+            help="First compare the scores of three samples with plain autograd.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show what would be scored; score and write nothing."),
+        typer.Option(
+            "--dry-run", metavar="", help="Show what would be scored; score and write nothing."
+        ),
     ] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Show a row for each layer and type.")
+        bool, typer.Option("--layers", metavar="", help="Show a row for each layer and type.")
     ] = False,
     batch_size: Batch = 32,
     max_length: Length = 48,
@@ -129,6 +141,11 @@ def calibrate(
         raise TalosValueError("--target must be logit with --parity released, got log_prob")
     if draws != "exact" and not (draws.isdecimal() and int(draws) > 0):
         raise TalosValueError(f"--draws must be exact or at least 1, got {draws}")
+    if labels == "importance" and (draws == "exact" or target == "logit" or parity == "released"):
+        raise TalosValueError(
+            "--labels must be sampled with --draws exact, --target logit and --parity released, "
+            "got importance"
+        )
     if out is not None:
         check_output(out, overwrite)
     elif not dry_run:
@@ -200,8 +217,11 @@ def calibrate(
         )
     next_step(
         console,
-        f"talos inspect {out}",
-        f"talos train --model {model} --data {data} --mask {out} --out vector.safetensors",
+        command("inspect", out),
+        command(
+            *("train", "--model", model, "--data", data, "--mask", out),
+            *("--out", "vector.safetensors"),
+        ),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, Seed
 from talos.app.cli.tables import overview
 from talos.app.demo.settings import TITLES
@@ -24,7 +24,10 @@ EXAMPLES = (
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it is made if missing.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="About two minutes: fewer tasks, steps and examples.")
+        bool,
+        typer.Option(
+            "--quick", metavar="", help="About two minutes: fewer tasks, steps and examples."
+        ),
     ] = False,
     methods: Annotated[
         str,
@@ -82,9 +85,12 @@ def demo(
     next_step(
         console,
         f"open {out / 'report.html'} in a browser",
-        f"talos inspect {first}",
-        f"talos merge {first}:0.6 {second}:-0.4 --out edit.safetensors",
-        f"talos eval --data {names[0]} --data {names[1]} --vector edit.safetensors",
+        command("inspect", first),
+        command("merge", f"{first}:0.6", f"{second}:-0.4", "--out", "edit.safetensors"),
+        command(
+            *("eval", "--model", model, "--data", names[0], "--data", names[1]),
+            *("--vector", "edit.safetensors"),
+        ),
     )
 
 

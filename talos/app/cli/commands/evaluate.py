@@ -10,7 +10,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout, table
+from talos.app.cli.console import (
+    Bars,
+    command,
+    merge_command,
+    next_step,
+    on_interrupt,
+    print_line,
+    stdout,
+    table,
+)
 from talos.app.cli.options import Batch, Length, Model, Seed, check_input
 from talos.app.cli.tables import interval
 from talos.errors import TalosValueError
@@ -42,6 +51,7 @@ def evaluate(
         bool,
         typer.Option(
             "--linearized",
+            metavar="",
             help="Evaluate the model's first-order expansion; for vectors of --method linearized.",
         ),
     ] = False,
@@ -61,6 +71,11 @@ def evaluate(
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
     if vector is not None:
         check_input("--vector", vector)
+    elif coef != 1:
+        raise TalosValueError(
+            f"--vector must be given with --scale {scale}, got none; leave --scale out to "
+            "evaluate the pretrained model"
+        )
     from talos.app.cli.loading import load_data, load_encoder
     from talos.app.demo.estimates import Estimator
     from talos.app.demo.judge import Judge
@@ -111,12 +126,12 @@ def evaluate(
     console.print(shown)
     edited = f"; {vector} at {coef:.2f}" if after else ""
     print_line(console, f"accuracy in % with 95 % intervals{edited}")
-    next_step(
-        console,
-        f"talos eval --data {data[0]} --vector vector.safetensors --scale grid"
-        if vector is None
-        else f"talos merge {vector}:{coef:g} SECOND.safetensors:0.5 --out edit.safetensors",
-    )
+    if vector is None:
+        same = [word for each in data for word in ("--data", each)]
+        new = ("--vector", "vector.safetensors", "--scale", "grid")
+        next_step(console, command("eval", "--model", model, *same, *new))
+    else:
+        next_step(console, merge_command(vector, coef) if coef else command("inspect", vector))
 
 
 def _parse_scale(scale: str) -> float | None:

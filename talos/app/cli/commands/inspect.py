@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from talos.app.cli.console import next_step, print_line, stdout
+from talos.app.cli.console import command, next_step, print_line, stdout
 from talos.app.cli.options import check_input
 
 __all__ = ["EXAMPLES", "inspect"]
@@ -20,8 +20,10 @@ EXAMPLES = (
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A mask or task-vector file.")],
-    layers: Annotated[bool, typer.Option("--layers", help="Show a row for each layer.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask or task-vector file.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", metavar="", help="Show a row for each layer.")
+    ] = False,
 ) -> None:
     """Show the content of a mask or a task vector: entries, layers and types, bytes, origin.
 
@@ -32,6 +34,7 @@ def inspect(
     from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import TaskVector
+    from talos.task_vectors.sums import is_sum
 
     size = file.stat().st_size
     console = stdout()
@@ -57,17 +60,23 @@ def inspect(
     if metadata:
         console.print("\n[bold]made by[/bold]")
         table = Table(box=None, show_header=False, pad_edge=False)
+        parts = metadata["sum"] if is_sum(metadata) else []
+        for part in parts:
+            table.add_row(Text(f"{part['scale']:g} ×", style="dim"), Text(_plain(part["of"])))
         for key, value in metadata.items():
-            table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
+            if not parts or key != "sum":
+                table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
         console.print(table)
     next_step(
         console,
-        f"talos eval --data TASK --vector {file} --scale grid"
+        command("eval", "--data", "TASK", "--vector", file, "--scale", "grid")
         if claimed_kind(file) == "task_vector"
-        else f"talos train --data TASK --mask {file} --out vector.safetensors",
+        else command("train", "--data", "TASK", "--mask", file, "--out", "vector.safetensors"),
     )
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

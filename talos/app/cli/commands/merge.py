@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import command, next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Out, Overwrite, check_input, check_output
 from talos.errors import TalosValueError
 
@@ -50,7 +50,7 @@ def merge(
     terms: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE:COEFFICIENT...",
+            metavar="FILE:COEFFICIENT",
             help="Task vectors, each with its scaling coefficient (1 when left out).",
         ),
     ],
@@ -89,6 +89,6 @@ def merge(
     )
     next_step(
         console,
-        f"talos inspect {out}",
-        f"talos eval --data TASK --vector {out} --scale grid",
+        command("inspect", out),
+        command("eval", "--data", "TASK", "--vector", out, "--scale", "grid"),
     )

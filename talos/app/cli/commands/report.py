@@ -14,7 +14,7 @@ EXAMPLES = ("talos report demo/results.json --out again.html",)
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="The results.json of a demo.")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The results.json of a demo.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
     overwrite: Overwrite = False,
 ) -> None:

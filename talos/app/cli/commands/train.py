@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import Bars, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import (
+    Bars,
+    command,
+    merge_command,
+    next_step,
+    on_interrupt,
+    print_line,
+    stdout,
+)
 from talos.app.cli.options import (
     Batch,
     Data,
@@ -151,12 +159,9 @@ def train(
         f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
-    where = " --linearized" if method == "linearized" else ""
-    next_step(
-        console,
-        f"talos eval --model {model} --data {data} --vector {out} --scale grid{where}",
-        f"talos merge {out}:0.5 SECOND.safetensors:0.5 --out edit.safetensors",
-    )
+    where = ("--linearized",) if method == "linearized" else ()
+    words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
+    next_step(console, command("eval", *words), merge_command(out, 0.5))
 
 
 def _checked_method(
