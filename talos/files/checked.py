@@ -51,7 +51,7 @@ def save_file(
 
     Raises:
         TalosTypeError: `content` is not JSON-able.
-        TalosValueError: a value is NaN or infinite.
+        TalosValueError: a value is NaN or infinite, or a name cannot be written.
         TalosOSError: the file cannot be written; an older one is left as it was.
 
     Example:
@@ -92,11 +92,17 @@ def write_tensors(
         metadata: one entry at most; the library writes several in an order that varies.
 
     Raises:
+        TalosValueError: a name is `__metadata__`, which the format keeps, or no valid Unicode.
         TalosOSError: the file cannot be written; an older one is left as it was.
     """
     plain: dict[str, Tensor] = {}
     addresses: set[int] = set()
     for name, tensor in tensors.items():
+        if name == "__metadata__" or name != name.encode(errors="replace").decode():
+            raise TalosValueError(
+                f"tensors must have names in valid Unicode and none '__metadata__', got {name!r}; "
+                "choose another"
+            )
         own = tensor.detach().cpu().contiguous()
         # The library refuses two names of one memory.
         plain[name] = own.clone() if own.data_ptr() in addresses else own

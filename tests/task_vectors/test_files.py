@@ -154,6 +154,10 @@ def test_save_refuses_what_a_file_cannot_hold(tmp_path: Path) -> None:
     for wrong in (math.nan, {1, 2}, object(), b"x", {1: 0, "1": 0}):
         with pytest.raises(TalosTypeError, match="content must be JSON"):
             save_file(path, "mask", {}, {"made": wrong})
+    for name in ("__metadata__", "a\ud800"):
+        vector = TaskVector(Mask.from_dense({name: torch.ones(1) > 0}), torch.ones(1))
+        with pytest.raises(TalosValueError, match="tensors must have names in valid Unicode"):
+            vector.export_dense(path)
     assert not list(tmp_path.iterdir())
 
 
