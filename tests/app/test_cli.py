@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -318,6 +319,11 @@ def test_inspect_shows_a_vector(
     for word in ("task vector", "2 entries", "float32", "query", "0.500", "task", "t0", "bytes"):
         assert word in text, word
     assert f"{vectors[0].stat().st_size:,} bytes" in text
+    assert "--linearized" not in text
+    linearized = replace(TaskVector.load(vectors[0]), metadata={"method": "linearized"})
+    linearized.save(vectors[0])
+    assert main(["inspect", str(vectors[0])]) == 0
+    assert "--linearized" in capsys.readouterr().out
 
 
 def test_inspect_shows_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,9 +67,10 @@ def inspect(
             if not parts or key != "sum":
                 table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
         console.print(table)
+    where = ("--linearized",) if metadata.get("method") == "linearized" else ()
     next_step(
         console,
-        command("eval", "--data", "TASK", "--vector", file, "--scale", "grid")
+        command("eval", "--data", "TASK", "--vector", file, "--scale", "grid", *where)
         if claimed_kind(file) == "task_vector"
         else command("train", "--data", "TASK", "--mask", file, "--out", "vector.safetensors"),
     )
