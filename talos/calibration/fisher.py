@@ -104,7 +104,7 @@ def fisher_diag(
             tensor is the input, of a pair the first is, and a mapping goes to `forward` by keyword
             without its labels, or whole where `forward` has one argument. `.logits` is taken from
             outputs of transformers, and padding does not count. `talos.choice_logits` scores
-            answers to choose among.
+            answers to choose among. The model must run in the calling thread.
         params: "maskable", "qk", "attention" or a regular expression over names; see
             `talos.params`.
         target: "log_prob", or "logit": the gradient of the drawn class's logit, as in the code
@@ -274,7 +274,8 @@ def _compare(capture: Capture, scores: dict[str, Tensor], losses: list[Tensor]) 
             grads = torch.autograd.grad(loss * scale, params, retain_graph=True, allow_unused=True)
         for score, grad in zip(expected.values(), grads, strict=True):
             if grad is not None:
-                score.addcmul_(grad.float(), grad.float())
+                wide = grad.to_dense().float()  # an embedding's may be sparse
+                score.addcmul_(wide, wide)
     tolerance = _HALF_TOLERANCE if dtypes & {torch.float16, torch.bfloat16} else _TOLERANCE
     # A parameter that no loss depends on, a bias of keys, has a gradient of rounding errors alone.
     largest = max(float(score.mean()) for score in expected.values() if score.numel())

@@ -340,6 +340,12 @@ def test_the_self_test_passes_where_scores_are_exact(name: str) -> None:
         calibrate(model, [x], check=True, params=".")
 
 
+def test_the_self_test_reads_the_sparse_gradient_of_an_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    ids = torch.tensor([[0, 1], [2, 2], [3, 0]])
+    assert fisher_diag(model, [ids], params=".", check=True).samples == 3
+
+
 def test_the_self_test_finds_a_use_that_is_not_seen() -> None:
     model, x = MODELS["encoder layer"](), inputs(8).float()
     model[0].linear1.weight.register_hook(lambda grad: None if grad is None else 2 * grad)
