@@ -74,12 +74,12 @@ def base_fingerprints(params: Mapping[str, Tensor], *, verify: bool = True) -> d
     Returns:
         16 hex digits by name.
     """
-    sums = bit_sums(params)
+    records = {n: _records[place(p)] for n, p in params.items() if place(p) in _records}
     bases = {}
-    for name, bit_sum in sums.items():
-        record = _records.get(place(params[name]))
-        if record is not None and record == _record(params[name], bit_sum, record.base):
-            bases[name] = record.base
+    for name, bit_sum in bit_sums({name: params[name] for name in records}).items():
+        base = records[name].base
+        if records[name] == _record(params[name], bit_sum, base):
+            bases[name] = base
     if verify:
         fresh = {name: fingerprint(param) for name, param in params.items() if name not in bases}
         remember_bases({name: params[name] for name in fresh}, fresh)
