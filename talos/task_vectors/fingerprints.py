@@ -74,7 +74,8 @@ def base_fingerprints(params: Mapping[str, Tensor], *, verify: bool = True) -> d
     Returns:
         16 hex digits by name.
     """
-    records = {n: _records[place(p)] for n, p in params.items() if place(p) in _records}
+    found = ((name, _records.get(place(param))) for name, param in params.items())
+    records = {name: record for name, record in found if record is not None}
     bases = {}
     for name, bit_sum in bit_sums({name: params[name] for name in records}).items():
         base = records[name].base
