@@ -34,10 +34,11 @@ Read at each call. A result of `benches/` on a device replaces "unmeasured".
 
 
 def _load_library() -> Path | None:
-    for path in sorted(Path(__file__).parent.glob("_C.so")):
-        torch.ops.load_library(path)
-        return path
-    return None
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        return None
+    torch.ops.load_library(path)
+    return path
 
 
 compiled_library = _load_library()
