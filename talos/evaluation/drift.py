@@ -13,7 +13,7 @@ Source: Iurada et al. 2025, arXiv 2504.02620, section 4.3 and appendix A.4 (figu
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,23 @@ from talos.methods import LogitsFunction
 from talos.methods.base import logits_with, trainable
 from talos.names import match_tensors, named_parameters, unwrapped
 from talos.options import integer
-from talos.training import FineTuneStep
 from talos_kernels import gather_grad_
 
 __all__ = ["DriftPoint", "GradientDrift"]
 
 Gradient = dict[str, Tensor]
+
+
+class Step(Protocol):
+    """The part of a `talos.FineTuneStep` that is read."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+
+    @property
+    def steps(self) -> int:
+        """How many there will be."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class GradientDrift:
         self.initial = sum(map(_square, self._reference)) / len(self._batches)
         self.points: list[DriftPoint] = []
 
-    def __call__(self, step: FineTuneStep) -> None:
+    def __call__(self, step: Step) -> None:
         """Measure after this step if it is one of every so many, or the last."""
         if step.step % self._every == 0 or step.step == step.steps:
             self.points.append(DriftPoint(step.step, self.measure()))

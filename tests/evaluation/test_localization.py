@@ -1,6 +1,7 @@
 """The localization bound against log-probabilities differentiated one by one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,8 +101,9 @@ def test_what_has_no_scores_or_another_base_is_refused() -> None:
     scores = fisher_diag(model, some_batches(), params="weight")
     with pytest.raises(TalosValueError, match="vector must name parameters"):
         localization(model, vector, some_batches(), scores)
+    plain: Any = dict(scores)
     with pytest.raises(TalosTypeError, match=r"scores must come from talos\.fisher_diag"):
-        localization(model, vector, some_batches(), dict(scores))  # type: ignore[arg-type]
+        localization(model, vector, some_batches(), plain)
     scores = fisher_diag(model, some_batches(), params=".")
     with pytest.raises(TalosValueError, match="batches must hold at least one sample"):
         localization(model, vector, [], scores)
