@@ -1,4 +1,4 @@
-"""The one file format of masks and task vectors; docs/format.md specifies it.
+"""The one file format of masks and task vectors; docs/format.md specifies it. And checkpoints.
 
 The safetensors library reads and writes the files. This package adds what the library lacks:
 checksums, a kind and a version, limits on memory, and atomic writing.
@@ -13,8 +13,10 @@ from talos.files.checked import (
     save_file,
     write_tensors,
 )
+from talos.files.checkpoint import Checkpoint
 
 __all__ = [
+    "Checkpoint",
     "atomic_write",
     "check_entries",
     "claimed_kind",

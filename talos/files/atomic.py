@@ -1,15 +1,26 @@
-"""Atomic writing: readers find the old file or the whole new one, never a mix."""
+"""Atomic writing: readers find the old file or folder or the whole new one, never a mix."""
 
+import contextlib
+import ctypes
 import errno
 import os
+import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from talos.errors import TalosOSError
 
-__all__ = ["atomic_write"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["atomic_folder", "atomic_write"]
+
+_PREFIX = ".talos-"
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
+_HERE = -100  # AT_FDCWD
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -17,8 +28,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
 
     The new file is written in a temporary folder beside `path` and then renamed. File and folder
     are synchronised to the disk. A link stays; the file that it points to is replaced. An existing
-    file keeps its permissions. The temporary folder is removed after every error. Of two
-    simultaneous writers the last one wins.
+    file keeps its permissions. The temporary folder is removed after every error. One that a killed
+    process left is removed by the next writer. Of two simultaneous writers the last one wins.
 
     Args:
         path: the file; its folder must exist.
@@ -34,14 +45,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         b'whole'
     """
     target = Path(os.path.realpath(path))
-    try:
+    with _explained(target):
         if target.exists() and not target.is_file():
             raise TalosOSError(
                 f"path must be a regular file, got {target}, a folder or device; choose another"
             )
-        with tempfile.TemporaryDirectory(
-            prefix=".talos-", dir=target.parent, ignore_cleanup_errors=True
-        ) as folder:
+        with _workplace(target.parent) as folder:
             new = Path(folder, "new")
             new.touch()
             mode = stat.S_IMODE((target if target.exists() else new).stat().st_mode)
@@ -51,6 +60,55 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
                 os.fsync(file.fileno())
             new.replace(target)
         _synchronise(target.parent)
+
+
+def atomic_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Write a folder so that readers, also after a crash, find the old one or the whole new one.
+
+    As `atomic_write`. An existing folder is replaced with all that it holds: the caller has decided
+    that.
+
+    Args:
+        path: the folder; the one around it must exist.
+        write: called with an empty folder to write to.
+
+    Raises:
+        TalosOSError: the folder cannot be written, or the system cannot replace an existing one in
+            one step.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     atomic_folder(Path(folder, "a"), lambda new: Path(new, "b").write_bytes(b"whole"))
+        ...     Path(folder, "a", "b").read_bytes()
+        b'whole'
+    """
+    target = Path(os.path.realpath(path))
+    with _explained(target):
+        with _workplace(target.parent) as folder:
+            new = Path(folder, "new")
+            new.mkdir()
+            write(new)
+            for each in new.rglob("*"):
+                if each.is_file():
+                    with each.open("rb") as file:
+                        os.fsync(file.fileno())
+                else:
+                    _synchronise(each)
+            _synchronise(new)
+            if not target.exists():
+                new.rename(target)
+            elif not _exchanged(new, target):
+                raise TalosOSError(
+                    f"path must not exist, got {target}, which this system cannot replace in one "
+                    "step; remove it first"
+                )
+        _synchronise(target.parent)
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
     except TalosOSError:
         raise
     except OSError as error:
@@ -58,6 +116,57 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
             f"path must be writable, got {target} ({error.strerror or error}); check that its "
             "folder exists, may be written and has room"
         ) from error
+
+
+@contextlib.contextmanager
+def _workplace(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder inside `parent`, and remove it at the end.
+
+    It is locked while its process lives. So the next writer knows those that a crash left behind.
+    """
+    for abandoned in parent.glob(f"{_PREFIX}*"):
+        with _locked(abandoned, wait=False) as locked:
+            if locked:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        with _locked(folder, wait=True):
+            if not folder.exists():  # another writer took it for abandoned before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a folder; yield False if another has it, or the file system has no locks."""
+    if sys.platform == "win32":
+        yield False
+        return
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        locked = True
+    except OSError:
+        locked = False
+    try:
+        yield locked
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False: the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0
 
 
 def _synchronise(folder: Path) -> None:

@@ -5,13 +5,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from talos.errors import TalosOSError, TalosValueError
 
-__all__ = ["opened", "parse_json"]
+__all__ = ["Header", "explained", "open_file", "opened", "parse_json"]
 
 # Parsing JSON takes at most this many bytes per bracket or comma. With the limit below, no header
 # makes the reader need much more memory than the file's size.
@@ -28,6 +28,20 @@ _MAGICS = (
 )
 
 
+class Header(NamedTuple):
+    """The header of a file.
+
+    Attributes:
+        raw: its bytes, with the eight of its length: what stands before the data.
+        entries: `dtype`, `shape` and `data_offsets` of each tensor, by name.
+        metadata: the texts under `__metadata__`.
+    """
+
+    raw: bytes
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Open a file with the safetensors library and check its header.
@@ -39,15 +53,29 @@ def opened(path: Path) -> Iterator[Any]:
         TalosValueError: the file is not safetensors, or its header is wrong or too large.
         TalosOSError: it cannot be read, or is not a regular file.
     """
+    with explained(path):
+        yield open_file(path)[0]
+
+
+def open_file(path: Path) -> tuple[Any, Header]:
+    """Return the library's `safe_open` of a file, and its checked header; see `explained`.
+
+    The file stays open as long as the first lives. Tensors are read, not mapped into memory: if the
+    file is overwritten, what was checked must not change.
+    """
+    if path.exists() and not path.is_file():
+        raise TalosOSError(
+            f"path must be a regular file, got {path}, a folder or device; name the file"
+        )
+    file = safe_open(path, framework="pt", backend="pread")
+    return file, _header(path)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise the errors of the library and of the system as those of this package."""
     try:
-        if path.exists() and not path.is_file():
-            raise TalosOSError(
-                f"path must be a regular file, got {path}, a folder or device; name the file"
-            )
-        # Not mapped into memory: if the file is overwritten, what was checked must not change.
-        with safe_open(path, framework="pt", backend="pread") as file:
-            _check_header(path)
-            yield file
+        yield
     except SafetensorError as error:
         raise TalosValueError(f"{path}: {_explanation(path, error)}") from None
     except TalosOSError:
@@ -71,15 +99,16 @@ def _explanation(path: Path, error: SafetensorError) -> str:
     return f"truncated, damaged or not a safetensors file ({error}); fetch it again"
 
 
-def _check_header(path: Path) -> None:
-    """Refuse headers that the library accepts: bloated ones, keys that come twice, unknown keys.
+def _header(path: Path) -> Header:
+    """Return the header; refuse what the library accepts: a bloated one, keys twice, unknown keys.
 
     Another file may have taken the name since the library opened it. The checksums hold all the
     same, because they are computed over what the library read.
     """
     limit = _HEADER_MEMORY + path.stat().st_size // 8
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        size = file.read(8)
+        length = int.from_bytes(size, "little")
         text = file.read(min(length, limit))
     marks = sum(text.count(mark) for mark in (b"[", b"{", b","))
     if length > limit or marks * _BYTES_PER_MARK > limit:
@@ -88,14 +117,17 @@ def _check_header(path: Path) -> None:
             f"{marks} values; fetch it again"
         )
     try:
-        for name, entry in parse_json(text).items():
-            if name != "__metadata__" and set(entry) != {"dtype", "shape", "data_offsets"}:
+        entries = parse_json(text)
+        metadata = entries.pop("__metadata__", {})
+        for name, entry in entries.items():
+            if set(entry) != {"dtype", "shape", "data_offsets"}:
                 raise ValueError(f"the keys {', '.join(entry)} for {name}")
     except (ValueError, AttributeError, TypeError) as error:
         raise TalosValueError(
             f"{path}: its header must hold dtype, shape and data_offsets of each tensor once, got "
             f"{error}; fetch it again"
         ) from None
+    return Header(size + text, entries, metadata)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -27,8 +27,11 @@ __all__ = [
     "is_sum",
     "joined",
     "overlays",
+    "shapes_of",
     "slices_of",
     "sources",
+    "spread",
+    "true_places",
     "weighted_sum",
 ]
 
@@ -217,6 +220,20 @@ def weighted_sum(terms: Sequence[Term]) -> tuple[Mask, Tensor]:
 
     laid = overlays(masks, part_of)
     return gathered(masks, ((name, each.index, each.total()) for name, each in laid))
+
+
+def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
+    """Return values in the rank order of a mask that contains theirs: float32, zero elsewhere."""
+    ranges = slices_of(mask)
+
+    def part_of(i: int, name: str) -> Part:
+        if i == 0:
+            index = union.indices[name]
+            return Part(index, torch.zeros(index.nnz, dtype=torch.float32, device="cpu"))
+        return Part(mask.indices[name], values[ranges[name]])
+
+    laid = overlays([union, mask], part_of)
+    return gathered([union], ((name, each.index, each.rows()[1]) for name, each in laid))[1]
 
 
 def true_places(dense: Tensor) -> Tensor:

@@ -413,7 +413,7 @@ class Largest(Merge):
 
     name = "largest"
 
-    def _merge_entries(self, overlay):
+    def _merge_entries(self, overlay: Overlay) -> tuple[Tensor, Tensor | None]:
         return overlay.rows().amax(0), None
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from talos.app.extras import import_package
 from talos.app.models.base import ZeroShotEncoder
-from talos.app.models.folders import check_safetensors, first_line
+from talos.app.models.folders import first_line
 from talos.errors import TalosOSError, TalosValueError
+from talos.files import Checkpoint
 
 PREFIX = "openclip:"
 _PREPROCESSING = {
@@ -117,7 +118,7 @@ def load_clip(source: str) -> ClipEncoder:
         options["force_quick_gelu"] = bool(tag.get("quick_gelu", False))
     else:
         path = _local(weights, tags)
-    check_safetensors([path])
+    Checkpoint(path)  # refuses other files, whatever their names are
     try:
         clip, _, transform = open_clip.create_model_and_transforms(
             architecture, pretrained=str(path), **options

@@ -5,15 +5,15 @@ Only safetensors files are read, never pickle, and no code that comes with a mod
 
 import contextlib
 import hashlib
-import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
 from talos.errors import TalosOSError, TalosValueError
+from talos.files import Checkpoint
 
 
 def find_folder(source: str | Path) -> tuple[Path, str]:
@@ -42,8 +42,7 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
     Returns:
         The model and its tokenizer.
     """
-    files = weight_files(folder)
-    check_safetensors(files)
+    files = Checkpoint(folder).files
     if sha256 is not None:
         with files[0].open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -78,21 +77,6 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
             "again with save_pretrained"
         )
     return model.float().eval(), tokenizer
-
-
-def check_safetensors(files: Sequence[Path]) -> None:
-    """Refuse files that are not safetensors files, whatever their names are."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise TalosValueError(
-                f"source must hold safetensors files, got {file} ({error}); save the model again "
-                "with save_pretrained"
-            ) from error
 
 
 @contextlib.contextmanager
@@ -133,29 +117,3 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers will read."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TalosValueError(
-                f"source must hold a readable index of its weights, got {index} ({error!r}); save "
-                "the model again with save_pretrained"
-            ) from error
-    else:
-        raise TalosValueError(
-            f"source must hold model.safetensors, got {folder} without it; other forms of weights "
-            "are not read: save the model with save_pretrained(..., safe_serialization=True)"
-        )
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise TalosValueError(
-                f"source must hold its weights in its own folder, got {name!r} in {index}"
-            )
-    return [folder / name for name in names]
