@@ -59,6 +59,8 @@ class Outcomes:
 
     Attributes:
         metric: as given.
+        edited: the module whose weights are edited: the model, or the first of several.
+        modules: the module of each task.
 
     Raises:
         TalosTypeError: a model is no module, or a judge cannot be called.
@@ -99,8 +101,8 @@ class Outcomes:
             if judges is not None
         }
         tasks = {task: None for judges in self._judges.values() for task in judges}
-        self._edited = edited_module(model)
-        self._modules = module_of_each(model, tasks)
+        self.edited = edited_module(model)
+        self.modules = module_of_each(model, tasks)
         self._resamples, self._seed = resamples, seed
         self._lengths: dict[tuple[str, str], int] = {}
         self._known: dict[int | None, dict[_Key, Tensor]] = {None: {}}
@@ -216,7 +218,7 @@ class Outcomes:
             Outcomes that know those of the pretrained model.
         """
         other = copy(self)
-        other._modules = module_of_each(modules, self._modules)
+        other.modules = module_of_each(modules, self.modules)
         other._known, other._vectors = {None: self._known[None]}, {}
         return other
 
@@ -235,8 +237,8 @@ class Outcomes:
 
     @contextmanager
     def _made_resident(self, vector: TaskVector) -> Iterator[ResidentVectors]:
-        check_shared(self._edited, self._modules, vector)
-        with ResidentVectors(self._edited, {_EDIT: vector}) as resident:
+        check_shared(self.edited, self.modules, vector)
+        with ResidentVectors(self.edited, {_EDIT: vector}) as resident:
             yield resident
 
     @contextmanager
@@ -257,7 +259,7 @@ class Outcomes:
                 resident.swap(None)
 
     def _ask(self, split: str, task: str) -> Tensor:
-        found = ask(self._judges[split][task], self._modules[task], f"{split} judge of {task}")
+        found = ask(self._judges[split][task], self.modules[task], f"{split} judge of {task}")
         before = self._lengths.setdefault((split, task), len(found))
         if len(found) != before:
             raise TalosValueError(
