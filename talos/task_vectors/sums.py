@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos_kernels import TensorIndex
 
-__all__ = ["is_sum", "same_order", "slices_of", "sources", "spread", "weighted_sum"]
+__all__ = ["is_sum", "joined", "same_order", "slices_of", "sources", "spread", "weighted_sum"]
 
 Term = tuple[float, Mask, Tensor]
 
@@ -29,6 +30,24 @@ def slices_of(mask: Mask) -> dict[str, slice]:
         slices[name] = slice(end, end + index.nnz)
         end += index.nnz
     return slices
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return one flat tensor; `parts` is emptied meanwhile, so that memory holds one part twice.
+
+    Raises:
+        TalosValueError: the dtypes differ.
+    """
+    dtypes = {part.dtype for part in parts if part.numel()}
+    if len(dtypes) > 1:
+        raise TalosValueError("values must share one dtype")
+    end = sum(part.numel() for part in parts)
+    values = torch.empty(end, dtype=dtypes.pop() if dtypes else torch.float32, device="cpu")
+    while parts:
+        part = parts.pop()
+        values[end - part.numel() : end] = part
+        end -= part.numel()
+    return values
 
 
 def same_order(mask: Mask, other: Mask) -> bool:
