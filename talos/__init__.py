@@ -23,12 +23,13 @@ from talos.errors import (
 )
 from talos.masks import Mask
 from talos.optim import SparseAdam
-from talos.task_vectors import ResidentVectors, TaskVector
+from talos.task_vectors import Patch, ResidentVectors, TaskVector
 from talos.training import FineTuneStep, fine_tune
 
 __all__ = [
     "FineTuneStep",
     "Mask",
+    "Patch",
     "ResidentVectors",
     "SparseAdam",
     "TalosError",

@@ -23,10 +23,11 @@ def gather_grad_reference(
     """Define the op, one tensor after another; an empty gradient counts as zero."""
     packed = Index.from_buffers(index)
     for grad, part, entries in zip(grads, packed.unpack(), packed.slices, strict=True):
-        if not accumulate:
-            out[entries] = 0
-        if grad.numel() and part.nnz:
-            out[entries] += grad.view(-1)[part.positions_int64().to(grad.device)].to(out.dtype)
+        where = part.positions_int64().to(grad.device)
+        chosen = (
+            grad.view(-1)[where].to(out.dtype) if grad.numel() else torch.zeros_like(out[entries])
+        )
+        out[entries] = out[entries] + chosen if accumulate else chosen  # -0 stays -0
 
 
 def scatter_reference(params: Sequence[Tensor], index: Sequence[Tensor], values: Tensor) -> None:

@@ -265,14 +265,40 @@ class TensorIndex:
             rank = torch.searchsorted(own, positions)
             found = own[rank.clamp(max=max(self.nnz - 1, 0))] == positions if self.nnz else rank < 0
             return torch.where(found, rank, -1)
-        block, word, bit = positions // BLOCK_SIZE, positions // WORD_SIZE, positions % WORD_SIZE
-        before = torch.zeros(self.words.numel() + 1, dtype=torch.int64, device="cpu")
-        before[1:] = popcount(self.words).cumsum(0)
+        word, bit = positions // WORD_SIZE, positions % WORD_SIZE
         bits = self.words[word].to(torch.int64) & 0xFFFFFFFF
         lower = popcount((bits & ((1 << bit) - 1)).to(torch.int32))
-        in_block = before[word] - before[block * (BLOCK_SIZE // WORD_SIZE)]
-        rank = self.starts[block] + in_block + lower
-        return torch.where((bits >> bit) & 1 == 1, rank, -1)
+        return torch.where((bits >> bit) & 1 == 1, self._word_starts()[word] + lower, -1)
+
+    def select(self, ranks: Tensor) -> Tensor:
+        """Return the flat position of each rank, without decoding the whole index for a few.
+
+        Args:
+            ranks: int64 `[n]`, in `[0, nnz)`.
+
+        Returns:
+            int64 `[n]`.
+        """
+        if self.encoding == "full":
+            return ranks.clone()
+        if self.encoding == "u16":
+            segment = torch.searchsorted(self.starts, ranks, right=True) - 1
+            local = self.positions.view(torch.int16)[ranks].to(torch.int64) & (SEGMENT_SIZE - 1)
+            return segment * SEGMENT_SIZE + local
+        if ranks.numel() * WORD_SIZE > self.numel:  # then decoding is less work
+            return self.positions_int64()[ranks]
+        before = self._word_starts()
+        word = torch.searchsorted(before, ranks, right=True) - 1
+        bits = unpack_bits(self.words[word]).view(-1, WORD_SIZE)
+        nth = (ranks - before[word] + 1)[:, None]
+        bit = (bits.cumsum(1, dtype=torch.uint8) >= nth).to(torch.uint8).argmax(1)  # the first such
+        return word * WORD_SIZE + bit
+
+    def _word_starts(self) -> Tensor:
+        """Return the rank of the first selected entry of each word, then nnz: int64."""
+        before = torch.zeros(self.words.numel() + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(popcount(self.words), 0, out=before[1:])
+        return before
 
     def intersection_nnz(self, other: "TensorIndex") -> int:
         """Return the number of entries that both select."""

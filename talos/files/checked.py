@@ -32,7 +32,11 @@ __all__ = [
 VERSION = 2
 """Version of the format that is written; no other is read."""
 
-_LOADERS = {"mask": "talos.Mask.load", "task_vector": "talos.TaskVector.load"}
+_LOADERS = {
+    "mask": "talos.Mask.load",
+    "task_vector": "talos.TaskVector.load",
+    "patch": "talos.Patch.load",
+}
 _MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
 
@@ -46,7 +50,7 @@ def save_file(
 
     Args:
         path: the file, by convention `*.safetensors`; an older one is replaced.
-        kind: `mask` or `task_vector`.
+        kind: `mask`, `task_vector` or `patch`.
         tensors: dense, of any shape and device; floating-point ones must be finite.
         content: JSON-able; tuples come back as lists.
 
@@ -132,7 +136,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
 
     Args:
         path: the file.
-        kind: what it must hold, `mask` or `task_vector`.
+        kind: what it must hold, `mask`, `task_vector` or `patch`.
 
     Returns:
         The tensors, on the CPU, and the content.
@@ -159,7 +163,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
 
 
 def claimed_kind(path: str | os.PathLike[str]) -> str | None:
-    """Return the kind that a file claims, `mask` or `task_vector`; `load_file` checks the claim.
+    """Return the kind that a file claims, as `load_file` names it, which also checks the claim.
 
     Raises:
         TalosValueError: it is no safetensors file.
@@ -266,6 +270,8 @@ def _check_finite(what: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
     flat = tensor.detach().reshape(-1)
+    if flat.element_size() == 1:  # torch finds no extremes among floats of eight bits
+        flat = flat.float()
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(flat)):
         where = int((~torch.isfinite(flat)).nonzero()[0, 0])
         raise TalosValueError(

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -203,7 +204,7 @@ class Mask:
         """Bytes of the compressed selection."""
         return sum(index.nbytes for index in self.indices.values())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits, the same only for equal masks."""
         digest = hashlib.sha256()

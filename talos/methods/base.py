@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Phase",
     "Setup",
+    "logits_with",
     "read_seed",
     "trainable",
     "untrained",
@@ -188,3 +189,30 @@ def untrained(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Para
 def read_seed(seed: Any) -> int:
     """Return a seed that `torch.Generator.manual_seed` takes."""
     return integer("seed", seed, -(2**63), "an integer of 64 bits", most=2**64 - 1)
+
+
+def logits_with(
+    model: nn.Module, logits_fn: LogitsFunction, weights: Mapping[str, Tensor], batch: Any
+) -> Tensor:
+    """Return a model's logits of a batch with other tensors in place of its own.
+
+    Args:
+        model: the model; it stays as it is.
+        logits_fn: maps it and a batch to logits.
+        weights: the other tensors by the names of `model.named_parameters()` and of its buffers.
+        batch: as `logits_fn` takes it.
+    """
+    swapped = {f"model.{name}": tensor for name, tensor in weights.items()}
+    output: Tensor = torch.func.functional_call(_Caller(model, logits_fn), swapped, (batch,))
+    return output
+
+
+class _Caller(nn.Module):
+    """A module whose output is the logits, as `functional_call` needs it."""
+
+    def __init__(self, model: nn.Module, logits_fn: LogitsFunction) -> None:
+        super().__init__()
+        self.model, self.logits_fn = model, logits_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.logits_fn(self.model, batch)

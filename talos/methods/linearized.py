@@ -23,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
 from talos.errors import TalosTypeError, TalosValueError
-from talos.methods.base import LogitsFunction, Method, Phase, Setup, trainable
+from talos.methods.base import LogitsFunction, Method, Phase, Setup, logits_with, trainable
 from talos.methods.nonlinear import Dense
 from talos.names import unwrapped
 
-__all__ = ["Linearized", "LinearizedModel"]
+__all__ = ["Linearized", "LinearizedModel", "first_order"]
 
 
 class LinearizedModel(nn.Module):
@@ -79,11 +79,10 @@ class LinearizedModel(nn.Module):
         self.model = model
         self.logits_fn = logits_fn or default_logits
         self._names = list(params)
-        self._places = [f"model.{own[id(param)]}" for param in params.values()]
+        self._places = [own[id(param)] for param in params.values()]
         for number, (name, param) in enumerate(params.items()):  # buffers move with the module
             initial = param.detach().clone() if base is None else base[name]
             self.register_buffer(f"base_{number}", initial, persistent=False)
-        _load_forward_derivatives()
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -106,22 +105,54 @@ class LinearizedModel(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """Return the expansion's logits of a batch, as `logits_fn` does: [B, C] or [B, T, V]."""
-        caller = _Caller(self.model, self.logits_fn)
-        buffers = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        primals = dict(zip(self._places, self.base.values(), strict=True))
+        tangents = {
+            name: self.model.get_parameter(name) - primal for name, primal in primals.items()
+        }
+        constant, change = first_order(self.model, self.logits_fn, primals, tangents, batch)
+        return constant + change
 
-        def logits(*weights: Tensor) -> Tensor:
-            # A layer writes its buffers; it writes clones, which are dropped.
-            swapped = {name: buffer.clone() for name, buffer in buffers.items()}
-            swapped |= dict(zip(self._places, weights, strict=True))
-            output: Tensor = torch.func.functional_call(caller, swapped, (batch,))
-            return output
 
-        primals = tuple(self.base.values())
-        tangents = tuple(map(torch.sub, map(self.get_parameter, self._places), primals))
-        with _forward_differentiable():
-            both = torch.func.jvp(logits, primals, tangents)
-        total: Tensor = both[0] + both[1]
-        return total
+def first_order(
+    model: nn.Module,
+    logits_fn: LogitsFunction,
+    weights: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    batch: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of a batch and their derivative along a direction in the weights.
+
+    Args:
+        model: the model; it stays as it is, buffers too.
+        logits_fn: `logits_fn(model, batch)`, the function to differentiate.
+        weights: where to differentiate, by the names of `model.named_parameters()` or of its
+            buffers; the others are as in the model.
+        direction: the direction, by the same names, in the shapes and dtypes of the weights.
+        batch: as `logits_fn` takes it.
+
+    Returns:
+        f(x; theta) and J_theta(x) direction, both as `logits_fn` returns logits.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> along = {"weight": torch.ones(1, 2)}
+        >>> first_order(model, default_logits, {"weight": model.weight}, along, torch.ones(1, 2))[1]
+        tensor([[2.]], grad_fn=<...>)
+    """
+    buffers = dict(model.named_buffers())
+
+    def logits(*primals: Tensor) -> Tensor:
+        # A layer writes its buffers; it writes clones, which are dropped.
+        swapped = {name: buffer.clone() for name, buffer in buffers.items()}
+        return logits_with(
+            model, logits_fn, swapped | dict(zip(weights, primals, strict=True)), batch
+        )
+
+    _load_forward_derivatives()
+    tangents = tuple(direction[name] for name in weights)
+    with _forward_differentiable():
+        both = torch.func.jvp(logits, tuple(weights.values()), tangents)
+    return both[0], both[1]
 
 
 @dataclass(frozen=True)
@@ -143,17 +174,6 @@ class Linearized(Method):
         linear = LinearizedModel(setup.model, setup.logits_fn)
         setup = replace(setup, model=linear, logits_fn=lambda module, batch: module(batch))
         return Dense(setup, trainable(linear.model), linear.base)
-
-
-class _Caller(nn.Module):
-    """A module whose output is the logits, as `functional_call` needs it."""
-
-    def __init__(self, model: nn.Module, logits_fn: LogitsFunction) -> None:
-        super().__init__()
-        self.model, self.logits_fn = model, logits_fn
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.logits_fn(self.model, batch)
 
 
 @contextmanager

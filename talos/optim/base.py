@@ -4,8 +4,11 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from talos.errors import TalosRuntimeError
+from talos.masks import Mask
 from talos.optim.buckets import Bucket
 from talos.task_vectors.fingerprints import fingerprint
 
@@ -25,6 +28,19 @@ class Base:
     weights: dict[str, Tensor]
     fingerprints: dict[str, str]
     known: bool = True
+
+    def check_known(self) -> None:
+        """Refuse to measure from initial weights that are not known.
+
+        Raises:
+            TalosRuntimeError: they are not.
+        """
+        if not self.known:
+            raise TalosRuntimeError(
+                "the initial weights are not known: the loaded state belongs to other ones and "
+                "does not hold them; use TaskVector.from_models(base, model, mask), or call "
+                "mark() where patches begin"
+            )
 
     @classmethod
     def of(cls, buckets: Iterable[Bucket]) -> "Base":
@@ -49,6 +65,12 @@ class Base:
             for bucket in buckets
             for name, weights in bucket.weights_by_name().items()
         }
+
+    def change(self, buckets: Iterable[Bucket], mask: Mask) -> Tensor:
+        """Return the deltas in the mask's rank order; see `SparseAdam.task_vector`."""
+        self.check_known()
+        deltas, empty = self.deltas(buckets), torch.zeros(0, dtype=torch.float32, device="cpu")
+        return torch.cat([deltas.get(name, empty) for name in mask.names])
 
     def cast(self, params: Mapping[str, Tensor], buckets: Sequence[Bucket]) -> None:
         """Follow parameters that were cast; those that were only cast are new bases."""

@@ -343,17 +343,30 @@ class Bucket:
     @torch.no_grad()
     def weights(self) -> Tensor:
         """Return the weights at the selected entries, from their masters where these hold."""
-        weights = torch.zeros(self.index.nnz, dtype=self._wide, device=self.index.device)
-        gather_grad_(weights, list(self.params.values()), self.index)
+        weights = self._gathered()
         if self.master is None:
             return weights
         # As in the step: a weight that other code wrote wins over its master.
         ours = self.master.to(self.dtype).float() == weights
         return torch.where(ours, self.master, weights)
 
+    def _gathered(self) -> Tensor:
+        """Return the weights at the selected entries, as the model has them, wide."""
+        weights = torch.zeros(self.index.nnz, dtype=self._wide, device=self.index.device)
+        gather_grad_(weights, list(self.params.values()), self.index)
+        return weights
+
     def weights_by_name(self) -> dict[str, Tensor]:
         """Return the weights at the selected entries of each tensor."""
-        return dict(zip(self.params, self.weights().split(self.index.nnzs), strict=True))
+        return self._by_name(self.weights())
+
+    @torch.no_grad()
+    def own_weights_by_name(self) -> dict[str, Tensor]:
+        """Return the same with the bits that the model has, in its dtype."""
+        return self._by_name(self._gathered().to(self.dtype))
+
+    def _by_name(self, weights: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.params, weights.split(self.index.nnzs), strict=True))
 
 
 def _captured(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from talos.optim.base import Base
 from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
 from talos.optim.compaction import compact
+from talos.optim.marks import Mark
 from talos.optim.param_groups import (
     NamedParams,
     alike,
@@ -42,7 +43,7 @@ from talos.optim.param_groups import (
 from talos.optim.states import Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import warn_of_no_gradient, watch_frozen
 from talos.params import check_one_memory
-from talos.task_vectors import TaskVector
+from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
 
 __all__ = ["SparseAdam"]
@@ -100,7 +101,7 @@ class SparseAdam(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Copies and pickles keep these beside torch's own attributes; hooks are dropped, as by torch.
     _KEPT = (
-        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base"),
+        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base", "_mark"),
         *("_complete", "_stepped", "_trained"),
     )
 
@@ -148,6 +149,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._stop_watching: Callable[[], Any] | None = None
         self._moment_dtype = moment_dtype
         self._buckets: list[Bucket] = []
+        self._mark = Mark()
         self._clipping = Clipping(self._buckets)
         self._buffers = WatchedBuffers(module_of(model, self._names))
         self._stepped = self._trained = self._complete = False
@@ -408,17 +410,47 @@ class SparseAdam(torch.optim.Optimizer):
             >>> optimizer.task_vector().values
             tensor([-0.5000, -0.5000])
         """
-        if not self._base.known:
-            raise TalosRuntimeError(
-                "the initial weights are not known: the loaded state belongs to other ones and "
-                "does not hold them; use TaskVector.from_models(base, model, mask)"
-            )
         self._checked()
-        deltas = self._base.deltas(self._buckets)
-        empty = torch.zeros(0, dtype=torch.float32, device="cpu")
-        values = torch.cat([deltas.get(name, empty) for name in self._mask.names])
+        values = self._base.change(self._buckets, self._mask)
         made = {"method": "talos", **self._buffers.metadata(stacklevel=2)}
         return TaskVector(self._mask, values, fingerprints=self._base.fingerprints, metadata=made)
+
+    def patch(self) -> Patch:
+        """Return the weights that changed since the last patch, for a replica of the model.
+
+        The first patch counts from the initial weights; those of a loaded state count, too. So
+        every patch, applied in order to a replica of the initial model, gives it the bits of this
+        one. Only what training wrote is seen: the selected entries. In bfloat16 and float16 a
+        patch holds the entries whose rounded value changed.
+
+        From the first call on, the optimizer keeps a copy of the selected weights in their own
+        dtype, on their device: 2 bytes a selected entry in bfloat16. No other weight is read.
+
+        Returns:
+            A patch on the CPU, by the mask's names, without tensors that did not change.
+
+        Raises:
+            TalosRuntimeError: as `task_vector`.
+            TalosValueError: a weight is NaN or infinite; the next patch counts from the same mark.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> mask = Mask.from_dense({"weight": torch.tensor([[True, False]])})
+            >>> optimizer = SparseAdam(model, mask, lr=0.5)
+            >>> replica = {name: each.clone() for name, each in model.state_dict().items()}
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.patch().apply_(replica)
+            >>> torch.equal(replica["weight"], model.weight), len(optimizer.patch())
+            (True, 0)
+        """
+        self._checked()
+        return self._mark.patch(self._base, self._buckets, self._mask)
+
+    def mark(self) -> None:
+        """Let the next patch count from the weights as they are now, as after a full copy."""
+        self._checked()
+        self._mark.move(self._buckets)
 
     def freeze(self) -> None:
         """Freeze the parameters without a selected entry, as the constructor does."""

@@ -22,7 +22,7 @@ ORDER = (
     {"calibration", "task_vectors"},
     {"optim"},
     {"methods"},
-    {"training"},
+    {"training", "evaluation"},
     {"__init__"},
     {"app"},
 )

@@ -33,6 +33,15 @@ def test_rank_counts_the_selected_entries_before(case: Case) -> None:
         assert torch.equal(index.rank(torch.arange(mask.numel())), expected)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_select_finds_the_positions_of_ranks(case: Case) -> None:
+    for mask in case.masks():
+        index, positions = TensorIndex.encode(mask), mask.nonzero()[:, 0]
+        for step in (1, 2, 37, 10_000):  # few ranks are looked up, many are decoded
+            ranks = torch.arange(0, index.nnz, step)
+            assert torch.equal(index.select(ranks), positions[ranks])
+
+
 def test_the_encoding_follows_the_density() -> None:
     generator = torch.Generator().manual_seed(0)
 

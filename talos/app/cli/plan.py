@@ -9,8 +9,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from talos.app.cli.console import table
-from talos.app.models import evaluation_mode
 from talos.architecture.layers import KINDS, is_norm, kind_of, layer_of
+from talos.evaluation import evaluation_mode
 from talos.names import named_modules, named_parameters
 from talos.params import select_parameters
 

@@ -5,7 +5,6 @@ from talos.app.models.base import (
     Encoder,
     ZeroShotClassifier,
     ZeroShotEncoder,
-    evaluation_mode,
 )
 from talos.app.models.clip import ClipEncoder, load_clip
 from talos.app.models.language import AnswerClassifier, LanguageModel
@@ -21,7 +20,6 @@ __all__ = [
     "TextEncoder",
     "ZeroShotClassifier",
     "ZeroShotEncoder",
-    "evaluation_mode",
     "load_clip",
     "load_encoder",
     "takes_images",

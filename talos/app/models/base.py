@@ -5,15 +5,15 @@ the classes of a task. A `Classifier` maps a batch to logits [B, C]. Its only pa
 encoder's, so that classifiers of one encoder can be merged.
 """
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
+from talos.evaluation import evaluation_mode
 
 _TEXTS_PER_PASS = 64
 
@@ -157,15 +157,3 @@ def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:
             f"class_texts must be at least two texts that are not empty, got {class_texts!r:.80}"
         )
     return tuple(class_texts)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

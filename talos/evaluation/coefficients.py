@@ -1,0 +1,78 @@
+"""Scaling coefficients: the grid of a search, and which of its points is taken."""
+
+from collections.abc import Iterable, Sequence
+from math import isfinite
+
+from talos.errors import TalosValueError
+from talos.options import as_real, integer
+
+__all__ = ["best_place", "checked_coefs", "scaling_coefs"]
+
+# Figures that differ by less than this share are equal: they differ by rounding.
+_EQUAL = 1e-9
+
+
+def scaling_coefs(count: int = 21) -> list[float]:
+    """Return linspace(0, 1, count).
+
+    Args:
+        count: number of coefficients, at least 2.
+
+    Returns:
+        The coefficients, ascending.
+
+    Raises:
+        TalosValueError: `count` is no integer of at least 2.
+
+    Example:
+        >>> scaling_coefs(5)
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    count = integer("count", count, 2)
+    return [round(i / (count - 1), 10) for i in range(count)]
+
+
+def checked_coefs(coefs: Iterable[object]) -> list[float]:
+    """Return the coefficients of a search as floats.
+
+    Raises:
+        TalosValueError: there is none, or one is no finite real number.
+    """
+    numbers = []
+    for coef in coefs:
+        number = as_real(coef)
+        if number is None or not isfinite(number):
+            raise TalosValueError(f"coefs must be finite real numbers, got {coef!r}")
+        numbers.append(number)
+    if not numbers:
+        raise TalosValueError("coefs must hold at least one coefficient, got none")
+    return numbers
+
+
+def best_place(coefs: Sequence[float], figures: Sequence[float], *, highest: bool) -> int:
+    """Return the place of the best figure; of several equal ones that of the smallest coefficient.
+
+    The smallest coefficient moves the weights least. Figures are equal if they differ by 1e-9 of
+    the best one, which is rounding.
+
+    Args:
+        coefs: the coefficients.
+        figures: a figure of each.
+        highest: the best figure is the highest one; False: the lowest.
+
+    Returns:
+        An index into both.
+
+    Example:
+        >>> best_place([0.0, 0.5, 1.0], [0.7, 0.8, 0.8], highest=True)
+        1
+    """
+    signed = [figure if highest else -figure for figure in figures]
+    top = max(signed)
+    if not isfinite(top):
+        raise TalosValueError(
+            f"figures must be finite at one coefficient at least, got {abs(top)} at all; take "
+            "smaller coefs"
+        )
+    equal = [i for i, each in enumerate(signed) if each >= top - _EQUAL * abs(top)]
+    return min(equal, key=lambda i: abs(coefs[i]))

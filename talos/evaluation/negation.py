@@ -1,0 +1,173 @@
+"""Negation: make a model forget one task and keep its others.
+
+    theta = theta_0 - coef * tau_target
+    coef  = the one with the worst target figure among those that keep the control:
+            control(theta) >= control_share * control(theta_0)         (a higher figure is better)
+            control(theta) <= control(theta_0) / control_share         (a lower one is better)
+
+on validation examples. The control is the mean of the control tasks. The coefficient 0 always keeps
+it, so it is always tried; if it is chosen, no other one helps. Of equally good coefficients the
+smallest is chosen. The chosen model is evaluated once on test examples.
+
+Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 3.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import fmean
+
+from talos.errors import TalosValueError
+from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
+from talos.evaluation.intervals import Estimate
+from talos.evaluation.outcomes import Outcomes
+from talos.options import fraction
+from talos.task_vectors import TaskVector
+
+__all__ = ["Negation", "NegationPoint", "negation"]
+
+# After so many points in a row that break the control, no larger coefficient is tried.
+_GIVE_UP = 4
+
+
+@dataclass(frozen=True)
+class NegationPoint:
+    """The model at one coefficient, on validation examples.
+
+    Attributes:
+        scaling_coef: the coefficient, which is subtracted.
+        target: the figure of the task to forget; None: not evaluated, because the control breaks.
+        control: the mean figure of the control tasks.
+    """
+
+    scaling_coef: float
+    target: float | None
+    control: float
+
+
+@dataclass(frozen=True)
+class Negation:
+    """What negation found.
+
+    Attributes:
+        grid: a point for each coefficient that was tried, on validation examples.
+        scaling_coef: the coefficient that was chosen; 0: no other one helps.
+        target: the figure of the task to forget on test examples.
+        control: the mean figure of the control tasks on test examples.
+        target_zero_shot: `target` of the pretrained model.
+        control_zero_shot: `control` of the pretrained model.
+    """
+
+    grid: list[NegationPoint]
+    scaling_coef: float
+    target: Estimate
+    control: Estimate
+    target_zero_shot: Estimate
+    control_zero_shot: Estimate
+
+
+def negation(
+    outcomes: Outcomes,
+    vector: TaskVector,
+    target: str,
+    *,
+    control: Iterable[str] | None = None,
+    control_share: float = 0.95,
+    coefs: Iterable[float] | None = None,
+    on_point: Callable[[NegationPoint], object] | None = None,
+) -> Negation:
+    """Subtract a task's vector as far as the control allows.
+
+    The control is evaluated first; where it breaks, the target is not evaluated. After four such
+    points in a row no larger coefficient is tried.
+
+    Args:
+        outcomes: of the model, with judges of validation and test examples.
+        vector: the vector of the task to forget.
+        target: the task to forget.
+        control: the tasks to keep; None: all others.
+        control_share: share of the pretrained model's control figure that must be kept, in (0, 1].
+        coefs: the coefficients to try, at least 0; None: 0, 0.05, ..., 1.
+        on_point: called after each coefficient that was tried.
+
+    Returns:
+        The grid, the coefficient, and the estimates on test examples.
+
+    Raises:
+        TalosValueError: the target has no judge or is a control, there is no control, a coefficient
+            is negative, or the vector does not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from talos import Mask
+        >>> from talos.evaluation import right_answers
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.eye(2))
+        >>> judges = {
+        ...     task: right_answers([(torch.eye(2)[[i]], torch.tensor([i]))])
+        ...     for i, task in enumerate(("left", "right"))
+        ... }
+        >>> mask = Mask.from_dense({"weight": torch.tensor([[False, False], [True, False]])})
+        >>> vector = TaskVector(mask, torch.tensor([-4.0]))
+        >>> forgot = negation(Outcomes(model, judges, judges), vector, "left")
+        >>> forgot.scaling_coef, forgot.target["value"], forgot.control["value"]
+        (0.3, 0.0, 1.0)
+    """
+    others = _controls(outcomes, target, control)
+    control_share = fraction("control_share", control_share)
+    numbers = sorted({0.0, *(scaling_coefs() if coefs is None else checked_coefs(coefs))})
+    if numbers[0] < 0:
+        raise TalosValueError(f"coefs must be at least 0, got {numbers[0]}; they are subtracted")
+    higher = outcomes.metric.better == "higher"
+    pretrained = _mean(outcomes, None, 0.0, others)
+    grid: list[NegationPoint] = []
+    kept: list[tuple[float, float]] = []
+    broken = 0
+    with outcomes.resident(vector):
+        for coef in numbers:
+            reached = None
+            figure = _mean(outcomes, vector, -coef, others)
+            share = control_share if higher else 1 / control_share
+            if figure >= share * pretrained if higher else figure <= share * pretrained:
+                found = outcomes.of("validation", vector, -coef, [target])
+                reached = outcomes.metric.figure(found[target])
+                kept.append((coef, reached))
+            broken = broken + 1 if reached is None else 0
+            grid.append(NegationPoint(coef, reached, figure))
+            if on_point is not None:
+                on_point(grid[-1])
+            if broken == _GIVE_UP:
+                break
+        place = best_place(*zip(*kept, strict=True), highest=not higher)
+        chosen = kept[place][0]
+        test = outcomes.of("test", vector, -chosen, [target, *others])
+    before = outcomes.of("test", tasks=[target, *others])
+    mean = outcomes.bootstrap.mean
+    return Negation(
+        grid=grid,
+        scaling_coef=chosen,
+        target=mean({target: test[target]}),
+        control=mean({task: test[task] for task in others}),
+        target_zero_shot=mean({target: before[target]}),
+        control_zero_shot=mean({task: before[task] for task in others}),
+    )
+
+
+def _controls(outcomes: Outcomes, target: str, control: Iterable[str] | None) -> list[str]:
+    if target not in outcomes.tasks:
+        raise TalosValueError(
+            f"target must be one of the judged tasks {', '.join(outcomes.tasks)}, got {target}"
+        )
+    others = [t for t in outcomes.tasks if t != target] if control is None else list(control)
+    if not others or target in others:
+        raise TalosValueError(
+            f"control must name at least one task other than the target {target}, got "
+            f"{', '.join(others) or 'none'}; give a judge of another task"
+        )
+    return others
+
+
+def _mean(
+    outcomes: Outcomes, vector: TaskVector | None, coef: float, tasks: Iterable[str]
+) -> float:
+    return fmean(outcomes.figures(outcomes.of("control", vector, coef, tasks)).values())
