@@ -21,10 +21,10 @@ from talos.task_vectors.sums import joined, slices_of
 from talos.tensors import check_separate, moved_buffers, place
 from talos_kernels import TensorIndex
 
-__all__ = ["Choice", "Difference", "Weights", "difference"]
+__all__ = ["Difference", "Entries", "Weights", "difference"]
 
 Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-Choice = Mask | Literal["changed"] | None
+Entries = Mask | Literal["changed"] | None
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,7 +49,7 @@ class Difference:
 
 
 def difference(
-    base: Weights, tuned: Weights, mask: Choice, *, strict: bool, on_tensor: OnTensor | None
+    base: Weights, tuned: Weights, mask: Entries, *, strict: bool, on_tensor: OnTensor | None
 ) -> Difference:
     """Return the difference of two models; see `TaskVector.from_models`."""
     if not (mask is None or isinstance(mask, Mask) or mask == "changed"):

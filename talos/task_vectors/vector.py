@@ -24,17 +24,18 @@ from talos.masks import Mask
 from talos.masks.table import text_table
 from talos.names import renamed
 from talos.options import as_real
-from talos.task_vectors.differences import Choice, Weights, difference
+from talos.task_vectors.choosing import Choice, chosen, largest, selected
+from talos.task_vectors.differences import Entries, Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
 from talos.task_vectors.exports import export_checkpoint
-from talos.task_vectors.fingerprints import fingerprint
+from talos.task_vectors.fingerprints import fingerprint, one_base
 from talos.task_vectors.storage import DTYPES, load_parts, save_parts
 from talos.task_vectors.sums import (
+    Part,
     is_sum,
-    same_order,
+    overlays,
     slices_of,
     sources,
-    spread,
     weighted_sum,
 )
 from talos.tensors import warn_of_moved
@@ -113,7 +114,7 @@ class TaskVector:
         cls,
         base: Weights,
         tuned: Weights,
-        mask: Choice = None,
+        mask: Entries = None,
         *,
         strict: bool = True,
         metadata: Mapping[str, Any] | None = None,
@@ -186,14 +187,7 @@ class TaskVector:
         terms = [(check_scale(scale), vector) for scale, vector in terms]
         if not terms:
             raise TalosValueError("terms must hold at least one task vector, got none")
-        bases: dict[str, str] = {}
-        for _, vector in terms:
-            for name, base in vector.fingerprints.items():
-                if bases.setdefault(name, base) != base:
-                    raise TalosValueError(
-                        "task vectors must belong to one base, got the fingerprints "
-                        f"{bases[name]} and {base} of {name}; make them from the same weights"
-                    )
+        bases = one_base(vector.fingerprints for _, vector in terms)
         union, total = weighted_sum([(scale, v.mask, v.values) for scale, v in terms])
         return cls(
             union, total, bases, {"sum": sources([(scale, v.origin()) for scale, v in terms])}
@@ -245,6 +239,58 @@ class TaskVector:
         if is_sum(self.metadata):
             return dict(self.metadata)
         return {**self.metadata, "values": fingerprint(self.values)}
+
+    def trim(self, density: float) -> Self:
+        """Keep the entries of largest magnitude, as TIES-merging does (arXiv 2306.01708).
+
+        Args:
+            density: the share to keep, in (0, 1], of all entries of the tensors that the mask
+                covers (`mask.numel`). So a sparse vector loses what its dense form would lose. One
+                that has fewer entries keeps them all.
+
+        Returns:
+            The vector with at most `round(density * mask.numel)` entries; of equal magnitudes the
+            first in (tensor, position) order stay. The metadata's `trimmed` is the density.
+
+        Raises:
+            TalosValueError: `density` is out of range or keeps nothing.
+
+        Example:
+            >>> mask = Mask.from_dense({"w": torch.ones(4) > 0})
+            >>> vector = TaskVector(mask, torch.tensor([1.0, -3.0, 2.0, 0.0]))
+            >>> vector.trim(0.5).values
+            tensor([-3.,  2.])
+        """
+        ranges = slices_of(self.mask)
+        values = {name: self.values[part] for name, part in ranges.items()}
+        choice = largest(self.mask.numel, density, values)
+        return self if choice is None else self._chosen(self.mask, choice, {"trimmed": density})
+
+    def restrict(self, mask: Mask) -> Self:
+        """Keep the entries that a mask selects, too.
+
+        Args:
+            mask: of any tensors; what it does not cover is dropped.
+
+        Returns:
+            The vector over the tensors that both cover.
+
+        Raises:
+            TalosValueError: the shape of a tensor differs.
+
+        Example:
+            >>> vector = TaskVector(Mask.from_dense({"w": torch.ones(2) > 0}), torch.ones(2))
+            >>> len(vector.restrict(Mask.from_dense({"w": torch.eye(2)[0] > 0})))
+            1
+        """
+        return self._chosen(mask, selected(self.mask, mask), {"restricted_to": mask.fingerprint})
+
+    def _chosen(self, covers: Mask, choice: Choice, how: dict[str, Any]) -> Self:
+        """Return the entries that a choice leaves, of the tensors that `covers` covers."""
+        mask, values = chosen(self.mask, self.values, choice, covers.names)
+        bases = {name: base for name, base in self.fingerprints.items() if name in mask}
+        made = {"of": self.metadata} if is_sum(self.metadata) else self.metadata
+        return type(self)(mask, values, bases, {**made, **how})
 
     def apply_(self, model: nn.Module, scale: float = 1.0, force: bool = False) -> None:
         """Add `scale` times the vector to a model's weights, in place, each tied weight once.
@@ -518,13 +564,15 @@ class TaskVector:
 
     def allclose(self, other: Self, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Return whether |self - other| <= atol + rtol |other| at every entry of either mask."""
-        union = self.mask if same_order(self.mask, other.mask) else self.mask | other.mask
-        return torch.allclose(
-            spread(self.mask, self.values, union),
-            spread(other.mask, other.values, union),
-            rtol=rtol,
-            atol=atol,
-        )
+        pair = [self, other]
+        ranges = [slices_of(each.mask) for each in pair]
+
+        def part_of(i: int, name: str) -> Part:
+            return Part(pair[i].mask.indices[name], pair[i].values[ranges[i][name]])
+
+        laid = overlays([self.mask, other.mask], part_of)
+        rows = (each.rows() for _, each in laid)
+        return all(torch.allclose(one, two, rtol=rtol, atol=atol) for one, two in rows)
 
     @property
     def nbytes(self) -> int:
