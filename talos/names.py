@@ -20,6 +20,7 @@ __all__ = [
     "named_buffers",
     "named_modules",
     "named_parameters",
+    "named_tensors",
     "resolve_names",
     "unwrapped",
     "with_nearest",
@@ -148,6 +149,23 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     }
+
+
+def named_tensors(what: str, model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the parameters and buffers of a model under all their names.
+
+    Args:
+        what: the model's name, for the message.
+        model: a module, its state dict or a checkpoint; the last two are returned as they are.
+
+    Raises:
+        TalosTypeError: it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
+    if not isinstance(model, Mapping):
+        raise TalosTypeError(f"{what} must be a module or a state dict, got {type(model).__name__}")
+    return model
 
 
 def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

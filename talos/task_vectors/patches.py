@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file
 from talos.masks import Mask
-from talos.names import match_tensors, named_buffers, named_parameters, resolve_names, with_nearest
+from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import check_base, check_scale
 from talos.task_vectors.fingerprints import base_fingerprints
@@ -105,7 +105,7 @@ class Patch:
         Raises:
             TalosValueError: names, shapes or dtypes differ, or a value is NaN or infinite.
         """
-        ours, theirs = _tensors("base", base), _tensors("tuned", tuned)
+        ours, theirs = named_tensors("base", base), named_tensors("tuned", tuned)
         known, first = resolve_names(theirs, ours), _first_names(base, ours)
         there, firsts = {first[own] for own in known.values()}, _first_names(tuned, theirs)
         extra = [name for name in theirs if name not in known and firsts[name] not in known]
@@ -152,7 +152,7 @@ class Patch:
             >>> Patch.between(model, TaskVector(mask, torch.ones(1))).positions
             {'weight': tensor([1], dtype=torch.int32)}
         """
-        scale, ours = check_scale(scale), _tensors("base", base)
+        scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
         known = resolve_names(touched, ours)
         _refuse_lacking("base", [name for name in touched if name not in known], ours)
@@ -188,7 +188,7 @@ class Patch:
             TalosTypeError: a tensor has another dtype, or cannot be written (meta, sharded).
             TalosValueError: the model lacks a tensor or has another shape of it.
         """
-        matched = match_tensors(self.shapes, _tensors("model", model), what="patch")
+        matched = match_tensors(self.shapes, named_tensors("model", model), what="patch")
         for name, tensor in matched.items():
             _check_writable(name, tensor, self.values[name].dtype)
         check_separate(matched, "patched weights of the model")
@@ -330,15 +330,6 @@ def _flat(tensor: Tensor) -> Tensor:
     """Return a tensor's entries in a row, at a stride of 1: only then are its bits in view."""
     flat = tensor.detach().reshape(-1)
     return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
-
-
-def _tensors(what: str, model: Weights) -> Mapping[str, Tensor]:
-    """Return the tensors of a model under all their names; those of a checkpoint are not read."""
-    if isinstance(model, nn.Module):
-        return {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
-    if not isinstance(model, Mapping):
-        raise TalosTypeError(f"{what} must be a module or a state dict, got {type(model).__name__}")
-    return model
 
 
 def _first_names(model: Weights, tensors: Mapping[str, Tensor]) -> dict[str, str]:

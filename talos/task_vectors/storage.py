@@ -13,7 +13,7 @@ from talos.files import load_file, save_file
 from talos.masks import Mask
 from talos.task_vectors.sums import slices_of
 
-__all__ = ["DTYPES", "load_parts", "save_parts"]
+__all__ = ["DTYPES", "joined", "load_parts", "save_parts"]
 
 _Path = str | os.PathLike[str]
 _ENTRIES = {"tensors", "mask", "fingerprints", "made"}
@@ -57,7 +57,7 @@ def load_parts(path: _Path) -> tuple[Mask, Tensor, dict[str, str], dict[str, Any
             _values(name, tensors.pop(f"{name}.values"), index.nnz)
             for name, index in mask.indices.items()
         ]
-        values = _joined(parts)
+        values = joined(parts)
     except (TalosTypeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TalosValueError(f"{path}: not a valid task vector: {error}") from None
     return mask, values, content["fingerprints"], content["made"]
@@ -103,7 +103,7 @@ def _values(name: str, values: Tensor, nnz: int) -> Tensor:
     return values
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """Return one flat tensor; `parts` is emptied meanwhile, so that memory holds one part twice."""
     dtypes = {part.dtype for part in parts if part.numel()}
     if len(dtypes) > 1:
