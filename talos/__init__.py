@@ -22,6 +22,7 @@ from talos.errors import (
     TalosValueError,
 )
 from talos.masks import Mask
+from talos.merging import merge
 from talos.optim import SparseAdam
 from talos.task_vectors import Patch, ResidentVectors, TaskVector
 from talos.training import FineTuneStep, fine_tune
@@ -42,6 +43,7 @@ __all__ = [
     "choice_logits",
     "fine_tune",
     "fisher_diag",
+    "merge",
 ]
 
 try:

@@ -1,7 +1,7 @@
 """How numbers that callers pass are read: Python's, NumPy's, tensors of one element."""
 
 import operator
-from math import inf
+from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from talos.errors import TalosValueError
 
-__all__ = ["as_real", "fraction", "integer", "positive"]
+__all__ = ["as_real", "finite", "fraction", "integer", "positive", "read_seed"]
 
 
 def as_real(value: Any) -> float | None:
@@ -70,3 +70,24 @@ def positive(name: str, value: Any) -> float:
     if number is None or not 0.0 < number < inf:
         raise TalosValueError(f"{name} must be positive and finite, got {value!r}")
     return number
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a finite option of any sign as a float.
+
+    Raises:
+        TalosValueError: it is no real number, or not finite.
+    """
+    number = as_real(value)
+    if number is None or not isfinite(number):
+        raise TalosValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def read_seed(seed: Any) -> int:
+    """Return a seed that `torch.Generator.manual_seed` takes.
+
+    Raises:
+        TalosValueError: it is no integer of 64 bits.
+    """
+    return integer("seed", seed, -(2**63), "an integer of 64 bits", most=2**64 - 1)

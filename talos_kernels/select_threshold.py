@@ -138,6 +138,7 @@ def select_threshold(
     group: dist.ProcessGroup | None = None,
     *,
     names: Sequence[str] | None = None,
+    magnitudes: bool = False,
 ) -> Threshold:
     """Find the k lowest of all entries of many tensors: exactly k, one launch a pass.
 
@@ -153,6 +154,8 @@ def select_threshold(
         group: processes that hold shards of the same tensors, in the same order and dtypes; a shard
             may be empty. Each calls this and receives its own `ties`.
         names: of the tensors, for errors.
+        magnitudes: compare absolute values, which are made of one tensor at a time; `select` then
+            takes a tensor's absolute values.
 
     Returns:
         The threshold; its `select` gives the selection of one tensor at a time.
@@ -179,7 +182,7 @@ def select_threshold(
     checked: list[Tensor] = []
     for bits in digits:
         shift -= bits
-        found = _histogram(rows, wide, prefix, shift, bits, largest)
+        found = _histogram(rows, wide, prefix, shift, bits, largest, magnitudes)
         if group is not None:
             dist.all_reduce(found, group=group)
         counts = found[: 1 << bits]
@@ -191,7 +194,7 @@ def select_threshold(
         equal = counts.take(digit)
         left = left - totals.take(digit) + equal
         prefix = (prefix << bits) | digit
-    key, last, ties, entries, *refused = torch.cat(
+    key, last, equal_keys, entries, *refused = torch.cat(
         [torch.stack([prefix, left, equal]), *checked]
     ).tolist()
     for name, count in zip(names, refused, strict=True):
@@ -206,9 +209,10 @@ def select_threshold(
             "select fewer or exclude fewer"
         )
     threshold = Threshold(_value(key, dtype, largest), largest, None)
-    if last == ties:
+    if last == equal_keys:
         return threshold
-    return Threshold(threshold.value, largest, _cut(threshold, rows, last, group))
+    ties = _cut(threshold, rows, last, group, magnitudes)
+    return Threshold(threshold.value, largest, ties)
 
 
 def _check(scores: Sequence[Tensor], k: int, names: Sequence[str] | None) -> list[str]:
@@ -238,16 +242,23 @@ def _digits(dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
 
 
 def _histogram(
-    rows: Sequence[Tensor], wide: bool, prefix: Tensor, shift: int, bits: int, largest: bool
+    rows: Sequence[Tensor],
+    wide: bool,
+    prefix: Tensor,
+    shift: int,
+    bits: int,
+    largest: bool,
+    magnitudes: bool,
 ) -> Tensor:
     """Return int64 [2^bits + tensors]: counts of a digit, and refused entries of each tensor.
 
-    Tensors of several dtypes are counted one by one; the 64-bit keys have no kernel.
+    Tensors of several dtypes and magnitudes are counted one by one; the 64-bit keys have no kernel.
     """
-    if not wide and len({row.dtype for row in rows}) <= 1:
+    if not wide and not magnitudes and len({row.dtype for row in rows}) <= 1:
         return torch.cat(torch.ops.talos.score_histogram(rows, prefix, shift, bits, largest))
     counts, refused = prefix.new_zeros(1 << bits), []
-    for row in rows:
+    for each in rows:
+        row = each.abs() if magnitudes else each
         count = score_histogram_reference if wide else torch.ops.talos.score_histogram
         found = count([row.double() if wide else row], prefix, shift, bits, largest)
         counts += found[0]
@@ -265,12 +276,18 @@ def _value(key: int, dtype: torch.dtype, largest: bool) -> float:
 
 
 def _cut(
-    threshold: Threshold, rows: Sequence[Tensor], left: int, group: dist.ProcessGroup | None
+    threshold: Threshold,
+    rows: Sequence[Tensor],
+    left: int,
+    group: dist.ProcessGroup | None,
+    magnitudes: bool,
 ) -> tuple[int, ...]:
     """Share `left` ties among tensors, then ranks, in order; return this rank's."""
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     counts = torch.zeros(ranks, len(rows), dtype=torch.int64, device=rows[0].device)
-    counts[rank] = torch.stack([threshold.count_ties(row) for row in rows])
+    counts[rank] = torch.stack(
+        [threshold.count_ties(row.abs() if magnitudes else row) for row in rows]
+    )
     if group is not None:
         dist.all_reduce(counts, group=group)
     counts = counts.T.contiguous()  # [tensors, ranks]

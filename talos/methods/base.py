@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from talos.errors import TalosValueError
 from talos.names import named_parameters
-from talos.options import integer
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
 
@@ -26,7 +25,6 @@ __all__ = [
     "Phase",
     "Setup",
     "logits_with",
-    "read_seed",
     "trainable",
     "untrained",
 ]
@@ -184,11 +182,6 @@ def untrained(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Para
     """Return the parameters that require a gradient and are not trained."""
     own = {id(param) for param in trained}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-
-
-def read_seed(seed: Any) -> int:
-    """Return a seed that `torch.Generator.manual_seed` takes."""
-    return integer("seed", seed, -(2**63), "an integer of 64 bits", most=2**64 - 1)
 
 
 def logits_with(

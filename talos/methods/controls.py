@@ -11,9 +11,9 @@ import torch
 
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.methods.base import Method, Phase, Setup, read_seed
+from talos.methods.base import Method, Phase, Setup
 from talos.methods.talos import Sparse
-from talos.options import fraction
+from talos.options import fraction, read_seed
 from talos.params import Candidates, select_parameters
 
 __all__ = ["Magnitude", "Random"]

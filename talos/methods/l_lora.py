@@ -31,11 +31,11 @@ from torch.utils.hooks import RemovableHandle
 from talos.architecture.attention import Projection
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.methods.base import Method, Phase, Setup, read_seed, untrained
+from talos.methods.base import Method, Phase, Setup, untrained
 from talos.methods.nonlinear import clip
 from talos.optim.linear_backward import route, unroute
 from talos.optim.param_groups import several_processes
-from talos.options import integer, positive
+from talos.options import integer, positive, read_seed
 from talos.params import select_attention
 from talos.task_vectors import TaskVector
 from talos.task_vectors.adapter_export import write_adapter

@@ -31,7 +31,7 @@ from talos.names import named_tensors, resolve_names, with_nearest
 from talos.options import as_real
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.fingerprints import fingerprint
-from talos.task_vectors.storage import joined
+from talos.task_vectors.sums import joined
 from talos_kernels import TensorIndex
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "read_adapter"]

@@ -8,18 +8,18 @@ same version and the same sum of bits. Every in-place operation of torch raises 
 finds other writes, through `.data` or NumPy, unless they keep the sum, as a permutation does.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from talos.errors import TalosTypeError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.files import digest
 from talos.tensors import place
 
-__all__ = ["base_fingerprints", "bit_sums", "fingerprint", "remember_bases"]
+__all__ = ["base_fingerprints", "bit_sums", "fingerprint", "one_base", "remember_bases"]
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -62,6 +62,26 @@ def fingerprint(tensor: Tensor) -> str:
             "load the weights first"
         )
     return digest(tensor)[:16]
+
+
+def one_base(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return the fingerprints of the base that several vectors share, by name.
+
+    Args:
+        found: the fingerprints of each vector, by name.
+
+    Raises:
+        TalosValueError: two of them differ for a tensor.
+    """
+    bases: dict[str, str] = {}
+    for fingerprints in found:
+        for name, base in fingerprints.items():
+            if bases.setdefault(name, base) != base:
+                raise TalosValueError(
+                    "task vectors must belong to one base, got the fingerprints "
+                    f"{bases[name]} and {base} of {name}; make them from the same weights"
+                )
+    return bases
 
 
 def base_fingerprints(params: Mapping[str, Tensor], *, verify: bool = True) -> dict[str, str]:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import check_entries, load_file, save_file
+from talos.files import Checkpoint, check_entries, load_file, save_file
 from talos.masks import Mask
 from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import check_base, check_scale
+from talos.task_vectors.exports import names_in
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
@@ -99,7 +100,8 @@ class Patch:
         Buffers are compared, too, and integers. -0 differs from 0.
 
         Args:
-            base: a module, its state dict or a checkpoint; tensors are read one at a time.
+            base: a module, its state dict, or a checkpoint or its path; tensors are read one at a
+                time.
             tuned: the same model after fine-tuning.
 
         Raises:
@@ -134,13 +136,15 @@ class Patch:
         """Return the patch that puts a task vector on a model; the model stays as it is.
 
         Args:
-            base: a module, its state dict or a checkpoint; tensors are read one at a time.
+            base: a module, its state dict, or a checkpoint or its path; tensors are read one at a
+                time.
             vector: what to put on it.
             scale: the scaling coefficient.
             force: take a base whose weights have other fingerprints, too.
 
         Returns:
-            The bits that `vector.apply_(base, scale)` would write, where they differ.
+            The bits that `vector.apply_(base, scale)` would write, where they differ, by the names
+            of the base.
 
         Raises:
             TalosValueError: the base lacks a tensor, has another shape or another fingerprint, or
@@ -154,8 +158,11 @@ class Patch:
         """
         scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
-        known = resolve_names(touched, ours)
-        _refuse_lacking("base", [name for name in touched if name not in known], ours)
+        if isinstance(ours, Checkpoint):
+            known = names_in(ours, {name: vector.mask.shapes[name] for name in touched})
+        else:
+            known = resolve_names(touched, ours)
+            _refuse_lacking("base", [name for name in touched if name not in known], ours)
         slices, parts = slices_of(vector.mask), _Parts()
         for name in touched:
             before, index = ours[known[name]], vector.mask.indices[name]
@@ -172,10 +179,10 @@ class Patch:
             delta = vector.values[slices[name]].to(old.device)
             add_delta_([new], Index.pack([every], old.device), delta, scale=scale)
             changed = changed_bits(old, new)
-            parts.add(name, before, where[changed], new[changed])
+            parts.add(known[name], before, where[changed], new[changed])
         return cls(*parts.dicts)
 
-    def apply_(self, model: Weights) -> None:
+    def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Write the values into a model, in place. Everything is checked before the first write.
 
         Names match whatever wraps the model (DDP, compile). Afterwards the weights count as another
@@ -185,10 +192,16 @@ class Patch:
             model: a module or its state dict, on any device, with weights of the patch's dtypes.
 
         Raises:
-            TalosTypeError: a tensor has another dtype, or cannot be written (meta, sharded).
+            TalosTypeError: a tensor has another dtype, or cannot be written (meta, sharded), or
+                `model` is a checkpoint.
             TalosValueError: the model lacks a tensor or has another shape of it.
         """
-        matched = match_tensors(self.shapes, named_tensors("model", model), what="patch")
+        every = named_tensors("model", model)
+        if isinstance(every, Checkpoint):  # each access reads another tensor
+            raise TalosTypeError(
+                "model must be in memory, got a checkpoint; export another instead"
+            )
+        matched = match_tensors(self.shapes, every, what="patch")
         for name, tensor in matched.items():
             _check_writable(name, tensor, self.values[name].dtype)
         check_separate(matched, "patched weights of the model")

@@ -11,9 +11,9 @@ from torch import Tensor
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.files import load_file, save_file
 from talos.masks import Mask
-from talos.task_vectors.sums import slices_of
+from talos.task_vectors.sums import joined, slices_of
 
-__all__ = ["DTYPES", "joined", "load_parts", "save_parts"]
+__all__ = ["DTYPES", "load_parts", "save_parts"]
 
 _Path = str | os.PathLike[str]
 _ENTRIES = {"tensors", "mask", "fingerprints", "made"}
@@ -100,18 +100,4 @@ def _values(name: str, values: Tensor, nnz: int) -> Tensor:
         raise TalosValueError(
             f"{name}.values must be float32, bfloat16 or float16, got {values.dtype}"
         )
-    return values
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Return one flat tensor; `parts` is emptied meanwhile, so that memory holds one part twice."""
-    dtypes = {part.dtype for part in parts if part.numel()}
-    if len(dtypes) > 1:
-        raise TalosValueError("values must share one dtype")
-    end = sum(part.numel() for part in parts)
-    values = torch.empty(end, dtype=dtypes.pop() if dtypes else torch.float32, device="cpu")
-    while parts:
-        part = parts.pop()
-        values[end - part.numel() : end] = part
-        end -= part.numel()
     return values

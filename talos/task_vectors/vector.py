@@ -19,22 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import write_tensors
+from talos.files import Checkpoint, OnTensor, stream_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
+from talos.names import renamed
 from talos.options import as_real
 from talos.task_vectors.adapter_export import export_sparse
 from talos.task_vectors.adapters import read_adapter
-from talos.task_vectors.differences import Weights, difference
+from talos.task_vectors.choosing import Choice, chosen, largest, selected
+from talos.task_vectors.differences import Entries, Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
-from talos.task_vectors.fingerprints import fingerprint
+from talos.task_vectors.exports import export_checkpoint
+from talos.task_vectors.fingerprints import fingerprint, one_base
 from talos.task_vectors.storage import DTYPES, load_parts, save_parts
 from talos.task_vectors.sums import (
+    Part,
     is_sum,
-    same_order,
+    overlays,
     slices_of,
     sources,
-    spread,
     weighted_sum,
 )
 from talos.tensors import warn_of_moved
@@ -113,22 +116,32 @@ class TaskVector:
         cls,
         base: Weights,
         tuned: Weights,
-        mask: Mask | None = None,
+        mask: Entries = None,
         *,
         strict: bool = True,
         metadata: Mapping[str, Any] | None = None,
+        on_tensor: OnTensor | None = None,
     ) -> Self:
         """Return the difference of two models.
 
-        Buffers of modules are left out. A warning and the metadata's `moved_buffers` name those
-        that differ.
+        Checkpoints are read tensor by tensor: the memory in use is the result and a few tensors.
+        The dtypes may differ; the difference is that of the values. Buffers of modules are left
+        out. A warning and the metadata's `moved_buffers` name those that differ.
+
+        `mask="changed"` selects the entries whose bits differ. So NaN equals the same NaN, and 0
+        does not equal -0. Adding the values to the base gives the bits of the tuned weights, with
+        two exceptions: float32 cannot hold some differences of weights of very unequal size, and
+        no sum turns 0 into -0. The metadata's `inexact` counts these entries if there are any.
 
         Args:
-            base: pretrained module, or its state dict.
-            tuned: the same module after fine-tuning, or its state dict.
-            mask: entries to keep; None: every floating-point weight, encoded `full`.
+            base: pretrained module, its state dict, or the path of a checkpoint (see
+                `talos.files.Checkpoint`).
+            tuned: the same after fine-tuning.
+            mask: entries to keep; None: every floating-point weight, encoded `full`; "changed":
+                those that differ.
             strict: refuse a change outside of the mask; False drops it.
             metadata: how the difference was made.
+            on_tensor: called after each tensor with the number done and the number of all.
 
         Returns:
             float32 tuned minus base, with the base's fingerprints. Tied weights come once.
@@ -136,6 +149,7 @@ class TaskVector:
         Raises:
             TalosValueError: names or shapes differ, a difference is not finite, or an entry outside
                 of the mask changed.
+            TalosOSError: a checkpoint cannot be read.
 
         Example:
             >>> base, tuned = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -144,10 +158,13 @@ class TaskVector:
             >>> torch.allclose(base.weight, tuned.weight)
             True
         """
-        kept, values, found, moved = difference(base, tuned, mask, strict=strict)
-        warn_of_moved(moved, stacklevel=2)
-        left_out = {"moved_buffers": moved} if moved else {}
-        return cls(kept, values, found, {**(metadata or {}), **left_out})
+        found = difference(base, tuned, mask, strict=strict, on_tensor=on_tensor)
+        warn_of_moved(found.moved, stacklevel=2)
+        about = {
+            **({"moved_buffers": found.moved} if found.moved else {}),
+            **({"inexact": found.inexact} if found.inexact else {}),
+        }
+        return cls(found.mask, found.values, found.fingerprints, {**(metadata or {}), **about})
 
     @classmethod
     def from_adapter(cls, folder: str | os.PathLike[str], base: Weights) -> Self:
@@ -158,8 +175,8 @@ class TaskVector:
 
         Args:
             folder: with `adapter_config.json` and `adapter_model.safetensors`.
-            base: the model that the adapter was trained on, its state dict or a checkpoint, for
-                shapes and fingerprints.
+            base: the model that the adapter was trained on, its state dict, or a checkpoint or its
+                path, for shapes and fingerprints.
 
         Returns:
             float32 values. A LoRA's product takes every entry of its weights; of a sparse adapter
@@ -195,14 +212,7 @@ class TaskVector:
         terms = [(check_scale(scale), vector) for scale, vector in terms]
         if not terms:
             raise TalosValueError("terms must hold at least one task vector, got none")
-        bases: dict[str, str] = {}
-        for _, vector in terms:
-            for name, base in vector.fingerprints.items():
-                if bases.setdefault(name, base) != base:
-                    raise TalosValueError(
-                        "task vectors must belong to one base, got the fingerprints "
-                        f"{bases[name]} and {base} of {name}; make them from the same weights"
-                    )
+        bases = one_base(vector.fingerprints for _, vector in terms)
         union, total = weighted_sum([(scale, v.mask, v.values) for scale, v in terms])
         return cls(
             union, total, bases, {"sum": sources([(scale, v.origin()) for scale, v in terms])}
@@ -254,6 +264,58 @@ class TaskVector:
         if is_sum(self.metadata):
             return dict(self.metadata)
         return {**self.metadata, "values": fingerprint(self.values)}
+
+    def trim(self, density: float) -> Self:
+        """Keep the entries of largest magnitude, as TIES-merging does (arXiv 2306.01708).
+
+        Args:
+            density: the share to keep, in (0, 1], of all entries of the tensors that the mask
+                covers (`mask.numel`). So a sparse vector loses what its dense form would lose. One
+                that has fewer entries keeps them all.
+
+        Returns:
+            The vector with at most `round(density * mask.numel)` entries; of equal magnitudes the
+            first in (tensor, position) order stay. The metadata's `trimmed` is the density.
+
+        Raises:
+            TalosValueError: `density` is out of range or keeps nothing.
+
+        Example:
+            >>> mask = Mask.from_dense({"w": torch.ones(4) > 0})
+            >>> vector = TaskVector(mask, torch.tensor([1.0, -3.0, 2.0, 0.0]))
+            >>> vector.trim(0.5).values
+            tensor([-3.,  2.])
+        """
+        ranges = slices_of(self.mask)
+        values = {name: self.values[part] for name, part in ranges.items()}
+        choice = largest(self.mask.numel, density, values)
+        return self if choice is None else self._chosen(self.mask, choice, {"trimmed": density})
+
+    def restrict(self, mask: Mask) -> Self:
+        """Keep the entries that a mask selects, too.
+
+        Args:
+            mask: of any tensors; what it does not cover is dropped.
+
+        Returns:
+            The vector over the tensors that both cover.
+
+        Raises:
+            TalosValueError: the shape of a tensor differs.
+
+        Example:
+            >>> vector = TaskVector(Mask.from_dense({"w": torch.ones(2) > 0}), torch.ones(2))
+            >>> len(vector.restrict(Mask.from_dense({"w": torch.eye(2)[0] > 0})))
+            1
+        """
+        return self._chosen(mask, selected(self.mask, mask), {"restricted_to": mask.fingerprint})
+
+    def _chosen(self, covers: Mask, choice: Choice, how: dict[str, Any]) -> Self:
+        """Return the entries that a choice leaves, of the tensors that `covers` covers."""
+        mask, values = chosen(self.mask, self.values, choice, covers.names)
+        bases = {name: base for name, base in self.fingerprints.items() if name in mask}
+        made = {"of": self.metadata} if is_sum(self.metadata) else self.metadata
+        return type(self)(mask, values, bases, {**made, **how})
 
     def apply_(self, model: nn.Module, scale: float = 1.0, force: bool = False) -> None:
         """Add `scale` times the vector to a model's weights, in place, each tied weight once.
@@ -364,16 +426,70 @@ class TaskVector:
         """
         return cls(*load_parts(path))
 
+    def export(
+        self,
+        base: str | os.PathLike[str] | Checkpoint,
+        out: str | os.PathLike[str],
+        scale: float = 1.0,
+        force: bool = False,
+        *,
+        overwrite: bool = False,
+        on_tensor: OnTensor | None = None,
+    ) -> None:
+        """Write a checkpoint with `scale` times the vector added, for any library that reads one.
+
+        The weights are bit for bit those of `apply_` on a model of the checkpoint's dtype. Files,
+        names, order and index are the base's; the other files of a folder are copied. Weights in
+        other formats are left out, with a warning. One tensor is in memory at a time. `out` appears
+        whole or not at all.
+
+        Args:
+            base: the base's `.safetensors` file or folder, as `Checkpoint` takes it. Names that
+                differ by one prefix are matched if only one fits, with a warning.
+            out: the file or folder to write.
+            scale: the scaling coefficient.
+            force: edit a base whose weights have other fingerprints, too. The float32 fingerprint
+                of a 16-bit weight counts as its own.
+            overwrite: replace an existing file, or folder if no other file in it is lost.
+            on_tensor: called after each tensor with the number done and the number of all.
+
+        Raises:
+            TalosValueError: the base lacks a tensor, has other shapes or another fingerprint; a
+                finite weight would overflow; or `out` lies inside the base.
+            TalosTypeError: a weight to edit is quantised.
+            TalosOSError: a file cannot be read or written, or `out` exists.
+
+        Example:
+            >>> import safetensors.torch, tempfile
+            >>> vector = TaskVector(Mask.from_dense({"w": torch.eye(2) > 0}), torch.ones(2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     base, out = f"{folder}/base.safetensors", f"{folder}/out.safetensors"
+            ...     safetensors.torch.save_file({"w": torch.zeros(2, 2)}, base)
+            ...     vector.export(base, out, scale=0.5)
+            ...     Checkpoint(out)["w"].tolist()
+            [[0.5, 0.0], [0.0, 0.5]]
+        """
+        export_checkpoint(
+            self.mask,
+            self.values,
+            {} if force else self.fingerprints,
+            base if isinstance(base, Checkpoint) else Checkpoint(base),
+            out,
+            scale=check_scale(scale),
+            largest=self.largest,
+            overwrite=overwrite,
+            on_tensor=on_tensor,
+        )
+
     def export_dense(self, path: str | os.PathLike[str]) -> None:
         """Write the dense delta for other tools: plain safetensors, named and shaped as weights.
 
-        All dense tensors are in memory at once.
+        One dense tensor is in memory at a time.
 
         Raises:
             TalosOSError: the file cannot be written; an older one is left as it was.
         """
-        dense = {name: self.to_dense(name) for name in self.mask.names}
-        write_tensors(path, dense, {"format": "pt"})
+        stream_tensors(path, self.mask.shapes, self.values.dtype, self.to_dense)
 
     def export_adapter(
         self,
@@ -422,6 +538,41 @@ class TaskVector:
         index = self.mask.indices[name]
         dense.view(-1)[index.positions_int64()] = self.values[slices_of(self.mask)[name]]
         return dense
+
+    def rename(self, names: Mapping[str, str]) -> Self:
+        r"""Return the same vector under other names, for a model that calls its weights otherwise.
+
+        Args:
+            names: new names by old ones. A key that is a name of the vector renames that tensor.
+                Any other key is a regular expression; it is replaced wherever a name holds it, and
+                the new text may use its groups (`\1`). As in transformers' `key_mapping`, the
+                first key that fits a name renames it.
+
+        Returns:
+            The vector with mask, fingerprints and the names in `moved_buffers` renamed.
+
+        Raises:
+            TalosTypeError: `names` is no mapping of texts.
+            TalosValueError: a key fits no name, is no regular expression, or two tensors would have
+                one name.
+
+        Example:
+            >>> vector = TaskVector(Mask.from_dense({"h.0.q": torch.ones(1) > 0}), torch.ones(1))
+            >>> vector.rename({r"^h\.": "model.layers."}).mask.names
+            ('model.layers.0.q',)
+        """
+        found = renamed(self.mask.names, names)
+        metadata = dict(self.metadata)
+        if isinstance(moved := metadata.get("moved_buffers"), list):
+            others = renamed(moved, names, strict=False)
+            metadata["moved_buffers"] = [others[name] for name in moved]
+        mask = Mask(
+            {found[name]: shape for name, shape in self.mask.shapes.items()},
+            {found[name]: index for name, index in self.mask.indices.items()},
+            self.mask.metadata,
+        )
+        bases = {found[name]: base for name, base in self.fingerprints.items()}
+        return type(self)(mask, self.values, bases, metadata)
 
     def astype(self, dtype: torch.dtype) -> Self:
         """Return the same vector with values of another dtype.
@@ -475,13 +626,15 @@ class TaskVector:
 
     def allclose(self, other: Self, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Return whether |self - other| <= atol + rtol |other| at every entry of either mask."""
-        union = self.mask if same_order(self.mask, other.mask) else self.mask | other.mask
-        return torch.allclose(
-            spread(self.mask, self.values, union),
-            spread(other.mask, other.values, union),
-            rtol=rtol,
-            atol=atol,
-        )
+        pair = [self, other]
+        ranges = [slices_of(each.mask) for each in pair]
+
+        def part_of(i: int, name: str) -> Part:
+            return Part(pair[i].mask.indices[name], pair[i].values[ranges[i][name]])
+
+        laid = overlays([self.mask, other.mask], part_of)
+        rows = (each.rows() for _, each in laid)
+        return all(torch.allclose(one, two, rtol=rtol, atol=atol) for one, two in rows)
 
     @property
     def nbytes(self) -> int:

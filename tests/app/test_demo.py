@@ -11,10 +11,8 @@ from rich.console import Console
 
 from talos.app.cli.tables import overview
 from talos.app.demo import TITLES, DemoSettings, Progress, kept, run_demo
-from talos.app.demo.estimates import Estimator
 from talos.app.demo.folder import prepare
-from talos.app.demo.judge import Judge
-from talos.app.demo.protocol import negate, scaling_coefs
+from talos.app.demo.judge import TaskModels
 from talos.app.models import load_encoder
 from talos.app.report import load_results
 from talos.app.tasks import load_task
@@ -165,20 +163,18 @@ def test_all_methods_are_compared(done: tuple[Path, dict[str, Any], list[Progres
 def test_a_linearized_vector_is_judged_on_the_expansion(model: Path) -> None:
     task = load_task("character_kind", sizes=(32, 24, 30))
     encoder = load_encoder(str(model))
-    judge = Judge(encoder, [task], max_length=12)
-    other = judge.linearized()
-    expanded, plain = other.classifiers[task.name], judge.classifiers[task.name]
+    models = TaskModels(encoder, [task])
+    expanded, plain = models.linearized()[task.name], models.model
     assert isinstance(expanded, LinearizedModel)
     batch = task.batches("test", encoder.tokenizer, batch_size=8, max_length=12)
     first = next(iter(batch))
     mask = Mask.from_dense({n: p == p for n, p in named_parameters(plain).items()})
     vector = TaskVector(mask, 0.05 * torch.randn(mask.nnz))
-    assert torch.equal(judge.correct(task.name, "test"), other.correct(task.name, "test"))
     with torch.no_grad():
         before = plain(first)
         small = {}
         for scale in (1e-3, 1.0):
-            with vector.applied(other.model, scale=scale):
+            with vector.applied(plain, scale=scale):
                 small[scale] = expanded(first) - before, plain(first) - before
     torch.testing.assert_close(small[1.0][0], 1e3 * small[1e-3][0], rtol=1e-2, atol=5e-2)
     assert (small[1.0][1] - small[1.0][0]).abs().max() > 0.5
@@ -238,94 +234,6 @@ def test_kept_counts_what_is_there(tmp_path: Path) -> None:
 def test_settings_are_checked(name: str, value: Any, message: str) -> None:
     with pytest.raises(TalosValueError, match=message):
         DemoSettings(**{name: value})
-
-
-class Dial:
-    """Stands for a judge and an edit: accuracies are functions of the scale that is put on."""
-
-    control_stride = 1
-    classifiers = dict.fromkeys(("target", "other"))
-
-    def __init__(self, **curves: Any) -> None:
-        self.curves = curves
-        self.scale = 0.0
-        self.asked: list[tuple[float, str, str]] = []
-
-    def put_on(self, scale: float) -> None:
-        self.scale = scale
-
-    def all(self, split: str) -> dict[str, torch.Tensor]:
-        return {task: self.correct(task, split) for task in self.classifiers}
-
-    def correct(self, task: str, split: str) -> torch.Tensor:
-        self.asked.append((self.scale, task, split))
-        return torch.arange(100) < 100 * self.curves[task](self.scale)
-
-
-def forget(dial: Dial) -> dict[str, Any]:
-    pretrained = dial.all("test")
-    dial.asked.clear()
-    return negate(
-        dial,
-        dial.put_on,
-        "target",
-        coefs=scaling_coefs(21),
-        control_share=0.95,
-        zero_shot_validation=pretrained,
-        zero_shot_test=pretrained,
-        estimator=Estimator(dict.fromkeys(dial.classifiers, 100), resamples=10, seed=0),
-        tick=lambda: None,
-    )
-
-
-def test_negation_takes_the_lowest_target_that_keeps_the_control() -> None:
-    dial = Dial(target=lambda scale: 0.8 + 0.5 * scale, other=lambda scale: 0.8 + 0.101 * scale)
-    entry = forget(dial)
-    assert entry["scaling_coef"] == 0.45
-    assert entry["target"]["value"] == pytest.approx(0.58)
-    assert entry["control"]["value"] >= 0.95 * 0.8
-    tested = [asked for asked in dial.asked if asked[2] == "test"]
-    assert tested == [(-0.45, "target", "test"), (-0.45, "other", "test")]
-
-
-def test_negation_gives_up_past_a_broken_control() -> None:
-    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8 if scale > -0.2 else 0.1)
-    entry = forget(dial)
-    assert entry["scaling_coef"] == 0.15
-    assert [p["scaling_coef"] for p in entry["grid"] if p["target"] is None] == [
-        0.2,
-        0.25,
-        0.3,
-        0.35,
-    ]
-    assert min(scale for scale, _, _ in dial.asked) == -0.35
-
-
-def test_negation_may_leave_the_model_alone() -> None:
-    dial = Dial(target=lambda scale: 0.8 - scale / 10, other=lambda scale: 0.8)
-    assert forget(dial)["scaling_coef"] == 0
-
-
-def test_intervals_agree_with_the_binomial() -> None:
-    correct = torch.arange(500) < 400
-    entry = Estimator({"a": 500}, resamples=4000, seed=0).accuracy("a", correct)
-    spread = 1.96 * (0.8 * 0.2 / 500) ** 0.5
-    assert entry["value"] == 0.8
-    assert entry["low"] == pytest.approx(0.8 - spread, abs=0.006)
-    assert entry["high"] == pytest.approx(0.8 + spread, abs=0.006)
-
-
-def test_differences_are_paired() -> None:
-    generator = torch.Generator().manual_seed(0)
-    merged = {t: torch.rand(300, generator=generator) < 0.7 for t in ("a", "b")}
-    single = {t: torch.rand(300, generator=generator) < 0.8 for t in ("a", "b")}
-    estimator = Estimator({"a": 300, "b": 300}, resamples=500, seed=0)
-    same = estimator.difference((merged, single), (merged, single))
-    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
-    apart = estimator.difference((merged, single), (single, single))
-    relative = estimator.normalised(merged, single)
-    assert apart["value"] == pytest.approx(relative["value"] - 1)
-    assert apart["high"] < 0
 
 
 def test_the_real_encoder_quickly(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ ORDER = (
     {"params", "masks"},
     {"batches"},
     {"calibration", "task_vectors"},
-    {"optim"},
+    {"optim", "merging"},
     {"methods"},
     {"training", "evaluation"},
     {"__init__"},

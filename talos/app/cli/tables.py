@@ -1,5 +1,6 @@
 """The demo's results as a table for a terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -9,7 +10,7 @@ from talos.app.cli.console import table
 __all__ = ["interval", "overview"]
 
 
-def interval(entry: dict[str, Any], *, signed: bool = False) -> str:
+def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
     """Format an estimate and its interval in per cent, with rich's markup."""
     form = "+.1f" if signed else ".1f"
     value, low, high = (format(100 * entry[key], form) for key in ("value", "low", "high"))

@@ -1,51 +1,40 @@
-"""Correct answers on every example: one encoder, with a classifier and batches for each task."""
+"""One encoder with a classifier, batches and judges for each task."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from talos.app.demo.settings import DemoSettings
 from talos.app.models import Encoder
-from talos.app.tasks import ImageTask, Task, available_tasks, load_task
+from talos.app.tasks import Batches, ImageTask, Task, available_tasks, load_task
 from talos.errors import TalosValueError
+from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["Judge", "calibration_batches", "load_tasks", "training_batches"]
+__all__ = ["TaskModels", "calibration_batches", "load_tasks", "training_batches"]
 
 Batch = dict[str, Tensor]
 
 
-class Judge:
-    """Evaluates the encoder with the weights that it has at the moment of the call.
+class TaskModels:
+    """A classifier for each task around one encoder, and what judges them.
 
-    The classifiers are made at once, from the pretrained weights. Texts are sorted by length, which
-    needs little padding; all answers are in that order.
+    The classifiers are made at once, from the pretrained weights.
 
     Args:
         encoder: the encoder that all tasks share; its weights are only read.
         tasks: the tasks.
-        max_length: tokens per text.
-        batch_size: examples per forward pass.
 
     Attributes:
-        classifiers: a classifier of each task, around the shared encoder.
-        control_stride: the number of other tasks.
-        model: one of the classifiers, to apply edits to: the names of the encoder's weights are
-            the same in all.
+        classifiers: a classifier of each task.
+        model: the first of them; the names of the encoder's weights are the same in all.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        tasks: Sequence[Task | ImageTask],
-        *,
-        max_length: int = 48,
-        batch_size: int = 128,
-    ) -> None:
+    def __init__(self, encoder: Encoder, tasks: Sequence[Task | ImageTask]) -> None:
         self.encoder = encoder
         self.tasks = tasks
         self.device = encoder.device
@@ -54,64 +43,68 @@ class Judge:
         }
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
-        self.control_stride = max(1, len(tasks) - 1)
-        self._batches = {
-            (task.name, name): task.batches(
-                split, encoder.tokenizer, batch_size=batch_size, max_length=max_length
-            ).shortest_first(stride)
-            for task in tasks
-            for name, split, stride in (
-                ("validation", "validation", 1),
-                ("control", "validation", self.control_stride),
-                ("test", "test", 1),
-            )
-        }
 
-    def correct(self, task: str, split: str) -> Tensor:
-        """Evaluate the encoder on one split of a task.
+    def outcomes(
+        self,
+        *,
+        max_length: int = 48,
+        batch_size: int = 128,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> Outcomes:
+        """Return the outcomes of the classifiers: right or wrong, the shortest example first.
+
+        Texts are sorted by length, which needs little padding. The control of negation takes a part
+        of the validation examples, so that all control tasks together cost as much as the target.
 
         Args:
-            task: the task's name.
-            split: "validation", "test", or "control": every `control_stride`-th validation
-                example, so that all control tasks together cost as much as the target alone.
-
-        Returns:
-            bool [n] on the CPU, shortest example first.
+            max_length: tokens per text.
+            batch_size: examples per forward pass.
+            resamples: of the bootstrap.
+            seed: of the bootstrap.
         """
-        classifier = self.classifiers[task]
-        classifier.eval()
-        with torch.no_grad():
-            answers = []
-            for each in self._batches[task, split]:
-                batch = _moved(each, self.device)
-                answers.append(classifier(batch).argmax(1) == batch["labels"])
-        return torch.cat(answers).cpu()
+        size = {"batch_size": batch_size, "max_length": max_length}
+        validation, test = (
+            {t.name: t.batches(split, self.encoder.tokenizer, **size) for t in self.tasks}
+            for split in ("validation", "test")
+        )
+        return Outcomes(
+            self.classifiers,
+            self._judges(test),
+            self._judges(validation),
+            self._judges(validation, stride=max(1, len(self.tasks) - 1)),
+            resamples=resamples,
+            seed=seed,
+        )
 
-    def all(self, split: str, tick: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-        """Evaluate the encoder on every task; call `tick` after each."""
-        answers = {}
-        for task in self.classifiers:
-            answers[task] = self.correct(task, split)
-            tick()
-        return answers
+    def _judges(self, batches: Mapping[str, Batches], stride: int = 1) -> dict[str, Judge]:
+        return {
+            task: right_answers(_Moved(each.shortest_first(stride), self.device))
+            for task, each in batches.items()
+        }
 
-    def linearized(self) -> "Judge":
-        """Return a judge of the classifiers' first-order expansions around the same weights."""
-        other = copy(self)
-        other.classifiers = {
+    def linearized(self) -> dict[str, LinearizedModel]:
+        """Return the classifiers' first-order expansions around the pretrained weights."""
+        return {
             task: LinearizedModel(each, base=self._base) for task, each in self.classifiers.items()
         }
-        return other
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Restore the weights that the encoder had when the judge was made."""
+        """Restore the weights that the encoder had when the classifiers were made."""
         for name, param in named_parameters(self.model).items():
             param.copy_(self._base[name])
 
-    def examples(self, split: str) -> dict[str, int]:
-        """Return the number of examples of each task in "validation" or "test"."""
-        return {task.name: len(task.examples(split)) for task in self.tasks}
+
+@dataclass(frozen=True)
+class _Moved:
+    """Batches on a device, as often as they are iterated."""
+
+    batches: Batches
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (_moved(batch, self.device) for batch in self.batches)
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:

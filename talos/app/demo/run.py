@@ -5,27 +5,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import talos
-from talos.app.demo.estimates import Estimator
 from talos.app.demo.folder import clear, prepare
-from talos.app.demo.judge import Judge, load_tasks, training_batches
+from talos.app.demo.judge import TaskModels, load_tasks, training_batches
 from talos.app.demo.machine import default_device
-from talos.app.demo.protocol import add, negate, scaling_coefs, share
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
 from talos.app.models import Encoder, load_encoder
 from talos.app.report import save_results, write_report
 from talos.app.tasks import Task
+from talos.evaluation import (
+    Negation,
+    Outcomes,
+    addition,
+    interference,
+    negation,
+    scaling_coefs,
+)
 from talos.masks import Mask
 from talos.methods import method_of
-from talos.task_vectors import ResidentVectors, TaskVector
+from talos.task_vectors import TaskVector
 from talos.training import FineTuneStep
 
 __all__ = ["run_demo"]
@@ -104,41 +108,39 @@ class _Demo:
             tick()
         clear(self.out)
         with self.phase("zero-shot", total=2 * len(tasks)) as tick:
-            judge = Judge(
-                encoder,
-                tasks,
+            models = TaskModels(encoder, tasks)
+            outcomes = models.outcomes(
                 max_length=settings.max_length,
                 batch_size=settings.evaluation_batch_size,
+                resamples=settings.bootstrap,
+                seed=settings.seed,
             )
-            zero_shot = {split: judge.all(split, tick) for split in ("validation", "test")}
-        masks = {task.name: self.calibrate(judge, task) for task in tasks}
+            for task in tasks:
+                for split in ("validation", "test"):
+                    outcomes.of(split, tasks=[task.name])
+                    tick()
+        masks = {task.name: self.calibrate(models, task) for task in tasks}
         vectors: dict[str, dict[str, TaskVector]] = {name: {} for name in settings.methods}
         for task in tasks:
             for method in settings.methods:
                 mask = masks[task.name] if method == "talos" else None
-                vectors[method][task.name] = self.train(judge, task, method, mask)
-                judge.restore_()
-        estimator = Estimator(
-            judge.examples("test"), resamples=settings.bootstrap, seed=settings.seed
-        )
+                vectors[method][task.name] = self.train(models, task, method, mask)
+                models.restore_()
         measured = {
             method: self.measure(
-                judge.linearized() if method == "linearized" else judge,
+                outcomes.through(models.linearized()) if method == "linearized" else outcomes,
                 method,
                 vectors[method],
-                zero_shot,
-                estimator,
             )
             for method in settings.methods
         }
         results = summarise(
             settings,
-            judge,
-            tasks,
+            models,
             masks=masks,
             measured=measured,
-            zero_shot=zero_shot["test"],
-            estimator=estimator,
+            zero_shot=outcomes.of("test"),
+            bootstrap=outcomes.bootstrap,
             training=self.training,
             files=self.files,
         )
@@ -153,12 +155,12 @@ class _Demo:
         """Return the seconds since the start."""
         return round(time.perf_counter() - self.start, 3)
 
-    def calibrate(self, judge: Judge, task: Task) -> Mask:
+    def calibrate(self, models: TaskModels, task: Task) -> Mask:
         """Find the least sensitive entries for one task, and save the mask."""
         settings = self.settings
         batches = training_batches(
             task,
-            judge.encoder,
+            models.encoder,
             count=settings.samples,
             batch_size=settings.calibration_batch_size,
             max_length=settings.max_length,
@@ -166,7 +168,7 @@ class _Demo:
         )
         with self.phase("calibrate", "talos", task.name, settings.rounds * len(batches)) as tick:
             mask = talos.calibrate(
-                judge.classifiers[task.name],
+                models.classifiers[task.name],
                 batches,
                 settings.density,
                 settings.rounds,
@@ -175,18 +177,18 @@ class _Demo:
             )
         path = self.out / "masks" / f"{task.name}.safetensors"
         mask = replace(
-            mask, metadata=mask.metadata | {"model": judge.encoder.name, "task": task.name}
+            mask, metadata=mask.metadata | {"model": models.encoder.name, "task": task.name}
         )
         mask.save(path)
         self.note_file(path, "mask", None, task.name, mask.nnz)
         return mask
 
-    def train(self, judge: Judge, task: Task, method: str, mask: Mask | None) -> TaskVector:
+    def train(self, models: TaskModels, task: Task, method: str, mask: Mask | None) -> TaskVector:
         """Fine-tune on one task and save its vector; the weights stay tuned."""
         settings = self.settings
         batches = training_batches(
             task,
-            judge.encoder,
+            models.encoder,
             count=settings.steps * settings.batch_size,
             batch_size=settings.batch_size,
             max_length=settings.max_length,
@@ -203,16 +205,16 @@ class _Demo:
                 tick(step.loss)
 
             vector = talos.fine_tune(
-                judge.classifiers[task.name],
+                models.classifiers[task.name],
                 batches,
                 method=chosen,
                 steps=settings.steps,
                 lr=rate,
                 on_step=on_step,
             )
-        origin = {**vector.metadata, "model": judge.encoder.name, "task": task.name}
+        origin = {**vector.metadata, "model": models.encoder.name, "task": task.name}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
-        # The judge evaluates the values of the file: bfloat16, 2 bytes per entry.
+        # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
         vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
         last = losses[-10:]
         self.training[method][task.name] = {
@@ -226,67 +228,43 @@ class _Demo:
         self.note_file(path, "vector", method, task.name, vector.mask.nnz)
         return vector
 
-    def measure(
-        self,
-        judge: Judge,
-        method: str,
-        vectors: dict[str, TaskVector],
-        zero_shot: dict[str, dict[str, Tensor]],
-        estimator: Estimator,
-    ) -> Measured:
+    def measure(self, outcomes: Outcomes, method: str, vectors: dict[str, TaskVector]) -> Measured:
         """Evaluate the single-task models, their sum and their negations."""
         settings = self.settings
-        tasks = list(vectors)
         coefs = scaling_coefs(settings.grid)
-        test: dict[str, dict[str, Tensor]] = {}
-        validation: dict[str, Tensor] = {}
-        total = TaskVector.combine((1.0, vectors[task]) for task in tasks)
-        merged_name = " + ".join(tasks)
-        with ResidentVectors(judge.model, {**vectors, merged_name: total}) as resident:
-            with self.phase("single tasks", method, total=len(tasks)) as tick:
-                for task in tasks:
-                    resident.swap(task)
-                    test[task] = {other: judge.correct(other, "test") for other in tasks}
-                    validation[task] = judge.correct(task, "validation")
-                    tick()
-            single = {task: test[task][task] for task in tasks}
-            with self.phase("addition", method, total=len(coefs) + 1) as tick:
-                addition, merged = add(
-                    judge,
-                    partial(resident.swap, merged_name),
-                    coefs=coefs,
-                    single_validation=validation,
-                    zero_shot_validation=zero_shot["validation"],
-                    single_test=single,
-                    estimator=estimator,
-                    tick=tick,
-                )
-            negation = {}
-            for task in tasks:
-                with self.phase("negation", method, task, len(coefs) + 1) as tick:
-                    negation[task] = negate(
-                        judge,
-                        partial(resident.swap, task),
-                        task,
-                        coefs=coefs,
-                        control_share=settings.control_share,
-                        zero_shot_validation=zero_shot["validation"],
-                        zero_shot_test=zero_shot["test"],
-                        estimator=estimator,
-                        tick=tick,
-                    )
-        interference = [
-            [share(test[i][j]) / max(share(zero_shot["test"][j]), 1e-3) for j in tasks]
-            for i in tasks
-        ]
+        with self.phase("single tasks", method, total=len(vectors)) as tick:
+            for task, vector in vectors.items():
+                with outcomes.resident(vector):
+                    outcomes.of("test", vector)
+                    outcomes.of("validation", vector, tasks=[task])
+                tick()
+        with self.phase("addition", method, total=len(coefs) + 1) as tick:
+            added = addition(outcomes, vectors, coefs=coefs, on_point=lambda point: tick())
+        negated = {
+            task: self.negate(outcomes, method, task, vector, coefs)
+            for task, vector in vectors.items()
+        }
         return Measured(
-            single={task: estimator.accuracy(task, single[task]) for task in tasks},
-            addition=addition,
-            negation=negation,
-            interference=interference,
-            merged_correct=merged,
-            single_correct=single,
+            single=outcomes.of_each(vectors, "test"),
+            addition=added,
+            negation=negated,
+            interference=interference(outcomes, vectors),
         )
+
+    def negate(
+        self, outcomes: Outcomes, method: str, task: str, vector: TaskVector, coefs: list[float]
+    ) -> Negation:
+        """Evaluate how far a task's vector makes the model forget it."""
+        share = self.settings.control_share
+        with self.phase("negation", method, task, len(coefs) + 1) as tick:
+            return negation(
+                outcomes,
+                vector,
+                task,
+                control_share=share,
+                coefs=coefs,
+                on_point=lambda point: tick(),
+            )
 
     def note_file(self, path: Path, kind: str, method: str | None, task: str, entries: int) -> None:
         """Keep the facts of a written file for the results."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from talos.app.demo.estimates import Estimate, Estimator
-from talos.app.demo.judge import Judge
+from talos.app.demo.judge import TaskModels
 from talos.app.demo.machine import machine, versions
 from talos.app.demo.settings import TITLES, DemoSettings
 from talos.app.report import SCHEMA, SCHEMA_VERSION
-from talos.app.tasks import Task
+from talos.app.tasks import ImageTask, Task
+from talos.evaluation import Addition, Bootstrap, Estimate, Negation
 from talos.masks import Mask
 from talos.methods import METHODS
 from talos.names import named_parameters
@@ -26,31 +26,26 @@ class Measured:
     """The measurements of one method.
 
     Attributes:
-        single: estimates of the single-task models.
-        addition: an entry of the results' `addition`.
-        negation: an entry of the results' `negation`.
+        single: bool [n] of each task, its own model on test examples.
+        addition: the sum of the vectors.
+        negation: each task's vector, subtracted.
         interference: a matrix over the tasks.
-        merged_correct: bool [n] of each task, the merged model on test examples.
-        single_correct: the same of the task's own model.
     """
 
-    single: dict[str, Estimate]
-    addition: dict[str, Any]
-    negation: dict[str, Any]
-    interference: list[list[float]]
-    merged_correct: dict[str, Tensor]
-    single_correct: dict[str, Tensor]
+    single: dict[str, Tensor]
+    addition: Addition
+    negation: dict[str, Negation]
+    interference: dict[str, dict[str, Estimate]]
 
 
 def summarise(
     settings: DemoSettings,
-    judge: Judge,
-    tasks: Sequence[Task],
+    models: TaskModels,
     *,
     masks: Mapping[str, Mask],
     measured: Mapping[str, Measured],
     zero_shot: Mapping[str, Tensor],
-    estimator: Estimator,
+    bootstrap: Bootstrap,
     training: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -58,25 +53,24 @@ def summarise(
 
     Args:
         settings: the settings of the run.
-        judge: its model's parameters are counted.
-        tasks: the tasks.
+        models: the tasks, and the model whose parameters are counted.
         masks: each task's mask.
         measured: each method's measurements.
         zero_shot: bool [n] of each task, the pretrained model on test examples.
-        estimator: of the test examples.
+        bootstrap: of the test examples.
         training: steps and losses, method -> task.
         files: the written files.
     """
-    names = [task.name for task in tasks]
-    parameters = sum(p.numel() for p in named_parameters(judge.model).values())
-    maskable = sum(each.numel for each in select_parameters(judge.model).values())
+    names = list(models.classifiers)
+    parameters = sum(p.numel() for p in named_parameters(models.model).values())
+    maskable = sum(each.numel for each in select_parameters(models.model).values())
     methods = settings.methods
-    pairs = [(measured[name].merged_correct, measured[name].single_correct) for name in methods]
+    pairs = [(each.addition.outcomes, each.single) for each in measured.values()]
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine(), "device": str(judge.device)},
+        "machine": {**machine(), "device": str(models.device)},
         "versions": versions(),
         "settings": {
             **asdict(settings),
@@ -90,22 +84,38 @@ def summarise(
             "maskable": maskable,
             "dense_bytes": 4 * parameters,
         },
-        "tasks": [_task(task) for task in tasks],
+        "tasks": [_task(task) for task in models.tasks],
         "methods": [_method(method, settings, files) for method in methods],
-        "zero_shot": {name: estimator.accuracy(name, zero_shot[name]) for name in names},
-        "single": {method: measured[method].single for method in methods},
+        "zero_shot": _accuracies(bootstrap, zero_shot),
+        "single": {name: _accuracies(bootstrap, each.single) for name, each in measured.items()},
         "training": dict(training),
-        "addition": {method: measured[method].addition for method in methods},
-        "addition_difference": (estimator.difference(*pairs[:2]) if len(pairs) > 1 else None),
-        "negation": {method: measured[method].negation for method in methods},
-        "interference": {method: measured[method].interference for method in methods},
+        "addition": {name: _addition(each.addition) for name, each in measured.items()},
+        "addition_difference": bootstrap.normalised_gain(*pairs[:2]) if len(pairs) > 1 else None,
+        "negation": {
+            name: {task: asdict(forgot) for task, forgot in each.negation.items()}
+            for name, each in measured.items()
+        },
+        "interference": {
+            name: [[ratio["value"] for ratio in row.values()] for row in each.interference.values()]
+            for name, each in measured.items()
+        },
         "masks": {name: _mask(mask) for name, mask in masks.items()},
         "mask_iou": [[masks[i].iou(masks[j]) for j in names] for i in names],
         "files": [dict(file) for file in files],
     }
 
 
-def _task(task: Task) -> dict[str, Any]:
+def _accuracies(bootstrap: Bootstrap, outcomes: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    return {task: bootstrap.mean({task: each}) for task, each in outcomes.items()}
+
+
+def _addition(added: Addition) -> dict[str, Any]:
+    entry = asdict(added)
+    del entry["outcomes"]
+    return entry
+
+
+def _task(task: Task | ImageTask) -> dict[str, Any]:
     return {
         "name": task.name,
         "description": task.description,

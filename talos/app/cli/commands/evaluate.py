@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from talos.app.cli.console import (
     Bars,
@@ -77,10 +78,9 @@ def evaluate(
             "evaluate the pretrained model"
         )
     from talos.app.cli.loading import load_data, load_encoder
-    from talos.app.demo.estimates import Estimator
-    from talos.app.demo.judge import Judge
-    from talos.app.demo.protocol import scaling_coefs, share
-    from talos.task_vectors import ResidentVectors, TaskVector
+    from talos.app.demo.judge import TaskModels
+    from talos.evaluation import scaling_coefs
+    from talos.task_vectors import TaskVector
 
     console = stdout()
     with on_interrupt("there was nothing to write"), Bars() as bars:
@@ -95,32 +95,35 @@ def evaluate(
                 "rename a file"
             )
         encoder = load_encoder(model, *tasks)
-        judge = Judge(encoder, tasks, max_length=max_length, batch_size=batch_size)
+        models = TaskModels(encoder, tasks)
+        outcomes = models.outcomes(max_length=max_length, batch_size=batch_size, seed=seed)
         if linearized:
-            judge = judge.linearized()
-        before = {name: judge.correct(name, "test") for name in bars.each("pretrained", names)}
-        after = {}
+            outcomes = outcomes.through(models.linearized())
+        before: dict[str, Tensor] = {}
+        after: dict[str, Tensor] = {}
+        for name in bars.each("pretrained", names):
+            before |= outcomes.of("test", tasks=[name])
         if edit is not None:
-            with ResidentVectors(judge.model, {"edit": edit}) as resident:
+            with outcomes.resident(edit):
                 if coef is None:
                     grid, points = scaling_coefs(21), []
                     for each in bars.each("grid", grid):
-                        resident.swap("edit", each)
-                        points.append(fmean(map(share, judge.all("validation").values())))
+                        found = outcomes.figures(outcomes.of("validation", edit, each))
+                        points.append(fmean(found.values()))
                     coef = grid[points.index(max(points))]
                     _show_grid(console, grid, points, coef)
-                resident.swap("edit", coef)
-                after = {name: judge.correct(name, "test") for name in bars.each("edited", names)}
-    estimator = Estimator(judge.examples("test"), resamples=2000, seed=seed)
+                for name in bars.each("edited", names):
+                    after |= outcomes.of("test", edit, coef, [name])
+    bootstrap = outcomes.bootstrap
     shown = table(
         ["task"], ["examples", "pretrained", *(["edited", "difference"] if after else [])]
     )
     for name in names:
-        accuracy = interval(estimator.accuracy(name, before[name]))
+        accuracy = interval(bootstrap.mean({name: before[name]}))
         row = [escape(name), f"{len(before[name]):,}", accuracy]
         if after:
-            row.append(interval(estimator.accuracy(name, after[name])))
-            gain = estimator.gain(name, after[name], before[name])
+            row.append(interval(bootstrap.mean({name: after[name]})))
+            gain = bootstrap.gain({name: after[name]}, {name: before[name]})
             row.append(interval(gain, signed=True))
         shown.add_row(*row)
     console.print(shown)

@@ -1,0 +1,122 @@
+"""Bootstrap intervals: against the binomial, paired, and where every answer is the same."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from talos.errors import TalosValueError
+from talos.evaluation import Bootstrap, Metric
+from talos.evaluation import intervals as module
+
+
+def by_hand(row: Tensor, n: int, resamples: int, seed: int) -> tuple[float, float]:
+    """The interval of a mean, every resample drawn at once."""
+    generator = torch.Generator().manual_seed(seed)
+    means = row.double()[torch.randint(n, (resamples, n), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def test_intervals_agree_with_the_binomial() -> None:
+    correct = torch.arange(500) < 400
+    entry = Bootstrap({"a": 500}, resamples=4000).mean({"a": correct})
+    spread = 1.96 * (0.8 * 0.2 / 500) ** 0.5
+    assert (entry["value"], entry["n"]) == (0.8, 500)
+    assert entry["low"] == pytest.approx(0.8 - spread, abs=0.006)
+    assert entry["high"] == pytest.approx(0.8 + spread, abs=0.006)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 10_000])
+def test_the_size_of_a_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    row = torch.randn(30)
+    entry = Bootstrap({"a": 30, "b": 7}, resamples=50, seed=4).mean({"a": row})
+    assert (entry["low"], entry["high"]) == by_hand(row, 30, 50, 4)
+
+
+@pytest.mark.parametrize("n", [1, 24, 400])
+def test_all_right_and_all_wrong_have_the_interval_of_clopper_and_pearson(n: int) -> None:
+    bootstrap = Bootstrap({"a": n}, resamples=2000)
+    right = bootstrap.mean({"a": torch.ones(n, dtype=torch.bool)})
+    wrong = bootstrap.mean({"a": torch.zeros(n, dtype=torch.bool)})
+    # All of n right answers have the probability p^n, which is 2.5 % at the lower limit.
+    limit = math.exp(math.log(0.025) / n)
+    assert (right["value"], right["high"]) == (1, 1)
+    assert right["low"] == pytest.approx(limit, abs=2e-3)
+    assert (wrong["value"], wrong["low"]) == (0, 0)
+    assert wrong["high"] == pytest.approx(1 - limit, abs=2e-3)
+
+
+def test_an_interval_of_means_and_ratios_has_a_width_at_the_ends() -> None:
+    right = {task: torch.ones(40, dtype=torch.bool) for task in ("a", "b")}
+    bootstrap = Bootstrap(dict.fromkeys(right, 40), resamples=500)
+    mean = bootstrap.mean(right)
+    alone = bootstrap.mean({"a": right["a"]})
+    assert alone["low"] < mean["low"] < mean["high"] == 1
+    part = {task: torch.arange(40) < 30 for task in right}
+    ratio = bootstrap.normalised(right, part)
+    assert ratio["value"] == pytest.approx(4 / 3)
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+
+
+def test_numbers_that_are_no_answers_are_resampled_as_they_are() -> None:
+    entry = Bootstrap({"a": 30}, resamples=50).mean({"a": torch.ones(30)})
+    assert (entry["low"], entry["value"], entry["high"]) == (1, 1, 1)
+
+
+def test_differences_are_paired() -> None:
+    merged = {t: torch.rand(300) < 0.7 for t in ("a", "b")}
+    single = {t: torch.rand(300) < 0.8 for t in ("a", "b")}
+    bootstrap = Bootstrap({"a": 300, "b": 300}, resamples=500)
+    same = bootstrap.normalised_gain((merged, single), (merged, single))
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    apart = bootstrap.normalised_gain((merged, single), (single, single))
+    relative = bootstrap.normalised(merged, single)
+    assert apart["value"] == pytest.approx(relative["value"] - 1)
+    assert apart["high"] < 0
+    # One example of 300 changes: unpaired, the interval would be about 6 points wide.
+    after = {"a": merged["a"].clone()}
+    after["a"][int(merged["a"].int().argmin())] = True
+    gain = bootstrap.gain(after, {"a": merged["a"]})
+    assert gain["value"] == pytest.approx(1 / 300)
+    assert 0 <= gain["low"] < gain["high"] < 4 / 300
+
+
+def test_another_metric_is_reduced_in_every_resample() -> None:
+    middle = Metric(lambda each: each.median(-1).values)
+    row = torch.randn(31)
+    entry = Bootstrap({"a": 31}, resamples=200, seed=1, metric=middle).mean({"a": row})
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.randint(31, (200, 31), generator=generator)
+    medians = torch.tensor([row[draw].double().sort().values[15] for draw in draws])
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    assert [entry["low"], entry["high"]] == medians.quantile(ends).tolist()
+    assert entry["value"] == row.double().sort().values[15]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "message"),
+    [
+        ({"b": torch.ones(3)}, "outcomes must be of the tasks a, got b"),
+        ({"a": torch.ones(4)}, r"outcomes of a must be \[3\].*got \[4\]"),
+    ],
+)
+def test_outcomes_of_other_examples_are_refused(outcomes: Any, message: str) -> None:
+    with pytest.raises(TalosValueError, match=message):
+        Bootstrap({"a": 3}, resamples=2).mean(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resamples": 0}, "resamples must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"examples": {"a": 0}}, "examples of a must be"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TalosValueError, match=message):
+        Bootstrap(**{"examples": {"a": 3}, **settings})
