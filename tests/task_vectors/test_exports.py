@@ -413,6 +413,40 @@ def test_a_base_model_s_vector_goes_into_the_model_with_a_head(tmp_path: Path) -
         assert_bit_equal(loaded.state_dict()[name], param)
 
 
+def test_a_copy_of_a_tied_weight_is_edited_too(tmp_path: Path) -> None:
+    """Otherwise transformers would not tie the two, because they differ."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        file,
+        {"format": "pt"},
+    )
+    mask = Mask.from_dense({"model.embed_tokens.weight": torch.rand(40, 16) > 0.5})
+    vector = TaskVector(mask, torch.ones(mask.nnz))
+    with pytest.warns(UserWarning, match=r"lm_head\.weight of the base is a copy of model\.embed"):
+        vector.export(tmp_path / "base", tmp_path / "out")
+    vector.apply_(model)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert_bit_equal(logits_of(loaded, MODELS["llama"][1]), logits_of(model, MODELS["llama"][1]))
+    embedding = mask.to_dense("model.embed_tokens.weight")
+    none = torch.zeros(40, 16) > 0  # the vector knows the copy, and leaves it
+    both = Mask.from_dense({"model.embed_tokens.weight": embedding, "lm_head.weight": none})
+    TaskVector(both, vector.values).export(tmp_path / "base", tmp_path / "untied")
+    untied = Checkpoint(tmp_path / "untied")
+    assert_bit_equal(untied["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
 def test_names_that_fit_nowhere_or_twice_are_refused(tmp_path: Path, base: Path) -> None:
     vector = vector_for(dict(Checkpoint(base)))
     out = tmp_path / "out"
@@ -506,6 +540,19 @@ def test_a_place_that_is_taken_is_refused(
     with pytest.raises(TalosError, match=match):
         vector_for(dict(Checkpoint(base))).export(base, tmp_path / place, overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_writers_the_first_one_wins(tmp_path: Path, base: Path) -> None:
+    tensors = dict(Checkpoint(base))
+    vector, out = vector_for(tensors), tmp_path / "out"
+
+    def other_writer(done: int, total: int) -> None:
+        if done == total and not out.exists():
+            vector.export(base, out)
+
+    with pytest.raises(TalosOSError, match="path must be writable, got .*out"):
+        vector.export(base, out, scale=2.0, on_tensor=other_writer)
+    assert_holds(out, added(tensors, vector))
 
 
 def test_overwriting_loses_no_other_file(tmp_path: Path, base: Path) -> None:

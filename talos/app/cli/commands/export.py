@@ -115,7 +115,4 @@ def _write_patch(
     from talos.task_vectors import Patch
     from talos.task_vectors.exports import names_in
 
-    mask = edit.mask
-    touched = {name: shape for name, shape in mask.shapes.items() if mask.indices[name].nnz}
-    names = names_in(base, touched)
-    Patch.between(base, edit.rename(names), scale, force).save(out)
+    Patch.between(base, edit.rename(names_in(base, edit.mask)), scale, force).save(out)
