@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 import talos
-from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import calibrate, compare, demo, evaluate, inspect, merge, report, train
 from talos.app.cli.console import Interrupted
 from talos.errors import TalosError
 
@@ -38,6 +38,7 @@ for _command, _examples in (
     (train.train, train.EXAMPLES),
     (merge.merge, merge.EXAMPLES),
     (evaluate.evaluate, evaluate.EXAMPLES),
+    (compare.compare, compare.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
 ):

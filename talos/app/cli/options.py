@@ -67,17 +67,21 @@ def check_input(name: str, path: Path) -> None:
         raise TalosOSError(f"{name} must be an existing file, got {path}")
 
 
-def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
-    """Refuse an --out that could not be written, or that exists without --overwrite."""
+def check_output(
+    path: Path, overwrite: bool, suffix: str = ".safetensors", name: str = "--out"
+) -> None:
+    """Refuse an output that could not be written, or that exists without --overwrite."""
     if path.suffix != suffix:
-        raise TalosValueError(f"--out must end in {suffix}, got {path}")
+        raise TalosValueError(f"{name} must end in {suffix}, got {path}")
     if not path.parent.is_dir():
-        raise TalosOSError(f"--out must lie in an existing folder, got {path}; make {path.parent}")
+        raise TalosOSError(f"{name} must lie in an existing folder, got {path}; make {path.parent}")
     if path.is_dir():
-        raise TalosOSError(f"--out must be a file, got the folder {path}")
+        raise TalosOSError(f"{name} must be a file, got the folder {path}")
     if path.exists() and not overwrite:
-        raise TalosOSError(f"--out must not exist, got {path}; pass --overwrite to replace it")
+        raise TalosOSError(f"{name} must not exist, got {path}; pass --overwrite to replace it")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise TalosOSError(f"--out must lie in a folder that can be written, got {path}") from error
+        raise TalosOSError(
+            f"{name} must lie in a folder that can be written, got {path}"
+        ) from error
