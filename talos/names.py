@@ -6,6 +6,7 @@ called "module" keeps its name.
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,10 +17,12 @@ from talos.tensors import place
 
 __all__ = [
     "check_module",
+    "match_prefixes",
     "match_tensors",
     "named_buffers",
     "named_modules",
     "named_parameters",
+    "renamed",
     "resolve_names",
     "unwrapped",
     "with_nearest",
@@ -179,6 +182,49 @@ def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def match_prefixes(
+    shapes: Mapping[str, Sequence[int]], known: Mapping[str, Sequence[int]]
+) -> list[tuple[str, str]]:
+    """Find the prefixes by which names differ from known ones of the same shapes.
+
+    As transformers' `base_model_prefix`, the prefix is left out of every name or put before it.
+    Only if neither fits, one is replaced by another; a numbered layer is never taken for another.
+
+    Args:
+        shapes: of tensors by name, at least one.
+        known: shapes of a model's parameters by name.
+
+    Returns:
+        What every name begins with, and what it is replaced by; more than one pair is ambiguous.
+
+    Example:
+        >>> match_prefixes({"model.a.weight": (2,)}, {"a.weight": (2,), "b.weight": (2,)})
+        [('model.', '')]
+    """
+    parts = next(iter(shapes)).split(".")
+    left_out = [(".".join(parts[:cut]) + ".", "") for cut in range(1, len(parts))]
+    ends = [("", ".".join(parts)), *((old, ".".join(parts)[len(old) :]) for old, _ in left_out)]
+    pairs = [
+        (old, name.removesuffix(end)) for old, end in ends for name in known
+        if name.endswith(f".{end}")
+    ]  # fmt: skip
+
+    def fits(pair: tuple[str, str]) -> bool:
+        old, new = pair
+        return all(
+            name.startswith(old) and tuple(known.get(new + name[len(old) :], (-1,))) == tuple(shape)
+            for name, shape in shapes.items()
+        )
+
+    def replaces(old: str, new: str) -> bool:
+        steps = (old + new).split(".")
+        same_end = old.split(".")[-2:-1] == new.split(".")[-2:-1]
+        return bool(old) and not same_end and not any(step.isdigit() for step in steps)
+
+    one = [pair for pair in [*left_out, *(p for p in pairs if not p[0])] if fits(pair)]
+    return one or [pair for pair in pairs if replaces(*pair) and fits(pair)]
+
+
 def _bare(names: Sequence[str]) -> list[str]:
     """Return names without the parts of wrappers."""
     bare = [".".join(part for part in name.split(".") if part not in _HIDDEN) for name in names]
@@ -235,7 +281,61 @@ def match_tensors(
     return matched
 
 
-def with_nearest(name: str, params: Mapping[str, Tensor]) -> str:
+def renamed(
+    names: Sequence[str], mapping: Mapping[str, str], *, strict: bool = True
+) -> dict[str, str]:
+    r"""Return the new name of each name.
+
+    Args:
+        names: of tensors.
+        mapping: new names by old ones or by regular expressions; the first that fits renames.
+        strict: refuse a key that fits no name.
+
+    Raises:
+        TalosTypeError: `mapping` is no mapping of texts.
+        TalosValueError: a key fits no name, is no regular expression, or two names become one.
+
+    Example:
+        >>> renamed(["a.q", "a.k"], {"a.q": "b", r"\.k$": ".key"})
+        {'a.q': 'b', 'a.k': 'a.key'}
+    """
+    if not isinstance(mapping, Mapping) or not all(
+        isinstance(text, str) for pair in mapping.items() for text in pair
+    ):
+        raise TalosTypeError(f"names must map texts to texts, got {mapping!r}")
+    found, used = {name: name for name in names}, set()
+    for name in names:
+        for old, new in mapping.items():
+            if old in found and old != name:
+                continue
+            try:
+                other, count = (new, 1) if old == name else re.subn(old, new, name)
+            except (re.error, IndexError) as error:
+                raise TalosValueError(
+                    f"names must hold names or regular expressions, got {old!r} to {new!r} "
+                    f"({error}); escape special characters with a backslash"
+                ) from None
+            if count:
+                used.add(old)
+                found[name] = other
+                break
+    unused = [old for old in mapping if old not in used]
+    if strict and unused:
+        raise TalosValueError(
+            f"names must fit tensors, got {len(unused)} that fit none or only renamed ones: "
+            + "; ".join(with_nearest(old, found) for old in unused[:5])
+        )
+    first: dict[str, str] = {}
+    for name, new in found.items():
+        if first.setdefault(new, name) != name or not new:
+            raise TalosValueError(
+                f"names must give each tensor a name of its own, got {new!r} for {first[new]} and "
+                f"{name}; choose another"
+            )
+    return found
+
+
+def with_nearest(name: str, params: Iterable[str]) -> str:
     """Return an unknown name with the known ones that are most like it, for a message.
 
     Example:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from talos.errors import TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.evaluation.intervals import Bootstrap
 from talos.evaluation.judging import ACCURACY, Judge, Metric, Models, ask
 from talos.names import check_module
@@ -35,7 +35,7 @@ __all__ = [
 
 Split = Literal["test", "validation", "control"]
 
-_Key = tuple[float, str, str]  # coefficient, split, task
+_Key = tuple[float, int, str]  # coefficient, the judge's id, task
 _EDIT = "edit"
 
 
@@ -162,12 +162,13 @@ class Outcomes:
         if vector is None or number == 0:
             vector, number = None, 0.0
         known = self._known_of(vector)
-        missing = [task for task in chosen if (number, split, task) not in known]
+        keys = {task: (number, id(judges[task]), task) for task in chosen}
+        missing = [task for task, key in keys.items() if key not in known]
         if missing:
             with self._put_on(vector, number):
                 for task in missing:
-                    known[number, split, task] = self._ask(split, task)
-        return {task: known[number, split, task] for task in chosen}
+                    known[keys[task]] = self._ask(split, task)
+        return {task: known[key] for task, key in keys.items()}
 
     def of_each(self, vectors: Mapping[str, TaskVector], split: Split) -> dict[str, Tensor]:
         """Return the outcomes of single-task models: of each task with its own vector.
@@ -199,7 +200,7 @@ class Outcomes:
         """Keep a vector ready on the model's device inside a `with` block: for searches.
 
         Args:
-            vector: the vector that is asked for several times.
+            vector: the vector that is asked for several times, and no other one inside the block.
         """
         with self._made_resident(vector) as resident:
             before, self._resident = self._resident, (vector, resident)
@@ -247,10 +248,12 @@ class Outcomes:
             yield
             return
         ready = self._resident
-        is_ready = ready is not None and ready[0] is vector
-        made = (
-            nullcontext(ready[1]) if ready is not None and is_ready else self._made_resident(vector)
-        )
+        if ready is not None and ready[0] is not vector:
+            raise TalosRuntimeError(
+                "vector must be the one that is resident, got another; ask for it outside of the "
+                "block of resident()"
+            )
+        made = self._made_resident(vector) if ready is None else nullcontext(ready[1])
         with made as resident:
             resident.swap(_EDIT, coef)
             try:

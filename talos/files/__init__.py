@@ -14,14 +14,18 @@ from talos.files.checked import (
     write_tensors,
 )
 from talos.files.checkpoint import Checkpoint
+from talos.files.streaming import OnTensor, stream_tensors, write_changed
 
 __all__ = [
     "Checkpoint",
+    "OnTensor",
     "atomic_write",
     "check_entries",
     "claimed_kind",
     "digest",
     "load_file",
     "save_file",
+    "stream_tensors",
+    "write_changed",
     "write_tensors",
 ]

@@ -21,6 +21,7 @@ from talos.files.reader import opened, parse_json
 __all__ = [
     "VERSION",
     "check_entries",
+    "check_name",
     "claimed_kind",
     "digest",
     "load_file",
@@ -102,11 +103,7 @@ def write_tensors(
     plain: dict[str, Tensor] = {}
     addresses: set[int] = set()
     for name, tensor in tensors.items():
-        if name == "__metadata__" or name != name.encode(errors="replace").decode():
-            raise TalosValueError(
-                f"tensors must have names in valid Unicode and none '__metadata__', got {name!r}; "
-                "choose another"
-            )
+        check_name(name)
         own = tensor.detach().cpu().contiguous()
         # The library refuses two names of one memory.
         plain[name] = own.clone() if own.data_ptr() in addresses else own
@@ -119,6 +116,19 @@ def write_tensors(
             raise OSError(str(error)) from None
 
     atomic_write(path, write)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of a tensor that a file cannot hold.
+
+    Raises:
+        TalosValueError: it is `__metadata__`, which the format keeps, or no valid Unicode.
+    """
+    if name == "__metadata__" or name != name.encode(errors="replace").decode():
+        raise TalosValueError(
+            f"tensors must have names in valid Unicode and none '__metadata__', got {name!r}; "
+            "choose another"
+        )
 
 
 def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,35 +1,63 @@
-"""The difference of two models at the selected entries."""
+"""The difference of two models, one tensor at a time.
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Self
+Modules, state dicts and checkpoints go one way. Names, shapes and ties are compared first; the
+tensors of a checkpoint stand there without values. Then each tensor of both is read once.
+"""
+
+import os
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
+from talos.files import Checkpoint, OnTensor
 from talos.masks import Mask
 from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
-from talos.task_vectors.sums import slices_of
+from talos.task_vectors.sums import joined, slices_of
 from talos.tensors import check_separate, moved_buffers, place
 from talos_kernels import TensorIndex
 
-__all__ = ["Weights", "difference"]
+__all__ = ["Difference", "Entries", "Weights", "difference"]
 
-Weights = nn.Module | Mapping[str, Tensor]
+Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+Entries = Mask | Literal["changed"] | None
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two models differ by.
+
+    Attributes:
+        mask: the entries.
+        values: float32 `[nnz]`, tuned minus base.
+        fingerprints: of the base's tensors with a selected entry.
+        moved: names of buffers that differ.
+        inexact: entries of "changed" at which base + value has other bits than the tuned weight.
+    """
+
+    mask: Mask
+    values: Tensor
+    fingerprints: dict[str, str]
+    moved: list[str] = field(default_factory=list)
+    inexact: int = 0
 
 
 def difference(
-    base: Weights, tuned: Weights, mask: Mask | None, *, strict: bool
-) -> tuple[Mask, Tensor, dict[str, str], list[str]]:
-    """Return mask, values, fingerprints and the names of buffers that differ.
-
-    See `TaskVector.from_models`.
-    """
+    base: Weights, tuned: Weights, mask: Entries, *, strict: bool, on_tensor: OnTensor | None
+) -> Difference:
+    """Return the difference of two models; see `TaskVector.from_models`."""
+    if not (mask is None or isinstance(mask, Mask) or mask == "changed"):
+        raise TalosValueError(f"mask must be a Mask, 'changed' or None, got {mask!r}")
     ours, theirs = _Named.of("base", base), _Named.of("tuned", tuned)
-    after = _translated(theirs, ours)
-    before = {name: each for name, each in ours.once().items() if name in after}
+    pairs = _Pairs(ours, theirs, _translated(theirs, ours), on_tensor)
+    before = {name: each for name, each in ours.once().items() if name in pairs.sources}
+    after = {name: theirs.tensors[pairs.sources[name]] for name in before}
     if not before:
         raise TalosValueError("base must have a floating-point weight, got none")
     _check_shapes(before, after)
@@ -38,49 +66,153 @@ def difference(
             {name: tuple(tensor.shape) for name, tensor in before.items()},
             {name: _every_entry(tensor) for name, tensor in before.items()},
         )
-    mask_names = _known_names(mask, ours, before)
-    chosen = {name: before[mask_names[name]] for name in mask.names}
-    for name, tensor in chosen.items():
-        if mask.indices[name].nnz and (tensor.is_meta or after[mask_names[name]].is_meta):
-            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
-    check_separate(chosen, "weights of base")
-    check_separate({name: after[mask_names[name]] for name in mask.names}, "weights of tuned")
-    if strict:
-        _check_outside({known: name for name, known in mask_names.items()}, mask, before, after)
+    names = {name: name for name in before}  # ours by the mask's
+    if isinstance(mask, Mask):
+        names = _known_names(mask, ours, before)
+    check_separate({name: before[own] for name, own in names.items()}, "weights of base")
+    check_separate({name: after[own] for name, own in names.items()}, "weights of tuned")
+    if isinstance(mask, Mask):
+        for name, own in names.items():
+            if mask.indices[name].nnz:
+                pairs.check_values(own)
+        others = [name for name in before if name not in names.values()]
+        found = _selected(pairs, mask, names, others if strict else [], strict=strict)
+    else:
+        for name in before:
+            pairs.check_values(name)
+        found = _changed(pairs, before)
+    return replace(found, moved=_moved(ours, theirs))
+
+
+def _selected(
+    pairs: "_Pairs", mask: Mask, names: Mapping[str, str], others: Sequence[str], *, strict: bool
+) -> Difference:
+    """Return the difference at a mask's entries; `strict` refuses one at any other entry.
+
+    `names` holds our names by the mask's; `others` are weights that the mask does not cover.
+    """
+    slices, masked = slices_of(mask), {own: name for name, own in names.items()}
     values = torch.zeros(mask.nnz, dtype=torch.float32, device="cpu")
-    for name, part in slices_of(mask).items():
-        delta = _change(chosen[name], after[mask_names[name]])
-        index = mask.indices[name]
-        whole = index.encoding == "full"
-        values[part] = delta if whole else delta[index.positions_int64()]
-    bases = {n: fingerprint(tensor) for n, tensor in chosen.items() if mask.indices[n].nnz}
-    return mask, values, bases, _moved(ours, theirs)
+    bases: dict[str, str] = {}
+    outside: dict[str, int] = {}
+    for own, old, new in pairs.read([*masked, *others]):
+        index = mask.indices[masked[own]] if own in masked else None
+        if strict and (count := _count_outside(old, new, index)):
+            outside[own] = count
+        if index is not None and index.nnz:
+            values[slices[masked[own]]] = _change(old, new, index)
+            bases[masked[own]] = fingerprint(old)
+        del old, new  # before the next pair is read
+    if outside:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in list(outside.items())[:5])
+        raise TalosValueError(
+            f"tuned must differ from base only where mask selects, got {sum(outside.values()):,} "
+            f"other entries: {listed}; leave mask out, or pass strict=False to drop them"
+        )
+    return Difference(mask, values, bases)
+
+
+def _changed(pairs: "_Pairs", before: Mapping[str, Tensor]) -> Difference:
+    """Return the difference at the entries whose bits differ."""
+    indices: dict[str, TensorIndex] = {}
+    bases: dict[str, str] = {}
+    parts: list[Tensor] = []
+    inexact = 0
+    for name, old, new in pairs.read(before):
+        indices[name] = TensorIndex.encode(_bits(old, new) != _bits(new, old))
+        if indices[name].nnz:
+            parts.append(_change(old, new, indices[name]))
+            inexact += _count_inexact(old, new, indices[name], parts[-1])
+            bases[name] = fingerprint(old)
+        del old, new  # before the next pair is read
+    shapes = {name: tuple(tensor.shape) for name, tensor in before.items()}
+    return Difference(Mask(shapes, indices), joined(parts), bases, inexact=inexact)
+
+
+class _Pairs:
+    """Base and tuned weights, by the names of the base."""
+
+    def __init__(
+        self,
+        ours: "_Named",
+        theirs: "_Named",
+        sources: Mapping[str, str],
+        on_tensor: OnTensor | None,
+    ) -> None:
+        self.sources = sources
+        self._ours, self._theirs = ours, theirs
+        self._on_tensor = on_tensor
+
+    def check_values(self, name: str) -> None:
+        if not self._hold(name):
+            raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, base and tuned weight, one pair after the other; none on meta."""
+        for done, name in enumerate(names, 1):
+            if self._hold(name):
+                yield name, self._ours.read(name), self._theirs.read(self.sources[name])
+            if self._on_tensor is not None:
+                self._on_tensor(done, len(names))
+
+    def _hold(self, name: str) -> bool:
+        return self._ours.has_values(name) and self._theirs.has_values(self.sources[name])
 
 
 @dataclass(frozen=True)
 class _Named:
-    """The tensors of a model under all their names: floating-point ones, buffers, integers."""
+    """The tensors of a model under all their names: floating-point ones, buffers, integers.
+
+    Those of a checkpoint are on the meta device; `read` reads them.
+    """
 
     what: str
     tensors: dict[str, Tensor]
     buffers: dict[str, Tensor]
     integers: dict[str, Tensor]
+    checkpoint: Checkpoint | None
 
     @classmethod
     def of(cls, what: str, model: Weights) -> Self:
-        if isinstance(model, nn.Module):
-            found: Mapping[str, object] = named_parameters(model, remove_duplicate=False)
+        checkpoint = None
+        if isinstance(model, str | os.PathLike):
+            model = Checkpoint(model)
+        if isinstance(model, Checkpoint):
+            checkpoint, buffers = model, {}
+            found: Mapping[str, object] = {
+                name: torch.empty(shape, dtype=model.dtypes[name], device="meta")
+                for name, shape in model.shapes.items()
+            }
+        elif isinstance(model, nn.Module):
+            found = named_parameters(model, remove_duplicate=False)
             buffers = named_buffers(model)
         elif isinstance(model, Mapping):
             found, buffers = model, {}
         else:
             raise TalosTypeError(
-                f"{what} must be a module or a state dict, got {type(model).__name__}"
+                f"{what} must be a module or a state dict, or the path of a checkpoint, got "
+                f"{type(model).__name__}"
             )
         every = {name: each for name, each in found.items() if isinstance(each, Tensor)}
         tensors = {name: each for name, each in every.items() if each.is_floating_point()}
         integers = {name: each for name, each in every.items() if name not in tensors}
-        return cls(what, tensors, buffers, integers)
+        return cls(what, tensors, buffers, integers, checkpoint)
+
+    @property
+    def every(self) -> dict[str, Tensor]:
+        """All tensors, buffers of modules too."""
+        return self.buffers | self.tensors | self.integers
+
+    def has_values(self, name: str) -> bool:
+        return self.checkpoint is not None or not self.tensors[name].is_meta
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor with its values."""
+        if self.checkpoint is not None:
+            return self.checkpoint[name]
+        return next(
+            each[name] for each in (self.tensors, self.integers, self.buffers) if name in each
+        )
 
     def first_names(self) -> dict[str, str]:
         """Return for every name the first name of the same memory."""
@@ -92,19 +224,18 @@ class _Named:
         return {first: self.tensors[first] for first in self.first_names().values()}
 
 
-def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
-    """Return their tensors by our first names; wrappers and ties do not matter."""
+def _translated(theirs: _Named, ours: _Named) -> dict[str, str]:
+    """Return their names by our first names; wrappers and ties do not matter."""
     first, known = ours.first_names(), resolve_names(theirs.tensors, ours.tensors)
-    found: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, own in known.items():
-        tensor, target = theirs.tensors[name], first[own]
-        other = found.setdefault(target, tensor)
-        sources.setdefault(target, name)
-        if place(other) != place(tensor) and not _same(other, tensor):
+        target = first[own]
+        other = found.setdefault(target, name)
+        tied = place(theirs.tensors[other]) == place(theirs.tensors[name])
+        if not tied and not _same(theirs.read(other), theirs.read(name)):
             raise TalosValueError(
                 f"{theirs.what} must hold one value of {target}, which is tied in {ours.what}, got "
-                f"{sources[target]} and {name}, which differ; tie them, or untie {ours.what}"
+                f"{other} and {name}, which differ; tie them, or untie {ours.what}"
             )
     seen = {place(theirs.tensors[name]) for name in known}
     bare = resolve_names(theirs.tensors, ours.buffers)  # a state dict holds a module's buffers too
@@ -121,12 +252,14 @@ def _translated(theirs: _Named, ours: _Named) -> dict[str, Tensor]:
 def _moved(ours: _Named, theirs: _Named) -> list[str]:
     """Return the names of buffers and integers that differ; a state dict holds some buffers."""
     names = [*(ours.buffers or theirs.buffers), *ours.integers]
-    both = []
-    for each in (ours, theirs):
-        every = each.buffers | each.tensors | each.integers
-        known = resolve_names(names, every)
-        both.append({name: every[found] for name, found in known.items()})
-    return moved_buffers(*both)
+    one, other = (resolve_names(names, each.every) for each in (ours, theirs))
+    return [
+        name
+        for name in names
+        if name in one
+        and name in other
+        and moved_buffers({name: ours.read(one[name])}, {name: theirs.read(other[name])})
+    ]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -178,35 +311,18 @@ def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _check_outside(
-    mask_names: Mapping[str, str],
-    mask: Mask,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-) -> None:
-    """Refuse a change that the mask does not select; a NaN that stays one is no change.
-
-    `mask_names` holds the mask's names by those of `before`.
-    """
-    outside = {}
-    for name, tensor in before.items():
-        own, other = tensor.detach(), after[name].detach()
-        if own.is_meta or other.is_meta:  # without values, and the mask selects nothing of it
-            continue
-        own, other = (_comparable(each.to(tensor.device)) for each in (own, other))
-        changed = (own != other) & ~(own.isnan() & other.isnan())
-        count = int(changed.count_nonzero())
-        if name in mask_names and count:
-            selected = mask.to_dense(mask_names[name]).to(tensor.device)
-            count = int((changed & ~selected).count_nonzero())
-        if count:
-            outside[name] = count
-    if outside:
-        listed = ", ".join(f"{name} ({count:,})" for name, count in list(outside.items())[:5])
-        raise TalosValueError(
-            f"tuned must differ from base only where mask selects, got {sum(outside.values()):,} "
-            f"other entries: {listed}; leave mask out, or pass strict=False to drop them"
-        )
+def _count_outside(before: Tensor, after: Tensor, index: TensorIndex | None) -> int:
+    """Count the changes that an index does not select; a NaN that stays one is no change."""
+    if index is not None and index.encoding == "full":
+        return 0
+    own, other = before.detach(), after.detach()
+    own, other = (_comparable(each.to(own.device)) for each in (own, other))
+    changed = (own != other) & ~(own.isnan() & other.isnan())
+    count = int(changed.count_nonzero())
+    if count and index is not None:
+        selected = index.decode().view(changed.shape).to(changed.device)
+        count = int((changed & ~selected).count_nonzero())
+    return count
 
 
 def _comparable(tensor: Tensor) -> Tensor:
@@ -220,9 +336,30 @@ def _every_entry(tensor: Tensor) -> TensorIndex:
     return TensorIndex.from_buffers("full", tensor.numel())
 
 
-def _change(before: Tensor, after: Tensor) -> Tensor:
-    """Return after - before, flat float32; float64 weights are rounded after the subtraction."""
-    double = torch.float64 in (before.dtype, after.dtype)
-    wide = torch.float64 if double else torch.float32
-    one, other = (each.detach().to("cpu", wide, copy=True) for each in (before, after))
-    return other.sub_(one).float().reshape(-1)
+def _bits(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers, in the dtype that holds both tensors' values."""
+    dtype = tensor.dtype
+    if dtype != other.dtype:
+        dtype = _wide(tensor, other)
+    return tensor.detach().to("cpu", dtype).contiguous().view(_INTEGERS[dtype.itemsize])
+
+
+def _change(before: Tensor, after: Tensor, index: TensorIndex) -> Tensor:
+    """Return after - before at an index: float32; float64 is rounded after the subtraction."""
+    wide = _wide(before, after)
+    delta = after.detach().to("cpu", wide, copy=True).sub_(before.detach().to("cpu", wide))
+    flat = delta.reshape(-1)
+    return (flat if index.encoding == "full" else flat[index.positions_int64()]).float()
+
+
+def _count_inexact(before: Tensor, after: Tensor, index: TensorIndex, values: Tensor) -> int:
+    """Count the entries at which base + value, as `add_delta_` adds, has not the tuned bits."""
+    positions = index.positions_int64()
+    old, new = (each.detach().cpu().reshape(-1)[positions] for each in (before, after))
+    wide = _wide(old, old)
+    restored = (old.to(wide) + values.to(wide)).to(old.dtype)
+    return int((_bits(restored, new) != _bits(new, restored)).count_nonzero())
+
+
+def _wide(before: Tensor, after: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32

@@ -19,9 +19,18 @@ from talos.task_vectors.sums import slices_of
 from talos.tensors import check_separate, place
 from talos_kernels import Index, add_delta_, revert_delta_
 
-__all__ = ["Launch", "ModelEdit", "check_base", "check_scale", "launches", "touched_weights"]
+__all__ = [
+    "EDITABLE",
+    "Launch",
+    "ModelEdit",
+    "check_base",
+    "check_scale",
+    "launches",
+    "touched_weights",
+]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of weights that `add_delta_` writes."""
 # A search applies a few vectors many times; a packed index is small beside its model.
 _MOST_PACKED = 8
 
@@ -205,7 +214,7 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     matched = match_tensors(mask.shapes, every_name, what="task vector")
     touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}
     for name, param in touched.items():
-        if param.dtype not in _DTYPES or param.is_meta:
+        if param.dtype not in EDITABLE or param.is_meta:
             raise TalosTypeError(
                 "model must have weights of floating point where it is edited, got "
                 f"{name} of {param.dtype} on {param.device}; convert or load it first"
@@ -214,8 +223,13 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     return touched
 
 
-def check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def check_base(found: Mapping[str, str], wanted: Mapping[str, str], what: str = "model") -> None:
     """Refuse tensors whose fingerprints are not the wanted ones of the same names.
+
+    Args:
+        found: fingerprints by name.
+        wanted: those of a task vector's base.
+        what: the owner of the tensors, for the message.
 
     Raises:
         TalosValueError: one differs.
@@ -225,7 +239,7 @@ def check_base(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
         name = differing[0]
         more = f" and {len(differing) - 1} tensors more differ" if len(differing) > 1 else ""
         raise TalosValueError(
-            f"model must be the base that the task vector was made from, got {name} with "
+            f"{what} must be the base that the task vector was made from, got {name} with "
             f"fingerprint {found[name]}, wanted {wanted[name]}{more}; load that base in the same "
             "dtype, or pass force=True to edit this one"
         )

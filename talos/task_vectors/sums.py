@@ -24,6 +24,7 @@ __all__ = [
     "Overlay",
     "Part",
     "gathered",
+    "is_merge",
     "is_sum",
     "joined",
     "overlays",
@@ -297,4 +298,12 @@ def is_sum(metadata: Mapping[str, Any]) -> bool:
     return isinstance(parts, list) and all(
         isinstance(part, dict) and set(part) == {"scale", "of"} and isinstance(part["scale"], float)
         for part in parts
+    )
+
+
+def is_merge(metadata: Mapping[str, Any]) -> bool:
+    """Return whether metadata is that of a merge that is no plain sum: with `sources`."""
+    parts = metadata.get("sources")
+    return isinstance(parts, list) and all(
+        isinstance(part, dict) and set(part) == {"scale", "kept", "of"} for part in parts
     )

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import write_tensors
+from talos.files import Checkpoint, OnTensor, stream_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
+from talos.names import renamed
 from talos.options import as_real
 from talos.task_vectors.choosing import Choice, chosen, largest, selected
-from talos.task_vectors.differences import Weights, difference
+from talos.task_vectors.differences import Entries, Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
+from talos.task_vectors.exports import export_checkpoint
 from talos.task_vectors.fingerprints import fingerprint, one_base
 from talos.task_vectors.storage import DTYPES, load_parts, save_parts
 from talos.task_vectors.sums import (
@@ -112,22 +114,32 @@ class TaskVector:
         cls,
         base: Weights,
         tuned: Weights,
-        mask: Mask | None = None,
+        mask: Entries = None,
         *,
         strict: bool = True,
         metadata: Mapping[str, Any] | None = None,
+        on_tensor: OnTensor | None = None,
     ) -> Self:
         """Return the difference of two models.
 
-        Buffers of modules are left out. A warning and the metadata's `moved_buffers` name those
-        that differ.
+        Checkpoints are read tensor by tensor: the memory in use is the result and a few tensors.
+        The dtypes may differ; the difference is that of the values. Buffers of modules are left
+        out. A warning and the metadata's `moved_buffers` name those that differ.
+
+        `mask="changed"` selects the entries whose bits differ. So NaN equals the same NaN, and 0
+        does not equal -0. Adding the values to the base gives the bits of the tuned weights, with
+        two exceptions: float32 cannot hold some differences of weights of very unequal size, and
+        no sum turns 0 into -0. The metadata's `inexact` counts these entries if there are any.
 
         Args:
-            base: pretrained module, or its state dict.
-            tuned: the same module after fine-tuning, or its state dict.
-            mask: entries to keep; None: every floating-point weight, encoded `full`.
+            base: pretrained module, its state dict, or the path of a checkpoint (see
+                `talos.files.Checkpoint`).
+            tuned: the same after fine-tuning.
+            mask: entries to keep; None: every floating-point weight, encoded `full`; "changed":
+                those that differ.
             strict: refuse a change outside of the mask; False drops it.
             metadata: how the difference was made.
+            on_tensor: called after each tensor with the number done and the number of all.
 
         Returns:
             float32 tuned minus base, with the base's fingerprints. Tied weights come once.
@@ -135,6 +147,7 @@ class TaskVector:
         Raises:
             TalosValueError: names or shapes differ, a difference is not finite, or an entry outside
                 of the mask changed.
+            TalosOSError: a checkpoint cannot be read.
 
         Example:
             >>> base, tuned = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -143,10 +156,13 @@ class TaskVector:
             >>> torch.allclose(base.weight, tuned.weight)
             True
         """
-        kept, values, found, moved = difference(base, tuned, mask, strict=strict)
-        warn_of_moved(moved, stacklevel=2)
-        left_out = {"moved_buffers": moved} if moved else {}
-        return cls(kept, values, found, {**(metadata or {}), **left_out})
+        found = difference(base, tuned, mask, strict=strict, on_tensor=on_tensor)
+        warn_of_moved(found.moved, stacklevel=2)
+        about = {
+            **({"moved_buffers": found.moved} if found.moved else {}),
+            **({"inexact": found.inexact} if found.inexact else {}),
+        }
+        return cls(found.mask, found.values, found.fingerprints, {**(metadata or {}), **about})
 
     @classmethod
     def combine(cls, terms: Iterable[tuple[float, Self]]) -> Self:
@@ -385,16 +401,70 @@ class TaskVector:
         """
         return cls(*load_parts(path))
 
+    def export(
+        self,
+        base: str | os.PathLike[str] | Checkpoint,
+        out: str | os.PathLike[str],
+        scale: float = 1.0,
+        force: bool = False,
+        *,
+        overwrite: bool = False,
+        on_tensor: OnTensor | None = None,
+    ) -> None:
+        """Write a checkpoint with `scale` times the vector added, for any library that reads one.
+
+        The weights are bit for bit those of `apply_` on a model of the checkpoint's dtype. Files,
+        names, order and index are the base's; the other files of a folder are copied. Weights in
+        other formats are left out, with a warning. One tensor is in memory at a time. `out` appears
+        whole or not at all.
+
+        Args:
+            base: the base's `.safetensors` file or folder, as `Checkpoint` takes it. Names that
+                differ by one prefix are matched if only one fits, with a warning.
+            out: the file or folder to write.
+            scale: the scaling coefficient.
+            force: edit a base whose weights have other fingerprints, too. The float32 fingerprint
+                of a 16-bit weight counts as its own.
+            overwrite: replace an existing file, or folder if no other file in it is lost.
+            on_tensor: called after each tensor with the number done and the number of all.
+
+        Raises:
+            TalosValueError: the base lacks a tensor, has other shapes or another fingerprint; a
+                finite weight would overflow; or `out` lies inside the base.
+            TalosTypeError: a weight to edit is quantised.
+            TalosOSError: a file cannot be read or written, or `out` exists.
+
+        Example:
+            >>> import safetensors.torch, tempfile
+            >>> vector = TaskVector(Mask.from_dense({"w": torch.eye(2) > 0}), torch.ones(2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     base, out = f"{folder}/base.safetensors", f"{folder}/out.safetensors"
+            ...     safetensors.torch.save_file({"w": torch.zeros(2, 2)}, base)
+            ...     vector.export(base, out, scale=0.5)
+            ...     Checkpoint(out)["w"].tolist()
+            [[0.5, 0.0], [0.0, 0.5]]
+        """
+        export_checkpoint(
+            self.mask,
+            self.values,
+            {} if force else self.fingerprints,
+            base if isinstance(base, Checkpoint) else Checkpoint(base),
+            out,
+            scale=check_scale(scale),
+            largest=self.largest,
+            overwrite=overwrite,
+            on_tensor=on_tensor,
+        )
+
     def export_dense(self, path: str | os.PathLike[str]) -> None:
         """Write the dense delta for other tools: plain safetensors, named and shaped as weights.
 
-        All dense tensors are in memory at once.
+        One dense tensor is in memory at a time.
 
         Raises:
             TalosOSError: the file cannot be written; an older one is left as it was.
         """
-        dense = {name: self.to_dense(name) for name in self.mask.names}
-        write_tensors(path, dense, {"format": "pt"})
+        stream_tensors(path, self.mask.shapes, self.values.dtype, self.to_dense)
 
     def to_dense(self, name: str) -> Tensor:
         """Return the delta of one tensor, in its shape and the vector's dtype; zero elsewhere.
@@ -406,6 +476,41 @@ class TaskVector:
         index = self.mask.indices[name]
         dense.view(-1)[index.positions_int64()] = self.values[slices_of(self.mask)[name]]
         return dense
+
+    def rename(self, names: Mapping[str, str]) -> Self:
+        r"""Return the same vector under other names, for a model that calls its weights otherwise.
+
+        Args:
+            names: new names by old ones. A key that is a name of the vector renames that tensor.
+                Any other key is a regular expression; it is replaced wherever a name holds it, and
+                the new text may use its groups (`\1`). As in transformers' `key_mapping`, the
+                first key that fits a name renames it.
+
+        Returns:
+            The vector with mask, fingerprints and the names in `moved_buffers` renamed.
+
+        Raises:
+            TalosTypeError: `names` is no mapping of texts.
+            TalosValueError: a key fits no name, is no regular expression, or two tensors would have
+                one name.
+
+        Example:
+            >>> vector = TaskVector(Mask.from_dense({"h.0.q": torch.ones(1) > 0}), torch.ones(1))
+            >>> vector.rename({r"^h\.": "model.layers."}).mask.names
+            ('model.layers.0.q',)
+        """
+        found = renamed(self.mask.names, names)
+        metadata = dict(self.metadata)
+        if isinstance(moved := metadata.get("moved_buffers"), list):
+            others = renamed(moved, names, strict=False)
+            metadata["moved_buffers"] = [others[name] for name in moved]
+        mask = Mask(
+            {found[name]: shape for name, shape in self.mask.shapes.items()},
+            {found[name]: index for name, index in self.mask.indices.items()},
+            self.mask.metadata,
+        )
+        bases = {found[name]: base for name, base in self.fingerprints.items()}
+        return type(self)(mask, self.values, bases, metadata)
 
     def astype(self, dtype: torch.dtype) -> Self:
         """Return the same vector with values of another dtype.

@@ -393,7 +393,6 @@ def test_the_rehearsal_passes_through_every_stage(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benches.gpu", "--out", str(out), "--rehearse"]
     command += ["--minutes", "30"]  # cores may be busy
-    command += ["--minutes", "30"]  # cores may be busy
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     page = (out / "table.md").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + page

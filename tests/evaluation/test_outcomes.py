@@ -75,6 +75,22 @@ def test_the_others_ask_only_for_what_is_not_known() -> None:
     }
 
 
+def test_a_judge_of_two_splits_is_asked_once() -> None:
+    calls: list[str] = []
+    judged = judges(TEST, right_answers, calls)
+    negation(Outcomes(MODELS, judged, judged), VECTORS["left"], "left", coefs=[0.5])
+    assert Counter(calls) == dict.fromkeys(TASKS, 2)
+
+
+def test_another_vector_inside_of_a_search_is_refused() -> None:
+    outcomes = counted([])
+    with outcomes.resident(VECTORS["left"]):
+        with pytest.raises(TalosRuntimeError, match="must be the one that is resident"):
+            outcomes.of("test", VECTORS["right"])
+        outcomes.of("test", VECTORS["left"])
+    outcomes.of("test", VECTORS["right"])
+
+
 @pytest.mark.parametrize("coefs", [[0.0, 0.4, 0.8], [0.4, 0.8]])
 def test_the_grid_of_disentanglement_asks_no_more_than_it_must(coefs: list[float]) -> None:
     calls: list[str] = []

@@ -504,7 +504,9 @@ def test_from_models_refuses() -> None:
         make(base, tuned, Mask.from_dense({"layers.1": torch.ones(3) > 0}))
     with pytest.raises(TalosValueError, match="floating-point weight, got none"):
         make({}, {})
-    with pytest.raises(TalosTypeError, match="module or a state dict, got list"):
+    with pytest.raises(
+        TalosTypeError, match="module or a state dict, or the path of a checkpoint, got l"
+    ):
         make([], base)
     with pytest.raises(TalosTypeError, match="on meta"):
         make(base, {**tuned, "layers.1": torch.ones(97, device="meta")})

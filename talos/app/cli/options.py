@@ -68,7 +68,7 @@ def check_input(name: str, path: Path) -> None:
 
 
 def check_output(
-    path: Path, overwrite: bool, suffix: str = ".safetensors", name: str = "--out"
+    path: Path, overwrite: bool, suffix: str = ".safetensors", *, name: str = "--out"
 ) -> None:
     """Refuse an output that could not be written, or that exists without --overwrite."""
     if path.suffix != suffix:

@@ -229,7 +229,7 @@ def _check_options(
                 "--metric addition"
             )
     if json not in (None, "-"):
-        check_output(Path(json), overwrite, ".json", "--json")
+        check_output(Path(json), overwrite, ".json", name="--json")
 
 
 def _parse_scale(scale: str | None, vectors: int) -> float | None:

@@ -34,7 +34,7 @@ def inspect(
     from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import TaskVector
-    from talos.task_vectors.sums import is_sum
+    from talos.task_vectors.sums import is_merge, is_sum
 
     size = file.stat().st_size
     console = stdout()
@@ -60,11 +60,14 @@ def inspect(
     if metadata:
         console.print("\n[bold]made by[/bold]")
         table = Table(box=None, show_header=False, pad_edge=False)
-        parts = metadata["sum"] if is_sum(metadata) else []
+        key_of_parts = "sum" if is_sum(metadata) else "sources"
+        parts = metadata[key_of_parts] if is_sum(metadata) or is_merge(metadata) else []
         for part in parts:
-            table.add_row(Text(f"{part['scale']:g} ×", style="dim"), Text(_plain(part["of"])))
+            kept = f"; kept {part['kept']:,} entries" if "kept" in part else ""
+            text = Text(f"{_plain(part['of'])}{kept}")
+            table.add_row(Text(f"{_plain(part['scale'])} ×", style="dim"), text)
         for key, value in metadata.items():
-            if not parts or key != "sum":
+            if not parts or key != key_of_parts:
                 table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
         console.print(table)
     where = ("--linearized",) if metadata.get("method") == "linearized" else ()
@@ -79,5 +82,7 @@ def inspect(
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

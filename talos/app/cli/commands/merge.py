@@ -1,22 +1,30 @@
-"""`talos merge`: a weighted sum of task vectors."""
+"""`talos merge`: one task vector made of several."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talos.app.cli.console import command, next_step, on_interrupt, print_line, stdout
-from talos.app.cli.options import Out, Overwrite, check_input, check_output
+from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.options import Overwrite, check_choice, check_input, check_output
+from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.errors import TalosValueError
+from talos.merging import METHODS, merge_of
+
+if TYPE_CHECKING:
+    from talos.task_vectors import TaskVector
 
 __all__ = ["EXAMPLES", "merge", "parse_term"]
 
 EXAMPLES = (
     "talos merge a.safetensors:0.4 b.safetensors:0.4 --out both.safetensors",
     "talos merge a.safetensors:0.4 c.safetensors:-0.6 --out edit.safetensors",
+    "talos merge a.safetensors b.safetensors --method ties --density 0.2 --out both.safetensors",
+    "talos merge recipe.toml",
 )
 
 
@@ -51,44 +59,160 @@ def merge(
         list[str],
         typer.Argument(
             metavar="FILE:COEFFICIENT",
-            help="Task vectors, each with its scaling coefficient (1 when left out).",
+            help="Task vectors, each with its scaling coefficient (1 when left out); or one recipe "
+            "(.toml) that names vectors, method, settings and outputs.",
         ),
     ],
-    out: Out,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The file to write (.safetensors); a recipe names its own."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help=f"{', '.join(METHODS)}; by default task_arithmetic, a sum."),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            "--density",
+            help="The share of the entries to keep: the largest with trim and ties (by default "
+            "0.2), random ones with dare (0.1).",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of dare's draws.")] = None,
+    follow: Annotated[
+        str | None,
+        typer.Option("--follow", help="The merge after dare: task_arithmetic, mean or ties."),
+    ] = None,
+    drop_largest: Annotated[
+        float | None,
+        typer.Option("--drop-largest", help="Share of outliers that breadcrumbs drops."),
+    ] = None,
+    drop_smallest: Annotated[
+        float | None,
+        typer.Option("--drop-smallest", help="Share of small entries that breadcrumbs drops."),
+    ] = None,
+    strictness: Annotated[
+        float | None,
+        typer.Option("--strictness", help="Larger values make smaller masks with tall_masks."),
+    ] = None,
+    least_tasks: Annotated[
+        int | None,
+        typer.Option("--least-tasks", help="How many tasks must need an entry with tall_masks."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Add, subtract and scale task vectors: one file that holds the edit.
+    """Merge task vectors into one file that holds the edit.
 
-    A negative coefficient makes the model forget a task. The result holds the union of the
-    entries, summed in fp32. Vectors of different base weights are refused.
+    By default they are added. A negative coefficient makes the model forget a task. ties averages
+    what agrees in sign, dare drops random entries, breadcrumbs drops outliers and noise, and
+    tall_masks keeps what several tasks need.
+
+    The result holds the union of the entries that take part, merged in fp32. Vectors of different
+    base weights are refused.
     """
-    parsed = [parse_term(term) for term in terms]
-    for path, _ in parsed:
+    settings = {
+        "density": density,
+        "seed": seed,
+        "follow": follow,
+        "drop_largest": drop_largest,
+        "drop_smallest": drop_smallest,
+        "strictness": strictness,
+        "least_tasks": least_tasks,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    recipe = _recipe(terms, out, method, given)
+    for path in recipe.files:
         check_input("a term", path)
-    check_output(out, overwrite)
+    for each in recipe.outputs:
+        check_output(each.file, overwrite, name="--out" if out is not None else "outputs")
+    import torch
+
     from talos.app.report.results import megabytes
     from talos.task_vectors import TaskVector
+    from talos.task_vectors.fingerprints import one_base
 
-    names: list[set[str]] = []
-
-    def loaded() -> Iterator[tuple[float, TaskVector]]:
-        for path, scale in parsed:
-            vector = TaskVector.load(path)
-            names.append(set(vector.mask.names))
-            yield scale, vector
-
-    with on_interrupt("nothing was written"):
-        edit = TaskVector.combine(loaded())
-        edit.save(out, overwrite=overwrite)
+    with on_interrupt("nothing was written"), Bars() as bars:
+        vectors = []
+        for done, path in enumerate(recipe.files):
+            bars.show("load", done, len(recipe.files))
+            vectors.append(TaskVector.load(path))
+        bases = one_base(each.fingerprints for each in vectors)
+        if recipe.base is not None:
+            check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
+        bars.show("load", len(recipe.files), len(recipe.files))
+        edit = recipe.merge.merge(
+            vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
+        )
+        for each in recipe.outputs:
+            dtype = None if each.dtype is None else getattr(torch, each.dtype)
+            edit.save(each.file, dtype, overwrite=overwrite)
     console = stdout()
+    names = [set(each.mask.names) for each in vectors]
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
         print_line(console, "no two vectors have a tensor in common: do they belong to one model?")
-    count = f"{len(parsed)} vector{'s' if len(parsed) > 1 else ''}"
-    print_line(
-        console, f"{out}: {count}, {edit.mask.nnz:,} entries, {megabytes(out.stat().st_size)}"
-    )
+    count = f"{len(vectors)} vector{'s' if len(vectors) > 1 else ''}"
+    for each in recipe.outputs:
+        size = megabytes(each.file.stat().st_size)
+        print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
+    written = recipe.outputs[0].file
+    model = _model(vectors, recipe.base, Path(terms[0]).parent)
     next_step(
         console,
-        command("inspect", out),
-        command("eval", "--data", "TASK", "--vector", out, "--scale", "grid"),
+        command("inspect", written),
+        command("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
     )
+
+
+def _recipe(
+    terms: Sequence[str], out: Path | None, method: str | None, given: dict[str, Any]
+) -> Recipe:
+    """Return the recipe that the first term names, or that the options make."""
+    if terms[0].endswith(".toml"):
+        if len(terms) > 1:
+            raise TalosValueError(f"a recipe must stand alone, got {' '.join(terms)}")
+        for name, value in {"out": out, "method": method, **given}.items():
+            if value is not None:
+                raise TalosValueError(
+                    f"{_option(name)} must be left out with a recipe, got {value}; write it into "
+                    f"{terms[0]}"
+                )
+        check_input("RECIPE", Path(terms[0]))
+        return read_recipe(Path(terms[0]))
+    if out is None:
+        raise TalosValueError("--out must be a file to write, got none")
+    parsed = [parse_term(term) for term in terms]
+    chosen = "task_arithmetic" if method is None else method
+    check_choice("--method", chosen, METHODS)
+    for name, value in given.items():
+        takers = [
+            key for key, each in METHODS.items() if name in {field.name for field in fields(each)}
+        ]
+        if chosen not in takers:
+            raise TalosValueError(
+                f"{_option(name)} must be left out with --method {chosen}, got {value}; it is for "
+                f"{', '.join(takers)}"
+            )
+    try:
+        made = merge_of(chosen, {**given, "scaling_coefs": [coef for _, coef in parsed]})
+    except TalosValueError as error:
+        argument, _, rest = str(error).partition(" ")
+        raise TalosValueError(f"{_option(argument)} {rest}") from None
+    return Recipe(tuple(path for path, _ in parsed), made, (Output(out),))
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _model(
+    vectors: "Sequence[TaskVector]", base: str | None, folder: Path
+) -> tuple[str, str] | tuple[()]:
+    """Return --model of the vectors' base, where it is known and can be loaded so."""
+    if base is not None:
+        path = folder / base
+        return () if path.is_file() else ("--model", str(path) if path.is_dir() else base)
+    models = {each.metadata.get("model") for each in vectors}
+    model = models.pop() if len(models) == 1 else None
+    known = isinstance(model, str) and (":" in model or "/" in model)
+    return ("--model", str(model)) if known else ()

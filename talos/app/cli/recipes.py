@@ -1,0 +1,175 @@
+"""Recipes of merges: a TOML file that names vectors, method, settings and outputs."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from talos.errors import TalosOSError, TalosValueError
+from talos.merging import Coefficient, Merge, merge_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Output", "Recipe", "check_recipe_base", "read_recipe"]
+
+_KEYS = {
+    "the recipe": ("base", "method", "vectors", "settings", "outputs"),
+    "vectors": ("file", "scaling_coef"),
+    "outputs": ("file", "dtype"),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to write.
+
+    Attributes:
+        file: the file.
+        dtype: of its values; None: float32, as merged.
+    """
+
+    file: Path
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a merge reads, does and writes.
+
+    Attributes:
+        files: the vectors.
+        merge: the method with its settings and the vectors' coefficients.
+        outputs: the files to write.
+        base: the model that the vectors must belong to, if the recipe names one.
+    """
+
+    files: tuple[Path, ...]
+    merge: Merge
+    outputs: tuple[Output, ...]
+    base: str | None = None
+
+
+def read_recipe(path: Path) -> Recipe:
+    r"""Read a recipe and check all of it but the files that it names.
+
+    Files are relative to the folder of the recipe.
+
+    Raises:
+        TalosOSError: the file cannot be read.
+        TalosValueError: it is not TOML, a key is unknown or missing, or a value is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "recipe.toml")
+        ...     text = 'method = "ties"\nvectors = ["a.safetensors"]\noutputs = ["b.safetensors"]\n'
+        ...     _ = path.write_text(text + "[settings]\ndensity = 0.1\n")
+        ...     read_recipe(path).merge
+        Ties(scaling_coef=1.0, scaling_coefs=(1.0,), density=0.1)
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TalosOSError(f"RECIPE must be a file that can be read, got {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TalosValueError(f"RECIPE must be TOML, got {path}: {error}") from None
+    _check_keys(path, "the recipe", content)
+    vectors = [_entry(path, "vectors", each) for each in _several(path, content, "vectors")]
+    outputs = [_entry(path, "outputs", each) for each in _several(path, content, "outputs")]
+    written = [each["file"] for each in outputs]
+    if len(set(written)) < len(written):
+        raise TalosValueError(f"{path}: outputs must be different files, got {written}")
+    for each in outputs:
+        if each.get("dtype", "float32") not in _DTYPES:
+            raise TalosValueError(
+                f"{path}: dtype must be {', '.join(_DTYPES)}, got {each['dtype']!r}"
+            )
+    coefs: list[Coefficient] = [each.get("scaling_coef", 1.0) for each in vectors]
+    settings = content.get("settings", {})
+    base = content.get("base")
+    if not isinstance(settings, dict) or "scaling_coefs" in settings:
+        raise TalosValueError(
+            f"{path}: settings must be a table without scaling_coefs, got {settings!r}; a "
+            "coefficient stands beside its vector, as scaling_coef"
+        )
+    if base is not None and not isinstance(base, str):
+        raise TalosValueError(f"{path}: base must be a text, got {base!r}")
+    try:
+        merge = merge_of(content.get("method", "task_arithmetic"), settings)
+        merge = merge_of(merge, {"scaling_coefs": coefs})
+    except (TalosValueError, TypeError) as error:
+        raise TalosValueError(f"{path}: {error}") from None
+    return Recipe(
+        tuple(path.parent / each["file"] for each in vectors),
+        merge,
+        tuple(Output(path.parent / each["file"], each.get("dtype")) for each in outputs),
+        base,
+    )
+
+
+def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> None:
+    """Refuse vectors of another base than the recipe names.
+
+    Args:
+        base: a checkpoint in safetensors, a file or a folder, or a model as --model takes it.
+        folder: of the recipe; a checkpoint is relative to it.
+        wanted: the vectors' fingerprints of their base, by tensor.
+
+    Raises:
+        TalosValueError: a tensor is missing or has another fingerprint.
+        TalosOSError: the base cannot be read.
+    """
+    from talos.task_vectors.editing import check_base
+    from talos.task_vectors.fingerprints import fingerprint
+
+    tensors = _tensors(base, folder, wanted)
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise TalosValueError(
+            f"base must have the tensors of the vectors, got {base} without "
+            f"{', '.join(missing[:3])}; name the model that they were trained on"
+        )
+    check_base({name: fingerprint(tensors[name]) for name in wanted}, wanted)
+
+
+def _tensors(base: str, folder: Path, wanted: Mapping[str, str]) -> "Mapping[str, Tensor]":
+    """Return the base's tensors by the vectors' names: a checkpoint's or a model's."""
+    from talos.app.cli.loading import load_encoder
+    from talos.files.checkpoint import Checkpoint
+
+    path = folder / base
+    if path.is_file() or path.is_dir():
+        checkpoint = Checkpoint(path)
+        if path.is_file() or any(name in checkpoint for name in wanted):
+            return checkpoint
+    encoder = load_encoder(str(path) if path.is_dir() else base)
+    return {f"encoder.{name}": param for name, param in encoder.named_parameters()}
+
+
+def _several(path: Path, content: Mapping[str, Any], key: str) -> list[Any]:
+    """Return a list of the recipe that holds something."""
+    value = content.get(key)
+    if not isinstance(value, list) or not value:
+        raise TalosValueError(f"{path}: {key} must be a list of at least one file, got {value!r}")
+    return value
+
+
+def _entry(path: Path, key: str, entry: Any) -> dict[str, Any]:
+    """Return an entry of a list: a file alone or a table."""
+    table = {"file": entry} if isinstance(entry, str) else entry
+    if not isinstance(table, dict) or not isinstance(table.get("file"), str):
+        raise TalosValueError(f"{path}: {key} must hold files or tables with file, got {entry!r}")
+    _check_keys(path, key, table)
+    return table
+
+
+def _check_keys(path: Path, where: str, table: Mapping[str, Any]) -> None:
+    unknown = sorted(set(table) - set(_KEYS[where]))
+    if unknown:
+        raise TalosValueError(
+            f"{path}: keys of {where} must be among {', '.join(_KEYS[where])}, got "
+            f"{', '.join(unknown)}"
+        )
