@@ -23,8 +23,8 @@ from talos.options import integer
 
 __all__ = ["Bootstrap", "Estimate"]
 
-# Entries of one gather of resampled outcomes, 8 bytes each.
-_CHUNK = 1 << 22
+# Entries of one gather of resampled outcomes, 8 bytes each: 2 MB.
+_CHUNK = 1 << 18
 
 Statistic = Callable[[Mapping[str, Tensor]], Tensor]
 Outcomes = Mapping[str, Tensor]

@@ -14,7 +14,6 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import fmean
 
 from talos.errors import TalosValueError
 from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
@@ -170,4 +169,5 @@ def _controls(outcomes: Outcomes, target: str, control: Iterable[str] | None) ->
 def _mean(
     outcomes: Outcomes, vector: TaskVector | None, coef: float, tasks: Iterable[str]
 ) -> float:
-    return fmean(outcomes.figures(outcomes.of("control", vector, coef, tasks)).values())
+    figures = outcomes.figures(outcomes.of("control", vector, coef, tasks))
+    return sum(figures.values()) / len(figures)
