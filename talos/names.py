@@ -6,6 +6,7 @@ called "module" keeps its name.
 """
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
+from talos.files import Checkpoint
 from talos.tensors import place
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "named_buffers",
     "named_modules",
     "named_parameters",
+    "named_tensors",
     "renamed",
     "resolve_names",
     "unwrapped",
@@ -151,6 +154,29 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     }
+
+
+def named_tensors(
+    what: str, model: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+) -> Mapping[str, Tensor]:
+    """Return the parameters and buffers of a model under all their names.
+
+    Args:
+        what: the model's name, for the message.
+        model: a module, its state dict, or a checkpoint, whose tensors are not read yet.
+
+    Raises:
+        TalosTypeError: it is something else.
+    """
+    if isinstance(model, nn.Module):
+        return {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
+    if isinstance(model, str | os.PathLike):
+        return Checkpoint(model)
+    if not isinstance(model, Mapping):
+        raise TalosTypeError(
+            f"{what} must be a module, a state dict or a checkpoint, got {type(model).__name__}"
+        )
+    return model
 
 
 def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

@@ -18,6 +18,8 @@ arXiv 2310.04742.
 
 import hashlib
 import math
+import os
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +38,10 @@ from talos.optim.param_groups import several_processes
 from talos.options import integer, positive, read_seed
 from talos.params import select_attention
 from talos.task_vectors import TaskVector
+from talos.task_vectors.adapter_export import write_adapter
+from talos.task_vectors.sums import is_sum
 
-__all__ = ["LLora", "first_factor"]
+__all__ = ["LLora", "export_adapter", "first_factor"]
 
 _ROLES = ("query", "value")
 
@@ -97,6 +101,110 @@ def first_factor(name: str, role: str, shape: tuple[int, int], *, seed: int) -> 
     )
 
 
+@torch.no_grad()
+def export_adapter(
+    vector: TaskVector,
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the vector of an L-LoRA training as a LoRA adapter that PEFT merges to the same change.
+
+    A0 is drawn again from the seed in the vector's metadata, and B is the one for which
+    (lora_alpha / r) B A0 is the vector. Sums of vectors with one seed and rank can be written, too.
+    Of a fused weight, queries and values have r columns each.
+
+    Args:
+        vector: of the method l_lora, trained in float32 or float64.
+        model: that was trained, for the places of queries and values; it stays as it is.
+        folder: to make, with `adapter_config.json` and `adapter_model.safetensors`.
+        base_model: name or path of the base, for PEFT's `base_model_name_or_path`.
+        overwrite: replace a folder that is there, with all that it holds.
+
+    Raises:
+        TalosValueError: the vector is no product with A0: of another method or seed, trimmed, or
+            rounded to 16 bits; or a weight is one that PEFT does not name (`in_proj_weight`).
+        TalosOSError: the folder is there, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> layers = ("q_proj", "k_proj", "v_proj", "out_proj")
+        >>> model = nn.ModuleDict({name: nn.Linear(4, 4) for name in layers})
+        >>> a0 = first_factor("q_proj.weight", "query", (1, 4), seed=0)
+        >>> mask = Mask.from_dense({"q_proj.weight": torch.ones(4, 4) > 0})
+        >>> vector = TaskVector(mask, a0.expand(4, 4).flatten(), metadata=LLora(rank=1).metadata)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     export_adapter(vector, model, f"{place}/lora")
+        ...     TaskVector.from_adapter(f"{place}/lora", model).allclose(vector)
+        True
+    """
+    method = _method_of(vector)
+    found: dict[str, list[_Adapter]] = {}
+    for each in _adapters(method, model):
+        found.setdefault(each.name, []).append(each)
+    strangers = [n for n in vector.mask.names if n not in found or not n.endswith(".weight")]
+    if strangers:
+        raise TalosValueError(
+            "vector must change only weights of query and value layers, got "
+            f"{', '.join(strangers[:5])}; pass the model that was trained, whose projections are "
+            "linear layers"
+        )
+    scale, ranks = method.lora_alpha / method.rank, {}
+    tensors: dict[str, Tensor] = {}
+    for name in vector.mask.names:
+        a, b = _factors(vector.to_dense(name), found[name], scale)
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        ranks[module] = len(a)
+    most = max(ranks.values())
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA",
+        "r": most,
+        "lora_alpha": scale * most,
+        "rank_pattern": others,
+        "alpha_pattern": {module: scale * rank for module, rank in others.items()},
+        "fan_in_fan_out": any(each.transposed for own in found.values() for each in own),
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": base_model,
+    }
+    write_adapter(folder, tensors, config, overwrite=overwrite)
+
+
+def _method_of(vector: TaskVector) -> LLora:
+    """Return the method that trained a vector, or all vectors of a sum."""
+    made = vector.metadata
+    sources = [part["of"] for part in made["sum"]] if is_sum(made) else [made]
+    settings = {(of.get("method"), of.get("rank"), of.get("method_seed")) for of in sources}
+    if len(settings) != 1 or sources[0].get("method") != LLora.name:
+        raise TalosValueError(
+            "vector must come from l_lora with one rank and one seed, got "
+            f"{', '.join(sorted(map(str, settings)))}; export a patch or a checkpoint"
+        )
+    own = sources[0]
+    return LLora(rank=own["rank"], lora_alpha=own["lora_alpha"], seed=own["method_seed"])
+
+
+def _factors(delta: Tensor, adapters: list["_Adapter"], scale: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of one weight: float32, [roles r, in] and [out, roles r]."""
+    rank, roles = len(adapters[0].a0), len(adapters)
+    outputs = delta.shape[1] if adapters[0].transposed else len(delta)
+    b = torch.zeros(outputs, roles * rank, dtype=torch.float64, device="cpu")
+    for number, each in enumerate(adapters):
+        a0, own = each.a0.cpu().double(), each.part(delta).double()
+        solved = own @ torch.linalg.pinv(a0) / scale
+        if (own - scale * solved @ a0).abs().max() > 1e-2 * own.abs().max():
+            raise TalosValueError(
+                f"vector must be a product with the A0 of its seed, got another change of "
+                f"{each.name}; export it whole, and train in float32"
+            )
+        columns = slice(number * rank, (number + 1) * rank)
+        each.rows(b)[:, columns] = solved
+    return torch.cat([each.a0.cpu().float() for each in adapters]), b.float()
+
+
 class _Adapter:
     """One query or value projection, which may be a part of a parameter."""
 
@@ -114,6 +222,11 @@ class _Adapter:
     def part(self, tensor: Tensor) -> Tensor:
         """Return the adapted entries of a tensor, [out, in], a view."""
         return self._projection.part(tensor, self._role)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the adapted rows of a tensor [out, ...] of the whole weight, a view."""
+        roles = self._projection.roles
+        return tensor.chunk(len(roles))[roles.index(self._role)]
 
     def add_gradient(self, dy: Tensor, x: Tensor | None = None) -> None:
         """Add to B's gradient.

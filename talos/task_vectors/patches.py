@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import check_entries, load_file, save_file
+from talos.files import Checkpoint, check_entries, load_file, save_file
 from talos.masks import Mask
-from talos.names import match_tensors, named_buffers, named_parameters, resolve_names, with_nearest
+from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import check_base, check_scale
+from talos.task_vectors.exports import names_in
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
@@ -99,13 +100,14 @@ class Patch:
         Buffers are compared, too, and integers. -0 differs from 0.
 
         Args:
-            base: a module, its state dict or a checkpoint; tensors are read one at a time.
+            base: a module, its state dict, or a checkpoint or its path; tensors are read one at a
+                time.
             tuned: the same model after fine-tuning.
 
         Raises:
             TalosValueError: names, shapes or dtypes differ, or a value is NaN or infinite.
         """
-        ours, theirs = _tensors("base", base), _tensors("tuned", tuned)
+        ours, theirs = named_tensors("base", base), named_tensors("tuned", tuned)
         known, first = resolve_names(theirs, ours), _first_names(base, ours)
         there, firsts = {first[own] for own in known.values()}, _first_names(tuned, theirs)
         extra = [name for name in theirs if name not in known and firsts[name] not in known]
@@ -134,13 +136,15 @@ class Patch:
         """Return the patch that puts a task vector on a model; the model stays as it is.
 
         Args:
-            base: a module, its state dict or a checkpoint; tensors are read one at a time.
+            base: a module, its state dict, or a checkpoint or its path; tensors are read one at a
+                time.
             vector: what to put on it.
             scale: the scaling coefficient.
             force: take a base whose weights have other fingerprints, too.
 
         Returns:
-            The bits that `vector.apply_(base, scale)` would write, where they differ.
+            The bits that `vector.apply_(base, scale)` would write, where they differ, by the names
+            of the base.
 
         Raises:
             TalosValueError: the base lacks a tensor, has another shape or another fingerprint, or
@@ -152,10 +156,13 @@ class Patch:
             >>> Patch.between(model, TaskVector(mask, torch.ones(1))).positions
             {'weight': tensor([1], dtype=torch.int32)}
         """
-        scale, ours = check_scale(scale), _tensors("base", base)
+        scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
-        known = resolve_names(touched, ours)
-        _refuse_lacking("base", [name for name in touched if name not in known], ours)
+        if isinstance(ours, Checkpoint):
+            known = names_in(ours, {name: vector.mask.shapes[name] for name in touched})
+        else:
+            known = resolve_names(touched, ours)
+            _refuse_lacking("base", [name for name in touched if name not in known], ours)
         slices, parts = slices_of(vector.mask), _Parts()
         for name in touched:
             before, index = ours[known[name]], vector.mask.indices[name]
@@ -172,10 +179,10 @@ class Patch:
             delta = vector.values[slices[name]].to(old.device)
             add_delta_([new], Index.pack([every], old.device), delta, scale=scale)
             changed = changed_bits(old, new)
-            parts.add(name, before, where[changed], new[changed])
+            parts.add(known[name], before, where[changed], new[changed])
         return cls(*parts.dicts)
 
-    def apply_(self, model: Weights) -> None:
+    def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Write the values into a model, in place. Everything is checked before the first write.
 
         Names match whatever wraps the model (DDP, compile). Afterwards the weights count as another
@@ -185,10 +192,16 @@ class Patch:
             model: a module or its state dict, on any device, with weights of the patch's dtypes.
 
         Raises:
-            TalosTypeError: a tensor has another dtype, or cannot be written (meta, sharded).
+            TalosTypeError: a tensor has another dtype, or cannot be written (meta, sharded), or
+                `model` is a checkpoint.
             TalosValueError: the model lacks a tensor or has another shape of it.
         """
-        matched = match_tensors(self.shapes, _tensors("model", model), what="patch")
+        every = named_tensors("model", model)
+        if isinstance(every, Checkpoint):  # each access reads another tensor
+            raise TalosTypeError(
+                "model must be in memory, got a checkpoint; export another instead"
+            )
+        matched = match_tensors(self.shapes, every, what="patch")
         for name, tensor in matched.items():
             _check_writable(name, tensor, self.values[name].dtype)
         check_separate(matched, "patched weights of the model")
@@ -330,15 +343,6 @@ def _flat(tensor: Tensor) -> Tensor:
     """Return a tensor's entries in a row, at a stride of 1: only then are its bits in view."""
     flat = tensor.detach().reshape(-1)
     return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
-
-
-def _tensors(what: str, model: Weights) -> Mapping[str, Tensor]:
-    """Return the tensors of a model under all their names; those of a checkpoint are not read."""
-    if isinstance(model, nn.Module):
-        return {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
-    if not isinstance(model, Mapping):
-        raise TalosTypeError(f"{what} must be a module or a state dict, got {type(model).__name__}")
-    return model
 
 
 def _first_names(model: Weights, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -24,6 +24,8 @@ from talos.masks import Mask
 from talos.masks.table import text_table
 from talos.names import renamed
 from talos.options import as_real
+from talos.task_vectors.adapter_export import export_sparse
+from talos.task_vectors.adapters import read_adapter
 from talos.task_vectors.choosing import Choice, chosen, largest, selected
 from talos.task_vectors.differences import Entries, Weights, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
@@ -163,6 +165,29 @@ class TaskVector:
             **({"inexact": found.inexact} if found.inexact else {}),
         }
         return cls(found.mask, found.values, found.fingerprints, {**(metadata or {}), **about})
+
+    @classmethod
+    def from_adapter(cls, folder: str | os.PathLike[str], base: Weights) -> Self:
+        """Return what a PEFT adapter adds to its base: LoRA, SHiRA or Super-Tuning.
+
+        Trained biases and `modules_to_save` come in, too. PEFT need not be installed. Tensors are
+        read one at a time.
+
+        Args:
+            folder: with `adapter_config.json` and `adapter_model.safetensors`.
+            base: the model that the adapter was trained on, its state dict, or a checkpoint or its
+                path, for shapes and fingerprints.
+
+        Returns:
+            float32 values. A LoRA's product takes every entry of its weights; of a sparse adapter
+            the entries that are not zero come in.
+
+        Raises:
+            TalosValueError: the adapter is of another kind, has an option that changes what its
+                tensors mean (DoRA, PiSSA, MoE parameters, ...), or does not fit the base.
+            TalosOSError: a file cannot be read.
+        """
+        return cls(*read_adapter(folder, base))
 
     @classmethod
     def combine(cls, terms: Iterable[tuple[float, Self]]) -> Self:
@@ -465,6 +490,43 @@ class TaskVector:
             TalosOSError: the file cannot be written; an older one is left as it was.
         """
         stream_tensors(path, self.mask.shapes, self.values.dtype, self.to_dense)
+
+    def export_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        kind: str,
+        *,
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a sparse vector as an adapter that PEFT 0.21 loads and merges.
+
+        Each adapter takes the same share of every weight that it changes. So the densest weight
+        decides its size, and the others get entries that change by zero.
+
+        Args:
+            folder: to make, with `adapter_config.json` and `adapter_model.safetensors`.
+            kind: `shira` (r (in + out) entries a weight) or `supertuning` (one share of each).
+            base_model: name or path of the base, for PEFT's `base_model_name_or_path`.
+            overwrite: replace a folder that is there, with all that it holds.
+
+        Raises:
+            TalosValueError: `kind` is unknown; the vector changes more than weights of linear
+                layers; or, for `shira`, a small weight has fewer entries than r (in + out).
+            TalosOSError: the folder is there, or cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> layer = torch.nn.Sequential(torch.nn.Linear(9, 9))
+            >>> mask = Mask.from_dense({"0.weight": torch.eye(9) > 0})
+            >>> vector = TaskVector(mask, torch.ones(9))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     vector.export_adapter(f"{folder}/adapter", "shira")
+            ...     TaskVector.from_adapter(f"{folder}/adapter", layer).allclose(vector)
+            True
+        """
+        parts = (folder, self.mask, self.values, kind)
+        export_sparse(*parts, base_model=base_model, overwrite=overwrite)
 
     def to_dense(self, name: str) -> Tensor:
         """Return the delta of one tensor, in its shape and the vector's dtype; zero elsewhere.

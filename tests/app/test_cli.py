@@ -18,7 +18,17 @@ import torch
 
 import talos
 from talos.app.cli import main
-from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import (
+    calibrate,
+    demo,
+    evaluate,
+    export,
+    extract,
+    inspect,
+    merge,
+    report,
+    train,
+)
 from talos.app.cli.commands.merge import parse_term
 from talos.app.cli.console import command, merge_command
 from talos.app.models import load_encoder
@@ -37,7 +47,9 @@ COMMANDS = {
     "demo": demo,
     "calibrate": calibrate,
     "train": train,
+    "extract": extract,
     "merge": merge,
+    "export": export,
     "eval": evaluate,
     "inspect": inspect,
     "report": report,

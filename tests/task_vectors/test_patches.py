@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from talos import Mask, Patch, TaskVector
 from talos.errors import TalosTypeError, TalosValueError
+from talos.files import Checkpoint
 from talos.task_vectors.ranks import decode_gaps, encode_gaps
 from tests.cases import assert_bit_equal, dense_mask
 
@@ -126,6 +128,19 @@ def test_a_patch_of_a_vector_writes_the_bits_of_apply(dtype: torch.dtype, scale:
     patch.apply_(base)
     for name, each in bits(edited).items():
         assert_bit_equal(bits(base)[name], each)
+
+
+def test_checkpoints_are_read_from_disk_and_not_written(tmp_path: Path) -> None:
+    base, tuned, mask = Net(), Net(seed=1), masks()
+    for name, model in (("base", base), ("tuned", tuned)):
+        save_file(bits(model), tmp_path / f"{name}.safetensors")
+    path, other = tmp_path / "base.safetensors", Checkpoint(tmp_path / "tuned.safetensors")
+    patch = Patch.from_models(path, other)
+    assert patch == Patch.from_models(base, tuned)
+    vector = TaskVector.from_models(base, tuned, mask, strict=False)
+    assert Patch.between(path, vector) == Patch.between(base, vector)
+    with pytest.raises(TalosTypeError, match="model must be in memory, got a checkpoint"):
+        patch.apply_(other)
 
 
 def test_a_patch_reaches_wrapped_transposed_and_tied_weights() -> None:
