@@ -17,7 +17,7 @@ from talos.task_vectors.sums import slices_of
 from talos.tensors import equal_bits
 from talos_kernels import Index
 
-__all__ = ["export_checkpoint", "names_in"]
+__all__ = ["base_of", "export_checkpoint", "names_in"]
 
 
 def export_checkpoint(
@@ -50,7 +50,7 @@ def export_checkpoint(
             return
         name = sources[own]
         if name in fingerprints:
-            check_base({name: _base_of(tensor, fingerprints[name])}, fingerprints, "base")
+            check_base({name: base_of(tensor, fingerprints[name])}, fingerprints, "base")
         index = Index.pack([mask.indices[name]])
         launch = Launch([name], [tensor], index, values[slices[name]], tensor.dtype)
         launch.check(scale, largest)
@@ -141,7 +141,7 @@ def _refuse_lacking(lacking: list[str], base: Checkpoint) -> None:
     )
 
 
-def _base_of(tensor: Tensor, wanted: str) -> str:
+def base_of(tensor: Tensor, wanted: str) -> str:
     """Return a tensor's fingerprint; in float32 where that is the wanted one: it loses nothing."""
     found = fingerprint(tensor)
     if found != wanted and tensor.element_size() == 2 and fingerprint(tensor.float()) == wanted:

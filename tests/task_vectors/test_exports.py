@@ -550,7 +550,7 @@ def test_of_two_writers_the_first_one_wins(tmp_path: Path, base: Path) -> None:
         if done == total and not out.exists():
             vector.export(base, out)
 
-    with pytest.raises(TalosOSError, match="path must be writable, got .*out"):
+    with pytest.raises(TalosOSError, match=r"path must be writable, got .*out"):
         vector.export(base, out, scale=2.0, on_tensor=other_writer)
     assert_holds(out, added(tensors, vector))
 
