@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from talos import Mask, TaskVector
+from talos import Mask, Patch, TaskVector
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.files import Checkpoint
 from tests.cases import assert_bit_equal
@@ -347,6 +347,10 @@ def test_a_vector_of_the_base_in_float32_is_put_on_16_bits(tmp_path: Path) -> No
     vector = vector_for({name: each.float() for name, each in tensors.items()})
     vector.export(base, tmp_path / "out")
     assert_holds(tmp_path / "out", added(tensors, vector))
+    patched = dict(tensors)
+    Patch.between(Checkpoint(base), vector).apply_(patched)
+    for name, each in added(tensors, vector).items():
+        assert_bit_equal(patched[name], each)
     other = vector_for({name: each.float() + 1e-4 for name, each in tensors.items()})
     with pytest.raises(TalosValueError, match="base must be the base"):
         other.export(base, tmp_path / "more")
