@@ -347,7 +347,7 @@ def test_a_vector_of_the_base_in_float32_is_put_on_16_bits(tmp_path: Path) -> No
     vector = vector_for({name: each.float() for name, each in tensors.items()})
     vector.export(base, tmp_path / "out")
     assert_holds(tmp_path / "out", added(tensors, vector))
-    patched = dict(tensors)
+    patched = dict(Checkpoint(base))
     Patch.between(Checkpoint(base), vector).apply_(patched)
     for name, each in added(tensors, vector).items():
         assert_bit_equal(patched[name], each)
