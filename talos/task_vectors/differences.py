@@ -26,6 +26,7 @@ __all__ = ["Difference", "Entries", "Weights", "difference"]
 Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 Entries = Mask | Literal["changed"] | None
 
+_BLOCK = 1 << 24  # 64 MB: the C library maps blocks of this size and gives them back at once
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -116,17 +117,46 @@ def _changed(pairs: "_Pairs", before: Mapping[str, Tensor]) -> Difference:
     """Return the difference at the entries whose bits differ."""
     indices: dict[str, TensorIndex] = {}
     bases: dict[str, str] = {}
-    parts: list[Tensor] = []
+    collected = _Collected()
     inexact = 0
     for name, old, new in pairs.read(before):
         indices[name] = TensorIndex.encode(_bits(old, new) != _bits(new, old))
         if indices[name].nnz:
-            parts.append(_change(old, new, indices[name]))
-            inexact += _count_inexact(old, new, indices[name], parts[-1])
+            values = _change(old, new, indices[name])
+            inexact += _count_inexact(old, new, indices[name], values)
+            collected.add(values)
             bases[name] = fingerprint(old)
         del old, new  # before the next pair is read
     shapes = {name: tuple(tensor.shape) for name, tensor in before.items()}
-    return Difference(Mask(shapes, indices), joined(parts), bases, inexact=inexact)
+    return Difference(Mask(shapes, indices), joined(collected.blocks()), bases, inexact=inexact)
+
+
+class _Collected:
+    """Values whose number is not known, in large blocks.
+
+    Small tensors that stay, between large ones that come and go, would leave holes in the heap
+    whose size grows with the model.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._room = 0
+
+    def add(self, values: Tensor) -> None:
+        while len(values):
+            if not self._room:
+                self._blocks.append(torch.empty(_BLOCK, dtype=torch.float32, device="cpu"))
+                self._room = _BLOCK
+            taken = values[: self._room]
+            start = _BLOCK - self._room
+            self._blocks[-1][start : start + len(taken)] = taken
+            self._room -= len(taken)
+            values = values[len(taken) :]
+
+    def blocks(self) -> list[Tensor]:
+        if self._blocks:
+            self._blocks[-1] = self._blocks[-1][: _BLOCK - self._room]
+        return self._blocks
 
 
 class _Pairs:

@@ -18,7 +18,18 @@ import torch
 
 import talos
 from talos.app.cli import main
-from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import (
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    export,
+    extract,
+    inspect,
+    merge,
+    report,
+    train,
+)
 from talos.app.cli.commands.merge import parse_term
 from talos.app.cli.console import command, merge_command
 from talos.app.models import load_encoder
@@ -37,8 +48,11 @@ COMMANDS = {
     "demo": demo,
     "calibrate": calibrate,
     "train": train,
+    "extract": extract,
     "merge": merge,
+    "export": export,
     "eval": evaluate,
+    "compare": compare,
     "inspect": inspect,
     "report": report,
 }
@@ -239,6 +253,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval --data a --scale 0.5", "--vector must be given with --scale 0.5, got none"),
         ("eval --data a --data a", "--data must differ"),
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
+        ("compare none.json", "RUN must be an existing file, got none.json"),
         ("inspect none.safetensors", "FILE must be an existing file"),
         ("report none.json --out r.html", "RESULTS must be an existing file"),
         ("demo --out file", "must be a folder, got the file"),

@@ -1,4 +1,4 @@
-"""The command line: `talos demo | calibrate | train | merge | eval | inspect | report`.
+"""The command line: `talos demo | calibrate | train | extract | merge | export | eval | ...`.
 
 Only this package imports typer and rich.
 """

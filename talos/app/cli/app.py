@@ -10,7 +10,18 @@ from typing import Annotated, TextIO
 import typer
 
 import talos
-from talos.app.cli.commands import calibrate, demo, evaluate, inspect, merge, report, train
+from talos.app.cli.commands import (
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    export,
+    extract,
+    inspect,
+    merge,
+    report,
+    train,
+)
 from talos.app.cli.console import Interrupted
 from talos.errors import TalosError
 
@@ -36,8 +47,11 @@ for _command, _examples in (
     (demo.demo, demo.EXAMPLES),
     (calibrate.calibrate, calibrate.EXAMPLES),
     (train.train, train.EXAMPLES),
+    (extract.extract, extract.EXAMPLES),
     (merge.merge, merge.EXAMPLES),
     (evaluate.evaluate, evaluate.EXAMPLES),
+    (compare.compare, compare.EXAMPLES),
+    (export.export, export.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
 ):

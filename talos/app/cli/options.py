@@ -1,14 +1,15 @@
 """Options that several commands share, and checks of choices and paths before any work."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from talos.app.tasks.standard_library import SOURCES
-from talos.errors import TalosOSError, TalosValueError
+from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = [
     "Batch",
@@ -18,6 +19,7 @@ __all__ = [
     "Out",
     "Overwrite",
     "Seed",
+    "as_options",
     "check_choice",
     "check_input",
     "check_output",
@@ -53,6 +55,18 @@ Seed = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples per batch.")]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens per text; the rest is cut off.")]
+
+
+@contextmanager
+def as_options(words: Mapping[str, str]) -> Iterator[None]:
+    """Put options in the place of the library's arguments in the errors of a block."""
+    try:
+        yield
+    except TalosError as error:
+        text = str(error)
+        for argument, option in words.items():
+            text = text.replace(argument, option)
+        raise type(error)(text) from error
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

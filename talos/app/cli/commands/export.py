@@ -1,0 +1,121 @@
+"""`talos export`: base and task vectors as a checkpoint, a dense delta or a patch."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from talos.app.cli.commands.merge import parse_term
+from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.options import Overwrite, as_options, check_choice, check_input, check_output
+from talos.errors import TalosOSError, TalosValueError
+
+if TYPE_CHECKING:
+    from talos.files import Checkpoint
+    from talos.task_vectors import TaskVector
+
+__all__ = ["EXAMPLES", "export"]
+
+EXAMPLES = (
+    "talos export vector.safetensors --base base --out edited",
+    "talos export vector.safetensors:0.4 edit.safetensors:-0.2 --base base --out edited",
+    "talos export vector.safetensors --format delta --out delta.safetensors",
+)
+_FORMATS = ("checkpoint", "delta", "patch")
+
+
+def export(
+    terms: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE:COEFFICIENT",
+            help="Task vectors, each with its scaling coefficient (1 when left out). Several are "
+            "added.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The folder or file to write; a checkpoint is as its base."),
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            help="The checkpoint that is edited: a .safetensors file, or a folder that holds one "
+            "or shards and their index. A delta needs none.",
+        ),
+    ] = None,
+    scale: Annotated[float, typer.Option("--scale", help="Multiplies every coefficient.")] = 1.0,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="checkpoint: base plus vectors, in the files and names of the base; delta: the "
+            "vectors' sum alone, dense; patch: the new values of the weights that change.",
+        ),
+    ] = "checkpoint",
+    force: Annotated[
+        bool,
+        typer.Option("--force", metavar="", help="Edit a base with other fingerprints, too."),
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a base with task vectors on it as a checkpoint, for transformers, vLLM or open_clip.
+
+    The base is read and written tensor by tensor, so that a large model needs no room in memory.
+    The checkpoint appears whole or not at all.
+    """
+    check_choice("--format", form, _FORMATS)
+    parsed = [parse_term(term) for term in terms]
+    for path, _ in parsed:
+        check_input("a term", path)
+    if (base is None) != (form == "delta"):
+        got = "none" if base is None else f"{base}, which a delta does not need"
+        raise TalosValueError(f"--base must be given unless --format is delta, got {got}")
+    if base is not None and not base.exists():
+        raise TalosOSError(f"--base must be an existing file or folder, got {base}")
+    if form != "checkpoint":
+        check_output(out, overwrite)
+    elif os.path.lexists(out) and not overwrite:
+        raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
+    from talos.app.report.results import megabytes
+    from talos.files import Checkpoint
+    from talos.task_vectors import TaskVector
+
+    words = {"force=True": "--force", "overwrite=True": "--overwrite", "out must": "--out must"}
+    with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
+        edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
+        if base is None:
+            (scale * edit).export_dense(out)
+        elif form == "patch":
+            _write_patch(Checkpoint(base), edit, out, scale=scale, force=force)
+        else:
+            edit.export(
+                base,
+                out,
+                scale,
+                force,
+                overwrite=overwrite,
+                on_tensor=lambda done, total: bars.show("write", done, total, unit="tensors"),
+            )
+    console = stdout()
+    written = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
+    size = megabytes(sum(path.stat().st_size for path in written))
+    files = f"{len(written)} files, " if out.is_dir() else ""
+    print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
+    if out.is_dir():
+        next_step(console, command("eval", "--model", out, "--data", "TASK"))
+
+
+def _write_patch(
+    base: "Checkpoint", edit: "TaskVector", out: Path, *, scale: float, force: bool
+) -> None:
+    """Write a patch under the base's names."""
+    from talos.task_vectors import Patch
+    from talos.task_vectors.exports import names_in
+
+    mask = edit.mask
+    touched = {name: shape for name, shape in mask.shapes.items() if mask.indices[name].nnz}
+    names = names_in(base, touched)
+    Patch.between(base, edit.rename(names), scale, force).save(out)

@@ -1,0 +1,135 @@
+"""`talos extract`: a task vector from two checkpoints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from talos.app.cli.console import (
+    Bars,
+    command,
+    next_step,
+    on_interrupt,
+    print_line,
+    stdout,
+    table,
+)
+from talos.app.cli.options import (
+    Out,
+    Overwrite,
+    as_options,
+    check_choice,
+    check_input,
+    check_output,
+)
+
+if TYPE_CHECKING:
+    from talos.masks import Mask
+    from talos.task_vectors import TaskVector
+
+__all__ = ["EXAMPLES", "extract"]
+
+EXAMPLES = (
+    "talos extract base tuned --mask changed --out vector.safetensors",
+    "talos extract base tuned --mask mask.safetensors --dtype bfloat16 --out vector.safetensors",
+)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def extract(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BASE",
+            help="The pretrained checkpoint: a .safetensors file, or a folder that holds one or "
+            "shards and their index.",
+        ),
+    ],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint.")],
+    out: Out,
+    mask: Annotated[
+        str,
+        typer.Option(
+            "--mask",
+            help="The entries to keep: all; changed, those that differ; or a mask file, outside of "
+            "which nothing may differ.",
+        ),
+    ] = "all",
+    drop: Annotated[
+        bool,
+        typer.Option("--drop", metavar="", help="Drop what differs outside of the mask file."),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help=f"Of the values in the file: {', '.join(_DTYPES)}.")
+    ] = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a task vector of two checkpoints: tuned minus base.
+
+    They are read tensor by tensor, so that a large model needs no room in memory. Only safetensors
+    files are read, never pickle.
+    """
+    check_choice("--dtype", dtype, _DTYPES)
+    if mask not in ("all", "changed"):
+        check_input("--mask", Path(mask))
+    check_output(out, overwrite)
+    import torch
+
+    from talos.app.report.results import megabytes
+    from talos.task_vectors import TaskVector
+
+    made = {"base": base.resolve().name, "tuned": tuned.resolve().name}
+    words = {"strict=False": "--drop", "path must": "BASE and TUNED must"}
+    with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
+        vector = TaskVector.from_models(
+            base,
+            tuned,
+            _entries(mask),
+            strict=not drop,
+            metadata={"extracted": made},
+            on_tensor=lambda done, total: bars.show("read", done, total, unit="tensors"),
+        )
+        vector.save(out, getattr(torch, dtype), overwrite=overwrite)
+    console = stdout()
+    size = megabytes(out.stat().st_size)
+    print_line(console, f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {size}")
+    console.print(_shares(vector))
+    if inexact := vector.metadata.get("inexact"):
+        print_line(
+            console,
+            f"{inexact:,} entries are not the tuned weights' to the last bit when the vector is "
+            "added; talos.Patch.from_models gives them",
+        )
+    next_step(
+        console,
+        command("inspect", out),
+        command("export", out, "--base", base, "--out", f"{base.resolve().name}-edited"),
+    )
+
+
+def _entries(mask: str) -> "Mask | Literal['changed'] | None":
+    from talos.masks import Mask
+
+    if mask == "changed":
+        return "changed"
+    return None if mask == "all" else Mask.load(mask)
+
+
+def _shares(vector: "TaskVector") -> Table:
+    """Return a table of the values that are not 0, a row for each type of layer."""
+    from talos.task_vectors.sums import slices_of
+
+    counts = {
+        name: int(vector.values[part].count_nonzero())
+        for name, part in slices_of(vector.mask).items()
+    }
+    described = vector.mask.describe()
+    shown = table(["type"], ["tensors", "entries", "changed", "share"])
+    for row in [*described.by_kind(), described.total()]:
+        own = [each for each in described.rows if row.kind in (each.kind, "total")]
+        changed = sum(counts[each.name] for each in own)
+        share = f"{100 * changed / row.numel:.2f} %" if row.numel else ""
+        cells: tuple[Any, ...] = (row.kind, f"{row.tensors:,}", f"{row.numel:,}", f"{changed:,}")
+        shown.add_row(*cells, share, style="bold" if row.kind == "total" else None)
+    return shown

@@ -1,0 +1,140 @@
+"""`talos extract` and `talos export`: files that go round, and refusals that write nothing."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from talos.app.cli import main
+from talos.app.models import load_encoder
+from talos.files import Checkpoint
+from talos.masks import Mask
+from talos.task_vectors import Patch, TaskVector
+from tests.app.test_cli import refused
+from tests.cases import assert_bit_equal
+from tests.tiny import save_tiny_encoder
+
+NAMES = ("layers.0.q_proj.weight", "layers.0.mlp.up_proj.weight", "norm.weight")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Base and tuned in one folder; a third of the queries differs."""
+    base = {name: torch.randn(6, 4) for name in NAMES}
+    tuned = {name: each.clone() for name, each in base.items()}
+    tuned[NAMES[0]][:2] += 1
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def test_extract_and_export_go_round(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned, vector = folder / "base", folder / "tuned", folder / "v.safetensors"
+    run("extract", base, tuned, "--mask", "changed", "--out", vector)
+    out = capsys.readouterr().out
+    assert re.search(r"query +1 +24 +8 +33\.33 %", out)
+    assert re.search(r"norm +1 +24 +0 +0\.00 %", out)
+    assert re.search(r"total +3 +72 +8 +11\.11 %", out)
+    assert f"talos export {vector} --base {base}" in out
+    assert TaskVector.load(vector).metadata["extracted"] == {"base": "base", "tuned": "tuned"}
+    run("export", vector, "--base", base, "--out", folder / "out")
+    out = capsys.readouterr().out
+    assert "1 files" in out
+    assert f"talos eval --model {folder / 'out'}" in out
+    wanted = TaskVector.load(vector)
+    for name, each in Checkpoint(folder / "out").items():
+        assert_bit_equal(each, Checkpoint(base)[name] + wanted.to_dense(name))
+
+
+def test_several_vectors_and_a_scale(folder: Path) -> None:
+    base, vector = folder / "base", folder / "v.safetensors"
+    run("extract", base, folder / "tuned", "--out", vector, "--dtype", "bfloat16")
+    assert TaskVector.load(vector).values.dtype == torch.bfloat16
+    run("export", f"{vector}:0.5", f"{vector}:-2", "--base", base, "--out", folder / "out",
+        "--scale", "0.5")  # fmt: skip
+    loaded = TaskVector.load(vector)
+    edit = TaskVector.combine([(0.5, loaded), (-2.0, loaded)])
+    edit.export(base, folder / "wanted", 0.5)
+    for name, each in Checkpoint(folder / "out").items():
+        assert_bit_equal(each, Checkpoint(folder / "wanted")[name])
+
+
+def test_a_mask_file_and_drop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = Mask.from_dense({NAMES[0]: torch.arange(24).reshape(6, 4) < 4})
+    mask.save(folder / "mask.safetensors")
+    words = ["extract", str(folder / "base"), str(folder / "tuned"), "--out",
+             str(folder / "v.safetensors"), "--mask", str(folder / "mask.safetensors")]  # fmt: skip
+    assert main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("only where mask selects, got 4 other entries.*pass --drop", error)
+    run(*words, "--drop")
+    assert TaskVector.load(folder / "v.safetensors").mask == mask
+
+
+def test_delta_and_patch(folder: Path) -> None:
+    base, vector = folder / "base", folder / "v.safetensors"
+    run("extract", base, folder / "tuned", "--mask", "changed", "--out", vector)
+    run("export", f"{vector}:2", "--format", "delta", "--out", folder / "delta.safetensors")
+    for name, each in load_file(folder / "delta.safetensors").items():
+        assert_bit_equal(each, 2 * TaskVector.load(vector).to_dense(name))
+    run("export", vector, "--format", "patch", "--base", base, "--out", folder / "p.safetensors")
+    tensors = dict(Checkpoint(base))
+    Patch.load(folder / "p.safetensors").apply_(tensors)
+    run("export", vector, "--base", base, "--out", folder / "out")
+    for name, each in Checkpoint(folder / "out").items():
+        assert_bit_equal(tensors[name], each)
+
+
+@pytest.mark.filterwarnings("default:names of the task vector")
+def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_encoder(tmp_path / "base")
+    texts = ["a cat", "a dog"]
+    model = load_encoder(base).classifier(texts)
+    tuned = copy.deepcopy(model)
+    name, weight = next((n, p) for n, p in tuned.named_parameters() if "query.weight" in n)
+    with torch.no_grad():
+        weight[:3] += 0.5
+    mask = Mask.from_dense({name: torch.ones(weight.shape) > 0})
+    TaskVector.from_models(model, tuned, mask).save(tmp_path / "v.safetensors")
+    run("export", tmp_path / "v.safetensors", "--base", base, "--out", tmp_path / "out")
+    assert re.search(r"warning: names .* matched with '[\w.]+' left out", capsys.readouterr().err)
+    batch = model.encoder.tokenizer(["cat", "red dog"], return_tensors="pt", padding=True)
+    wanted = tuned(dict(batch))
+    assert_bit_equal(load_encoder(tmp_path / "out").classifier(texts)(dict(batch)), wanted)
+
+
+def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned, vector = (str(folder / name) for name in ("base", "tuned", "v.safetensors"))
+    run("extract", base, tuned, "--out", vector)
+    capsys.readouterr()
+    out = ["--out", str(folder / "out")]
+    file = ["--out", str(folder / "w.safetensors")]
+    for words, message in (
+        (
+            ["extract", base, str(folder / "nowhere"), *file],
+            "TUNED must be a readable file, got .*nowhere",
+        ),
+        (["extract", base, tuned, *file, "--mask", "changd"], "--mask must be an existing file"),
+        (["extract", base, tuned, *file, "--dtype", "int8"], "--dtype must be float32 or"),
+        (["extract", base, tuned, "--out", vector], "--out must not exist"),
+        (["extract", base, str(folder), *file], "BASE and TUNED must hold model.safetensors"),
+        (["export", vector, *out], "--base must be given unless --format is delta, got none"),
+        (["export", vector, *file, "--format", "delta", "--base", base], "does not need"),
+        (["export", vector, *out, "--base", str(folder / "no")], "--base must be an existing"),
+        (["export", vector, "--out", base, "--base", base], "--out must not exist"),
+        (["export", vector, *out, "--base", tuned], "base must be the base .*pass --force"),
+        (["export", vector, "--out", f"{base}/a", "--base", base], "--out must lie outside of"),
+        (["export", vector, *out, "--base", base, "--format", "zip"], "--format must be checkpo"),
+        (["export", vector, *out, "--base", base, "--scale", "nan"], "scale must be finite"),
+    ):
+        refused(words, capsys, message, folder)
