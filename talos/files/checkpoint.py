@@ -106,7 +106,11 @@ class Checkpoint(Mapping[str, Tensor]):
     def _open(self, path: Path) -> None:
         """Read the header of a file."""
         with explained(path):
+            before = path.stat()
             self._opened[path] = open_file(path)
+            after = path.stat()
+        if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+            raise TalosValueError(f"{path}: must not change while it is opened; try again")
         for name, entry in self._opened[path][1].entries.items():
             other = self._homes.setdefault(name, path)
             if other != path:

@@ -113,7 +113,7 @@ def write_changed(
             copyfile(base.path / name, folder / name)
 
     if base.path.is_dir():
-        atomic_folder(out, write)
+        atomic_folder(out, write, overwrite=overwrite)
     else:
         atomic_write(out, lambda new: write_file(base.path, new))
     return left_out

@@ -18,7 +18,7 @@ from talos.masks import Mask
 from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import joined, slices_of
-from talos.tensors import check_separate, moved_buffers, place
+from talos.tensors import check_separate, moved_buffers, place, trim_heap
 from talos_kernels import TensorIndex
 
 __all__ = ["Difference", "Entries", "Weights", "difference"]
@@ -182,6 +182,7 @@ class _Pairs:
         for done, name in enumerate(names, 1):
             if self._hold(name):
                 yield name, self._ours.read(name), self._theirs.read(self.sources[name])
+                trim_heap()
             if self._on_tensor is not None:
                 self._on_tensor(done, len(names))
 
@@ -377,18 +378,25 @@ def _bits(tensor: Tensor, other: Tensor) -> Tensor:
 def _change(before: Tensor, after: Tensor, index: TensorIndex) -> Tensor:
     """Return after - before at an index: float32; float64 is rounded after the subtraction."""
     wide = _wide(before, after)
-    delta = after.detach().to("cpu", wide, copy=True).sub_(before.detach().to("cpu", wide))
-    flat = delta.reshape(-1)
-    return (flat if index.encoding == "full" else flat[index.positions_int64()]).float()
+    old, new = (_at(each, index).to(wide) for each in (before, after))
+    return (new - old).float()
 
 
 def _count_inexact(before: Tensor, after: Tensor, index: TensorIndex, values: Tensor) -> int:
     """Count the entries at which base + value, as `add_delta_` adds, has not the tuned bits."""
-    positions = index.positions_int64()
-    old, new = (each.detach().cpu().reshape(-1)[positions] for each in (before, after))
+    old, new = _at(before, index), _at(after, index)
     wide = _wide(old, old)
     restored = (old.to(wide) + values.to(wide)).to(old.dtype)
     return int((_bits(restored, new) != _bits(new, restored)).count_nonzero())
+
+
+def _at(tensor: Tensor, index: TensorIndex) -> Tensor:
+    """Return the entries of a tensor at an index: flat, on the CPU."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if index.encoding == "full":
+        return flat
+    bits = flat.view(_INTEGERS[flat.element_size()])  # torch gathers floats of eight bits only so
+    return bits[index.positions_int64()].view(flat.dtype)
 
 
 def _wide(before: Tensor, after: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods import METHODS
 from talos.params import select_parameters
-from talos.task_vectors import TaskVector
+from talos.task_vectors import Patch, TaskVector
 from tests.app.test_report import synthetic
 from tests.task_vectors.test_resident_vectors import Watch
 from tests.tiny import save_tiny_encoder
@@ -350,6 +350,16 @@ def test_inspect_shows_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for word in ("a mask of 4 entries", "density 0.2500", "key", "bitmap", "by [hand]"):
         assert word in text, word
+
+
+def test_inspect_shows_a_patch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, name = tmp_path / "p.safetensors", "layer.0.key.weight"
+    Patch({name: (4, 4)}, {name: torch.tensor([1, 6])}, {name: torch.ones(2)}).save(path)
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for word in ("a patch of 2 entries", "density 0.1250", "key", "bytes"):
+        assert word in text, word
+    assert "next" not in text
 
 
 @pytest.mark.parametrize(
