@@ -213,6 +213,24 @@ def test_one_vector_at_its_coefficient_is_compared(
             assert row.difference["low"] <= row.difference["value"] <= row.difference["high"]
 
 
+def test_a_merge_is_measured_instead_of_the_sum(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pets, signs = (TaskVector.load(folder / f"{task}.safetensors") for task in WORDS)
+    merged = tmp_path / "merged.safetensors"
+    (0.5 * pets - 0.25 * signs).save(merged)
+    asked = ["--merged", str(merged), "--scale", "0.5", "--metric", "addition", "--json", "-"]
+    assert main(["eval", *options(folder, *WORDS), *asked]) == 0
+    run = json.loads(capsys.readouterr().out)
+    for task in WORDS:
+        expected = right(folder, task, "test", (0.25, "pets"), (-0.125, "signs"))
+        assert run["metrics"]["addition"]["tasks"][task]["value"] == share(expected)
+        assert torch.equal(from_hex(run["outcomes"]["edited"][task], len(expected)), expected)
+    asked = ["--merged", str(merged), "--metric", "negation"]
+    assert main(["eval", *options(folder, *WORDS), *asked]) == 2
+    assert "--metric must hold addition with --merged, got negation" in capsys.readouterr().err
+
+
 def test_json_alone_is_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *options(folder), "--json", "-"]) == 0
     run = json.loads(capsys.readouterr().out)

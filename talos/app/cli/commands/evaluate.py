@@ -171,7 +171,7 @@ def evaluate(
     if record is not None and json is not None:
         write_json(record, json)
         print_line(console, f"{json}: figures and right answers")
-    _next(console, model, data, vector, json, coef)
+    _next(console, model, data, vector, merged, json, coef)
 
 
 def _next(
@@ -179,11 +179,13 @@ def _next(
     model: str,
     data: Sequence[str],
     vector: Sequence[Path],
+    merged: Path | None,
     json: str | None,
     coef: float | None,
 ) -> None:
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
-    own = [word for each in vector for word in ("--vector", each)]
+    own: list[object] = [word for each in vector for word in ("--vector", each)]
+    own += [] if merged is None else ["--merged", merged]
     if json is not None:
         next_step(console, command("compare", json, "OTHER.json"))
     elif not vector:
