@@ -5,6 +5,8 @@ Tensors that share only a part of their memory are not tied: a write to one of t
 other at places that nobody selected.
 """
 
+import ctypes
+import sys
 import warnings
 import weakref
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -25,6 +27,7 @@ __all__ = [
     "equal_bits",
     "moved_buffers",
     "place",
+    "trim_heap",
     "true_places",
     "warn_of_moved",
 ]
@@ -295,6 +298,16 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def trim_heap() -> None:
+    """Give the heap's free pages back to the system, where the C library can.
+
+    Tensors that come and go between some that stay leave holes in the heap. Without this their
+    number grows with the model.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 class SharedCast:

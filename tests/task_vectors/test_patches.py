@@ -278,7 +278,7 @@ def test_models_and_vectors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TalosValueError, match="shapes and dtypes of base"):
         Patch.from_models(base, Net(dtype=torch.bfloat16))
     vector = TaskVector.from_models(base, Net(seed=1), mask, strict=False)
-    with pytest.raises(TalosValueError, match="model must be the base"):
+    with pytest.raises(TalosValueError, match="base must be the base"):
         Patch.between(Net(seed=2), vector)
     assert len(Patch.between(Net(seed=2), vector, force=True))
     with pytest.raises(TalosValueError, match="base must have every tensor"):
