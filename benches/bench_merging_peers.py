@@ -9,7 +9,7 @@ Where they differ, and why:
 - TIES of mergekit 0.1.5, in 2 of 2,000,000 entries: of two equal magnitudes at the threshold it may
   keep the second, because its sort is not stable.
 - TIES of FusionBench 0.2.33, in 7: it keeps one entry more of each vector. Both take + or the whole
-  model's majority where a sum is 0; here no sum is.
+  model's majority where a sum of kept entries is 0; here none is.
 - DARE of mergekit, in all kept entries: it rescales to the vector's L1 norm, not by 1 / density.
 """
 
