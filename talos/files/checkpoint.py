@@ -137,6 +137,13 @@ class Checkpoint(Mapping[str, Tensor]):
         with explained(path):
             return read_tensor(self._opened[path][0], name)
 
+    def first_row(self, name: str) -> Tensor:
+        """Return the first slice of a tensor along its first dimension; no more is read."""
+        path = self._homes[name]
+        with explained(path), torch.device("cpu"):
+            row: Tensor = self._opened[path][0].get_slice(name)[:1]
+        return row
+
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor of this name; nothing is read."""
         return name in self._homes
