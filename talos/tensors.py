@@ -5,10 +5,13 @@ Tensors that share only a part of their memory are not tied: a write to one of t
 other at places that nobody selected.
 """
 
+import ctypes
+import sys
 import warnings
 import weakref
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,6 +27,8 @@ __all__ = [
     "equal_bits",
     "moved_buffers",
     "place",
+    "trim_heap",
+    "true_places",
     "warn_of_moved",
 ]
 
@@ -162,6 +167,18 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
+def true_places(dense: Tensor) -> Tensor:
+    """Return where a flat bool tensor on the CPU is True: int64, ascending.
+
+    NumPy takes an eighth of the time of torch's `nonzero`.
+
+    Example:
+        >>> true_places(torch.tensor([False, True, True]))
+        tensor([1, 2])
+    """
+    return torch.from_numpy(np.flatnonzero(dense.numpy()))
+
+
 class KeptBuffers:
     """Copies of all buffers of a model, to restore them later.
 
@@ -281,6 +298,16 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def trim_heap() -> None:
+    """Give the heap's free pages back to the system, where the C library can.
+
+    Tensors that come and go between some that stay leave holes in the heap. Without this their
+    number grows with the model.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 class SharedCast:

@@ -227,10 +227,10 @@ class Outcomes:
         if vector is None:
             return self._known[None]
         key = id(vector)
-        if key not in self._known or self._vectors[key]() is not vector:
+        if key not in self._known:
             known = self._known
 
-            def forget(_: object) -> None:
+            def forget(_: object) -> None:  # another vector may get the id
                 known.pop(key, None)
 
             self._known[key], self._vectors[key] = {}, weakref.ref(vector, forget)

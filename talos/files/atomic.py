@@ -62,19 +62,22 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         _synchronise(target.parent)
 
 
-def atomic_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def atomic_folder(
+    path: str | os.PathLike[str], write: Callable[[Path], object], *, overwrite: bool = False
+) -> None:
     """Write a folder so that readers, also after a crash, find the old one or the whole new one.
 
-    As `atomic_write`. An existing folder is replaced with all that it holds: the caller has decided
-    that.
+    As `atomic_write`, but of two simultaneous writers the first one wins, unless `overwrite` is
+    True.
 
     Args:
         path: the folder; the one around it must exist.
         write: called with an empty folder to write to.
+        overwrite: replace an existing folder with all that it holds.
 
     Raises:
-        TalosOSError: the folder cannot be written, or the system cannot replace an existing one in
-            one step.
+        TalosOSError: the folder cannot be written or is not empty, or the system cannot replace an
+            existing one in one step.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +98,8 @@ def atomic_folder(path: str | os.PathLike[str], write: Callable[[Path], object])
                 else:
                     _synchronise(each)
             _synchronise(new)
-            if not target.exists():
-                new.rename(target)
+            if not (overwrite and target.exists()):
+                new.rename(target)  # fails if the target holds files
             elif not _exchanged(new, target):
                 raise TalosOSError(
                     f"path must not exist, got {target}, which this system cannot replace in one "

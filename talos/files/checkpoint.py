@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files.reader import Header, explained, open_file, parse_json
+from talos.files.reader import Header, explained, open_file, parse_json, read_tensor
 
 __all__ = ["Checkpoint"]
 
@@ -106,7 +106,11 @@ class Checkpoint(Mapping[str, Tensor]):
     def _open(self, path: Path) -> None:
         """Read the header of a file."""
         with explained(path):
+            before = path.stat()
             self._opened[path] = open_file(path)
+            after = path.stat()
+        if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+            raise TalosValueError(f"{path}: must not change while it is opened; try again")
         for name, entry in self._opened[path][1].entries.items():
             other = self._homes.setdefault(name, path)
             if other != path:
@@ -131,8 +135,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         path = self._homes[name]
         with explained(path):
-            tensor: Tensor = self._opened[path][0].get_tensor(name)
-        return tensor
+            return read_tensor(self._opened[path][0], name)
+
+    def first_row(self, name: str) -> Tensor:
+        """Return the first slice of a tensor along its first dimension; no more is read."""
+        path = self._homes[name]
+        with explained(path), torch.device("cpu"):
+            row: Tensor = self._opened[path][0].get_slice(name)[:1]
+        return row
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor of this name; nothing is read."""

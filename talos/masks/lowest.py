@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 
+import torch
 from torch import Tensor
 
+from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
-__all__ = ["lowest_entries"]
+__all__ = ["lowest_entries", "marked_scores"]
 
 
 def lowest_entries(
@@ -53,3 +55,70 @@ def lowest_entries(
     if all_ties and k:
         threshold = replace(threshold, ties=None)
     return {name: threshold.select(i, score) for i, (name, score) in enumerate(scores.items())}
+
+
+def marked_scores(
+    scores: Mapping[str, Tensor], rows: Mapping[str, tuple[int, int]] | None, last: float
+) -> tuple[dict[str, Tensor], int]:
+    """Check scores, and mark the entries that may not be selected.
+
+    Args:
+        scores: by tensor.
+        rows: the rows of dimension 0 that may be selected, by tensor; None: the `rows` of the
+            scores if they have some.
+        last: what marks the others, inf or -inf.
+
+    Returns:
+        The scores, and how many entries may be selected.
+
+    Raises:
+        TalosTypeError: the scores are no mapping, or no floating-point tensors.
+        TalosValueError: a score is NaN, infinite or negative; `rows` does not fit.
+    """
+    if not isinstance(scores, Mapping):
+        raise TalosTypeError(
+            f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
+        )
+    for name, score in scores.items():
+        _check_score(name, score)
+    rows = getattr(scores, "rows", None) if rows is None else rows
+    barred = {
+        name: _barred(name, scores[name], span)
+        for name, span in (rows or {}).items()
+        if name in scores
+    }
+    entries = sum(score.numel() for score in scores.values())
+    entries -= sum(int(each.count_nonzero()) for each in barred.values())
+    marked = {
+        name: score.masked_fill(barred[name], last) if name in barred else score
+        for name, score in scores.items()
+    }
+    return marked, entries
+
+
+def _check_score(name: str, score: Tensor) -> None:
+    if not score.is_floating_point():
+        raise TalosTypeError(f"scores[{name!r}] must be floating point, got {score.dtype}")
+    if not bool(torch.isfinite(score).all()):
+        raise TalosValueError(
+            f"scores[{name!r}] must be finite, got NaN or infinity; "
+            "look for overflow in the model's loss or leave the tensor out"
+        )
+    if bool((score < 0).any()):
+        raise TalosValueError(
+            f"scores[{name!r}] must not be negative, got {float(score.min())}; "
+            "take the absolute value or the square"
+        )
+
+
+def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Return the entries outside of the rows that may be selected."""
+    first, last = rows
+    if score.dim() == 0 or not 0 <= first < last <= score.shape[0]:
+        raise TalosValueError(
+            f"rows[{name!r}] must lie in the first dimension of {tuple(score.shape)}, "
+            f"got [{first}, {last})"
+        )
+    barred = torch.ones_like(score, dtype=torch.bool)
+    barred[first:last] = False
+    return barred

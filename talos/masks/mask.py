@@ -20,9 +20,10 @@ from torch import Tensor
 from talos.architecture.layers import kind_of, layer_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file
-from talos.masks.lowest import lowest_entries
+from talos.masks.disjoint import check_shapes, deal, draft
+from talos.masks.lowest import lowest_entries, marked_scores
 from talos.masks.table import MaskTable, MaskTableRow
-from talos.options import fraction
+from talos.options import fraction, integer
 from talos_kernels import Index, TensorIndex
 
 __all__ = ["Mask"]
@@ -91,23 +92,11 @@ class Mask:
             >>> Mask.from_scores(scores, density=0.5).to_dense("b")
             tensor([False,  True])
         """
-        if not isinstance(scores, Mapping):
-            raise TalosTypeError(
-                f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
-            )
         density = fraction("density", density)
         if select not in ("lowest", "highest"):
             raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
-        for name, score in scores.items():
-            _check_score(name, score)
-        rows = getattr(scores, "rows", None) if rows is None else rows
-        barred = {
-            name: _barred(name, scores[name], span)
-            for name, span in (rows or {}).items()
-            if name in scores
-        }
-        entries = sum(score.numel() for score in scores.values())
-        entries -= sum(int(each.count_nonzero()) for each in barred.values())
+        last = torch.inf if select == "lowest" else -torch.inf
+        marked, entries = marked_scores(scores, rows, last)
         nnz = round(density * entries)
         if nnz == 0:
             raise TalosValueError(
@@ -115,13 +104,7 @@ class Mask:
                 "no weight selected"
             )
         _warn_if_equal(scores, nnz, entries)
-        largest = select == "highest"
-        last = -torch.inf if largest else torch.inf
-        marked = {
-            name: score.masked_fill(barred[name], last) if name in barred else score
-            for name, score in scores.items()
-        }
-        chosen = lowest_entries(marked, nnz, largest=largest)
+        chosen = lowest_entries(marked, nnz, largest=select == "highest")
         made = {"density": density, "select": select, **(metadata or {})}
         return cls.from_dense(chosen, metadata=made)
 
@@ -178,6 +161,75 @@ class Mask:
         return cls(
             {name: tuple(shape) for name, shape in shapes.items()}, indices, dict(metadata or {})
         )
+
+    @classmethod
+    def disjoint(
+        cls,
+        tasks: Mapping[str, "Mask"] | Mapping[str, Mapping[str, Tensor]],
+        density: float | None = None,
+        *,
+        turn: int | None = None,
+    ) -> dict[str, Self]:
+        """Select entries for several tasks so that no entry belongs to two of them.
+
+        Vectors that are trained on such masks never write to the same entry when they are added.
+        From scores the tasks take turns: each takes its lowest-scored entries that are still free.
+        From masks what several select is dealt to them by turns, in (tensor, position) order; an
+        entry that one task selects stays with it.
+
+        Args:
+            tasks: by task the scores, as `from_scores` takes them with their `rows`, or the mask.
+            density: with scores: the share of its entries that each task gets, in (0, 1].
+            turn: with scores: how many entries a task takes at its turn. 1 is the plain round
+                robin, for small models; None: a 1024th of the smallest budget, at least 1.
+
+        Returns:
+            A mask of each task.
+
+        Raises:
+            TalosTypeError: there is no task, some have scores and some masks, or scores are no
+                mapping of floating-point tensors.
+            TalosValueError: the tasks together want more entries than one of them scores, `density`
+                is missing with scores or given with masks, or shapes of a tensor differ.
+
+        Example:
+            >>> scores = {"a": {"w": torch.arange(4.0)}, "b": {"w": torch.arange(4.0)}}
+            >>> masks = Mask.disjoint(scores, density=0.5)
+            >>> masks["a"].to_dense("w"), masks["b"].to_dense("w")
+            (tensor([ True, False,  True, False]), tensor([False,  True, False,  True]))
+        """
+        masks = {task: each for task, each in tasks.items() if isinstance(each, Mask)}
+        if not tasks or 0 < len(masks) < len(tasks):
+            raise TalosTypeError(
+                "tasks must hold scores of each task, or a mask of each, got "
+                f"{len(masks)} masks of {len(tasks)} tasks"
+            )
+        shapes: dict[str, dict[str, Shape]]
+        if masks:
+            if density is not None or turn is not None:
+                raise TalosValueError("density and turn must be left out with masks, got one")
+            shapes = {task: each.shapes for task, each in masks.items()}
+            check_shapes(shapes)
+            found = deal({task: each.indices for task, each in masks.items()})
+        else:
+            share = fraction("density", density)
+            turn = turn if turn is None else integer("turn", turn, 1)
+            marked = {
+                task: marked_scores(each, None, torch.inf)
+                for task, each in tasks.items()
+                if not isinstance(each, Mask)
+            }
+            shapes = {
+                task: {name: tuple(score.shape) for name, score in own.items()}
+                for task, (own, _) in marked.items()
+            }
+            check_shapes(shapes)
+            found = draft(marked, share, turn)
+        made = {"disjoint": list(tasks)} | ({} if masks else {"density": share, "select": "lowest"})
+        return {
+            task: cls(dict(shapes[task]), indices, {**made, "task": task})
+            for task, indices in found.items()
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -392,34 +444,6 @@ class Mask:
                 raise TalosValueError(
                     f"masks must agree on the shape of {name}, got {shape} and {other.shapes[name]}"
                 )
-
-
-def _check_score(name: str, score: Tensor) -> None:
-    if not score.is_floating_point():
-        raise TalosTypeError(f"scores[{name!r}] must be floating point, got {score.dtype}")
-    if not bool(torch.isfinite(score).all()):
-        raise TalosValueError(
-            f"scores[{name!r}] must be finite, got NaN or infinity; "
-            "look for overflow in the model's loss or leave the tensor out"
-        )
-    if bool((score < 0).any()):
-        raise TalosValueError(
-            f"scores[{name!r}] must not be negative, got {float(score.min())}; "
-            "take the absolute value or the square"
-        )
-
-
-def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
-    """Return the entries outside of the rows that may be selected."""
-    first, last = rows
-    if score.dim() == 0 or not 0 <= first < last <= score.shape[0]:
-        raise TalosValueError(
-            f"rows[{name!r}] must lie in the first dimension of {tuple(score.shape)}, "
-            f"got [{first}, {last})"
-        )
-    barred = torch.ones_like(score, dtype=torch.bool)
-    barred[first:last] = False
-    return barred
 
 
 def _warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:

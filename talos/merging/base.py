@@ -34,8 +34,8 @@ from talos.task_vectors.sums import (
     shapes_of,
     slices_of,
     sources,
-    true_places,
 )
+from talos.tensors import true_places
 from talos_kernels import TensorIndex
 
 __all__ = ["Coefficient", "Merge", "Source", "read_vectors"]

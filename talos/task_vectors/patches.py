@@ -24,7 +24,7 @@ from talos.masks import Mask
 from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import check_base, check_scale
-from talos.task_vectors.exports import names_in
+from talos.task_vectors.exports import base_of, names_in
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
@@ -67,7 +67,7 @@ class Patch:
 
     Raises:
         TalosTypeError: positions are no integers.
-        TalosValueError: the names, lengths or devices differ; positions are unsorted or out of
+        TalosValueError: the names or lengths differ; positions are unsorted or out of
             range; a value is NaN or infinite.
 
     Example:
@@ -159,7 +159,7 @@ class Patch:
         scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
         if isinstance(ours, Checkpoint):
-            known = names_in(ours, {name: vector.mask.shapes[name] for name in touched})
+            known = names_in(ours, vector.mask)
         else:
             known = resolve_names(touched, ours)
             _refuse_lacking("base", [name for name in touched if name not in known], ours)
@@ -172,7 +172,11 @@ class Patch:
                     f"which is {vector.mask.shapes[name]} in the vector"
                 )
             if name in vector.fingerprints and not force:
-                check_base(base_fingerprints({name: before}), vector.fingerprints)
+                if isinstance(ours, Checkpoint):
+                    bases = {name: base_of(before, vector.fingerprints[name])}
+                else:
+                    bases = base_fingerprints({name: before})
+                check_base(bases, vector.fingerprints, "base")
             where = index.positions_int64().to(before.device)
             old = before.detach().reshape(-1)[where]
             new, every = old.clone(), TensorIndex.from_buffers("full", len(old))

@@ -20,6 +20,7 @@ import talos
 from talos.app.cli import main
 from talos.app.cli.commands import (
     calibrate,
+    compare,
     demo,
     evaluate,
     export,
@@ -37,7 +38,7 @@ from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods import METHODS
 from talos.params import select_parameters
-from talos.task_vectors import TaskVector
+from talos.task_vectors import Patch, TaskVector
 from tests.app.test_report import synthetic
 from tests.task_vectors.test_resident_vectors import Watch
 from tests.tiny import save_tiny_encoder
@@ -51,6 +52,7 @@ COMMANDS = {
     "merge": merge,
     "export": export,
     "eval": evaluate,
+    "compare": compare,
     "inspect": inspect,
     "report": report,
 }
@@ -251,6 +253,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval --data a --scale 0.5", "--vector must be given with --scale 0.5, got none"),
         ("eval --data a --data a", "--data must differ"),
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
+        ("compare none.json", "RUN must be an existing file, got none.json"),
         ("inspect none.safetensors", "FILE must be an existing file"),
         ("report none.json --out r.html", "RESULTS must be an existing file"),
         ("demo --out file", "must be a folder, got the file"),
@@ -347,6 +350,16 @@ def test_inspect_shows_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for word in ("a mask of 4 entries", "density 0.2500", "key", "bitmap", "by [hand]"):
         assert word in text, word
+
+
+def test_inspect_shows_a_patch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, name = tmp_path / "p.safetensors", "layer.0.key.weight"
+    Patch({name: (4, 4)}, {name: torch.tensor([1, 6])}, {name: torch.ones(2)}).save(path)
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for word in ("a patch of 2 entries", "density 0.1250", "key", "bytes"):
+        assert word in text, word
+    assert "next" not in text
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,11 @@ def test_the_others_ask_only_for_what_is_not_known() -> None:
     interference(outcomes, VECTORS)
     assert Counter(calls) == {"test left": 3, "test right": 3}
     calls.clear()
+    version = MODELS["left"][0][0].weight._version
     interference(outcomes, VECTORS)
     outcomes.of("test", VECTORS["left"])
     assert not calls
+    assert MODELS["left"][0][0].weight._version == version  # nothing was put on
     negation(outcomes, VECTORS["left"], "left", coefs=[0.0, 0.5], control_share=0.01)
     assert Counter(calls) == {
         "control right": 2,

@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from talos import Mask, TaskVector
+from talos import Mask, Patch, TaskVector
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.files import Checkpoint
 from tests.cases import assert_bit_equal
@@ -324,6 +324,25 @@ def test_tensors_are_held_one_at_a_time(
         assert max(peaks) == 2
 
 
+def test_tensors_of_one_shape_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of an edited tensor is looked for in the first rows alone."""
+    tensors = {f"{i}.w": torch.randn(5, 4) for i in range(6)}
+    save_file(tensors, tmp_path / "base.safetensors")
+    mask = Mask.from_dense({f"{i}.w": torch.ones(5, 4) > 0 for i in range(3)})
+    read, names = Checkpoint.__getitem__, []
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "__getitem__", counted)
+    vector = TaskVector(mask, torch.ones(mask.nnz))
+    vector.export(tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+    assert sorted(names) == sorted(tensors)
+
+
 # Which base
 
 
@@ -347,6 +366,10 @@ def test_a_vector_of_the_base_in_float32_is_put_on_16_bits(tmp_path: Path) -> No
     vector = vector_for({name: each.float() for name, each in tensors.items()})
     vector.export(base, tmp_path / "out")
     assert_holds(tmp_path / "out", added(tensors, vector))
+    patched = dict(Checkpoint(base))
+    Patch.between(Checkpoint(base), vector).apply_(patched)
+    for name, each in added(tensors, vector).items():
+        assert_bit_equal(patched[name], each)
     other = vector_for({name: each.float() + 1e-4 for name, each in tensors.items()})
     with pytest.raises(TalosValueError, match="base must be the base"):
         other.export(base, tmp_path / "more")
@@ -411,6 +434,40 @@ def test_a_base_model_s_vector_goes_into_the_model_with_a_head(tmp_path: Path) -
     loaded = LlamaModel.from_pretrained(tmp_path / "out")
     for name, param in body.state_dict().items():
         assert_bit_equal(loaded.state_dict()[name], param)
+
+
+def test_a_copy_of_a_tied_weight_is_edited_too(tmp_path: Path) -> None:
+    """Otherwise transformers would not tie the two, because they differ."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        file,
+        {"format": "pt"},
+    )
+    mask = Mask.from_dense({"model.embed_tokens.weight": torch.rand(40, 16) > 0.5})
+    vector = TaskVector(mask, torch.ones(mask.nnz))
+    with pytest.warns(UserWarning, match=r"lm_head\.weight of the base is a copy of model\.embed"):
+        vector.export(tmp_path / "base", tmp_path / "out")
+    vector.apply_(model)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert_bit_equal(logits_of(loaded, MODELS["llama"][1]), logits_of(model, MODELS["llama"][1]))
+    embedding = mask.to_dense("model.embed_tokens.weight")
+    none = torch.zeros(40, 16) > 0  # the vector knows the copy, and leaves it
+    both = Mask.from_dense({"model.embed_tokens.weight": embedding, "lm_head.weight": none})
+    TaskVector(both, vector.values).export(tmp_path / "base", tmp_path / "untied")
+    untied = Checkpoint(tmp_path / "untied")
+    assert_bit_equal(untied["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
 def test_names_that_fit_nowhere_or_twice_are_refused(tmp_path: Path, base: Path) -> None:
@@ -506,6 +563,19 @@ def test_a_place_that_is_taken_is_refused(
     with pytest.raises(TalosError, match=match):
         vector_for(dict(Checkpoint(base))).export(base, tmp_path / place, overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_writers_the_first_one_wins(tmp_path: Path, base: Path) -> None:
+    tensors = dict(Checkpoint(base))
+    vector, out = vector_for(tensors), tmp_path / "out"
+
+    def other_writer(done: int, total: int) -> None:
+        if done == total and not out.exists():
+            vector.export(base, out)
+
+    with pytest.raises(TalosOSError, match=r"path must be writable, got .*out"):
+        vector.export(base, out, scale=2.0, on_tensor=other_writer)
+    assert_holds(out, added(tensors, vector))
 
 
 def test_overwriting_loses_no_other_file(tmp_path: Path, base: Path) -> None:

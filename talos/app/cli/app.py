@@ -12,6 +12,7 @@ import typer
 import talos
 from talos.app.cli.commands import (
     calibrate,
+    compare,
     demo,
     evaluate,
     export,
@@ -49,6 +50,7 @@ for _command, _examples in (
     (extract.extract, extract.EXAMPLES),
     (merge.merge, merge.EXAMPLES),
     (evaluate.evaluate, evaluate.EXAMPLES),
+    (compare.compare, compare.EXAMPLES),
     (export.export, export.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),

@@ -1,7 +1,7 @@
 """One encoder with a classifier, batches and judges for each task."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,11 @@ class TaskModels:
         *,
         max_length: int = 48,
         batch_size: int = 128,
+        judge: Callable[[Iterable[Batch]], Judge] = right_answers,
         resamples: int = 2000,
         seed: int = 0,
     ) -> Outcomes:
-        """Return the outcomes of the classifiers: right or wrong, the shortest example first.
+        """Return the outcomes of the classifiers, the shortest example first.
 
         Texts are sorted by length, which needs little padding. The control of negation takes a part
         of the validation examples, so that all control tasks together cost as much as the target.
@@ -60,6 +61,7 @@ class TaskModels:
         Args:
             max_length: tokens per text.
             batch_size: examples per forward pass.
+            judge: makes a judge from batches.
             resamples: of the bootstrap.
             seed: of the bootstrap.
         """
@@ -70,16 +72,21 @@ class TaskModels:
         )
         return Outcomes(
             self.classifiers,
-            self._judges(test),
-            self._judges(validation),
-            self._judges(validation, stride=max(1, len(self.tasks) - 1)),
+            self._judges(judge, test),
+            self._judges(judge, validation),
+            self._judges(judge, validation, stride=max(1, len(self.tasks) - 1)),
             resamples=resamples,
             seed=seed,
         )
 
-    def _judges(self, batches: Mapping[str, Batches], stride: int = 1) -> dict[str, Judge]:
+    def _judges(
+        self,
+        judge: Callable[[Iterable[Batch]], Judge],
+        batches: Mapping[str, Batches],
+        stride: int = 1,
+    ) -> dict[str, Judge]:
         return {
-            task: right_answers(_Moved(each.shortest_first(stride), self.device))
+            task: judge(_Moved(each.shortest_first(stride), self.device))
             for task, each in batches.items()
         }
 

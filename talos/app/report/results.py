@@ -35,7 +35,18 @@ from typing import Any
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import atomic_write
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Results", "headline", "load_results", "save_results"]
+__all__ = [
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Results",
+    "check_results",
+    "headline",
+    "json_text",
+    "load_results",
+    "read_json",
+    "save_results",
+    "write_json",
+]
 
 SCHEMA = "talos-demo"
 SCHEMA_VERSION = 1
@@ -74,22 +85,49 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         TalosOSError: the file cannot be read.
         TalosValueError: it is not JSON, of another schema or version, or lacks a key.
     """
+    results = read_json(path, "a results.json of `talos demo`")
+    check_results(results, str(path))
+    return dict(results)
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a JSON file; errors say `what` it must be.
+
+    Raises:
+        TalosOSError: the file cannot be read.
+        TalosValueError: it is not JSON.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TalosOSError(f"{path} must be readable, got {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise TalosValueError(
-            f"{path} must be a results.json of `talos demo`, got binary data"
-        ) from error
-    try:
-        results = json.loads(text)
+        raise TalosValueError(f"{path} must be {what}, got binary data") from error
     except json.JSONDecodeError as error:
-        raise TalosValueError(
-            f"{path} must be a results.json of `talos demo`, got no JSON ({error})"
-        ) from error
-    check_results(results, str(path))
-    return dict(results)
+        raise TalosValueError(f"{path} must be {what}, got no JSON ({error})") from error
+
+
+def write_json(results: Results, path: str | os.PathLike[str]) -> None:
+    """Write JSON in one atomic step; an existing file is replaced.
+
+    Raises:
+        TalosValueError: the results hold NaN or infinity.
+        TalosOSError: the file cannot be written.
+    """
+    text = json_text(results)
+    atomic_write(path, lambda new: new.write_bytes(text.encode()))
+
+
+def json_text(results: Results) -> str:
+    """Return results as JSON, one line a value.
+
+    Raises:
+        TalosValueError: the results hold NaN or infinity.
+    """
+    try:
+        return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise TalosValueError(f"results must hold finite numbers only, got {error}") from error
 
 
 def check_results(results: Any, where: str = "results") -> None:
@@ -122,11 +160,7 @@ def save_results(results: Results, path: str | os.PathLike[str]) -> None:
         TalosOSError: the file cannot be written.
     """
     check_results(results)
-    try:
-        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise TalosValueError(f"results must hold finite numbers only, got {error}") from error
-    atomic_write(path, lambda new: new.write_bytes((text + "\n").encode()))
+    write_json(results, path)
 
 
 def percent(value: float) -> str:

@@ -1,15 +1,12 @@
-"""`talos eval`: measure accuracy before and after an edit."""
+"""`talos eval`: measure a model before and after edits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from torch import Tensor
 
 from talos.app.cli.console import (
     Bars,
@@ -19,10 +16,18 @@ from talos.app.cli.console import (
     on_interrupt,
     print_line,
     stdout,
-    table,
 )
-from talos.app.cli.options import Batch, Length, Model, Seed, check_input
-from talos.app.cli.tables import interval
+from talos.app.cli.measurements import MEASUREMENTS
+from talos.app.cli.options import (
+    Batch,
+    Length,
+    Model,
+    Overwrite,
+    Seed,
+    check_choice,
+    check_input,
+    check_output,
+)
 from talos.errors import TalosValueError
 from talos.options import integer
 
@@ -32,6 +37,10 @@ EXAMPLES = (
     "talos eval --data docstring_topic --data code_package",
     "talos eval --data docstring_topic --vector edit.safetensors --scale 0.5",
     "talos eval --data reviews.csv --data code_package --vector edit.safetensors --scale grid",
+    "talos eval --data a.csv --data b.csv --vector a.safetensors --vector b.safetensors "
+    "--json sum.json",
+    "talos eval --data a.csv --data b.csv --vector a.safetensors --vector b.safetensors "
+    "--metric negation --metric disentanglement",
 )
 
 
@@ -42,12 +51,41 @@ def evaluate(
     ],
     model: Model = "minilm",
     vector: Annotated[
-        Path | None, typer.Option("--vector", help="The task vector to apply; no file is changed.")
+        list[Path] | None,
+        typer.Option(
+            "--vector",
+            help="A task vector; no file is changed. One is applied for all tasks. Of several, "
+            "each belongs to the task that it was trained on, or to the --data at its place.",
+        ),
+    ] = None,
+    merged: Annotated[
+        Path | None,
+        typer.Option("--merged", help="A merge of the vectors, to measure instead of their sum."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help=f"{', '.join(MEASUREMENTS)}, or all that fit; may be repeated. By default "
+            "accuracy, and addition of several vectors.",
+        ),
     ] = None,
     scale: Annotated[
-        str,
-        typer.Option("--scale", help="The scaling coefficient, or grid: try 21 and take the best."),
-    ] = "1",
+        str | None,
+        typer.Option(
+            "--scale",
+            help="The scaling coefficient, or grid: try several from 0 to 1 and take the best. By "
+            "default 1 for one vector, grid for several.",
+        ),
+    ] = None,
+    points: Annotated[
+        int | None,
+        typer.Option(
+            "--points",
+            help="Coefficients that a search tries, by default 21; for disentanglement 11 a "
+            "vector.",
+        ),
+    ] = None,
     linearized: Annotated[
         bool,
         typer.Option(
@@ -56,37 +94,43 @@ def evaluate(
             help="Evaluate the model's first-order expansion; for vectors of --method linearized.",
         ),
     ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option("--json", help="A .json file for all figures and answers; - for stdout."),
+    ] = None,
     batch_size: Batch = 128,
     max_length: Length = 48,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Measure test accuracy with and without a task vector, with 95 % bootstrap intervals.
+    """Measure a model with and without task vectors, with 95 % intervals.
 
-    --scale grid tries the coefficients 0, 0.05, ..., 1 on the validation examples, takes the one
-    with the highest mean accuracy, and evaluates it once on the test examples.
+    Scaling coefficients are chosen on the validation examples of the tasks. The chosen one is
+    evaluated once on the test examples. `talos compare` compares the files of --json.
+
+    addition merges the vectors into one model. negation forgets a task and keeps the others as its
+    control. interference is what each vector does to every task, disentanglement whether two of
+    them act on their own tasks only. linearity compares the tuned model with its first-order
+    expansion. iou is the overlap of masks. sensitivity sets the weights that a vector selects to 0.
     """
-    coef = _parse_scale(scale)
+    vector = vector or []
+    coef = _parse_scale(scale, len(vector))
+    _check_options(data, vector, merged, metric or [], scale, json, overwrite)
     integer("--batch-size", batch_size, 1)
     integer("--max-length", max_length, 3)
-    if len(set(data)) < len(data):
-        raise TalosValueError(f"--data must differ, got {' '.join(data)}")
-    if vector is not None:
-        check_input("--vector", vector)
-    elif coef != 1:
-        raise TalosValueError(
-            f"--vector must be given with --scale {scale}, got none; leave --scale out to "
-            "evaluate the pretrained model"
-        )
+    if points is not None:
+        integer("--points", points, 2)
+    from talos.app.cli.evaluations import Evaluation, pair
+    from talos.app.cli.figures import TABLES
     from talos.app.cli.loading import load_data, load_encoder
-    from talos.app.demo.judge import TaskModels
-    from talos.evaluation import scaling_coefs
+    from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
-    console = stdout()
-    with on_interrupt("there was nothing to write"), Bars() as bars:
-        edit = TaskVector.load(vector) if vector is not None else None
-        if edit is not None:
-            _check_expansion(edit.metadata, linearized)
+    with on_interrupt("nothing was written"), Bars() as bars:
+        loaded = [TaskVector.load(path) for path in vector]
+        edit = TaskVector.load(merged) if merged is not None else None
+        for each in (*loaded, *([] if edit is None else [edit])):
+            _check_expansion(each.metadata, linearized)
         tasks = [load_data(each) for each in data]
         names = [task.name for task in tasks]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -94,51 +138,106 @@ def evaluate(
                 f"--data must have different names, got {', '.join(sorted(twice))} twice; "
                 "rename a file"
             )
-        encoder = load_encoder(model, *tasks)
-        models = TaskModels(encoder, tasks)
-        outcomes = models.outcomes(max_length=max_length, batch_size=batch_size, seed=seed)
-        if linearized:
-            outcomes = outcomes.through(models.linearized())
-        before: dict[str, Tensor] = {}
-        after: dict[str, Tensor] = {}
-        for name in bars.each("pretrained", names):
-            before |= outcomes.of("test", tasks=[name])
-        if edit is not None:
-            with outcomes.resident(edit):
-                if coef is None:
-                    grid, points = scaling_coefs(21), []
-                    for each in bars.each("grid", grid):
-                        found = outcomes.figures(outcomes.of("validation", edit, each))
-                        points.append(fmean(found.values()))
-                    coef = grid[points.index(max(points))]
-                    _show_grid(console, grid, points, coef)
-                for name in bars.each("edited", names):
-                    after |= outcomes.of("test", edit, coef, [name])
-    bootstrap = outcomes.bootstrap
-    shown = table(
-        ["task"], ["examples", "pretrained", *(["edited", "difference"] if after else [])]
-    )
-    for name in names:
-        accuracy = interval(bootstrap.mean({name: before[name]}))
-        row = [escape(name), f"{len(before[name]):,}", accuracy]
-        if after:
-            row.append(interval(bootstrap.mean({name: after[name]})))
-            gain = bootstrap.gain({name: after[name]}, {name: before[name]})
-            row.append(interval(gain, signed=True))
-        shown.add_row(*row)
-    console.print(shown)
-    edited = f"; {vector} at {coef:.2f}" if after else ""
-    print_line(console, f"accuracy in % with 95 % intervals{edited}")
-    if vector is None:
-        same = [word for each in data for word in ("--data", each)]
+        vectors = pair(names, loaded)
+        evaluation = Evaluation(
+            load_encoder(model, *tasks),
+            tasks,
+            vectors,
+            edit if edit is not None else loaded[0] if len(loaded) == 1 else None,
+            coef,
+            points=points,
+            linearized=linearized,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            bars=bars,
+        )
+        chosen = evaluation.choose(metric or [])
+        found = evaluation.run(chosen)
+        files = dict(zip(vectors, vector, strict=True))
+        record = None if json is None else evaluation.record(found, model, files, merged)
+    if record is not None and json == "-":
+        typer.echo(json_text(record), nl=False)
+        return
+    console = stdout()
+    for name, figures in found.items():
+        for title, shown in TABLES[name](figures):
+            console.print(f"[bold]{title}[/bold]")
+            console.print(shown)
+            console.print()
+    coef = evaluation.chosen
+    if coef == 0:
+        print_line(console, "no coefficient beats the pretrained model on the validation examples")
+    if record is not None and json is not None:
+        write_json(record, json)
+        print_line(console, f"{json}: figures and right answers")
+    _next(console, model, data, vector, merged, json, coef)
+
+
+def _next(
+    console: Console,
+    model: str,
+    data: Sequence[str],
+    vector: Sequence[Path],
+    merged: Path | None,
+    json: str | None,
+    coef: float | None,
+) -> None:
+    same = ["--model", model, *(word for each in data for word in ("--data", each))]
+    own: list[object] = [word for each in vector for word in ("--vector", each)]
+    own += [] if merged is None else ["--merged", merged]
+    if json is not None:
+        next_step(console, command("compare", json, "OTHER.json"))
+    elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(console, command("eval", "--model", model, *same, *new))
+        next_step(console, command("eval", *same, *new))
+    elif len(vector) > 1:
+        next_step(console, command("eval", *same, *own, "--json", "eval.json"))
     else:
-        next_step(console, merge_command(vector, coef) if coef else command("inspect", vector))
+        next_step(console, merge_command(vector[0], coef) if coef else command("inspect", *vector))
 
 
-def _parse_scale(scale: str) -> float | None:
+def _check_options(
+    data: Sequence[str],
+    vector: Sequence[Path],
+    merged: Path | None,
+    metric: Sequence[str],
+    scale: str | None,
+    json: str | None,
+    overwrite: bool,
+) -> None:
+    """Refuse options that contradict each other, before anything is loaded."""
+    if len(set(data)) < len(data):
+        raise TalosValueError(f"--data must differ, got {' '.join(data)}")
+    for each in metric:
+        check_choice("--metric", each, (*MEASUREMENTS, "all"))
+    for path in vector:
+        check_input("--vector", path)
+    if scale is not None and not vector:
+        raise TalosValueError(
+            f"--vector must be given with --scale {scale}, got none; leave --scale out to "
+            "evaluate the pretrained model"
+        )
+    if merged is not None:
+        check_input("--merged", merged)
+        if len(vector) < 2:
+            raise TalosValueError(
+                "--vector must be given for each merged task with --merged, got "
+                f"{len(vector)}; to evaluate one file pass it as --vector"
+            )
+        if metric and not {"addition", "all"} & set(metric):
+            raise TalosValueError(
+                f"--metric must hold addition with --merged, got {' '.join(metric)}; add "
+                "--metric addition"
+            )
+    if json not in (None, "-"):
+        check_output(Path(json), overwrite, ".json", name="--json")
+
+
+def _parse_scale(scale: str | None, vectors: int) -> float | None:
     """Read --scale: a finite number, or None for the grid."""
+    if scale is None:
+        return None if vectors > 1 else 1.0
     if scale == "grid":
         return None
     try:
@@ -164,14 +263,3 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
             f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
             "accuracy below is that of another function than was trained",
         )
-
-
-def _show_grid(console: Console, grid: list[float], points: list[float], chosen: float) -> None:
-    console.print("[bold]mean validation accuracy, %[/bold]")
-    shown = table([], ["scale", "accuracy"])
-    for coef, point in zip(grid, points, strict=True):
-        mark = " ◂" if coef == chosen else ""
-        shown.add_row(f"{coef:.2f}", f"{100 * point:.1f}{mark}")
-    console.print(shown)
-    if chosen == 0:
-        print_line(console, "no coefficient beats the pretrained model on the validation examples")

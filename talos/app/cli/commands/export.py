@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,10 +10,6 @@ from talos.app.cli.commands.merge import parse_term
 from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, as_options, check_choice, check_input, check_output
 from talos.errors import TalosOSError, TalosValueError
-
-if TYPE_CHECKING:
-    from talos.files import Checkpoint
-    from talos.task_vectors import TaskVector
 
 __all__ = ["EXAMPLES", "export"]
 
@@ -81,7 +77,7 @@ def export(
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
     from talos.app.report.results import megabytes
     from talos.files import Checkpoint
-    from talos.task_vectors import TaskVector
+    from talos.task_vectors import Patch, TaskVector
 
     words = {"force=True": "--force", "overwrite=True": "--overwrite", "out must": "--out must"}
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
@@ -89,7 +85,7 @@ def export(
         if base is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
-            _write_patch(Checkpoint(base), edit, out, scale=scale, force=force)
+            Patch.between(Checkpoint(base), edit, scale, force).save(out)
         else:
             edit.export(
                 base,
@@ -106,16 +102,3 @@ def export(
     print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
     if out.is_dir():
         next_step(console, command("eval", "--model", out, "--data", "TASK"))
-
-
-def _write_patch(
-    base: "Checkpoint", edit: "TaskVector", out: Path, *, scale: float, force: bool
-) -> None:
-    """Write a patch under the base's names."""
-    from talos.task_vectors import Patch
-    from talos.task_vectors.exports import names_in
-
-    mask = edit.mask
-    touched = {name: shape for name, shape in mask.shapes.items() if mask.indices[name].nnz}
-    names = names_in(base, touched)
-    Patch.between(base, edit.rename(names), scale, force).save(out)

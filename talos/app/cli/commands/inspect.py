@@ -1,4 +1,4 @@
-"""`talos inspect`: show the content of a mask or a task vector."""
+"""`talos inspect`: show the content of a mask, a task vector or a patch."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ EXAMPLES = (
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask or task-vector file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask, task vector or patch.")],
     layers: Annotated[
         bool, typer.Option("--layers", metavar="", help="Show a row for each layer.")
     ] = False,
 ) -> None:
-    """Show the content of a mask or a task vector: entries, layers and types, bytes, origin.
+    """Show what a mask, a task vector or a patch holds: entries, layers and types, bytes, origin.
 
     Every checksum of the file is verified; nothing is unpickled.
     """
@@ -33,12 +33,12 @@ def inspect(
     from talos.app.report.results import megabytes
     from talos.files import claimed_kind
     from talos.masks import Mask
-    from talos.task_vectors import TaskVector
+    from talos.task_vectors import Patch, TaskVector
     from talos.task_vectors.sums import is_merge, is_sum
 
     size = file.stat().st_size
-    console = stdout()
-    if claimed_kind(file) == "task_vector":
+    console, kind = stdout(), claimed_kind(file)
+    if kind == "task_vector":
         vector = TaskVector.load(file)
         mask, metadata = vector.mask, vector.metadata
         print_line(
@@ -46,6 +46,10 @@ def inspect(
             f"{file}: a task vector of {mask.nnz:,} entries in {str(vector.values.dtype)[6:]}, "
             f"norm {float(vector.values.float().norm()):.4g}",
         )
+    elif kind == "patch":
+        patch = Patch.load(file)
+        mask, metadata = Mask.from_indices(patch.positions, patch.shapes), {}
+        print_line(console, f"{file}: a patch of {len(patch):,} entries")
     else:
         mask = Mask.load(file)
         metadata = mask.metadata
@@ -70,11 +74,13 @@ def inspect(
             if not parts or key != key_of_parts:
                 table.add_row(Text(str(key), style="dim"), Text(_plain(value)))
         console.print(table)
+    if kind == "patch":
+        return
     where = ("--linearized",) if metadata.get("method") == "linearized" else ()
     next_step(
         console,
         command("eval", "--data", "TASK", "--vector", file, "--scale", "grid", *where)
-        if claimed_kind(file) == "task_vector"
+        if kind == "task_vector"
         else command("train", "--data", "TASK", "--mask", file, "--out", "vector.safetensors"),
     )
 

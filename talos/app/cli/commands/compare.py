@@ -1,0 +1,48 @@
+"""`talos compare`: several edits in one table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from talos.app.cli.console import command, next_step, print_line, stdout
+from talos.app.cli.options import Seed, check_input
+
+__all__ = ["EXAMPLES", "compare"]
+
+EXAMPLES = (
+    "talos compare sum.json ties.json",
+    "talos compare sum.json ties.json demo/results.json",
+)
+
+
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Files of `talos eval --json`, or results.json of a demo, at least two edits.",
+        ),
+    ],
+    seed: Seed = 0,
+) -> None:
+    """Compare edits with the first one: accuracies and differences with 95 % intervals.
+
+    Differences are paired: all edits are resampled on the same test examples. They need the
+    answers to each example, which the results.json of a demo does not hold.
+    """
+    for path in runs:
+        check_input("RUN", path)
+    from talos.app.cli.figures import comparison
+    from talos.app.report.runs import compare as compared
+    from talos.app.report.runs import load_runs
+
+    loaded = [run for path in runs for run in load_runs(path)]
+    console = stdout()
+    console.print(comparison(compared(loaded, seed=seed)))
+    print_line(console, "% with 95 % intervals; differences are from the first edit, paired")
+    without = [run.name for run in loaded if run.outcomes is None]
+    if without:
+        print_line(console, f"without answers, so without differences: {', '.join(without)}")
+    other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
+    next_step(console, command("eval", "--data", "TASK", *other))

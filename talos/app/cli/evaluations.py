@@ -1,0 +1,214 @@
+"""One run of `talos eval`: the model with its tasks and vectors, and what is written of it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos.app.cli.console import Bars
+from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
+from talos.app.demo.judge import TaskModels
+from talos.app.demo.machine import versions
+from talos.app.models import Encoder
+from talos.app.report.runs import EVAL_SCHEMA, EVAL_SCHEMA_VERSION, to_hex
+from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
+from talos.evaluation import Judge, Outcomes, predictions, right_answers
+from talos.task_vectors import TaskVector
+
+__all__ = ["Evaluation", "pair"]
+
+
+def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskVector]:
+    """Return the vector of each task: of the task that its metadata names, or of its place.
+
+    Raises:
+        TalosValueError: there are more vectors than tasks, or two of one task.
+
+    Example:
+        >>> from talos import Mask
+        >>> mask = Mask.from_dense({"w": torch.ones(1) > 0})
+        >>> first, second = (
+        ...     TaskVector(mask, torch.ones(1), metadata={"task": task}) for task in ("b", "a")
+        ... )
+        >>> list(pair(["a", "b"], [first, second]))
+        ['b', 'a']
+    """
+    if len(vectors) > len(tasks):
+        raise TalosValueError(
+            f"--data must be given for each --vector, got {len(tasks)} for {len(vectors)}"
+        )
+    found: dict[str, TaskVector] = {}
+    for place, vector in enumerate(vectors):
+        named = vector.metadata.get("task")
+        task = str(named) if named in tasks else tasks[place]
+        if task in found:
+            raise TalosValueError(
+                f"--vector must be given once for each task, got two of {task}; give the vectors "
+                "in the order of --data"
+            )
+        found[task] = vector
+    return found
+
+
+class Evaluation:
+    """Measures, and returns what is written.
+
+    Args:
+        encoder: the model.
+        tasks: the tasks.
+        vectors: each task's own vector.
+        edit: as of `Subject`.
+        coef: as of `Subject`.
+        points: as of `Subject`.
+        linearized: judge the model's first-order expansion.
+        batch_size: examples per forward pass.
+        max_length: tokens per text.
+        seed: of the bootstrap.
+        bars: shows progress.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        tasks: Sequence[Task | ImageTask],
+        vectors: dict[str, TaskVector],
+        edit: TaskVector | None,
+        coef: float | None,
+        *,
+        points: int | None,
+        linearized: bool,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        bars: Bars,
+    ) -> None:
+        self._encoder, self._tasks = encoder, tasks
+        self._batch_size, self._max_length = batch_size, max_length
+        self._linearized, self._seed = linearized, seed
+        self._models = TaskModels(encoder, tasks)
+        self._subject = Subject(
+            self._outcomes(right_answers),
+            lambda: self._outcomes(predictions),
+            vectors,
+            edit,
+            coef,
+            points,
+            bars,
+        )
+
+    @property
+    def chosen(self) -> float | None:
+        """The coefficient at which the edit was measured; None: it was not."""
+        return self._subject.chosen
+
+    def _outcomes(self, judge: Callable[[Iterable[Any]], Judge]) -> Outcomes:
+        outcomes = self._models.outcomes(
+            max_length=self._max_length, batch_size=self._batch_size, judge=judge, seed=self._seed
+        )
+        return outcomes.through(self._models.linearized()) if self._linearized else outcomes
+
+    def choose(self, metrics: Sequence[str]) -> list[str]:
+        """Return the metrics to measure, in the order of the table of metrics.
+
+        Raises:
+            TalosValueError: the vectors and tasks do not fit one that was named.
+        """
+        vectors = self._subject.vectors
+        lacks = {
+            name: each.lacks(vectors.values(), len(self._tasks))
+            for name, each in MEASUREMENTS.items()
+        }
+        if self._linearized:
+            lacks["linearity"] = "--linearized must be left out, got it"
+        for name in metrics:
+            if name != "all" and (lack := lacks[name]) is not None:
+                raise TalosValueError(f"{lack}; or leave out --metric {name}")
+        if not metrics:
+            metrics = ["accuracy", "addition"] if len(vectors) > 1 else ["accuracy"]
+        return [
+            name
+            for name in MEASUREMENTS
+            if name in metrics or ("all" in metrics and not lacks[name])
+        ]
+
+    def run(self, metrics: Sequence[str]) -> dict[str, Figures]:
+        """Measure; return the figures of each metric."""
+        return {name: MEASUREMENTS[name].measure(self._subject) for name in metrics}
+
+    def record(
+        self,
+        found: Mapping[str, Figures],
+        model: str,
+        files: Mapping[str, Path],
+        merged: Path | None,
+    ) -> dict[str, Any]:
+        """Return the results in the schema of `talos.app.report.runs`.
+
+        Args:
+            found: the figures of each metric.
+            model: the option --model.
+            files: of each task's vector.
+            merged: the file of --merged.
+        """
+        subject = self._subject
+        answers: dict[str, Mapping[str, Tensor]] = {"pretrained": subject.before}
+        if subject.edited is not None:
+            answers["edited"] = subject.edited
+        if len(subject.vectors) > 1:
+            answers["single"] = subject.single
+        return {
+            "schema": EVAL_SCHEMA,
+            "schema_version": EVAL_SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "model": model,
+            "linearized": self._linearized,
+            "seed": self._seed,
+            "tasks": {
+                task.name: {"examples": len(task.test), "fingerprint": _fingerprint(task)}
+                for task in self._tasks
+            },
+            "vectors": [
+                {
+                    "file": str(files[task]),
+                    "task": task,
+                    "entries": vector.mask.nnz,
+                    "metadata": vector.metadata,
+                }
+                for task, vector in subject.vectors.items()
+            ],
+            "merged": None if merged is None else str(merged),
+            "scaling_coef": subject.chosen,
+            "outcomes": {
+                kind: {task: to_hex(self._in_order(task, each)) for task, each in own.items()}
+                for kind, own in answers.items()
+            },
+            "metrics": dict(found),
+        }
+
+    def _in_order(self, name: str, answers: Tensor) -> Tensor:
+        """Return answers in the order of the task's examples: they are judged shortest first."""
+        task = next(task for task in self._tasks if task.name == name)
+        batches = task.batches(
+            "test", self._encoder.tokenizer, max_length=self._max_length
+        ).shortest_first()
+        ordered = torch.empty_like(answers)
+        ordered[torch.tensor(batches.order(), dtype=torch.int64, device="cpu")] = answers
+        return ordered
+
+
+def _fingerprint(task: Task | ImageTask) -> str:
+    """Return 16 hex digits of a task's test examples: texts, or pixels and names of files."""
+    digest = hashlib.sha256()
+    for example in task.test:
+        content = example.text if hasattr(example, "text") else example.image
+        if isinstance(content, Path):
+            content = content.name
+        raw = content.encode() if isinstance(content, str) else content.tobytes()
+        digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
+    return digest.hexdigest()[:16]

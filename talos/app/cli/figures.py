@@ -1,0 +1,149 @@
+"""The figures of `talos eval` and `talos compare` as tables for a terminal."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from talos.app.cli.console import table
+from talos.app.cli.tables import interval
+from talos.app.report.runs import Row
+
+__all__ = ["TABLES", "comparison"]
+
+Titled = tuple[str, Table]
+Figures = dict[str, Any]
+
+
+def _accuracy(figures: Figures) -> Iterator[Titled]:
+    if "grid" in figures:
+        yield _grid(figures, ["absolute"], "mean validation accuracy, %")
+    edited = any("edited" in each for each in figures["tasks"].values())
+    shown = table(["task"], ["examples", "pretrained", *(["edited", "difference"] * edited)])
+    for task, each in figures["tasks"].items():
+        row = [escape(task), f"{each['pretrained']['n']:,}", interval(each["pretrained"])]
+        if "edited" in each:
+            row += [interval(each["edited"]), interval(each["difference"], signed=True)]
+        shown.add_row(*row)
+    at = " with each task's own vector" if edited else ""
+    if "scaling_coef" in figures:
+        at = f" at {figures['scaling_coef']:.2f}"
+    yield f"accuracy{at}, % with 95 % intervals", shown
+
+
+def _addition(figures: Figures) -> Iterator[Titled]:
+    if figures["grid"]:
+        yield _grid(figures, ["absolute", "normalised"], "addition, validation examples, %")
+    shown = table(["task"], ["alone", "added"])
+    for task, estimate in figures["tasks"].items():
+        shown.add_row(escape(task), interval(figures["single"][task]), interval(estimate))
+    shown.add_row("absolute", "", interval(figures["absolute"]), style="bold")
+    shown.add_row("normalised", "", interval(figures["normalised"]), style="bold")
+    yield f"addition at {figures['scaling_coef']:.2f}, % with 95 % intervals", shown
+
+
+def _negation(figures: Figures) -> Iterator[Titled]:
+    columns = ["scale", "target before", "target", "control before", "control"]
+    shown = table(["task to forget"], columns)
+    for task, each in figures.items():
+        shown.add_row(
+            escape(task),
+            f"{each['scaling_coef']:.2f}",
+            f"{100 * each['target_zero_shot']['value']:.1f}",
+            interval(each["target"]),
+            f"{100 * each['control_zero_shot']['value']:.1f}",
+            interval(each["control"]),
+        )
+    yield "negation, % with 95 % intervals", shown
+
+
+def _ratios(title: str) -> Callable[[Figures], Iterator[Titled]]:
+    """Return what draws a matrix of ratios, a row for each vector."""
+
+    def draw(figures: Figures) -> Iterator[Titled]:
+        columns = list(next(iter(figures.values())))
+        shown = table(["vector of"], [escape(task) for task in columns])
+        for task, row in figures.items():
+            shown.add_row(escape(task), *(interval(row[other]) for other in columns))
+        yield title, shown
+
+    return draw
+
+
+def _disentanglement(figures: Figures) -> Iterator[Titled]:
+    first, second = figures["tasks"]
+    coefs = [f"{coef:.2f}" for coef in figures["scaling_coefs"]]
+    shown = table([f"{escape(first)} ↓ {escape(second)} →"], coefs)
+    for coef, row in zip(coefs, figures["error"], strict=True):
+        shown.add_row(coef, *(f"{100 * error:.1f}" for error in row))
+    yield "disentanglement error, % (0 to 200)", shown
+
+
+def _linearity(figures: Figures) -> Iterator[Titled]:
+    shown = table(["task"], ["tuned", "expansion", "difference", "equal answers"])
+    for task, each in figures.items():
+        shown.add_row(
+            escape(task),
+            interval(each["tuned"]),
+            interval(each["expansion"]),
+            interval(each["difference"], signed=True),
+            f"{100 * each['equal']:.1f}",
+        )
+    yield "linearity, % with 95 % intervals", shown
+
+
+def _iou(figures: Figures) -> Iterator[Titled]:
+    tasks = figures["tasks"]
+    shown = table(["mask of"], [escape(task) for task in tasks])
+    for task, row, chance in zip(tasks, figures["iou"], figures["by_chance"], strict=True):
+        cells = (f"{a:.3f} [dim]{b:.3f}[/dim]" for a, b in zip(row, chance, strict=True))
+        shown.add_row(escape(task), *cells)
+    yield "intersection over union of the masks; dim: by chance", shown
+
+
+def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
+    """Return the points of a search, with a mark at the one that was taken."""
+    shown = table([], ["scale", *keys])
+    for point in figures["grid"]:
+        mark = " ◂" if point["scaling_coef"] == figures["scaling_coef"] else ""
+        cells = [f"{100 * point[key]:.1f}" for key in keys]
+        shown.add_row(f"{point['scaling_coef']:.2f}", *cells[:-1], f"{cells[-1]}{mark}")
+    return title, shown
+
+
+TABLES: dict[str, Callable[[Figures], Iterator[Titled]]] = {
+    "accuracy": _accuracy,
+    "addition": _addition,
+    "negation": _negation,
+    "interference": _ratios("interference: accuracy with the vector, % of the pretrained one"),
+    "disentanglement": _disentanglement,
+    "linearity": _linearity,
+    "iou": _iou,
+    "sensitivity": _ratios("sensitivity: accuracy without its weights, % of the pretrained one"),
+}
+"""What draws the figures of each metric."""
+
+
+def comparison(rows: Sequence[Row]) -> Table:
+    """Return the table of `talos compare`."""
+    normalised = any(row.normalised is not None for row in rows)
+    columns = ["accuracy", "difference", *(["normalised", "difference"] * normalised)]
+    shown = table(["task", "edit"], columns)
+    for column in shown.columns:
+        column.no_wrap = True
+    shown.columns[1].overflow = "fold"
+    before: str | None = ""
+    for row in rows:
+        task = "mean" if row.task is None else escape(row.task)
+        cells = [interval(row.accuracy), _signed(row.difference)]
+        if normalised:
+            own = "" if row.normalised is None else interval(row.normalised)
+            cells += [own, _signed(row.normalised_difference)]
+        shown.add_row("" if row.task == before else task, escape(row.run), *cells)
+        before = row.task
+    return shown
+
+
+def _signed(entry: Any) -> str:
+    return "" if entry is None else interval(entry, signed=True)

@@ -1,0 +1,318 @@
+"""`talos eval` and `talos compare` against models that are copied, edited and asked directly."""
+
+import csv
+import json
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from talos import Mask, TaskVector
+from talos.app.cli import main
+from talos.app.cli.loading import load_data
+from talos.app.models import Classifier, Encoder, load_encoder
+from talos.app.report.runs import compare, from_hex, load_runs, to_hex
+from talos.app.tasks import Task
+from talos.errors import TalosValueError
+from tests.app.test_report import synthetic
+from tests.tiny import save_tiny_encoder
+
+Term = tuple[float, str]  # a coefficient and the task of a vector
+
+WORDS = {"pets": ("meow", "woof"), "signs": ("plus", "minus")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two tasks whose texts differ in length, and a strong random vector of each."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    save_tiny_encoder(folder / "model")
+    encoder = load_encoder(str(folder / "model"))
+    weights = dict(encoder.named_parameters())
+    for seed, (task, words) in enumerate(WORDS.items()):
+        with (folder / f"{task}.csv").open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["text", "label"])
+            rows.writerows(
+                [f"{word} {'x' * (i % 7)} {i}", word] for word in words for i in range(80)
+            )
+        draw = torch.Generator().manual_seed(seed)
+        chosen = {
+            f"encoder.{name}": torch.rand(each.shape, generator=draw) < 0.3
+            for name, each in weights.items()
+            if name.endswith(("query.weight", "intermediate.dense.weight"))
+        }
+        mask = Mask.from_dense(chosen)
+        values = torch.randn(mask.nnz, generator=draw)
+        TaskVector(mask, values, metadata={"task": task}).save(folder / f"{task}.safetensors")
+    return folder
+
+
+def options(folder: Path, *tasks: str) -> list[str]:
+    data = [word for task in WORDS for word in ("--data", str(folder / f"{task}.csv"))]
+    own = [word for task in tasks for word in ("--vector", str(folder / f"{task}.safetensors"))]
+    return ["--model", str(folder / "model"), "--max-length", "16", *data, *own]
+
+
+@cache
+def loaded(folder: Path, task: str) -> tuple[Encoder, Classifier, Task]:
+    data = load_data(str(folder / f"{task}.csv"))
+    assert isinstance(data, Task)
+    encoder = load_encoder(str(folder / "model"))
+    return encoder, encoder.classifier(data.class_texts), data
+
+
+@cache
+def logits(folder: Path, task: str, split: str, *terms: Term, prune: str = "") -> Tensor:
+    """Logits on a task's examples, in their order, of a copy with vectors added to it."""
+    encoder, classifier, data = loaded(folder, task)
+    model = deepcopy(classifier).eval()
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for coef, name in terms:
+            vector = TaskVector.load(folder / f"{name}.safetensors")
+            for each in vector.mask.names:
+                weights[each] += coef * vector.to_dense(each)
+        if prune:
+            mask = TaskVector.load(folder / f"{prune}.safetensors").mask
+            for each in mask.names:
+                weights[each][mask.to_dense(each)] = 0
+        batches = data.batches(split, encoder.tokenizer, batch_size=7, max_length=16)
+        return torch.cat([model(batch) for batch in batches])
+
+
+def right(folder: Path, task: str, split: str, *terms: Term, prune: str = "") -> Tensor:
+    labels = torch.tensor([each.label for each in loaded(folder, task)[2].examples(split)])
+    return logits(folder, task, split, *terms, prune=prune).argmax(1) == labels
+
+
+def share(answers: Tensor) -> float:
+    return float(answers.double().mean())
+
+
+def test_every_metric_is_that_of_copies(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sum.json"
+    asked = ["--metric", "all", "--points", "3", "--json", str(path)]
+    assert main(["eval", *options(folder, "signs", "pets"), *asked]) == 0
+    shown = capsys.readouterr().out
+    for word in ("normalised", "negation", "disentanglement error", "expansion", "by chance"):
+        assert word in shown, word
+    assert shown.rstrip().endswith(f"talos compare {path} OTHER.json")
+    run = json.loads(path.read_text())
+    metrics, tasks = run["metrics"], list(WORDS)
+    coefs = [0.0, 0.5, 1.0]
+    test = {
+        (task, terms): right(folder, task, "test", *terms)
+        for task in tasks
+        for terms in (
+            (),
+            *(((1.0, one),) for one in tasks),
+            *(((c, "pets"), (c, "signs")) for c in coefs),
+            *(((-c, one),) for one in tasks for c in coefs),
+        )
+    }
+    before = {task: share(test[task, ()]) for task in tasks}
+    alone = {task: share(test[task, ((1.0, task),)]) for task in tasks}
+    for task in tasks:
+        found = metrics["accuracy"]["tasks"][task]
+        assert found["pretrained"]["value"] == before[task]
+        assert found["edited"]["value"] == alone[task]
+        assert found["difference"]["value"] == pytest.approx(alone[task] - before[task])
+        for kind, terms in (("pretrained", ()), ("single", ((1.0, task),))):
+            answers = from_hex(run["outcomes"][kind][task], run["tasks"][task]["examples"])
+            assert torch.equal(answers, test[task, terms])
+        for other in tasks:
+            ratio = metrics["interference"][task][other]["value"]
+            assert ratio == share(test[other, ((1.0, task),)]) / before[other]
+            ratio = metrics["sensitivity"][task][other]["value"]
+            assert ratio == share(right(folder, other, "test", prune=task)) / before[other]
+    check_addition(folder, metrics["addition"], test, coefs)
+    answers = {t: from_hex(run["outcomes"]["edited"][t], len(test[t, ()])) for t in tasks}
+    coef = run["scaling_coef"]
+    assert coef == metrics["addition"]["scaling_coef"]
+    for task in tasks:
+        assert torch.equal(answers[task], test[task, ((coef, "pets"), (coef, "signs"))])
+    for target, control in (tasks, tasks[::-1]):
+        found = metrics["negation"][target]
+        terms = ((-found["scaling_coef"], target),)
+        assert found["target"]["value"] == share(test[target, terms])
+        assert found["control"]["value"] == share(test[control, terms])
+    check_disentanglement(folder, metrics["disentanglement"], coefs)
+    masks = [TaskVector.load(folder / f"{t}.safetensors").mask for t in metrics["iou"]["tasks"]]
+    assert metrics["iou"]["iou"][0][1] == masks[0].iou(masks[1])
+
+
+def check_addition(
+    folder: Path, found: dict[str, Any], test: dict[Any, Tensor], coefs: list[float]
+) -> None:
+    normalised = []
+    for coef, point in zip(coefs, found["grid"], strict=True):
+        ratios = []
+        for task in WORDS:
+            merged = right(folder, task, "validation", (coef, "pets"), (coef, "signs"))
+            assert point["tasks"][task] == share(merged)
+            ratios.append(share(merged) / share(right(folder, task, "validation", (1.0, task))))
+        normalised.append(sum(ratios) / 2)
+        assert point["normalised"] == pytest.approx(normalised[-1])
+    best = found["scaling_coef"]
+    assert normalised[coefs.index(best)] == max(normalised)
+    merged = {t: share(test[t, ((best, "pets"), (best, "signs"))]) for t in WORDS}
+    alone = {t: share(test[t, ((1.0, t),)]) for t in WORDS}
+    assert found["absolute"]["value"] == pytest.approx(sum(merged.values()) / 2)
+    expected = sum(merged[task] / alone[task] for task in WORDS) / 2
+    assert found["normalised"]["value"] == pytest.approx(expected)
+
+
+def check_disentanglement(folder: Path, found: dict[str, Any], coefs: list[float]) -> None:
+    first, second = found["tasks"]
+    assert found["scaling_coefs"] == coefs
+    for i, a in enumerate(coefs):
+        for j, b in enumerate(coefs):
+            error = 0.0
+            for task, own in ((first, a), (second, b)):
+                alone = logits(folder, task, "test", (own, task)).argmax(1)
+                both = logits(folder, task, "test", (a, first), (b, second)).argmax(1)
+                error += share(alone != both)
+            assert found["error"][i][j] == pytest.approx(error)
+
+
+def test_one_vector_at_its_coefficient_is_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for scale in ("0.5", "1"):
+        paths.append(tmp_path / f"at{scale}.json")
+        written = ["--scale", scale, "--json", str(paths[-1])]
+        assert main(["eval", *options(folder, "pets"), *written]) == 0
+    capsys.readouterr()
+    assert main(["compare", *map(str, paths)]) == 0
+    assert "at0.5" in capsys.readouterr().out
+    rows = compare([run for path in paths for run in load_runs(path)])
+    assert [(row.task, row.run) for row in rows] == [
+        (task, run) for task in (None, *WORDS) for run in ("at0.5", "at1")
+    ]
+    answers = {
+        (task, c): right(folder, task, "test", (c, "pets")) for task in WORDS for c in (0.5, 1.0)
+    }
+    for row, coef in zip(rows, 3 * (0.5, 1.0), strict=True):
+        tasks = list(WORDS) if row.task is None else [row.task]
+        mean = sum(share(answers[task, coef]) for task in tasks) / len(tasks)
+        first = sum(share(answers[task, 0.5]) for task in tasks) / len(tasks)
+        assert row.accuracy["value"] == pytest.approx(mean)
+        if coef == 0.5:
+            assert row.difference is None
+        else:
+            assert row.difference is not None
+            assert row.difference["value"] == pytest.approx(mean - first)
+            assert row.difference["low"] <= row.difference["value"] <= row.difference["high"]
+
+
+def test_a_merge_is_measured_instead_of_the_sum(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pets, signs = (TaskVector.load(folder / f"{task}.safetensors") for task in WORDS)
+    merged = tmp_path / "merged.safetensors"
+    (0.5 * pets - 0.25 * signs).save(merged)
+    asked = ["--merged", str(merged), "--scale", "0.5", "--metric", "addition", "--json", "-"]
+    assert main(["eval", *options(folder, *WORDS), *asked]) == 0
+    run = json.loads(capsys.readouterr().out)
+    for task in WORDS:
+        expected = right(folder, task, "test", (0.25, "pets"), (-0.125, "signs"))
+        assert run["metrics"]["addition"]["tasks"][task]["value"] == share(expected)
+        assert torch.equal(from_hex(run["outcomes"]["edited"][task], len(expected)), expected)
+    asked = ["--merged", str(merged), "--metric", "negation"]
+    assert main(["eval", *options(folder, *WORDS), *asked]) == 2
+    assert "--metric must hold addition with --merged, got negation" in capsys.readouterr().err
+
+
+def test_json_alone_is_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *options(folder), "--json", "-"]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert (run["schema"], run["vectors"], run["scaling_coef"]) == ("talos-eval", [], None)
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_answers_come_back_from_their_digits(count: int) -> None:
+    answers = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(from_hex(to_hex(answers), count), answers)
+    for wrong, message in (("zz", "hexadecimal digits"), ("00" * 9, f"must be {count} bits")):
+        with pytest.raises(TalosValueError, match=message):
+            from_hex(wrong, count)
+
+
+def run_of(answers: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
+    """A minimal file of `talos eval`, of a run without vectors."""
+    return {
+        "schema": "talos-eval",
+        "schema_version": 1,
+        "tasks": {t: {"examples": len(a), "fingerprint": t} for t, a in answers.items()},
+        "vectors": [],
+        "outcomes": {"pretrained": {task: to_hex(each) for task, each in answers.items()}},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (run_of({"b": torch.ones(3) > 0}), "RUN must be of the same tasks, got a in .*and b in"),
+        (
+            run_of({"a": torch.ones(3) > 0}, tasks={"a": {"examples": 3, "fingerprint": "x"}}),
+            "RUN must be of the same test examples, got others of a",
+        ),
+        (run_of({"a": torch.ones(3) > 0}, schema="x"), "must be the JSON of `talos eval --json`"),
+        (run_of({"a": torch.ones(3) > 0}, schema_version=9), "must have schema_version 1, got 9"),
+        (run_of({"a": torch.ones(3) > 0}, tasks=None), "got a damaged file"),
+        (run_of({"a": torch.ones(3) > 0}, vectors=[{}]), "evaluate them with --metric addition"),
+    ],
+)
+def test_files_that_cannot_be_compared_are_refused(
+    second: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, run in zip(paths, (run_of({"a": torch.ones(3) > 0}), second), strict=True):
+        path.write_text(json.dumps(run))
+    assert main(["compare", *map(str, paths)]) == 2
+    err = capsys.readouterr().err
+    with pytest.raises(TalosValueError, match=message):
+        raise TalosValueError(err)
+
+
+def test_the_methods_of_a_demo_have_estimates_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(synthetic()))
+    assert main(["compare", str(path)]) == 0
+    assert "without answers, so without differences" in capsys.readouterr().out
+    rows = compare(load_runs(path))
+    added = synthetic()["addition"]
+    assert [row.accuracy for row in rows[:2]] == [each["absolute"] for each in added.values()]
+    assert [row.normalised for row in rows[:2]] == [each["normalised"] for each in added.values()]
+    assert all(row.difference is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--metric", "fisher"], "--metric must be accuracy or addition"),
+        (["--metric", "addition"], "--vector must be given at least 2 times, got 1"),
+        (["--metric", "linearity", "--linearized"], "--linearized must be left out"),
+        (["--merged", "MERGED"], "--vector must be given for each merged task with --merged"),
+        (["--json", "run.txt"], "--json must end in .json"),
+        (["--points", "1"], "--points must be an integer of at least 2"),
+    ],
+)
+def test_metrics_that_do_not_fit_are_refused(
+    asked: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = str(folder / "signs.safetensors")
+    asked = [merged if word == "MERGED" else word for word in asked]
+    assert main(["eval", *options(folder, "pets"), *asked]) == 2
+    assert message in capsys.readouterr().err
