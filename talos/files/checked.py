@@ -16,7 +16,7 @@ from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files.atomic import atomic_write
-from talos.files.reader import opened, parse_json
+from talos.files.reader import opened, parse_json, read_tensor
 
 __all__ = [
     "VERSION",
@@ -152,7 +152,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
             raise TalosValueError(f"{path}: digests must name every tensor; fetch it again")
         tensors = {}
         for name, wanted in about["digests"].items():
-            tensors[name] = file.get_tensor(name)
+            tensors[name] = read_tensor(file, name)
             if digest(tensors[name]) != wanted:
                 raise TalosValueError(
                     f"{path}: {name}: the checksum of its data does not fit, the file is damaged; "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files.reader import Header, explained, open_file, parse_json
+from talos.files.reader import Header, explained, open_file, parse_json, read_tensor
 
 __all__ = ["Checkpoint"]
 
@@ -135,8 +135,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         path = self._homes[name]
         with explained(path):
-            tensor: Tensor = self._opened[path][0].get_tensor(name)
-        return tensor
+            return read_tensor(self._opened[path][0], name)
+
+    def first_row(self, name: str) -> Tensor:
+        """Return the first slice of a tensor along its first dimension; no more is read."""
+        path = self._homes[name]
+        with explained(path), torch.device("cpu"):
+            row: Tensor = self._opened[path][0].get_slice(name)[:1]
+        return row
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor of this name; nothing is read."""

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from talos.errors import TalosOSError, TalosValueError
 
-__all__ = ["Header", "explained", "open_file", "opened", "parse_json"]
+__all__ = ["Header", "explained", "open_file", "opened", "parse_json", "read_tensor"]
 
 # Parsing JSON takes at most this many bytes per bracket or comma. With the limit below, no header
 # makes the reader need much more memory than the file's size.
@@ -85,6 +87,13 @@ def explained(path: Path) -> Iterator[None]:
             f"path must be a readable file, got {path} ({error.strerror or error}); "
             "check its name and permissions"
         ) from error
+
+
+def read_tensor(file: Any, name: str) -> Tensor:
+    """Return a tensor of an opened file, on the CPU whatever the default device is."""
+    with torch.device("cpu"):
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _explanation(path: Path, error: SafetensorError) -> str:

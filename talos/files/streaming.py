@@ -84,8 +84,9 @@ def write_changed(
         The weights of the folder that were left out.
 
     Raises:
-        TalosValueError: `out` lies in the base, holds other files, or a link leads out of the base.
-        TalosOSError: `out` exists and `overwrite` is False, or cannot be written.
+        TalosValueError: `out` lies in the base, or a link leads out of the base.
+        TalosOSError: `out` exists and `overwrite` is False, holds other files, or cannot be
+            written.
     """
     copied, left_out = _other_files(base) if base.path.is_dir() else ([], [])
     _check_out(base, Path(os.path.realpath(out)), copied, overwrite=overwrite)

@@ -121,12 +121,12 @@ def export_adapter(
         model: that was trained, for the places of queries and values; it stays as it is.
         folder: to make, with `adapter_config.json` and `adapter_model.safetensors`.
         base_model: name or path of the base, for PEFT's `base_model_name_or_path`.
-        overwrite: replace a folder that is there, with all that it holds.
+        overwrite: replace an adapter that is there.
 
     Raises:
         TalosValueError: the vector is no product with A0: of another method or seed, trimmed, or
             rounded to 16 bits; or a weight is one that PEFT does not name (`in_proj_weight`).
-        TalosOSError: the folder is there, or cannot be written.
+        TalosOSError: the folder is there or holds other files, or cannot be written.
 
     Example:
         >>> import tempfile

@@ -40,14 +40,20 @@ def write_adapter(
         folder: to make.
         tensors: by the names of the base and the adapter's part: `h.0.q.lora_A.weight`.
         config: of the adapter, without what all have.
-        overwrite: replace a folder that is there, with all that it holds.
+        overwrite: replace an adapter that is there.
 
     Raises:
-        TalosOSError: the folder is there, or cannot be written.
+        TalosOSError: the folder is there or holds other files, or cannot be written.
     """
     if not overwrite and os.path.lexists(folder):
         raise TalosOSError(
             f"folder must not exist, got {folder}; pass overwrite=True to replace it"
+        )
+    others = {each.name for each in Path(folder).glob("*")} - {CONFIG, WEIGHTS, "README.md"}
+    if others:
+        raise TalosOSError(
+            f"folder must hold nothing but an adapter, got {sorted(others)[0]} in {folder}; remove "
+            "it, or choose another folder"
         )
     every = {"inference_mode": True, "task_type": None, "modules_to_save": None, **config}
 
@@ -57,7 +63,7 @@ def write_adapter(
         )
         (new / CONFIG).write_text(json.dumps(every, indent=2, sort_keys=True) + "\n")
 
-    atomic_folder(folder, write)
+    atomic_folder(folder, write, overwrite=overwrite)
 
 
 def export_sparse(

@@ -18,7 +18,7 @@ from talos.masks import Mask
 from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import joined, slices_of
-from talos.tensors import check_separate, moved_buffers, place, trim_heap
+from talos.tensors import check_separate, moved_buffers, place, trim_heap, true_places
 from talos_kernels import TensorIndex
 
 __all__ = ["Difference", "Entries", "Weights", "difference"]
@@ -101,7 +101,8 @@ def _selected(
         if strict and (count := _count_outside(old, new, index)):
             outside[own] = count
         if index is not None and index.nnz:
-            values[slices[masked[own]]] = _change(old, new, index)
+            places = None if index.encoding == "full" else index.positions_int64()
+            values[slices[masked[own]]] = _change(_at(old, places), _at(new, places))
             bases[masked[own]] = fingerprint(old)
         del old, new  # before the next pair is read
     if outside:
@@ -113,21 +114,24 @@ def _selected(
     return Difference(mask, values, bases)
 
 
-def _changed(pairs: "_Pairs", before: Mapping[str, Tensor]) -> Difference:
+def _changed(pairs: "_Pairs", weights: Mapping[str, Tensor]) -> Difference:
     """Return the difference at the entries whose bits differ."""
     indices: dict[str, TensorIndex] = {}
     bases: dict[str, str] = {}
     collected = _Collected()
     inexact = 0
-    for name, old, new in pairs.read(before):
-        indices[name] = TensorIndex.encode(_bits(old, new) != _bits(new, old))
+    for name, old, new in pairs.read(weights):
+        changed = (_bits(old, new) != _bits(new, old)).reshape(-1)
+        indices[name] = TensorIndex.encode(changed)
         if indices[name].nnz:
-            values = _change(old, new, indices[name])
-            inexact += _count_inexact(old, new, indices[name], values)
+            places = true_places(changed)
+            before, after = _at(old, places), _at(new, places)
+            values = _change(before, after)
+            inexact += _count_inexact(before, after, values)
             collected.add(values)
             bases[name] = fingerprint(old)
         del old, new  # before the next pair is read
-    shapes = {name: tuple(tensor.shape) for name, tensor in before.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     return Difference(Mask(shapes, indices), joined(collected.blocks()), bases, inexact=inexact)
 
 
@@ -375,28 +379,26 @@ def _bits(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous().view(_INTEGERS[dtype.itemsize])
 
 
-def _change(before: Tensor, after: Tensor, index: TensorIndex) -> Tensor:
-    """Return after - before at an index: float32; float64 is rounded after the subtraction."""
-    wide = _wide(before, after)
-    old, new = (_at(each, index).to(wide) for each in (before, after))
-    return (new - old).float()
-
-
-def _count_inexact(before: Tensor, after: Tensor, index: TensorIndex, values: Tensor) -> int:
-    """Count the entries at which base + value, as `add_delta_` adds, has not the tuned bits."""
-    old, new = _at(before, index), _at(after, index)
-    wide = _wide(old, old)
-    restored = (old.to(wide) + values.to(wide)).to(old.dtype)
-    return int((_bits(restored, new) != _bits(new, restored)).count_nonzero())
-
-
-def _at(tensor: Tensor, index: TensorIndex) -> Tensor:
-    """Return the entries of a tensor at an index: flat, on the CPU."""
+def _at(tensor: Tensor, places: Tensor | None) -> Tensor:
+    """Return the entries of a tensor at flat positions, flat and on the CPU; None: all."""
     flat = tensor.detach().cpu().reshape(-1)
-    if index.encoding == "full":
+    if places is None:
         return flat
     bits = flat.view(_INTEGERS[flat.element_size()])  # torch gathers floats of eight bits only so
-    return bits[index.positions_int64()].view(flat.dtype)
+    return bits[places].view(flat.dtype)
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """Return after - before: float32; float64 is rounded after the subtraction."""
+    wide = _wide(before, after)
+    return (after.to(wide) - before.to(wide)).float()
+
+
+def _count_inexact(before: Tensor, after: Tensor, values: Tensor) -> int:
+    """Count the entries at which base + value, as `add_delta_` adds, has not the tuned bits."""
+    wide = _wide(before, before)
+    restored = (before.to(wide) + values.to(wide)).to(before.dtype)
+    return int((_bits(restored, after) != _bits(after, restored)).count_nonzero())
 
 
 def _wide(before: Tensor, after: Tensor) -> torch.dtype:

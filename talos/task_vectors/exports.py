@@ -3,8 +3,9 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 
+import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
@@ -121,15 +122,25 @@ def _copies(base: Checkpoint, edited: Sequence[str], covered: Set[str]) -> dict[
     A vector names a tied weight once, but some checkpoints hold it twice. transformers does not tie
     two tensors that differ.
     """
+    beginnings: dict[Hashable, str] = {}
+    for own in edited:
+        if len(base.shapes[own]) > 1:  # biases and norms are often equal
+            beginnings.setdefault(_beginning(base, own), own)
+    kinds = {(base.shapes[own], base.dtypes[own]) for own in edited}
     found = {}
     for name, shape in base.shapes.items():
-        if name in covered or len(shape) < 2:  # biases and norms are often equal
+        if name in covered or len(shape) < 2 or (shape, base.dtypes[name]) not in kinds:
             continue
-        for own in edited:
-            alike = base.shapes[own] == shape and base.dtypes[own] == base.dtypes[name]
-            if alike and equal_bits(base[own], base[name]) and base[name].any():
-                found[name] = own
+        source = beginnings.get(_beginning(base, name))
+        if source is not None and equal_bits(base[source], base[name]) and base[name].any():
+            found[name] = source
     return found
+
+
+def _beginning(base: Checkpoint, name: str) -> Hashable:
+    """Return what two copies of one tensor have in common, without reading all of it."""
+    row = base.first_row(name).reshape(-1).view(torch.uint8)
+    return base.shapes[name], base.dtypes[name], row.numpy().tobytes()
 
 
 def _refuse_lacking(lacking: list[str], base: Checkpoint) -> None:

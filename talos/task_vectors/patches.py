@@ -67,7 +67,7 @@ class Patch:
 
     Raises:
         TalosTypeError: positions are no integers.
-        TalosValueError: the names, lengths or devices differ; positions are unsorted or out of
+        TalosValueError: the names or lengths differ; positions are unsorted or out of
             range; a value is NaN or infinite.
 
     Example:
@@ -172,9 +172,10 @@ class Patch:
                     f"which is {vector.mask.shapes[name]} in the vector"
                 )
             if name in vector.fingerprints and not force:
-                bases = base_fingerprints({name: before})
                 if isinstance(ours, Checkpoint):
                     bases = {name: base_of(before, vector.fingerprints[name])}
+                else:
+                    bases = base_fingerprints({name: before})
                 check_base(bases, vector.fingerprints, "base")
             where = index.positions_int64().to(before.device)
             old = before.detach().reshape(-1)[where]

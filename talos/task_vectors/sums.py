@@ -98,12 +98,18 @@ class Overlay:
             self.index = first.index if filled or not first.index.nnz else _none(first.index.numel)
             self._places = [slice(None) if len(p.values) else slice(0) for p in parts]
             return
-        positions = [part.positions() for part in parts]
         dense = torch.zeros(first.index.numel, dtype=torch.bool, device="cpu")
-        for each in positions:
-            dense[each] = True
+        for part in parts:
+            if part.kept is None:
+                dense |= part.index.decode()
+            else:
+                dense[part.positions()] = True
         self.index = TensorIndex.encode(dense)
-        self._places = _ranks(dense, self.index, positions)
+        ranks = _ranks(dense, self.index)
+        self._places = [
+            slice(None) if len(part.values) == self.index.nnz else ranks(part.positions())
+            for part in parts
+        ]
 
     def total(self) -> Tensor:
         """Return the sum: float32 `[union]`, added in the order of the parts."""
@@ -236,16 +242,16 @@ def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
     return gathered([union], ((name, each.index, each.rows()[1]) for name, each in laid))[1]
 
 
-def _ranks(dense: Tensor, union: TensorIndex, positions: Sequence[Tensor]) -> list[Tensor]:
-    """Return the ranks in a union, also given as `dense` bool, of positions in it: int64."""
+def _ranks(dense: Tensor, union: TensorIndex) -> Callable[[Tensor], Tensor]:
+    """Return what maps positions in a union, given as `dense` bool too, to their ranks: int64."""
     if union.encoding == "full":
-        return list(positions)
+        return lambda positions: positions
     own = true_places(dense)
     if union.encoding == "u16":  # few entries: a search is cheaper than a table
-        return [torch.searchsorted(own, each) for each in positions]
+        return lambda positions: torch.searchsorted(own, positions)
     table = torch.empty(union.numel, dtype=torch.int64, device="cpu")
     table[own] = torch.arange(len(own), dtype=torch.int64, device="cpu")
-    return [table[each] for each in positions]
+    return lambda positions: table[positions]
 
 
 def _equal(index: TensorIndex, other: TensorIndex) -> bool:

@@ -508,12 +508,12 @@ class TaskVector:
             folder: to make, with `adapter_config.json` and `adapter_model.safetensors`.
             kind: `shira` (r (in + out) entries a weight) or `supertuning` (one share of each).
             base_model: name or path of the base, for PEFT's `base_model_name_or_path`.
-            overwrite: replace a folder that is there, with all that it holds.
+            overwrite: replace an adapter that is there.
 
         Raises:
             TalosValueError: `kind` is unknown; the vector changes more than weights of linear
                 layers; or, for `shira`, a small weight has fewer entries than r (in + out).
-            TalosOSError: the folder is there, or cannot be written.
+            TalosOSError: the folder is there or holds other files, or cannot be written.
 
         Example:
             >>> import tempfile

@@ -108,9 +108,9 @@ def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
     TaskVector.from_models(model, tuned, mask).save(tmp_path / "v.safetensors")
     run("export", tmp_path / "v.safetensors", "--base", base, "--out", tmp_path / "out")
     assert re.search(r"warning: names .* matched with '[\w.]+' left out", capsys.readouterr().err)
-    batch = model.encoder.tokenizer(["cat", "red dog"], return_tensors="pt", padding=True)
-    wanted = tuned(dict(batch))
-    assert_bit_equal(load_encoder(tmp_path / "out").classifier(texts)(dict(batch)), wanted)
+    loaded = load_encoder(tmp_path / "out")
+    for key, each in tuned.encoder.state_dict().items():
+        assert_bit_equal(loaded.state_dict()[key], each)
 
 
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benches import (
     bench_add_delta,
     bench_fisher_diag,
     bench_gather_grad,
+    bench_merging,
     bench_sddmm,
     bench_select_threshold,
     bench_sparse_adam,
@@ -19,10 +21,14 @@ from benches import (
 )
 from benches.shapes import ModelShape, TensorShape
 from benches.work import dense_step, masked_step, sector_share, sparse_step
+from talos.merging import METHODS
 from talos_kernels._ops import CUDA_BACKENDS
 
 TINY = ModelShape(
     "tiny", (TensorShape("a", (96, 32), 64), TensorShape("b", (7,))), layers=1, tokens=5
+)
+SMALL = ModelShape(
+    "small", (TensorShape("a", (96, 320), 64), TensorShape("b", (300, 300))), layers=1, tokens=5
 )
 CPU = torch.device("cpu")
 
@@ -50,6 +56,18 @@ def test_every_form_of_an_op_passes_its_check(op: str, name: str) -> None:
     made.check()
     made.step()
     assert made.about["bytes_moved"] > 0
+
+
+@pytest.mark.parametrize("layout", bench_merging.LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_merge_passes_its_check(layout: str, method: str) -> None:
+    made = bench_merging.make(SMALL, layout, method)
+    made.check()
+    assert made.about["state_bytes"] > 0
+
+
+def test_dense_checkpoints_are_loaded(tmp_path: Path) -> None:
+    bench_merging.make_loading(SMALL, tmp_path).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -269,3 +269,7 @@ def test_vectors_that_no_sparse_adapter_holds_are_refused(tmp_path: Path) -> Non
     with pytest.raises(TalosOSError, match="folder must not exist"):
         vector.export_adapter(out, "supertuning")
     vector.export_adapter(out, "supertuning", overwrite=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(TalosOSError, match=r"must hold nothing but an adapter, got notes\.txt"):
+        vector.export_adapter(out, "supertuning", overwrite=True)
+    assert (out / "notes.txt").exists()

@@ -324,6 +324,25 @@ def test_tensors_are_held_one_at_a_time(
         assert max(peaks) == 2
 
 
+def test_tensors_of_one_shape_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of an edited tensor is looked for in the first rows alone."""
+    tensors = {f"{i}.w": torch.randn(5, 4) for i in range(6)}
+    save_file(tensors, tmp_path / "base.safetensors")
+    mask = Mask.from_dense({f"{i}.w": torch.ones(5, 4) > 0 for i in range(3)})
+    read, names = Checkpoint.__getitem__, []
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "__getitem__", counted)
+    vector = TaskVector(mask, torch.ones(mask.nnz))
+    vector.export(tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+    assert sorted(names) == sorted(tensors)
+
+
 # Which base
 
 

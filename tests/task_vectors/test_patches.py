@@ -228,6 +228,10 @@ def test_bytes_of_eight_bits_and_integers_are_patched(tmp_path: Path) -> None:
     assert base["n"] == 5
 
 
+class Sharded(Tensor):
+    """Stands for a tensor that is no plain one, as DTensor."""
+
+
 def test_everything_is_refused_before_the_first_write() -> None:
     patch = Patch(
         {"a": (2,), "b": (3,)},
@@ -239,6 +243,7 @@ def test_everything_is_refused_before_the_first_write() -> None:
         ({"a": torch.zeros(2), "b": torch.zeros(4)}, TalosValueError, "model's shapes"),
         ({"a": torch.zeros(2), "b": torch.zeros(3).half()}, TalosTypeError, "patch's dtypes"),
         ({"a": torch.zeros(2), "b": torch.zeros(3, device="meta")}, TalosTypeError, "with values"),
+        ({"a": torch.zeros(2), "b": Sharded(torch.zeros(3))}, TalosTypeError, "got Sharded"),
     ):
         with pytest.raises(error, match=match):
             patch.apply_(other)
