@@ -284,16 +284,18 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, base: 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not out.exists()
     assert len(list(tmp_path.glob(".talos-*"))) == 1
-    other = tmp_path / ".talos-of-a-living-writer"
+    own = tmp_path / ".talos-notes"  # of a user
+    own.mkdir()
+    other = tmp_path / ".talos-of-a-living-writer.tmp"
     other.mkdir()
     descriptor = os.open(other, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     vector.export(base, out)
     assert_holds(out, added(tensors, vector))
-    assert list(tmp_path.glob(".talos-*")) == [other]
+    assert sorted(tmp_path.glob(".talos-*")) == [own, other]
     os.close(descriptor)
     vector.export(base, out, overwrite=True)
-    assert not list(tmp_path.glob(".talos-*"))
+    assert list(tmp_path.glob(".talos-*")) == [own]
 
 
 def test_tensors_are_held_one_at_a_time(
