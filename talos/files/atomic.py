@@ -18,7 +18,7 @@ if sys.platform != "win32":
 
 __all__ = ["atomic_folder", "atomic_write"]
 
-_PREFIX = ".talos-"
+_PREFIX, _SUFFIX = ".talos-", ".tmp"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
 _HERE = -100  # AT_FDCWD
 
@@ -127,12 +127,12 @@ def _workplace(parent: Path) -> Iterator[Path]:
 
     It is locked while its process lives. So the next writer knows those that a crash left behind.
     """
-    for abandoned in parent.glob(f"{_PREFIX}*"):
+    for abandoned in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
         with _locked(abandoned, wait=False) as locked:
             if locked:
                 shutil.rmtree(abandoned, ignore_errors=True)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, parent))
         with _locked(folder, wait=True):
             if not folder.exists():  # another writer took it for abandoned before it was locked
                 continue

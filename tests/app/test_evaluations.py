@@ -304,7 +304,9 @@ def test_the_methods_of_a_demo_have_estimates_only(
         (["--metric", "fisher"], "--metric must be accuracy or addition"),
         (["--metric", "addition"], "--vector must be given at least 2 times, got 1"),
         (["--metric", "linearity", "--linearized"], "--linearized must be left out"),
-        (["--merged", "MERGED"], "--vector must be given for each merged task with --merged"),
+        (["--vector", "PETS"], "--vector must be given once for each task, got two of pets"),
+        (["--vector", "SIGNS", "--vector", "SIGNS"], "--data must be given for each --vector"),
+        (["--merged", "SIGNS"], "--vector must be given for each merged task with --merged"),
         (["--json", "run.txt"], "--json must end in .json"),
         (["--points", "1"], "--points must be an integer of at least 2"),
     ],
@@ -312,7 +314,7 @@ def test_the_methods_of_a_demo_have_estimates_only(
 def test_metrics_that_do_not_fit_are_refused(
     asked: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merged = str(folder / "signs.safetensors")
-    asked = [merged if word == "MERGED" else word for word in asked]
+    files = {task.upper(): str(folder / f"{task}.safetensors") for task in WORDS}
+    asked = [files.get(word, word) for word in asked]
     assert main(["eval", *options(folder, "pets"), *asked]) == 2
     assert message in capsys.readouterr().err
