@@ -29,6 +29,7 @@ __all__ = [
     "is_merge",
     "is_sum",
     "joined",
+    "origins",
     "overlays",
     "shapes_of",
     "slices_of",
@@ -313,3 +314,19 @@ def is_merge(metadata: Mapping[str, Any]) -> bool:
     return isinstance(parts, list) and all(
         isinstance(part, dict) and set(part) == {"scale", "kept", "of"} for part in parts
     )
+
+
+def origins(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the metadata of the trained vectors behind a vector: through sums, merges and trims.
+
+    Example:
+        >>> merged = {"sources": [{"scale": 1.0, "kept": 2, "of": {"sum": []}}]}
+        >>> origins(merged), origins({"method": "talos"})
+        ([], [{'method': 'talos'}])
+    """
+    if is_sum(metadata) or is_merge(metadata):
+        parts = metadata["sum" if is_sum(metadata) else "sources"]
+        named = [part["of"] for part in parts if isinstance(part["of"], dict)]
+        return [origin for each in named for origin in origins(each)]
+    inner = metadata.get("of")
+    return origins(inner) if isinstance(inner, dict) else [metadata]
