@@ -223,7 +223,9 @@ def _model(
     if base is not None:
         path = folder / base
         return () if path.is_file() else ("--model", str(path) if path.is_dir() else base)
-    models = {each.metadata.get("model") for each in vectors}
+    from talos.task_vectors.sums import origins
+
+    models = {of.get("model") for each in vectors for of in origins(each.metadata)}
     model = models.pop() if len(models) == 1 else None
     known = isinstance(model, str) and (":" in model or "/" in model)
     return ("--model", str(model)) if known else ()
