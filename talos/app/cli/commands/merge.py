@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import (
+    Bars,
+    command,
+    expansion,
+    next_step,
+    on_interrupt,
+    print_line,
+    stdout,
+)
 from talos.app.cli.options import Overwrite, check_choice, check_input, check_output
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.errors import TalosValueError
@@ -160,7 +168,10 @@ def merge(
     next_step(
         console,
         command("inspect", written),
-        command("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
+        command(
+            *("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
+            *expansion(edit.metadata),
+        ),
     )
 
 
