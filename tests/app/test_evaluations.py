@@ -211,6 +211,10 @@ def test_one_vector_at_its_coefficient_is_compared(
             assert row.difference is not None
             assert row.difference["value"] == pytest.approx(mean - first)
             assert row.difference["low"] <= row.difference["value"] <= row.difference["high"]
+    accuracy = json.loads(paths[1].read_text())["metrics"]["accuracy"]["tasks"]
+    assert [accuracy[str(row.task)]["edited"] for row in rows[3::2]] == [
+        row.accuracy for row in rows[3::2]
+    ]
 
 
 def test_a_merge_is_measured_instead_of_the_sum(
