@@ -1,6 +1,7 @@
 """`talos export`: base and task vectors as a checkpoint, a dense delta or a patch."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -100,5 +101,17 @@ def export(
     size = megabytes(sum(path.stat().st_size for path in written))
     files = f"{len(written)} files, " if out.is_dir() else ""
     print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
-    if out.is_dir():
-        next_step(console, command("eval", "--model", out, "--data", "TASK"))
+    if (out / "config.json").is_file():
+        next_step(console, _next(out))
+
+
+def _next(folder: Path) -> str:
+    """Return what loads the checkpoint: `talos eval`, or transformers where that does not fit."""
+    from talos.app.models import can_load, class_name
+
+    if can_load(folder):
+        return command("eval", "--model", folder, "--data", "TASK")
+    code = (
+        f"import transformers; transformers.{class_name(folder)}.from_pretrained({str(folder)!r})"
+    )
+    return shlex.join(["python", "-c", code])
