@@ -170,7 +170,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 def true_places(dense: Tensor) -> Tensor:
     """Return where a flat bool tensor on the CPU is True: int64, ascending.
 
-    NumPy takes an eighth of the time of torch's `nonzero`.
+    NumPy is faster than torch's `nonzero` here.
 
     Example:
         >>> true_places(torch.tensor([False, True, True]))

@@ -2,7 +2,8 @@
 
 An estimate is a statistic of figures, with its 2.5 % and 97.5 % quantiles over resamples. In a
 resample every task's examples are drawn with replacement, the same draw for all models: so
-differences between models are paired.
+differences between models are paired. The draws of a task depend on the seed and its name alone, so
+other tasks do not change its interval.
 
 A model that answers all n examples of a task right (or wrong) gives the same figure in every
 resample. Its accuracy is then drawn as U^(1/n) (or 1 - U^(1/n)), with U uniform in (0, 1) and the
@@ -11,6 +12,7 @@ same for all models of the task. The quantiles of these draws are the limits of 
 example differ by 0, with an interval of no width.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
@@ -78,20 +80,7 @@ class Bootstrap:
         self._examples = {
             task: integer(f"examples of {task}", n, 1) for task, n in examples.items()
         }
-        seed = integer("seed", seed, 0, "an integer from 0 to 2**64 - 1", most=2**64 - 1)
-        generator = torch.Generator().manual_seed(seed)
-        self._states: dict[str, Tensor] = {}  # of the generator, before a task's draws
-        for task in self._examples:
-            self._states[task] = generator.get_state()
-            for _ in self._draws(task, generator):
-                pass
-        ranks = {
-            task: torch.randperm(
-                self._resamples, generator=generator, dtype=torch.int64, device="cpu"
-            )
-            for task in self._examples
-        }
-        self._uniform = {task: (rank + 0.5) / self._resamples for task, rank in ranks.items()}
+        self._seed = integer("seed", seed, 0)
 
     def __call__(self, outcomes: Mapping[str, Sequence[Tensor]], statistic: Statistic) -> Estimate:
         """Estimate a statistic of figures.
@@ -201,6 +190,10 @@ class Bootstrap:
                         f"example, got {list(each.shape)}"
                     )
 
+    def _generator(self, task: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self._seed} {task}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
     def _draws(self, task: str, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield int64 [resamples, n] in parts: the places that the resamples draw."""
         count = self._examples[task]
@@ -224,14 +217,15 @@ class Bootstrap:
             rows: float64 [models, n].
             ends: for each model whether all its answers are right or wrong.
         """
-        generator = torch.Generator()
-        generator.set_state(self._states[task])
+        generator = self._generator(task)
         parts = [
             torch.stack([self.metric.figures(row[part]) for row in rows], dim=-1)
             for part in self._draws(task, generator)
         ]
         figures = torch.cat(parts)
-        right = self._uniform[task] ** (1 / self._examples[task])
+        count = self._resamples
+        ranks = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
+        right = ((ranks + 0.5) / count) ** (1 / self._examples[task])
         for place, end in enumerate(ends):
             if end is not None:
                 figures[:, place] = right if end else 1 - right

@@ -137,7 +137,7 @@ def _lowest_first(scores: Mapping[str, Tensor], first: Mapping[str, int], count:
     numbers = torch.cat([places[name] + first[name] for name in names])
     if values.dtype == torch.float64 or int(numbers[-1]) >= 2**31:
         return numbers[values.argsort(stable=True)]
-    # NumPy sorts integers in a tenth of the time. Bits of a float that is not negative are ordered.
+    # Integers are sorted faster. Bits of a float that is not negative have its order.
     keys = values.float().abs_().view(torch.int32).long() << 32 | numbers
     keys.numpy().sort()
     return keys & 0xFFFFFFFF

@@ -2,14 +2,16 @@
 
     values[rank(j)] = sum over terms of scale * values_term[rank_term(j)]     (float32)
 
-over the union of the masks. Nothing is made dense. Beside the vectors and the result, memory holds
-what concerns one tensor: the values of all vectors there, its selection with one byte an entry, and
-the ranks in the union.
+over the union of the masks. Beside the vectors and the result, memory holds what concerns one
+tensor: the values of all vectors there, and one dense tensor of its size, in which the entries of
+different masks meet. The ops that apply deltas walk the compressed selections.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
+from operator import or_
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.tensors import true_places
-from talos_kernels import TensorIndex
+from talos_kernels import Index, TensorIndex, add_delta_, gather_grad_, scatter_
 
 __all__ = [
     "Overlay",
@@ -27,6 +29,7 @@ __all__ = [
     "is_merge",
     "is_sum",
     "joined",
+    "origins",
     "overlays",
     "shapes_of",
     "slices_of",
@@ -71,6 +74,15 @@ class Part:
         kept = places if self.kept is None else self.kept[places]
         return Part(self.index, self.values[places], kept)
 
+    def spread(self, of: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor:
+        """Return a function of the values, 0 where an entry does not take part: float32 `[nnz]`."""
+        values = of(self.values).float()
+        if self.kept is None:
+            return values
+        spread = torch.zeros(self.index.nnz, dtype=torch.float32, device="cpu")
+        spread[self.kept] = values
+        return spread
+
     def positions(self) -> Tensor:
         """Return the flat positions of the entries: int64 `[kept]`, ascending."""
         bitmap = self.index.encoding == "bitmap"
@@ -93,36 +105,46 @@ class Overlay:
         self.parts = parts
         filled = [part for part in parts if len(part.values)]
         first = (filled or parts)[0]
-        self._places: Sequence[slice | Tensor]
-        if all(each.kept is None and _equal(each.index, first.index) for each in filled):
+        self._aligned = all(
+            part.kept is None and _equal(part.index, first.index) for part in filled
+        )
+        if self._aligned:
             self.index = first.index if filled or not first.index.nnz else _none(first.index.numel)
-            self._places = [slice(None) if len(p.values) else slice(0) for p in parts]
-            return
-        dense = torch.zeros(first.index.numel, dtype=torch.bool, device="cpu")
-        for part in parts:
-            if part.kept is None:
-                dense |= part.index.decode()
-            else:
-                dense[part.positions()] = True
-        self.index = TensorIndex.encode(dense)
-        ranks = _ranks(dense, self.index)
-        self._places = [
-            slice(None) if len(part.values) == self.index.nnz else ranks(part.positions())
-            for part in parts
-        ]
+        elif all(part.kept is None for part in filled):
+            self.index = reduce(or_, [part.index for part in filled])
+        else:
+            counts = torch.zeros(first.index.numel, dtype=torch.float32, device="cpu")
+            for part in filled:
+                add_delta_([counts], Index.pack([part.index]), part.spread(torch.ones_like))
+            self.index = TensorIndex.encode(counts > 0)
 
     def total(self) -> Tensor:
         """Return the sum: float32 `[union]`, added in the order of the parts."""
-        total = torch.zeros(self.index.nnz, dtype=torch.float32, device="cpu")
-        for part, places in zip(self.parts, self._places, strict=True):
-            total[places] += part.values
-        return total
+        size = self.index.nnz if self._aligned else self.index.numel
+        total = torch.zeros(size, dtype=torch.float32, device="cpu")
+        for part in self.parts:
+            if len(part.values) and self._aligned:
+                total += part.values
+            elif len(part.values):
+                add_delta_([total], Index.pack([part.index]), part.spread())
+        if self._aligned:
+            return total
+        values = torch.zeros(self.index.nnz, dtype=torch.float32, device="cpu")
+        gather_grad_(values, [total], Index.pack([self.index]))
+        return values
 
     def rows(self) -> Tensor:
         """Return the values, zero where a part has none: float32 `[parts, union]`."""
         rows = torch.zeros(len(self.parts), self.index.nnz, dtype=torch.float32, device="cpu")
-        for row, part, places in zip(rows, self.parts, self._places, strict=True):
-            row[places] = part.values.float()
+        size = 0 if self._aligned else self.index.numel
+        dense = torch.zeros(size, dtype=torch.float32, device="cpu")
+        union = Index.pack([self.index])
+        for row, part in zip(rows, self.parts, strict=True):
+            if len(part.values) and self._aligned:
+                row.copy_(part.values)
+            elif len(part.values):
+                scatter_([dense.zero_()], Index.pack([part.index]), part.spread())
+                gather_grad_(row, [dense], union)
         return rows
 
     def wanted(self, chosen: Tensor) -> TensorIndex:
@@ -242,18 +264,6 @@ def spread(mask: Mask, values: Tensor, union: Mask) -> Tensor:
     return gathered([union], ((name, each.index, each.rows()[1]) for name, each in laid))[1]
 
 
-def _ranks(dense: Tensor, union: TensorIndex) -> Callable[[Tensor], Tensor]:
-    """Return what maps positions in a union, given as `dense` bool too, to their ranks: int64."""
-    if union.encoding == "full":
-        return lambda positions: positions
-    own = true_places(dense)
-    if union.encoding == "u16":  # few entries: a search is cheaper than a table
-        return lambda positions: torch.searchsorted(own, positions)
-    table = torch.empty(union.numel, dtype=torch.int64, device="cpu")
-    table[own] = torch.arange(len(own), dtype=torch.int64, device="cpu")
-    return lambda positions: table[positions]
-
-
 def _equal(index: TensorIndex, other: TensorIndex) -> bool:
     return index is other or index == other
 
@@ -307,3 +317,19 @@ def is_merge(metadata: Mapping[str, Any]) -> bool:
         and isinstance(part["kept"], int)
         for part in parts
     )
+
+
+def origins(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the metadata of the trained vectors behind a vector: through sums, merges and trims.
+
+    Example:
+        >>> merged = {"sources": [{"scale": 1.0, "kept": 2, "of": {"sum": []}}]}
+        >>> origins(merged), origins({"method": "talos"})
+        ([], [{'method': 'talos'}])
+    """
+    if is_sum(metadata) or is_merge(metadata):
+        parts = metadata["sum" if is_sum(metadata) else "sources"]
+        named = [part["of"] for part in parts if isinstance(part["of"], dict)]
+        return [origin for each in named for origin in origins(each)]
+    inner = metadata.get("of")
+    return origins(inner) if isinstance(inner, dict) else [metadata]

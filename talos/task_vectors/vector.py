@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite, sqrt
 from numbers import Real
 from typing import Any, Self
@@ -250,6 +251,11 @@ class TaskVector:
         """Return the multiple by -1: a vector that makes a model forget."""
         return self.combine([(-1.0, self)])
 
+    @cached_property
+    def _values_fingerprint(self) -> str:
+        """The values' fingerprint; searches merge the same vectors again and again."""
+        return fingerprint(self.values)
+
     def origin(self) -> dict[str, Any]:
         """Return what names this vector in a sum: its metadata and its values' fingerprint.
 
@@ -263,7 +269,7 @@ class TaskVector:
         """
         if is_sum(self.metadata):
             return dict(self.metadata)
-        return {**self.metadata, "values": fingerprint(self.values)}
+        return {**self.metadata, "values": self._values_fingerprint}
 
     def trim(self, density: float) -> Self:
         """Keep the entries of largest magnitude, as TIES-merging does (arXiv 2306.01708).

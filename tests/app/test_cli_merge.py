@@ -1,5 +1,6 @@
 """`talos merge`: methods and their options, recipes, what `talos inspect` shows of the result."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,20 @@ def test_a_wrong_recipe_writes_nothing(
     assert old in RECIPE
     Path("recipe.toml").write_text(RECIPE.replace(old, new, 1))
     refused(["merge", "recipe.toml"], capsys, message, tmp_path)
+
+
+def test_merges_of_linearized_vectors_are_evaluated_as_such(
+    pair: list[TaskVector], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", "a.safetensors", "b.safetensors", "--out", "edit.safetensors", "--overwrite"]
+    for methods, wanted in ((("linearized", "talos"), False), (("linearized",) * 2, True)):
+        for vector, name, method in zip(pair, ("a", "b"), methods, strict=True):
+            replace(vector, metadata={"method": method}).save(f"{name}.safetensors")
+        for merge in ("task_arithmetic", "ties"):
+            assert main([*words, "--method", merge]) == 0
+            assert ("--linearized" in capsys.readouterr().out) == wanted
+            assert main(["inspect", "edit.safetensors"]) == 0
+            assert ("--linearized" in capsys.readouterr().out) == wanted
 
 
 def test_a_recipe_stands_alone(

@@ -212,6 +212,10 @@ def test_one_vector_at_its_coefficient_is_compared(
             assert row.difference is not None
             assert row.difference["value"] == pytest.approx(mean - first)
             assert row.difference["low"] <= row.difference["value"] <= row.difference["high"]
+    accuracy = json.loads(paths[1].read_text())["metrics"]["accuracy"]["tasks"]
+    assert [accuracy[str(row.task)]["edited"] for row in rows[3::2]] == [
+        row.accuracy for row in rows[3::2]
+    ]
 
 
 def test_a_merge_is_measured_instead_of_the_sum(
@@ -316,7 +320,9 @@ def test_the_methods_of_a_demo_have_estimates_only(
         (["--metric", "fisher"], "--metric must be accuracy or addition"),
         (["--metric", "addition"], "--vector must be given at least 2 times, got 1"),
         (["--metric", "linearity", "--linearized"], "--linearized must be left out"),
-        (["--merged", "MERGED"], "--vector must be given for each merged task with --merged"),
+        (["--vector", "PETS"], "--vector must be given once for each task, got two of pets"),
+        (["--vector", "SIGNS", "--vector", "SIGNS"], "--data must be given for each --vector"),
+        (["--merged", "SIGNS"], "--vector must be given for each merged task with --merged"),
         (["--json", "run.txt"], "--json must end in .json"),
         (["--points", "1"], "--points must be an integer of at least 2"),
     ],
@@ -324,7 +330,7 @@ def test_the_methods_of_a_demo_have_estimates_only(
 def test_metrics_that_do_not_fit_are_refused(
     asked: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merged = str(folder / "signs.safetensors")
-    asked = [merged if word == "MERGED" else word for word in asked]
+    files = {task.upper(): str(folder / f"{task}.safetensors") for task in WORDS}
+    asked = [files.get(word, word) for word in asked]
     assert main(["eval", *options(folder, "pets"), *asked]) == 2
     assert message in capsys.readouterr().err

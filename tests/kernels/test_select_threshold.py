@@ -414,3 +414,20 @@ def test_a_group_selects_what_one_process_does(ranks: int, tmp_path: Path) -> No
             f"k must be at most {total}, the number of entries that are not excluded, got 10000",
             "scores['w'] must be finite and not negative, got 1 entries that are not",
         ]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@largest_or_lowest
+def test_magnitudes_are_compared_without_a_copy_of_all(largest: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator).mul(8).round().to(dtype) for size in SIZES]
+    before = [each.clone() for each in values]
+    for k in (0, 1, 100, 1500, sum(each.numel() for each in values)):
+        threshold = select_threshold(values, k, largest, magnitudes=True)
+        chosen = [threshold.select(i, each.abs()) for i, each in enumerate(values)]
+        wanted = expected([each.abs() for each in values], k, largest)
+        assert all(map(torch.equal, chosen, wanted))
+    for each, old in zip(values, before, strict=True):
+        assert_bit_equal(each, old)
+    with pytest.raises(TalosValueError, match=r"scores\[1\] must be finite"):
+        select_threshold([values[0], torch.tensor([torch.nan])], 1, largest, magnitudes=True)

@@ -2,11 +2,11 @@
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +24,7 @@ __all__ = [
     "Bars",
     "Interrupted",
     "command",
+    "expansion",
     "merge_command",
     "next_step",
     "on_interrupt",
@@ -71,6 +72,14 @@ def merge_command(vector: Path, coefficient: float) -> str:
     """Return a command that merges a vector with another one, into a new file."""
     out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
     return command("merge", f"{vector}:{coefficient:g}", "SECOND.safetensors:0.5", "--out", out)
+
+
+def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    from talos.task_vectors.sums import origins
+
+    methods = {of.get("method") for of in origins(metadata)}
+    return ("--linearized",) if methods == {"linearized"} else ()
 
 
 def next_step(console: Console, *commands: str) -> None:

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from talos.app.cli.console import Bars
@@ -185,21 +184,11 @@ class Evaluation:
             "merged": None if merged is None else str(merged),
             "scaling_coef": subject.chosen,
             "outcomes": {
-                kind: {task: to_hex(self._in_order(task, each)) for task, each in own.items()}
+                kind: {task: to_hex(each) for task, each in own.items()}
                 for kind, own in answers.items()
             },
             "metrics": dict(found),
         }
-
-    def _in_order(self, name: str, answers: Tensor) -> Tensor:
-        """Return answers in the order of the task's examples: they are judged shortest first."""
-        task = next(task for task in self._tasks if task.name == name)
-        batches = task.batches(
-            "test", self._encoder.tokenizer, max_length=self._max_length
-        ).shortest_first()
-        ordered = torch.empty_like(answers)
-        ordered[torch.tensor(batches.order(), dtype=torch.int64, device="cpu")] = answers
-        return ordered
 
 
 def _fingerprint(task: Task | ImageTask) -> str:

@@ -53,10 +53,11 @@ class TaskModels:
         resamples: int = 2000,
         seed: int = 0,
     ) -> Outcomes:
-        """Return the outcomes of the classifiers, the shortest example first.
+        """Return the outcomes of the classifiers, in the order of the examples.
 
-        Texts are sorted by length, which needs little padding. The control of negation takes a part
-        of the validation examples, so that all control tasks together cost as much as the target.
+        Texts are judged the shortest first, which needs little padding. The control of negation
+        takes a part of the validation examples, so that all control tasks together cost as much as
+        the target.
 
         Args:
             max_length: tokens per text.
@@ -86,7 +87,7 @@ class TaskModels:
         stride: int = 1,
     ) -> dict[str, Judge]:
         return {
-            task: judge(_Moved(each.shortest_first(stride), self.device))
+            task: _in_order(judge, each.shortest_first(stride), self.device)
             for task, each in batches.items()
         }
 
@@ -112,6 +113,15 @@ class _Moved:
 
     def __iter__(self) -> Iterator[Batch]:
         return (_moved(batch, self.device) for batch in self.batches)
+
+
+def _in_order(
+    judge: Callable[[Iterable[Batch]], Judge], batches: Batches, device: torch.device
+) -> Judge:
+    """Return a judge of batches in any order, with outcomes in the order of the examples."""
+    ask = judge(_Moved(batches, device))
+    places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
+    return lambda module: ask(module)[places]
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:

@@ -251,10 +251,9 @@ def _parse_scale(scale: str | None, vectors: int) -> float | None:
 
 def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     """Warn if a vector's method, or one in its sum, does not fit --linearized."""
-    from talos.task_vectors.sums import sources
+    from talos.task_vectors.sums import origins
 
-    origins = [source["of"] for source in sources([(1.0, metadata)])]
-    methods = {str(of["method"]) for of in origins if isinstance(of, dict) and "method" in of}
+    methods = {str(of["method"]) for of in origins(metadata) if "method" in of}
     wrong = sorted(name for name in methods if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from talos.app.cli.console import command, next_step, print_line, stdout
+from talos.app.cli.console import command, expansion, next_step, print_line, stdout
 from talos.app.cli.options import check_input
 
 __all__ = ["EXAMPLES", "inspect"]
@@ -78,7 +78,7 @@ def inspect(
         console.print(table)
     if kind == "patch":
         return
-    where = ("--linearized",) if metadata.get("method") == "linearized" else ()
+    where = expansion(metadata)
     next_step(
         console,
         command("eval", "--data", "TASK", "--vector", file, "--scale", "grid", *where)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import (
+    Bars,
+    command,
+    expansion,
+    next_step,
+    on_interrupt,
+    print_line,
+    stdout,
+)
 from talos.app.cli.options import (
     Overwrite,
     as_options,
@@ -173,7 +181,10 @@ def merge(
     next_step(
         console,
         command("inspect", written),
-        command("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
+        command(
+            *("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
+            *expansion(edit.metadata),
+        ),
     )
 
 
@@ -225,7 +236,9 @@ def _model(
     if base is not None:
         path = folder / base
         return () if path.is_file() else ("--model", str(path) if path.is_dir() else base)
-    models = {each.metadata.get("model") for each in vectors}
+    from talos.task_vectors.sums import origins
+
+    models = {of.get("model") for each in vectors for of in origins(each.metadata)}
     model = models.pop() if len(models) == 1 else None
     known = isinstance(model, str) and (":" in model or "/" in model)
     return ("--model", str(model)) if known else ()
