@@ -26,7 +26,7 @@ from talos.masks.table import MaskTable, MaskTableRow
 from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import EDITABLE, check_base, check_scale
-from talos.task_vectors.exports import base_of, names_in
+from talos.task_vectors.exports import base_of, copies_in, names_in, warn_of_copies
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
@@ -146,7 +146,8 @@ class Patch:
 
         Returns:
             The bits that `vector.apply_(base, scale)` would write, where they differ, by the names
-            of the base.
+            of the base. Copies of tied weights in a checkpoint are changed, too, with a warning, as
+            by `TaskVector.export`.
 
         Raises:
             TalosValueError: the base lacks a tensor, has another shape or another fingerprint, or
@@ -160,8 +161,12 @@ class Patch:
         """
         scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
+        copies: dict[str, str] = {}
         if isinstance(ours, Checkpoint):
             known = names_in(ours, vector.mask)
+            edited = [known[name] for name in touched]
+            copies = copies_in(ours, edited, set(known.values()))
+            warn_of_copies(copies, stacklevel=3)
         else:
             known = resolve_names(touched, ours)
             _refuse_lacking("base", [name for name in touched if name not in known], ours)
@@ -183,7 +188,9 @@ class Patch:
             delta = vector.values[slices[name]].to(old.device)
             add_delta_([new], Index.pack([every], old.device), delta, scale=scale)
             changed = changed_bits(old, new)
-            parts.add(known[name], before, where[changed], new[changed])
+            same = [copy for copy, own in copies.items() if own == known[name]]
+            for own in (known[name], *same):
+                parts.add(own, before, where[changed], new[changed])
         return cls(*parts.dicts)
 
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:

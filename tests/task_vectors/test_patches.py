@@ -370,3 +370,18 @@ def test_a_base_that_cannot_be_edited_is_refused_as_apply_refuses_it() -> None:
     )
     with pytest.raises(TalosValueError, match="a tied parameter once, got a and b"):
         Patch.between({"a": shared, "b": shared}, twice)
+
+
+def test_a_patch_of_a_checkpoint_changes_the_copies_that_export_changes(tmp_path: Path) -> None:
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    weight = torch.randn(4, 4)
+    save_file({"embed": weight, "head": weight.clone(), "other": torch.randn(4, 4)}, base)
+    vector = TaskVector(Mask.from_dense({"embed": torch.eye(4) > 0}), torch.ones(4))
+    with pytest.warns(UserWarning, match="head of the base is a copy of embed"):
+        vector.export(base, out)
+    with pytest.warns(UserWarning, match="head of the base is a copy of embed"):
+        patch = Patch.between(base, vector)
+    tensors = dict(Checkpoint(base))
+    patch.apply_(tensors)
+    for name, each in Checkpoint(out).items():
+        assert_bit_equal(tensors[name], each)
