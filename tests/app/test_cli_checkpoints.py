@@ -154,6 +154,9 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["export", vector, *out, "--base", tuned], "base must be the base .*pass --force"),
         (["export", vector, "--out", f"{base}/a", "--base", base], "--out must lie outside of"),
         (["export", vector, *out, "--base", base, "--format", "zip"], "--format must be checkpo"),
-        (["export", vector, *out, "--base", base, "--scale", "nan"], "scale must be finite"),
+        (["export", vector, *out, "--base", base, "--scale", "nan"], "--scale must be finite"),
+        (["export", vector, *out, "--base", base, "--scale", "1e300"], "--scale must keep every"),
+        (["export", vector, *out, "--base", str(folder)], "--base must hold model.safetensors"),
+        (["export", vector, "--out", str(folder / "no/out"), "--base", base], "--out must be wri"),
     ):
         refused(words, capsys, message, folder)

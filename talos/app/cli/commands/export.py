@@ -80,16 +80,25 @@ def export(
     from talos.files import Checkpoint
     from talos.task_vectors import Patch, TaskVector
 
-    words = {"force=True": "--force", "overwrite=True": "--overwrite", "out must": "--out must"}
+    with as_options({"path must": "--base must"}):
+        source = None if base is None else Checkpoint(base)
+    words = {
+        "force=True": "--force",
+        "overwrite=True": "--overwrite",
+        "out must": "--out must",
+        "scale must": "--scale must",
+        "path must be a readable": "--base must be a readable",
+        "path must": "--out must",
+    }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
-        if base is None:
+        if source is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
-            Patch.between(Checkpoint(base), edit, scale, force).save(out)
+            Patch.between(source, edit, scale, force).save(out)
         else:
             edit.export(
-                base,
+                source,
                 out,
                 scale,
                 force,
