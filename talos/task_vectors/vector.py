@@ -24,7 +24,7 @@ from talos.files import Checkpoint, OnTensor, stream_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
 from talos.names import renamed
-from talos.options import as_real
+from talos.options import as_real, fraction
 from talos.task_vectors.adapter_export import export_sparse
 from talos.task_vectors.adapters import read_adapter
 from talos.task_vectors.choosing import Choice, chosen, largest, selected
@@ -292,6 +292,7 @@ class TaskVector:
             >>> vector.trim(0.5).values
             tensor([-3.,  2.])
         """
+        density = fraction("density", density)
         ranges = slices_of(self.mask)
         values = {name: self.values[part] for name, part in ranges.items()}
         choice = largest(self.mask.numel, density, values)

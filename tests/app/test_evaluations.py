@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -273,6 +274,17 @@ def run_of(answers: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
         (run_of({"a": torch.ones(3) > 0}, schema="x"), "must be the JSON of `talos eval --json`"),
         (run_of({"a": torch.ones(3) > 0}, schema_version=9), "must have schema_version 1, got 9"),
         (run_of({"a": torch.ones(3) > 0}, tasks=None), "got a damaged file"),
+        (
+            run_of({"a": torch.ones(3) > 0}, tasks={"a": {"examples": math.inf}}),
+            "got a damaged file",
+        ),
+        (synthetic() | {"methods": 3}, "the accuracies of each method, got a damaged file"),
+        (synthetic() | {"addition": {}}, "the accuracies of each method, got a damaged file"),
+        (
+            synthetic()
+            | {"addition": {key: {"tasks": {"a": 3}} for key in synthetic()["addition"]}},
+            "the accuracies of each method, got a damaged file",
+        ),
         (run_of({"a": torch.ones(3) > 0}, vectors=[{}]), "evaluate them with --metric addition"),
     ],
 )

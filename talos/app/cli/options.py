@@ -51,6 +51,7 @@ Seed = Annotated[
     typer.Option(
         "--seed",
         min=0,
+        max=2**64 - 1,
         help="Seed of all random draws; the splits of the data are fixed.",
     ),
 ]

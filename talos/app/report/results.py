@@ -103,7 +103,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise TalosOSError(f"{path} must be readable, got {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise TalosValueError(f"{path} must be {what}, got binary data") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TalosValueError(f"{path} must be {what}, got no JSON ({error})") from error
 
 

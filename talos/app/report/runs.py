@@ -13,6 +13,7 @@ metrics    metric -> what it found
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def load_runs(path: Path) -> list[Run]:
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema == SCHEMA:
         check_results(results, str(path))
-        return list(_methods(results, path))
+        with _undamaged(path, "the accuracies of each method", "talos demo"):
+            return list(_methods(results, path))
     if schema != EVAL_SCHEMA:
         raise TalosValueError(f"{path} must be {_WHAT}, got another file")
     if results.get("schema_version") != EVAL_SCHEMA_VERSION:
@@ -149,13 +151,8 @@ def load_runs(path: Path) -> list[Run]:
             f"{path} must have schema_version {EVAL_SCHEMA_VERSION}, got "
             f"{results.get('schema_version')!r}; make it again with this version's `talos eval`"
         )
-    try:
+    with _undamaged(path, "the right answers of each task", "talos eval --json"):
         run = _read_run(results, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TalosValueError(
-            f"{path} must hold the right answers of each task, got a damaged file ({error}); make "
-            "it again with `talos eval --json`"
-        ) from error
     if run.outcomes is None:
         raise TalosValueError(
             f"{path} must hold one edit of all tasks, got several vectors without their sum; "
@@ -239,6 +236,17 @@ def _check_alike(runs: Sequence[Run]) -> None:
                 )
 
 
+@contextmanager
+def _undamaged(path: Path, what: str, command: str) -> Iterator[None]:
+    """Explain what reading a file of another structure raises."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TalosValueError(
+            f"{path} must hold {what}, got a damaged file ({error}); make it again with `{command}`"
+        ) from error
+
+
 def _read_run(results: Mapping[str, Any], path: Path) -> Run:
     tasks: dict[str, Any] = results["tasks"]
     answers = {
@@ -262,7 +270,15 @@ def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
         yield Run(
             path,
             list(added["tasks"]),
-            estimates={**added["tasks"], None: added["absolute"]},
-            normalised=added["normalised"],
-            method=method["name"],
+            estimates={
+                **{task: _read_estimate(each) for task, each in added["tasks"].items()},
+                None: _read_estimate(added["absolute"]),
+            },
+            normalised=_read_estimate(added["normalised"]),
+            method=str(method["name"]),
         )
+
+
+def _read_estimate(entry: Mapping[str, Any]) -> Estimate:
+    value, low, high = (float(entry[key]) for key in ("value", "low", "high"))
+    return {"value": value, "low": low, "high": high, "n": int(entry["n"])}

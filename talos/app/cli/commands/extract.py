@@ -80,7 +80,11 @@ def extract(
     from talos.task_vectors import TaskVector
 
     made = {"base": base.resolve().name, "tuned": tuned.resolve().name}
-    words = {"strict=False": "--drop", "path must": "BASE and TUNED must"}
+    words = {
+        "strict=False": "--drop",
+        "path must be writable": "--out must be writable",
+        "path must": "BASE and TUNED must",
+    }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         vector = TaskVector.from_models(
             base,

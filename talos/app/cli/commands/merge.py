@@ -18,7 +18,13 @@ from talos.app.cli.console import (
     print_line,
     stdout,
 )
-from talos.app.cli.options import Overwrite, check_choice, check_input, check_output
+from talos.app.cli.options import (
+    Overwrite,
+    as_options,
+    check_choice,
+    check_input,
+    check_output,
+)
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.errors import TalosValueError
 from talos.merging import METHODS, merge_of
@@ -34,6 +40,11 @@ EXAMPLES = (
     "talos merge a.safetensors b.safetensors --method ties --density 0.2 --out both.safetensors",
     "talos merge recipe.toml",
 )
+# A recipe's base may be of another kind than the library's arguments, and nothing is edited.
+_BASE_WORDS = {
+    **dict.fromkeys(("--model must", "model must", "path must"), "base must"),
+    ", or pass force=True to edit this one": "",
+}
 
 
 def parse_term(text: str) -> tuple[Path, float]:
@@ -147,11 +158,13 @@ def merge(
             vectors.append(TaskVector.load(path))
         bases = one_base(each.fingerprints for each in vectors)
         if recipe.base is not None:
-            check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
+            with as_options(_BASE_WORDS):
+                check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
         bars.show("load", len(recipe.files), len(recipe.files))
-        edit = recipe.merge.merge(
-            vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
-        )
+        with as_options({} if out is None else {"density must": "--density must"}):
+            edit = recipe.merge.merge(
+                vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
+            )
         for each in recipe.outputs:
             dtype = None if each.dtype is None else getattr(torch, each.dtype)
             edit.save(each.file, dtype, overwrite=overwrite)
