@@ -163,7 +163,8 @@ def named_tensors(
 
     Args:
         what: the model's name, for the message.
-        model: a module, its state dict, or a checkpoint, whose tensors are not read yet.
+        model: a module, its state dict, of which other entries than tensors are left out, or a
+            checkpoint, whose tensors are not read yet.
 
     Raises:
         TalosTypeError: it is something else.
@@ -176,7 +177,9 @@ def named_tensors(
         raise TalosTypeError(
             f"{what} must be a module, a state dict or a checkpoint, got {type(model).__name__}"
         )
-    return model
+    if isinstance(model, Checkpoint):
+        return model
+    return {name: each for name, each in model.items() if isinstance(each, Tensor)}
 
 
 def resolve_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

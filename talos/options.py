@@ -16,6 +16,8 @@ __all__ = ["as_real", "finite", "fraction", "integer", "positive", "read_seed"]
 def as_real(value: Any) -> float | None:
     """Return a real number as a float; None for a bool, a text, several or complex elements.
 
+    An integer that no float holds becomes infinite.
+
     Example:
         >>> import torch
         >>> as_real(torch.tensor([0.5])), as_real(2), as_real("2"), as_real(True)
@@ -27,7 +29,10 @@ def as_real(value: Any) -> float | None:
         value = value.item() if value.ndim == 0 else None
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return -inf if value < 0 else inf
 
 
 def integer(

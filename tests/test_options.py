@@ -106,3 +106,15 @@ def test_an_integer_of_any_kind_is_that_integer(kind: Any) -> None:
     assert torch.equal(*results)
     with pytest.raises(TalosValueError, match="steps must be an integer of at least 1"):
         talos.fine_tune(model(), batches, steps=kind(0))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), Fraction(10**400)], ids=["+", "-", "/"])
+def test_a_number_that_no_float_holds_is_refused_as_infinity_is(number: Any) -> None:
+    mask = talos.Mask.from_dense({"w": torch.ones(2) > 0})
+    vector = talos.TaskVector(mask, torch.ones(2))
+    with pytest.raises(TalosValueError, match="scale must be finite"):
+        _ = vector * number
+    with pytest.raises(TalosValueError, match="scaling_coef must be a finite number"):
+        talos.merge([vector], scaling_coef=number)
+    with pytest.raises(TalosValueError, match=r"density must lie in \(0, 1\]"):
+        vector.trim(number)

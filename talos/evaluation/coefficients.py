@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
-from talos.errors import TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.options import as_real, integer
 
 __all__ = ["best_place", "checked_coefs", "scaling_coefs"]
@@ -36,8 +36,11 @@ def checked_coefs(coefs: Iterable[object]) -> list[float]:
     """Return the coefficients of a search as floats.
 
     Raises:
+        TalosTypeError: they cannot be listed.
         TalosValueError: there is none, or one is no finite real number.
     """
+    if not isinstance(coefs, Iterable):
+        raise TalosTypeError(f"coefs must be a list of numbers, got {coefs!r}")
     numbers = []
     for coef in coefs:
         number = as_real(coef)
@@ -53,7 +56,7 @@ def best_place(coefs: Sequence[float], figures: Sequence[float], *, highest: boo
     """Return the place of the best figure; of several equal ones that of the smallest coefficient.
 
     The smallest coefficient moves the weights least. Figures are equal if they differ by 1e-9 of
-    the best one, which is rounding.
+    the best one, which is rounding. An infinite figure, of a model that overflows, is never best.
 
     Args:
         coefs: the coefficients.
@@ -63,16 +66,19 @@ def best_place(coefs: Sequence[float], figures: Sequence[float], *, highest: boo
     Returns:
         An index into both.
 
+    Raises:
+        TalosValueError: no figure is finite.
+
     Example:
         >>> best_place([0.0, 0.5, 1.0], [0.7, 0.8, 0.8], highest=True)
         1
     """
-    signed = [figure if highest else -figure for figure in figures]
-    top = max(signed)
-    if not isfinite(top):
+    signed = {i: each if highest else -each for i, each in enumerate(figures) if isfinite(each)}
+    if not signed:
         raise TalosValueError(
-            f"figures must be finite at one coefficient at least, got {abs(top)} at all; take "
+            f"figures must be finite at one coefficient at least, got {figures[0]} at all; take "
             "smaller coefs"
         )
-    equal = [i for i, each in enumerate(signed) if each >= top - _EQUAL * abs(top)]
+    top = max(signed.values())
+    equal = [i for i, each in signed.items() if each >= top - _EQUAL * abs(top)]
     return min(equal, key=lambda i: abs(coefs[i]))

@@ -94,14 +94,15 @@ class Bootstrap:
             The estimate; `n` is the number of examples of all tasks.
 
         Raises:
-            TalosValueError: a task is unknown, or has another number of outcomes.
+            TalosValueError: there is no task, a task is unknown or has another number of outcomes,
+                or the metric is not defined for a resample.
         """
         self._check(outcomes)
         rows = {
             task: torch.stack([each.double() for each in models])
             for task, models in outcomes.items()
         }
-        value = float(statistic({task: self.metric.reduce(each) for task, each in rows.items()}))
+        value = float(statistic({task: self.metric.figures(each) for task, each in rows.items()}))
         ends = {task: [self._end(each) for each in models] for task, models in outcomes.items()}
         resampled = statistic(
             {task: self._resampled(task, rows[task], ends[task]) for task in rows}
@@ -175,6 +176,8 @@ class Bootstrap:
         )
 
     def _check(self, outcomes: Mapping[str, Sequence[Tensor]]) -> None:
+        if not outcomes:
+            raise TalosValueError("outcomes must be of at least one task, got none")
         for task, models in outcomes.items():
             if task not in self._examples:
                 raise TalosValueError(
@@ -216,7 +219,7 @@ class Bootstrap:
         """
         generator = self._generator(task)
         parts = [
-            torch.stack([self.metric.reduce(row[part]) for row in rows], dim=-1)
+            torch.stack([self.metric.figures(row[part]) for row in rows], dim=-1)
             for part in self._draws(task, generator)
         ]
         figures = torch.cat(parts)

@@ -51,7 +51,8 @@ class Metric:
     """How the outcomes of examples become one figure, and whether a higher figure is better.
 
     Attributes:
-        reduce: maps outcomes, float64 `[..., n]`, to figures `[...]`; default: the mean.
+        reduce: maps outcomes, float64 `[..., n]`, to figures `[...]`, none of them NaN; default:
+            the mean. The bootstrap reduces many resamples at once.
         better: "higher" or "lower".
         floor: a figure below it counts as this much where it divides another one.
 
@@ -82,14 +83,28 @@ class Metric:
         Raises:
             TalosValueError: `reduce` returns several numbers or NaN.
         """
-        figure = self.reduce(outcomes.double())
-        if figure.numel() != 1 or bool(figure.isnan()):
+        return float(self.figures(outcomes))
+
+    def figures(self, outcomes: Tensor) -> Tensor:
+        """Return the figures `[...]` of outcomes `[..., n]`, float64.
+
+        Raises:
+            TalosValueError: `reduce` returns another shape or NaN.
+        """
+        figures = self.reduce(outcomes.double())
+        if not isinstance(figures, Tensor) or figures.shape != outcomes.shape[:-1]:
+            got = list(figures.shape) if isinstance(figures, Tensor) else type(figures).__name__
             raise TalosValueError(
-                f"reduce must return one number of {len(outcomes)} outcomes, got "
-                f"{figure.item() if figure.numel() == 1 else list(figure.shape)}; reduce the last "
-                "dimension, as outcomes.mean(-1) does"
+                f"reduce must return {list(outcomes.shape[:-1])}, one number of "
+                f"{outcomes.shape[-1]} outcomes, got {got}; reduce the last dimension, as "
+                "outcomes.mean(-1) does"
             )
-        return float(figure)
+        if bool(figures.isnan().any()):
+            raise TalosValueError(
+                f"reduce must return one number of {outcomes.shape[-1]} outcomes, got NaN; return "
+                "another number where some of the examples are not enough"
+            )
+        return figures.double()
 
     def ratio(self, above: Tensor, below: Tensor) -> Tensor:
         """Divide figures; a divisor below `floor` counts as `floor`.
@@ -256,17 +271,27 @@ def _judge(
         with evaluation_mode(model), torch.no_grad():
             for batch in batches:
                 logits = call(model, batch)
-                if logits.dim() != 2:
-                    raise TalosValueError(
-                        f"logits must be [B, C], got {list(logits.shape)}; pass logits_fn, for "
-                        "example talos.choice_logits, or a judge of your own"
-                    )
+                _check_logits(logits)
                 found.append(outcomes(logits, batch))
-        if not found:
-            raise TalosValueError("batches must yield at least one batch, got none")
+        if not any(len(each) for each in found):
+            raise TalosValueError("batches must yield at least one example, got none")
         return torch.cat(found).cpu()
 
     return judge
+
+
+def _check_logits(logits: object) -> None:
+    """Refuse what is no logits [B, C], and NaN, which counts as the highest of all."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.shape[1]:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TalosValueError(
+            f"logits must be [B, C], got {got}; pass logits_fn, for example talos.choice_logits, "
+            "or a judge of your own"
+        )
+    if bool(logits.isnan().any()):
+        raise TalosValueError(
+            "logits must be numbers, got NaN; look at the batch, or take a smaller coefficient"
+        )
 
 
 def _labels(logits: Tensor, batch: Any) -> Tensor:
@@ -277,4 +302,8 @@ def _labels(logits: Tensor, batch: Any) -> Tensor:
             f"labels must be [B], one for each example, got {list(labels.shape)} for logits "
             f"{list(logits.shape)}"
         )
-    return labels
+    classes = logits.shape[1]
+    if labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any()):
+        got = labels.dtype if labels.is_floating_point() else sorted(set(labels.tolist()))[:5]
+        raise TalosValueError(f"labels must be classes from 0 to {classes - 1}, got {got}")
+    return labels.long()

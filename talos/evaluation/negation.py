@@ -13,9 +13,9 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from talos.errors import TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
 from talos.evaluation.intervals import Estimate
 from talos.evaluation.outcomes import Outcomes
@@ -56,7 +56,7 @@ class Negation:
         control_zero_shot: `control` of the pretrained model.
     """
 
-    grid: list[NegationPoint]
+    grid: list[NegationPoint] = field(repr=False)
     scaling_coef: float
     target: Estimate
     control: Estimate
@@ -92,8 +92,9 @@ def negation(
         The grid, the coefficient, and the estimates on test examples.
 
     Raises:
-        TalosValueError: the target has no judge or is a control, there is no control, a coefficient
-            is negative, or the vector does not fit the model.
+        TalosValueError: the target has no judge or is a control, there is no control, its figure is
+            negative, a coefficient is negative, or the vector does not fit the model.
+        TalosTypeError: `control` or `coefs` cannot be listed.
 
     Example:
         >>> import torch
@@ -119,6 +120,11 @@ def negation(
         raise TalosValueError(f"coefs must be at least 0, got {numbers[0]}; they are subtracted")
     higher = outcomes.metric.better == "higher"
     pretrained = _mean(outcomes, None, 0.0, others)
+    if pretrained < 0:
+        raise TalosValueError(
+            f"the control's figure must be at least 0, got {pretrained:g}, of which no share can "
+            "be kept; take a metric such as an accuracy or a perplexity"
+        )
     grid: list[NegationPoint] = []
     kept: list[tuple[float, float]] = []
     broken = 0
@@ -157,6 +163,8 @@ def _controls(outcomes: Outcomes, target: str, control: Iterable[str] | None) ->
         raise TalosValueError(
             f"target must be one of the judged tasks {', '.join(outcomes.tasks)}, got {target}"
         )
+    if isinstance(control, str):
+        raise TalosTypeError(f"control must be a list of tasks, got {control!r}; put it in a list")
     others = [t for t in outcomes.tasks if t != target] if control is None else list(control)
     if not others or target in others:
         raise TalosValueError(

@@ -201,8 +201,13 @@ def _weight_map(index: Path) -> dict[str, str]:
             "model again with save_pretrained"
         ) from error
     for name in names.values():
-        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        if not isinstance(name, str) or name in ("", "..") or not _is_file_name(name):
             raise TalosValueError(
                 f"path must hold its weights in its own folder, got {name!r} in {index}"
             )
     return names
+
+
+def _is_file_name(name: str) -> bool:
+    valid = "\0" not in name and name == name.encode(errors="replace").decode()
+    return valid and Path(name).name == name

@@ -198,6 +198,10 @@ class Mask:
             >>> masks["a"].to_dense("w"), masks["b"].to_dense("w")
             (tensor([ True, False,  True, False]), tensor([False,  True, False,  True]))
         """
+        if not isinstance(tasks, Mapping):
+            raise TalosTypeError(
+                f"tasks must map names to scores or masks, got {type(tasks).__name__}"
+            )
         masks = {task: each for task, each in tasks.items() if isinstance(each, Mask)}
         if not tasks or 0 < len(masks) < len(tasks):
             raise TalosTypeError(

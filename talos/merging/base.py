@@ -102,7 +102,9 @@ class Merge(ABC):
         """Refuse coefficients that are not finite numbers."""
         self._store(scaling_coef=finite("scaling_coef", self.scaling_coef))
         if self.scaling_coefs is not None:
-            if isinstance(self.scaling_coefs, Mapping | str):
+            if isinstance(self.scaling_coefs, Mapping | str) or not isinstance(
+                self.scaling_coefs, Iterable
+            ):
                 raise TalosValueError(
                     "scaling_coefs must be a list with an entry a vector, got "
                     f"{self.scaling_coefs!r}; coefficients by layer are one such entry"
@@ -150,6 +152,7 @@ class Merge(ABC):
                 if wanted is None:
                     yield name, overlay.index, values
                 else:
+                    _check_sums(name, values)
                     yield name, overlay.wanted(wanted), values[true_places(wanted)]
                 if on_tensor is not None:
                     on_tensor(done, tensors)
@@ -235,7 +238,7 @@ def read_vectors(vectors: Iterable[TaskVector]) -> list[TaskVector]:
         TalosTypeError: something else than a task vector is among them.
         TalosValueError: there is none.
     """
-    if isinstance(vectors, TaskVector | Mapping):
+    if isinstance(vectors, TaskVector | Mapping) or not isinstance(vectors, Iterable):
         raise TalosTypeError(
             f"vectors must be a list of task vectors, got {type(vectors).__name__}; put one vector "
             "in a list, pass the values() of a mapping"
@@ -247,6 +250,14 @@ def read_vectors(vectors: Iterable[TaskVector]) -> list[TaskVector]:
     if not read:
         raise TalosValueError("vectors must hold at least one task vector, got none")
     return read
+
+
+def _check_sums(name: str, values: Tensor) -> None:
+    """Refuse a sum that overflowed, before a method leaves its entry out."""
+    if not bool(values.isfinite().all()):
+        raise TalosValueError(
+            f"vectors must have finite sums, got infinity or NaN in {name}; take smaller scales"
+        )
 
 
 def _always(scale: float) -> Callable[[str], float]:

@@ -52,6 +52,7 @@ _PARTS = {
     ".supertuning_lora_A.weight": "a",
     ".supertuning_lora_B.weight": "b",
 }
+_FACTORS = ("a", "b", "embedding_a", "embedding_b")
 # Options of a config that change nothing about what the file's tensors add to the base.
 _HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config"),
@@ -128,10 +129,15 @@ class _Adapter:
         """Return what multiplies B A of a weight."""
         module = name.removesuffix(".weight")
         alpha = self.config.get("lora_alpha")
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
+        patterns = self.config.get("alpha_pattern") or {}
+        try:
+            fitting = (a for each, a in patterns.items() if re.match(rf"(.*\.)?({each})$", module))
+            alpha = next(fitting, alpha)
+        except (re.error, AttributeError, RecursionError) as error:
+            raise TalosValueError(
+                f"{self.folder}: alpha_pattern must map regular expressions to numbers, got "
+                f"{patterns!r} ({error}); save the adapter again"
+            ) from None
         number = as_real(alpha)
         if number is None or not rank:
             raise TalosValueError(
@@ -161,6 +167,9 @@ def read_adapter(
     for name, keys in named.items():
         weight = ours[known[name]].detach()
         parts = {part: adapter.tensors[key] for part, key in keys.items()}
+        for part, each in parts.items():
+            if each.is_complex() or (part in _FACTORS and each.dim() < 2):
+                raise _misfit(adapter, name, weight, parts)
         shapes[name] = tuple(weight.shape)
         indices[name], delta = _delta(adapter, name, weight, parts)
         values.append(delta)
@@ -187,13 +196,13 @@ def _delta(
     elif kinds == {"a", "b"}:
         dense = _product(adapter, name, weight, parts["a"], parts["b"])
     elif kinds == {"embedding_a", "embedding_b"}:
-        a, b = (parts[part].T for part in ("embedding_a", "embedding_b"))
+        a, b = (parts[part].mT for part in ("embedding_a", "embedding_b"))
         dense = _product(adapter, name, weight, b, a)
     elif (
         "values" in kinds and len(places) == 1 and kinds - places in ({"values"}, {*"ab", "values"})
     ):
         flat = _positions(parts, weight)
-        if flat is None or flat.shape != parts["values"].shape:
+        if flat is None or flat.dim() != 1 or flat.shape != parts["values"].shape:
             raise _misfit(adapter, name, weight, parts)
         # As a sum, because indices may come twice.
         where, order = flat.unique(return_inverse=True)
@@ -232,7 +241,7 @@ def _product(adapter: _Adapter, name: str, weight: Tensor, a: Tensor, b: Tensor)
     `a` is [r, in] or, of a convolution, [r, in, *kernel]; `b` is [out, r] or [out, r, 1, ...].
     """
     rank = a.shape[0]
-    if a.dim() < 2 or b.numel() != b.shape[0] * rank:
+    if b.numel() != b.shape[0] * rank:
         raise _misfit(adapter, name, weight, {"lora_A": a, "lora_B": b})
     product = b.float().flatten(1) @ a.float().flatten(1)
     shape = (b.shape[0], *a.shape[1:])

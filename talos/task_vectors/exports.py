@@ -18,7 +18,7 @@ from talos.task_vectors.sums import slices_of
 from talos.tensors import equal_bits
 from talos_kernels import Index
 
-__all__ = ["base_of", "export_checkpoint", "names_in"]
+__all__ = ["base_of", "copies_in", "export_checkpoint", "names_in", "warn_of_copies"]
 
 
 def export_checkpoint(
@@ -42,7 +42,7 @@ def export_checkpoint(
                 "base must have weights of floating point where it is edited, got "
                 f"{own} of {base.dtypes[own]}; take a checkpoint that is not quantised"
             )
-    copies = _copies(base, list(sources), set(names.values()))
+    copies = copies_in(base, list(sources), set(names.values()))
     sources |= {copy: sources[own] for copy, own in copies.items()}
     slices = slices_of(mask)
 
@@ -58,11 +58,7 @@ def export_checkpoint(
         launch.put_on(scale)
 
     left_out = write_changed(base, out, change_, overwrite=overwrite, on_tensor=on_tensor)
-    for copy, own in copies.items():
-        warnings.warn(
-            f"{copy} of the base is a copy of {own}, as of tied weights, and was edited as it is",
-            stacklevel=3,
-        )
+    warn_of_copies(copies, stacklevel=4)
     if left_out:
         warnings.warn(
             f"weights in other files are not edited and were left out: {', '.join(left_out[:5])}",
@@ -116,7 +112,7 @@ def names_in(base: Checkpoint, mask: Mask) -> dict[str, str]:
     return found
 
 
-def _copies(base: Checkpoint, edited: Sequence[str], covered: Set[str]) -> dict[str, str]:
+def copies_in(base: Checkpoint, edited: Sequence[str], covered: Set[str]) -> dict[str, str]:
     """Return the edited tensor of each copy that the vector does not cover.
 
     A vector names a tied weight once, but some checkpoints hold it twice. transformers does not tie
@@ -135,6 +131,15 @@ def _copies(base: Checkpoint, edited: Sequence[str], covered: Set[str]) -> dict[
         if source is not None and equal_bits(base[source], base[name]) and base[name].any():
             found[name] = source
     return found
+
+
+def warn_of_copies(copies: Mapping[str, str], stacklevel: int) -> None:
+    """Warn that copies were edited, too."""
+    for copy, own in copies.items():
+        warnings.warn(
+            f"{copy} of the base is a copy of {own}, as of tied weights, and was edited as it is",
+            stacklevel=stacklevel,
+        )
 
 
 def _beginning(base: Checkpoint, name: str) -> Hashable:

@@ -18,18 +18,20 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from talos.architecture.layers import kind_of, layer_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint, check_entries, load_file, save_file
 from talos.masks import Mask
+from talos.masks.table import MaskTable, MaskTableRow
 from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
 from talos.task_vectors.differences import Weights
-from talos.task_vectors.editing import check_base, check_scale
-from talos.task_vectors.exports import base_of, names_in
+from talos.task_vectors.editing import EDITABLE, check_base, check_scale
+from talos.task_vectors.exports import base_of, copies_in, names_in, warn_of_copies
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
-from talos.tensors import check_separate, equal_bits, place
+from talos.tensors import check_separate, equal_bits, place, readable_size
 from talos_kernels import Index, TensorIndex, add_delta_
 
 __all__ = ["Patch", "changed_bits"]
@@ -144,7 +146,8 @@ class Patch:
 
         Returns:
             The bits that `vector.apply_(base, scale)` would write, where they differ, by the names
-            of the base.
+            of the base. Copies of tied weights in a checkpoint are changed, too, with a warning, as
+            by `TaskVector.export`.
 
         Raises:
             TalosValueError: the base lacks a tensor, has another shape or another fingerprint, or
@@ -158,19 +161,21 @@ class Patch:
         """
         scale, ours = check_scale(scale), named_tensors("base", base)
         touched = [name for name, index in vector.mask.indices.items() if index.nnz]
+        copies: dict[str, str] = {}
         if isinstance(ours, Checkpoint):
             known = names_in(ours, vector.mask)
+            edited = [known[name] for name in touched]
+            copies = copies_in(ours, edited, set(known.values()))
+            warn_of_copies(copies, stacklevel=3)
         else:
             known = resolve_names(touched, ours)
             _refuse_lacking("base", [name for name in touched if name not in known], ours)
+            shapes = {name: vector.mask.shapes[name] for name in touched}
+            match_tensors(shapes, ours, what="task vector")  # refuses what does not fit
         slices, parts = slices_of(vector.mask), _Parts()
         for name in touched:
             before, index = ours[known[name]], vector.mask.indices[name]
-            if before.shape != vector.mask.shapes[name]:
-                raise TalosValueError(
-                    f"base must have the vector's shapes, got {tuple(before.shape)} for {name}, "
-                    f"which is {vector.mask.shapes[name]} in the vector"
-                )
+            _check_editable(name, before)
             if name in vector.fingerprints and not force:
                 if isinstance(ours, Checkpoint):
                     bases = {name: base_of(before, vector.fingerprints[name])}
@@ -183,7 +188,9 @@ class Patch:
             delta = vector.values[slices[name]].to(old.device)
             add_delta_([new], Index.pack([every], old.device), delta, scale=scale)
             changed = changed_bits(old, new)
-            parts.add(known[name], before, where[changed], new[changed])
+            same = [copy for copy, own in copies.items() if own == known[name]]
+            for own in (known[name], *same):
+                parts.add(own, before, where[changed], new[changed])
         return cls(*parts.dicts)
 
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -212,7 +219,8 @@ class Patch:
         with torch.no_grad():
             for name, tensor in matched.items():
                 where = self.positions[name].to(tensor.device, torch.int64)
-                bits = _BITS[tensor.element_size()]  # torch writes floats of eight bits only so
+                # torch writes floats of eight bits only so
+                bits = _BITS.get(tensor.element_size(), tensor.dtype)
                 values = self.values[name].to(tensor.device).view(bits)
                 target = tensor.detach().view(bits)
                 if target.is_contiguous():
@@ -306,6 +314,34 @@ class Patch:
         """Tensors that the patch changes."""
         return tuple(self.shapes)
 
+    def describe(self, *, layers: bool = False) -> MaskTable:
+        """Return a table of the positions, with one row a kind of weights; `print` it.
+
+        Args:
+            layers: print a row for each layer and kind.
+
+        Example:
+            >>> shapes, where = {"h.0.q.weight": (2, 2)}, {"h.0.q.weight": torch.tensor([3])}
+            >>> print(Patch(shapes, where, {"h.0.q.weight": torch.ones(1)}).describe())
+            type   tensors  entries  selected  density  encoding  bytes
+            query        1        4         1    0.250  int32         4
+            total        1        4         1    0.250  int32         4
+        """
+        rows = [
+            MaskTableRow(
+                name,
+                layer_of(name),
+                kind_of(name),
+                prod(shape),
+                len(where),
+                str(where.dtype)[6:],
+                where.nbytes,
+            )
+            for name, shape in self.shapes.items()
+            for where in [self.positions[name]]
+        ]
+        return MaskTable(tuple(rows), layers)
+
     @property
     def nbytes(self) -> int:
         """Bytes of positions and values."""
@@ -327,7 +363,7 @@ class Patch:
         )
 
     def __repr__(self) -> str:
-        where = f"{len(self.shapes)} tensors, {self.nbytes / 1e6:.1f} MB"
+        where = f"{len(self.shapes)} tensors, {readable_size(self.nbytes)}"
         return f"Patch({len(self):,} values in {where})"
 
 
@@ -339,8 +375,11 @@ def changed_bits(before: Tensor, after: Tensor) -> Tensor:
         after: the same dtype, shape and device.
     """
     one, other = (_flat(each) for each in (before, after))
-    bits = _BITS[one.element_size()]
-    return (one.view(bits) != other.view(bits)).nonzero()[:, 0]
+    bits = _BITS.get(one.element_size(), torch.int64)
+    differ = one.view(bits) != other.view(bits)
+    if one.element_size() > 8:  # a double complex number is two integers
+        differ = differ.view(-1, 2).any(-1)
+    return differ.nonzero()[:, 0]
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -371,8 +410,19 @@ def _check_same(name: str, before: Tensor, after: Tensor) -> None:
             f"tuned must have the shapes and dtypes of base, got {tuple(after.shape)} of "
             f"{after.dtype} for {name}, which is {tuple(before.shape)} of {before.dtype} in base"
         )
-    if before.is_meta or after.is_meta:
-        raise TalosTypeError(f"base and tuned must hold values, got {name} on meta; load it")
+    if any(each.is_meta or each.layout != torch.strided for each in (before, after)):
+        raise TalosTypeError(
+            f"base and tuned must hold dense tensors with values, got {name} of layout "
+            f"{after.layout} on {after.device}; load it, or convert it with to_dense()"
+        )
+
+
+def _check_editable(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in EDITABLE or tensor.is_meta:
+        raise TalosTypeError(
+            "base must have weights of floating point where it is edited, got "
+            f"{name} of {tensor.dtype} on {tensor.device}; convert or load it first"
+        )
 
 
 def _check_writable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -394,6 +444,7 @@ def _checked(name: str, shape: Shape, positions: Tensor, values: Tensor) -> Tens
     numel = prod(shape)
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise TalosTypeError(f"positions of {name} must be integers, got {positions.dtype}")
+    positions = positions.to(torch.int64)  # differences of small integers wrap around
     if positions.dim() != 1 or positions.shape != values.shape:
         raise TalosValueError(
             f"positions and values of {name} must be two flat tensors of one length, got shapes "

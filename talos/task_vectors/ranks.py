@@ -83,7 +83,8 @@ def decode_gaps(coded: Tensor) -> Tensor:
         part = coded[starts[there] + group].long() & 127
         gaps[there] += part << _GROUP * group
     numbers = (gaps + 1).cumsum(0) - 1
-    if len(numbers) and int(numbers.diff(prepend=numbers.new_full((1,), -1)).min()) <= 0:
+    # A sum beyond 63 bits wraps around, and the difference of two such sums does so again.
+    if bool((numbers < 0).any() | (numbers[1:] <= numbers[:-1]).any()):
         raise TalosValueError("coded must hold numbers of at most 63 bits, got larger ones")
     return numbers
 

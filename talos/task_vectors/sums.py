@@ -314,7 +314,10 @@ def is_merge(metadata: Mapping[str, Any]) -> bool:
     """Return whether metadata is that of a merge that is no plain sum: with `sources`."""
     parts = metadata.get("sources")
     return isinstance(parts, list) and all(
-        isinstance(part, dict) and set(part) == {"scale", "kept", "of"} for part in parts
+        isinstance(part, dict)
+        and set(part) == {"scale", "kept", "of"}
+        and isinstance(part["kept"], int)
+        for part in parts
     )
 
 

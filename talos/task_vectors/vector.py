@@ -24,7 +24,7 @@ from talos.files import Checkpoint, OnTensor, stream_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
 from talos.names import renamed
-from talos.options import as_real
+from talos.options import as_real, fraction
 from talos.task_vectors.adapter_export import export_sparse
 from talos.task_vectors.adapters import read_adapter
 from talos.task_vectors.choosing import Choice, chosen, largest, selected
@@ -41,7 +41,7 @@ from talos.task_vectors.sums import (
     sources,
     weighted_sum,
 )
-from talos.tensors import warn_of_moved
+from talos.tensors import readable_size, warn_of_moved
 
 __all__ = ["TaskVector"]
 
@@ -292,6 +292,7 @@ class TaskVector:
             >>> vector.trim(0.5).values
             tensor([-3.,  2.])
         """
+        density = fraction("density", density)
         ranges = slices_of(self.mask)
         values = {name: self.values[part] for name, part in ranges.items()}
         choice = largest(self.mask.numel, density, values)
@@ -664,7 +665,7 @@ class TaskVector:
 
     def __repr__(self) -> str:
         dtype = str(self.values.dtype).removeprefix("torch.")
-        where = f"{len(self.mask.names)} tensors, {self.nbytes / 1e6:.1f} MB"
+        where = f"{len(self.mask.names)} tensors, {readable_size(self.nbytes)}"
         return f"TaskVector({len(self):,} {dtype} values in {where})"
 
 

@@ -362,6 +362,27 @@ def test_inspect_shows_a_patch(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "next" not in text
 
 
+def test_inspect_needs_no_memory_for_the_entries_that_a_patch_leaves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.safetensors"
+    shape = (1 << 30, 1 << 30)  # an index of it would take 137 TB
+    Patch({"w": shape}, {"w": torch.tensor([0, (1 << 60) - 1])}, {"w": torch.ones(2)}).save(path)
+    assert main(["inspect", str(path)]) == 0
+    assert "of 1,152,921,504,606,846,976 entries" in capsys.readouterr().out
+
+
+def test_inspect_shows_metadata_of_any_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mask = tmp_path / "v.safetensors", Mask.from_dense({"w": torch.ones(2) > 0})
+    for kept in ("x", None, 3):
+        about = {"sources": [{"scale": 1.0, "kept": kept, "of": {"task": "a"}}]}
+        TaskVector(mask, torch.ones(2), metadata=about).save(path)
+        assert main(["inspect", str(path)]) == 0
+        assert "task" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "path", "coefficient"),
     [

@@ -1,6 +1,7 @@
 """`talos extract` and `talos export`: files that go round, and refusals that write nothing."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_extract_and_export_go_round(folder: Path, capsys: pytest.CaptureFixture
     run("export", vector, "--base", base, "--out", folder / "out")
     out = capsys.readouterr().out
     assert "1 files" in out
-    assert f"talos eval --model {folder / 'out'}" in out
+    assert "next" not in out  # nothing says which model it is
     wanted = TaskVector.load(vector)
     for name, each in Checkpoint(folder / "out").items():
         assert_bit_equal(each, Checkpoint(base)[name] + wanted.to_dense(name))
@@ -107,10 +108,28 @@ def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
     mask = Mask.from_dense({name: torch.ones(weight.shape) > 0})
     TaskVector.from_models(model, tuned, mask).save(tmp_path / "v.safetensors")
     run("export", tmp_path / "v.safetensors", "--base", base, "--out", tmp_path / "out")
-    assert re.search(r"warning: names .* matched with '[\w.]+' left out", capsys.readouterr().err)
+    captured = capsys.readouterr()
+    assert re.search(r"warning: names .* matched with '[\w.]+' left out", captured.err)
+    assert f"talos eval --model {tmp_path / 'out'} --data TASK" in captured.out
     loaded = load_encoder(tmp_path / "out")
     for key, each in tuned.encoder.state_dict().items():
         assert_bit_equal(loaded.state_dict()[key], each)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "clip", "architectures": ["CLIPModel"]}, {"model_type": "bert"}]
+)
+def test_what_eval_cannot_load_is_left_to_transformers(
+    config: dict[str, object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    run("extract", folder / "base", folder / "tuned", "--out", folder / "v.safetensors")
+    capsys.readouterr()
+    run("export", folder / "v.safetensors", "--base", folder / "base", "--out", folder / "out")
+    out = capsys.readouterr().out
+    assert "talos eval" not in out
+    name = "CLIPModel" if "architectures" in config else "AutoModel"
+    assert f"transformers.{name}.from_pretrained" in out
 
 
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +154,9 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["export", vector, *out, "--base", tuned], "base must be the base .*pass --force"),
         (["export", vector, "--out", f"{base}/a", "--base", base], "--out must lie outside of"),
         (["export", vector, *out, "--base", base, "--format", "zip"], "--format must be checkpo"),
-        (["export", vector, *out, "--base", base, "--scale", "nan"], "scale must be finite"),
+        (["export", vector, *out, "--base", base, "--scale", "nan"], "--scale must be finite"),
+        (["export", vector, *out, "--base", base, "--scale", "1e300"], "--scale must keep every"),
+        (["export", vector, *out, "--base", str(folder)], "--base must hold model.safetensors"),
+        (["export", vector, "--out", str(folder / "no/out"), "--base", base], "--out must be wri"),
     ):
         refused(words, capsys, message, folder)

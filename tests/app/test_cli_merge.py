@@ -96,6 +96,15 @@ def test_options_are_checked_by_name(
     refused(["merge", "a.safetensors"], capsys, "--out must be a file to write", tmp_path)
 
 
+def test_a_density_that_keeps_nothing_is_refused_by_its_option(
+    pair: list[TaskVector], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", "a.safetensors", "--out", "edit.safetensors", "--method", "ties"]
+    assert main([*words, "--density", "1e-9"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --density must keep at least one of 64 entries")
+
+
 RECIPE = """
 base = "base.safetensors"
 method = "ties"
@@ -151,7 +160,10 @@ def test_a_recipe_names_all_of_a_merge(
         ("vectors", "vectors = []\n[x]\ny", "RECIPE|keys of the recipe"),
         ('"b.safetensors"', '"c.safetensors"', "a term must be an existing file"),
         ("method = ", "method ", "RECIPE must be TOML"),
-        ("base.safetensors", "other.safetensors", "fingerprint"),
+        ("base.safetensors", "other.safetensors", r"base must be the base .* in the same dtype$"),
+        ("scaling_coef = 0.4", f"scaling_coef = {10**400}", "must be a finite number"),
+        ("density = 0.3", f"density = {'9' * 5000}", "RECIPE must be TOML"),
+        ("density = 0.3", f"density = {'[' * 5000}", "RECIPE must be TOML"),
         ("base.safetensors", "less.safetensors", "base must have the tensors of the vectors"),
         ('"base.safetensors"', "3", "base must be a text"),
     ],

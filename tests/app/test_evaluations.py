@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from talos import Mask, TaskVector
 from talos.app.cli import main
+from talos.app.cli.figures import NOTES
 from talos.app.cli.loading import load_data
 from talos.app.models import Classifier, Encoder, load_encoder
 from talos.app.report.runs import compare, from_hex, load_runs, to_hex
@@ -122,7 +125,7 @@ def test_every_metric_is_that_of_copies(
     for task in tasks:
         found = metrics["accuracy"]["tasks"][task]
         assert found["pretrained"]["value"] == before[task]
-        assert found["edited"]["value"] == alone[task]
+        assert found["single"]["value"] == alone[task]
         assert found["difference"]["value"] == pytest.approx(alone[task] - before[task])
         for kind, terms in (("pretrained", ()), ("single", ((1.0, task),))):
             answers = from_hex(run["outcomes"][kind][task], run["tasks"][task]["examples"])
@@ -143,6 +146,8 @@ def test_every_metric_is_that_of_copies(
         terms = ((-found["scaling_coef"], target),)
         assert found["target"]["value"] == share(test[target, terms])
         assert found["control"]["value"] == share(test[control, terms])
+        assert (f"{target}: no coefficient but 0" in shown) == (found["scaling_coef"] == 0)
+    assert "left out" not in shown
     check_disentanglement(folder, metrics["disentanglement"], coefs)
     masks = [TaskVector.load(folder / f"{t}.safetensors").mask for t in metrics["iou"]["tasks"]]
     assert metrics["iou"]["iou"][0][1] == masks[0].iou(masks[1])
@@ -192,7 +197,9 @@ def test_one_vector_at_its_coefficient_is_compared(
         assert main(["eval", *options(folder, "pets"), *written]) == 0
     capsys.readouterr()
     assert main(["compare", *map(str, paths)]) == 0
-    assert "at0.5" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"pets +at0.5 +0.50 ", shown)
+    assert f"--model {folder / 'model'} --data {folder / 'pets.csv'} --data" in shown
     rows = compare([run for path in paths for run in load_runs(path)])
     assert [(row.task, row.run) for row in rows] == [
         (task, run) for task in (None, *WORDS) for run in ("at0.5", "at1")
@@ -235,6 +242,30 @@ def test_a_merge_is_measured_instead_of_the_sum(
     assert "--metric must hold addition with --merged, got negation" in capsys.readouterr().err
 
 
+def test_what_all_leaves_out_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["eval", "--metric", "all", "--points", "2", *options(folder, "pets")]
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "addition was left out: --vector must be given at least 2 times, got 1" in shown
+    assert "disentanglement was left out: --vector must be given 2 times, got 1" in shown
+    assert "linearity was" not in shown
+    assert "\n\n\n" not in shown
+
+
+@pytest.mark.parametrize(
+    ("targets", "line"),
+    [
+        ([None, None], "pets: no coefficient but 0 keeps 95 % of the control"),
+        ([0.5, 0.6], "pets: no coefficient but 0 lowers the target"),
+        ([0.5, None], "pets: no coefficient but 0 keeps 95 % of the control and lowers the target"),
+    ],
+)
+def test_why_negation_chooses_0(targets: list[float | None], line: str) -> None:
+    grid = [{"scaling_coef": c, "target": t} for c, t in enumerate([0.5, *targets])]
+    assert list(NOTES["negation"]({"pets": {"scaling_coef": 0, "grid": grid}})) == [line]
+    assert not list(NOTES["negation"]({"pets": {"scaling_coef": 1, "grid": grid}}))
+
+
 def test_json_alone_is_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *options(folder), "--json", "-"]) == 0
     run = json.loads(capsys.readouterr().out)
@@ -273,6 +304,17 @@ def run_of(answers: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
         (run_of({"a": torch.ones(3) > 0}, schema="x"), "must be the JSON of `talos eval --json`"),
         (run_of({"a": torch.ones(3) > 0}, schema_version=9), "must have schema_version 1, got 9"),
         (run_of({"a": torch.ones(3) > 0}, tasks=None), "got a damaged file"),
+        (
+            run_of({"a": torch.ones(3) > 0}, tasks={"a": {"examples": math.inf}}),
+            "got a damaged file",
+        ),
+        (synthetic() | {"methods": 3}, "the accuracies of each method, got a damaged file"),
+        (synthetic() | {"addition": {}}, "the accuracies of each method, got a damaged file"),
+        (
+            synthetic()
+            | {"addition": {key: {"tasks": {"a": 3}} for key in synthetic()["addition"]}},
+            "the accuracies of each method, got a damaged file",
+        ),
         (run_of({"a": torch.ones(3) > 0}, vectors=[{}]), "evaluate them with --metric addition"),
     ],
 )
@@ -294,7 +336,8 @@ def test_the_methods_of_a_demo_have_estimates_only(
     path = tmp_path / "results.json"
     path.write_text(json.dumps(synthetic()))
     assert main(["compare", str(path)]) == 0
-    assert "without answers, so without differences" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "without answers, so without differences" in shown
     rows = compare(load_runs(path))
     added = synthetic()["addition"]
     assert [row.accuracy for row in rows[:2]] == [each["absolute"] for each in added.values()]

@@ -161,6 +161,19 @@ def batch_of_ids(encoder: TextEncoder, texts: list[str]) -> dict[str, torch.Tens
             r"must hold every weight of its configuration, got .* without encoder.layer.2",
         ),
         (lambda f: edit(f / "config.json", vocab_size=99), "folder that transformers can load"),
+        *(
+            (
+                lambda f, kind=kind, name=name: edit(
+                    f / "config.json", model_type=kind, architectures=[name]
+                ),
+                f"must be a text encoder or a language model, got a {name} in .*; for CLIP give",
+            )
+            for kind, name in (("clip", "CLIPModel"), ("vit", "ViTModel"), ("blip-2", "Blip2Model"))
+        ),
+        (
+            lambda f: [each.unlink() for each in f.glob("*token*")],
+            "must hold a tokenizer, got .*small without one",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_loaded_is_refused(folder, spoil, match):

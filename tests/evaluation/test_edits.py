@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation import (
+    Judge,
     Metric,
     Outcomes,
     addition,
@@ -23,6 +24,7 @@ from talos.evaluation import (
 )
 from talos.evaluation.coefficients import best_place
 from talos.masks import Mask
+from talos.names import named_parameters
 from talos.task_vectors import TaskVector
 from tests.evaluation.small import (
     TASKS,
@@ -82,6 +84,8 @@ def test_addition_is_what_edited_copies_give() -> None:
 def test_any_merge_can_be_added() -> None:
     merged = 2 * VECTORS["left"]
     added = addition(outcomes(), VECTORS, merged, coefs=[0.5])
+    assert "grid" not in repr(added)
+    assert "outcomes" not in repr(added)
     assert added.grid[0].tasks == accuracies([(1.0, VECTORS["left"])], VALIDATION)
 
 
@@ -278,3 +282,38 @@ def test_coefficients_end_at_0_and_1() -> None:
     assert scaling_coefs(21)[::10] == [0.0, 0.5, 1.0]
     with pytest.raises(TalosValueError, match="count must be an integer of at least 2, got 1"):
         scaling_coefs(1)
+
+
+def test_a_model_that_overflows_is_never_the_worst_of_a_negation() -> None:
+    model = small_models()["left"]
+    vector = small_vectors(small_models())["left"]
+    name = vector.mask.names[0]
+    first = named_parameters(model)[name].detach().clone()
+
+    def diverging(module: nn.Module) -> Tensor:
+        moved = float((named_parameters(module)[name].detach() - first).abs().sum())
+        return torch.full((4,), math.inf if moved > 3 else 1.0 + moved, dtype=torch.float64)
+
+    asked = {"target": diverging, "other": lambda module: torch.ones(4)}
+    perplexity = Metric(better="lower")
+    found = negation(Outcomes(model, asked, asked, metric=perplexity), vector, "target")
+    finite = [p for p in found.grid if p.target is not None and math.isfinite(p.target)]
+    assert len(finite) < len(found.grid)
+    assert found.scaling_coef == max(finite, key=lambda point: point.target or 0).scaling_coef > 0
+
+
+def test_no_share_of_a_negative_control_is_kept() -> None:
+    model, vector = small_models()["left"], small_vectors(small_models())["left"]
+    asked: dict[str, Judge] = {task: lambda module: -torch.ones(4) for task in TASKS}
+    with pytest.raises(TalosValueError, match="control's figure must be at least 0, got -1"):
+        negation(Outcomes(model, asked, asked), vector, "left")
+
+
+def test_what_cannot_be_listed_is_refused() -> None:
+    model, vector = small_models()["left"], small_vectors(small_models())["left"]
+    asked: dict[str, Judge] = {task: lambda module: torch.ones(4) for task in TASKS}
+    outcomes = Outcomes(model, asked, asked)
+    with pytest.raises(TalosTypeError, match="coefs must be a list of numbers"):
+        addition(outcomes, {"left": vector}, coefs=0.5)
+    with pytest.raises(TalosTypeError, match="control must be a list of tasks, got 'right'"):
+        negation(outcomes, vector, "left", control="right")

@@ -1,6 +1,7 @@
 """Bootstrap intervals: against the binomial, paired, and where every answer is the same."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,6 +117,27 @@ def test_outcomes_of_other_examples_are_refused(outcomes: Any, message: str) -> 
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TalosValueError, match=message):
         Bootstrap(**{"examples": {"a": 3}, **settings})
+
+
+@pytest.mark.parametrize(
+    ("reduce", "match"),
+    [
+        (lambda outcomes: outcomes.mean(), r"return \[1\], one number of 3 outcomes, got \[\]"),
+        (lambda outcomes: 0.5, "got float"),
+        # undefined in the resamples that draw the first example only
+        (lambda outcomes: outcomes.sum(-1) / outcomes.sum(-1), "got NaN"),
+    ],
+)
+def test_a_metric_that_the_resamples_do_not_fit_is_refused(
+    reduce: Callable[[Tensor], Any], match: str
+) -> None:
+    with pytest.raises(TalosValueError, match=match):
+        Bootstrap({"a": 3}, metric=Metric(reduce)).mean({"a": torch.tensor([0.0, 0.0, 1.0])})
+
+
+def test_no_task_is_refused() -> None:
+    with pytest.raises(TalosValueError, match="at least one task, got none"):
+        Bootstrap({"a": 3}).mean({})
 
 
 def test_the_interval_of_a_task_depends_on_no_other_task() -> None:

@@ -51,7 +51,7 @@ def test_a_judge_takes_mappings_and_a_function_of_logits() -> None:
     ("data", "message"),
     [
         (iter(BATCHES), "batches must be re-iterable, got an iterator"),
-        ([], "at least one batch, got none"),
+        ([], "at least one example, got none"),
         ([(INPUTS, LABELS[:3])], r"labels must be \[B\].*got \[3\] for logits \[48, 4\]"),
         ([(INPUTS[:, None], LABELS)], r"logits must be \[B, C\], got \[48, 1, 4\].*logits_fn"),
         ([INPUTS], "batch must be a mapping with 'labels' or a pair"),
@@ -109,7 +109,7 @@ def test_metrics_are_checked() -> None:
         Metric(floor=0.0)
     with pytest.raises(TalosValueError, match=re.escape("number of 2 outcomes, got [2]")):
         Metric(lambda each: each).figure(torch.ones(2))
-    with pytest.raises(TalosValueError, match="got nan"):
+    with pytest.raises(TalosValueError, match="got NaN"):
         Metric(lambda each: each.mean(-1).log()).figure(torch.tensor([-1.0]))
     with pytest.raises(TalosValueError, match="at least 0 where they are divided, got -1"):
         ACCURACY.ratio(torch.tensor([1.0]), torch.tensor([-1.0]))
@@ -122,3 +122,33 @@ def test_cross_entropy_of_half_precision_is_computed_in_float32() -> None:
     assert found.dtype == torch.float32
     expected = F.cross_entropy(model(half[0][0]).detach().double(), LABELS, reduction="none")
     assert_close(found, expected.float(), reduction=True)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "match"),
+    [
+        # argmax takes NaN for the largest, so that class 0 would be right
+        (torch.full((3, 2), math.nan), [0, 1, 0], "logits must be numbers, got NaN"),
+        (None, [0, 1, 0], r"logits must be \[B, C\], got NoneType"),
+        (torch.zeros(3, 0), [0, 1, 0], r"logits must be \[B, C\], got \[3, 0\]"),
+        (torch.zeros(3, 2), [0, 1, 2], r"classes from 0 to 1, got \[0, 1, 2\]"),
+        (torch.zeros(3, 2), [0, -100, 1], r"classes from 0 to 1, got \[-100, 0, 1\]"),
+        (torch.zeros(3, 2), [0.0, 0.5, 1.0], r"classes from 0 to 1, got torch\.float32"),
+        (torch.zeros(0, 2), [], "at least one example, got none"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(logits: object, labels: list[float], match: str) -> None:
+    batch = torch.zeros(len(labels), 1), torch.tensor(labels, dtype=None if labels else torch.int64)
+    for make in (right_answers, losses):
+        with pytest.raises(TalosValueError, match=match):
+            make([batch], lambda model, batch: logits)(MODEL)
+
+
+def test_labels_of_any_integers_are_taken() -> None:
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    for dtype in (torch.bool, torch.uint8, torch.int32):
+        batch = torch.zeros(2, 1), torch.tensor([1, 1], dtype=dtype)
+        assert right_answers([batch], lambda model, batch: logits)(MODEL).tolist() == [True, False]
+        assert losses([batch], lambda model, batch: logits)(MODEL).tolist() == pytest.approx(
+            [0.3133, 1.3133], abs=1e-4
+        )

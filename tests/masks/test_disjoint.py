@@ -162,3 +162,8 @@ def test_masks_take_no_density_and_do_not_mix_with_scores() -> None:
         Mask.disjoint({"x": mask, "y": other})
     with pytest.raises(TalosValueError, match="tasks must be at most 62, got 63"):
         Mask.disjoint({str(i): mask for i in range(63)})
+
+
+def test_tasks_without_names_are_refused() -> None:
+    with pytest.raises(TalosTypeError, match="tasks must map names to scores or masks, got list"):
+        Mask.disjoint([{"w": torch.rand(4)}], density=0.5)

@@ -493,6 +493,8 @@ def test_trim_keeps_the_largest_entries_of_the_dense_form(dtype: torch.dtype) ->
             assert_bit_equal(dense_of(kept)[name], torch.where(chosen[name], dense[name], 0.0))
         assert kept.metadata["trimmed"] == density
     assert vector.trim(0.5) is vector
+    assert vector.trim(torch.tensor(0.02)).metadata["trimmed"] == pytest.approx(0.02)  # JSON-able
+    assert type(vector.trim(torch.tensor(0.02)).metadata["trimmed"]) is float
     with pytest.raises(TalosValueError, match="density must lie"):
         vector.trim(0.0)
     with pytest.raises(TalosValueError, match="density must keep at least one of"):
@@ -521,3 +523,23 @@ def test_settings_are_kept_in_a_merge_of_ones_own() -> None:
     assert talos.merge(vectors(), TallMasks(), least_tasks=1) == talos.merge(
         vectors(), "tall_masks", least_tasks=1
     )
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dare"])
+def test_no_method_leaves_out_a_sum_that_overflows(method: str) -> None:
+    mask = Mask.from_dense({"w": torch.ones(8) > 0})
+    each = TaskVector(mask, torch.arange(1.0, 9.0))
+    with pytest.raises(TalosValueError, match=r"values must be finite|must have finite sums"):
+        talos.merge([each, each], method, scaling_coef=1e300)
+
+
+def test_what_cannot_be_listed_is_refused_by_name() -> None:
+    vector = vector_of((1.0, 0.6, 0.1, 0.05), 1)
+    with pytest.raises(
+        TalosTypeError, match="vectors must be a list of task vectors, got NoneType"
+    ):
+        talos.merge(None)
+    with pytest.raises(
+        TalosValueError, match="scaling_coefs must be a list with an entry a vector"
+    ):
+        talos.merge([vector], scaling_coefs=0.4)

@@ -213,6 +213,9 @@ def test_l_lora_goes_out_as_a_lora_that_merges_to_the_same(fused: bool, tmp_path
         ({"peft_type": "VERA"}, "got VERA"),
         ({"lora_alpha": None}, "lora_alpha of q must be a number"),
         ({"of_a_later_version": 3}, "got of_a_later_version=3"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern must map regular expressions to numbers"),
+        ({"alpha_pattern": ["q"]}, "alpha_pattern must map regular expressions to numbers"),
+        ({"lora_alpha": 10**400}, "must be finite"),
     ],
 )
 def test_what_means_something_else_is_refused(
@@ -273,3 +276,24 @@ def test_vectors_that_no_sparse_adapter_holds_are_refused(tmp_path: Path) -> Non
     with pytest.raises(TalosOSError, match=r"must hold nothing but an adapter, got notes\.txt"):
         vector.export_adapter(out, "supertuning", overwrite=True)
     assert (out / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_A.weight": torch.tensor(1.0), "lora_B.weight": torch.ones(6, 2)},
+        {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(12)},
+        {"lora_A.weight": torch.ones(2, 8) * 1j, "lora_B.weight": torch.ones(6, 2)},
+        {"lora_embedding_A": torch.ones(2), "lora_embedding_B": torch.tensor(1.0)},
+        {"supertuning_values": torch.tensor(1.0), "supertuning_indices": torch.tensor(0)},
+        {"supertuning_values": torch.ones(1, 2), "supertuning_indices": torch.tensor([[0, 1]])},
+    ],
+)
+def test_tensors_of_other_dimensions_are_refused(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    named = {f"base_model.model.q.{name}": each for name, each in tensors.items()}
+    safetensors.torch.save_file(named, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TalosValueError, match=r"its tensors must fit q\.weight"):
+        TaskVector.from_adapter(tmp_path, nn.ModuleDict({"q": nn.Linear(8, 6)}))

@@ -101,6 +101,7 @@ def test_a_patch_makes_one_model_into_another(dtype: torch.dtype) -> None:
     assert patch.positions["b"].tolist() == [2]  # -0 is not 0
     assert len(patch) == 7
     assert patch.nbytes == 7 * (4 + dtype.itemsize)
+    assert repr(patch) == f"Patch(7 values in 3 tensors, {7 * (4 + dtype.itemsize)} B)"
     plain = bits(base)
     for name in patch.names:  # what any receiver does
         where = patch.positions[name].long()
@@ -310,3 +311,78 @@ def test_other_masks_and_damaged_buffers_are_refused() -> None:
     ):
         with pytest.raises(TalosValueError, match=match):
             Patch.decode(damaged, mask)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.tensor([200, 5], dtype=torch.uint8),
+        torch.tensor([0, 100, -100, 20], dtype=torch.int8),
+        torch.tensor([5, 2], dtype=torch.uint16),
+    ],
+)
+def test_positions_of_small_integers_are_checked_as_those_of_large_ones(positions: Tensor) -> None:
+    # 5 - 200 is 61 in eight bits
+    with pytest.raises(TalosValueError, match="strictly ascending"):
+        Patch({"w": (300,)}, {"w": positions}, {"w": torch.ones(len(positions))})
+
+
+def test_gaps_whose_sum_needs_more_than_63_bits_are_refused() -> None:
+    one = encode_gaps(torch.tensor([2**62]))
+    with pytest.raises(TalosValueError, match="at most 63 bits"):
+        decode_gaps(torch.cat([one, one, one]))
+
+
+def test_buffers_of_complex_numbers_and_extra_state_are_no_hindrance() -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    base, tuned = Odd(2, 2), Odd(2, 2)
+    for model, imaginary in ((base, 0.0), (tuned, -0.0)):
+        model.register_buffer(
+            "phases", torch.complex(torch.ones(3), torch.zeros(3)).to(torch.complex128)
+        )
+        model.phases[1] = complex(1.0, imaginary)
+    patch = Patch.from_models(base.state_dict(), tuned.state_dict())
+    assert patch.positions["phases"].tolist() == [1]
+    patch.apply_(base)
+    for name, each in tuned.named_parameters():
+        assert_bit_equal(base.get_parameter(name).detach(), each.detach())
+    assert math.copysign(1, base.phases[1].imag.item()) == -1
+
+
+def test_a_base_that_cannot_be_edited_is_refused_as_apply_refuses_it() -> None:
+    mask = Mask.from_dense({"w": torch.ones(2) > 0})
+    vector = TaskVector(mask, torch.ones(2))
+    with pytest.raises(TalosTypeError, match=r"w of torch.int64 on cpu"):
+        Patch.between({"w": torch.zeros(2, dtype=torch.int64)}, vector)
+    with pytest.raises(TalosTypeError, match=r"w of torch.float32 on meta"):
+        Patch.between({"w": torch.zeros(2, device="meta")}, vector)
+    with pytest.raises(TalosTypeError, match="w of layout"):
+        Patch.from_models({"w": torch.eye(2).to_sparse()}, {"w": torch.ones(2, 2).to_sparse()})
+    shared = nn.Parameter(torch.zeros(2))
+    twice = TaskVector(
+        Mask.from_indices({"a": torch.tensor([0]), "b": torch.tensor([0])}, {"a": (2,), "b": (2,)}),
+        torch.ones(2),
+    )
+    with pytest.raises(TalosValueError, match="a tied parameter once, got a and b"):
+        Patch.between({"a": shared, "b": shared}, twice)
+
+
+def test_a_patch_of_a_checkpoint_changes_the_copies_that_export_changes(tmp_path: Path) -> None:
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    weight = torch.randn(4, 4)
+    save_file({"embed": weight, "head": weight.clone(), "other": torch.randn(4, 4)}, base)
+    vector = TaskVector(Mask.from_dense({"embed": torch.eye(4) > 0}), torch.ones(4))
+    with pytest.warns(UserWarning, match="head of the base is a copy of embed"):
+        vector.export(base, out)
+    with pytest.warns(UserWarning, match="head of the base is a copy of embed"):
+        patch = Patch.between(base, vector)
+    tensors = dict(Checkpoint(base))
+    patch.apply_(tensors)
+    for name, each in Checkpoint(out).items():
+        assert_bit_equal(tensors[name], each)

@@ -109,6 +109,7 @@ class Bars:
         )
         self._bar: TaskID | None = None
         self._since = 0.0
+        self._first = 0
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -143,11 +144,11 @@ class Bars:
         """
         if self._bar is None:
             self._bar = self._progress.add_task(label, total=total, note="")
-            self._since = time.monotonic()
+            self._since, self._first = time.monotonic(), done
         passed = time.monotonic() - self._since
         notes = [] if loss is None else [f"loss {loss:.3f}"]
-        if unit is not None and done:
-            notes.append(f"{per_second(done, passed)} {unit}/s")
+        if unit is not None and done > self._first:
+            notes.append(f"{per_second(done - self._first, passed)} {unit}/s")
         text = ", ".join(notes)
         self._progress.update(self._bar, description=label, completed=done, total=total, note=text)
         if done >= total:

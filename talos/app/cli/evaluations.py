@@ -69,6 +69,9 @@ class Evaluation:
         max_length: tokens per text.
         seed: of the bootstrap.
         bars: shows progress.
+
+    Attributes:
+        left_out: what each metric lacks that `all` leaves out.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Evaluation:
         self._batch_size, self._max_length = batch_size, max_length
         self._linearized, self._seed = linearized, seed
         self._models = TaskModels(encoder, tasks)
+        self.left_out: dict[str, str] = {}
         self._subject = Subject(
             self._outcomes(right_answers),
             lambda: self._outcomes(predictions),
@@ -118,7 +122,7 @@ class Evaluation:
             TalosValueError: the vectors and tasks do not fit one that was named.
         """
         vectors = self._subject.vectors
-        lacks = {
+        lacks: dict[str, str | None] = {
             name: each.lacks(vectors.values(), len(self._tasks))
             for name, each in MEASUREMENTS.items()
         }
@@ -129,6 +133,8 @@ class Evaluation:
                 raise TalosValueError(f"{lack}; or leave out --metric {name}")
         if not metrics:
             metrics = ["accuracy", "addition"] if len(vectors) > 1 else ["accuracy"]
+        if "all" in metrics:
+            self.left_out = {name: lack for name, lack in lacks.items() if lack is not None}
         return [
             name
             for name in MEASUREMENTS
@@ -143,6 +149,7 @@ class Evaluation:
         self,
         found: Mapping[str, Figures],
         model: str,
+        data: Sequence[str],
         files: Mapping[str, Path],
         merged: Path | None,
     ) -> dict[str, Any]:
@@ -151,6 +158,7 @@ class Evaluation:
         Args:
             found: the figures of each metric.
             model: the option --model.
+            data: the options --data.
             files: of each task's vector.
             merged: the file of --merged.
         """
@@ -169,8 +177,12 @@ class Evaluation:
             "linearized": self._linearized,
             "seed": self._seed,
             "tasks": {
-                task.name: {"examples": len(task.test), "fingerprint": _fingerprint(task)}
-                for task in self._tasks
+                task.name: {
+                    "data": source,
+                    "examples": len(task.test),
+                    "fingerprint": _fingerprint(task),
+                }
+                for task, source in zip(self._tasks, data, strict=True)
             },
             "vectors": [
                 {

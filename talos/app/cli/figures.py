@@ -10,7 +10,7 @@ from talos.app.cli.console import table
 from talos.app.cli.tables import interval
 from talos.app.report.runs import Row
 
-__all__ = ["TABLES", "comparison"]
+__all__ = ["NOTES", "TABLES", "comparison"]
 
 Titled = tuple[str, Table]
 Figures = dict[str, Any]
@@ -19,17 +19,19 @@ Figures = dict[str, Any]
 def _accuracy(figures: Figures) -> Iterator[Titled]:
     if "grid" in figures:
         yield _grid(figures, ["absolute"], "mean validation accuracy, %")
-    edited = any("edited" in each for each in figures["tasks"].values())
-    shown = table(["task"], ["examples", "pretrained", *(["edited", "difference"] * edited)])
+    kind = next(
+        (k for k in ("edited", "single") for e in figures["tasks"].values() if k in e), None
+    )
+    after = [] if kind is None else ["alone" if kind == "single" else kind, "difference"]
+    shown = table(["task"], ["examples", "pretrained", *after])
     for task, each in figures["tasks"].items():
         row = [escape(task), f"{each['pretrained']['n']:,}", interval(each["pretrained"])]
-        if "edited" in each:
-            row += [interval(each["edited"]), interval(each["difference"], signed=True)]
+        if kind in each:
+            row += [interval(each[kind]), interval(each["difference"], signed=True)]
         shown.add_row(*row)
-    at = " with each task's own vector" if edited else ""
-    if "scaling_coef" in figures:
-        at = f" at {figures['scaling_coef']:.2f}"
-    yield f"accuracy{at}, % with 95 % intervals", shown
+    own = " with each task's own vector" if kind == "single" else ""
+    at = f" at {figures['scaling_coef']:.2f}" if "scaling_coef" in figures else ""
+    yield f"accuracy{own}{at}, % with 95 % intervals", shown
 
 
 def _addition(figures: Figures) -> Iterator[Titled]:
@@ -44,7 +46,7 @@ def _addition(figures: Figures) -> Iterator[Titled]:
 
 
 def _negation(figures: Figures) -> Iterator[Titled]:
-    columns = ["scale", "target before", "target", "control before", "control"]
+    columns = ["scale", "target before", "target after", "control before", "control after"]
     shown = table(["task to forget"], columns)
     for task, each in figures.items():
         shown.add_row(
@@ -56,6 +58,16 @@ def _negation(figures: Figures) -> Iterator[Titled]:
             interval(each["control"]),
         )
     yield "negation, % with 95 % intervals", shown
+
+
+def _unhelped(figures: Figures) -> Iterator[str]:
+    """Yield a line for each task of which the search chose 0."""
+    for task, each in figures.items():
+        tried = [point["target"] for point in each["grid"] if point["scaling_coef"] > 0]
+        if each["scaling_coef"] == 0:
+            wanted = ["keeps 95 % of the control"] if None in tried else []
+            wanted += ["lowers the target"] if any(t is not None for t in tried) else []
+            yield f"{task}: no coefficient but 0 {' and '.join(wanted)}"
 
 
 def _ratios(title: str) -> Callable[[Figures], Iterator[Titled]]:
@@ -97,9 +109,9 @@ def _iou(figures: Figures) -> Iterator[Titled]:
     tasks = figures["tasks"]
     shown = table(["mask of"], [escape(task) for task in tasks])
     for task, row, chance in zip(tasks, figures["iou"], figures["by_chance"], strict=True):
-        cells = (f"{a:.3f} [dim]{b:.3f}[/dim]" for a, b in zip(row, chance, strict=True))
+        cells = (f"{a:.3f} [dim]({b:.3f})[/dim]" for a, b in zip(row, chance, strict=True))
         shown.add_row(escape(task), *cells)
-    yield "intersection over union of the masks; dim: by chance", shown
+    yield "intersection over union of the masks (by chance)", shown
 
 
 def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
@@ -124,11 +136,14 @@ TABLES: dict[str, Callable[[Figures], Iterator[Titled]]] = {
 }
 """What draws the figures of each metric."""
 
+NOTES: dict[str, Callable[[Figures], Iterator[str]]] = {"negation": _unhelped}
+"""What prints lines under the tables of a metric."""
+
 
 def comparison(rows: Sequence[Row]) -> Table:
     """Return the table of `talos compare`."""
     normalised = any(row.normalised is not None for row in rows)
-    columns = ["accuracy", "difference", *(["normalised", "difference"] * normalised)]
+    columns = ["scale", "accuracy", "difference", *(["normalised", "difference"] * normalised)]
     shown = table(["task", "edit"], columns)
     for column in shown.columns:
         column.no_wrap = True
@@ -136,7 +151,8 @@ def comparison(rows: Sequence[Row]) -> Table:
     before: str | None = ""
     for row in rows:
         task = "mean" if row.task is None else escape(row.task)
-        cells = [interval(row.accuracy), _signed(row.difference)]
+        scale = "" if row.scaling_coef is None else f"{row.scaling_coef:.2f}"
+        cells = [scale, interval(row.accuracy), _signed(row.difference)]
         if normalised:
             own = "" if row.normalised is None else interval(row.normalised)
             cells += [own, _signed(row.normalised_difference)]

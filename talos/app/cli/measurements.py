@@ -139,8 +139,9 @@ def _accuracy(subject: Subject) -> Figures:
     before = subject.before
     after: dict[str, Tensor] = {}
     figures: Figures = {}
-    if len(subject.vectors) > 1:
-        after = subject.single
+    kind = "single" if len(subject.vectors) > 1 else "edited"
+    if kind == "single":
+        figures["scaling_coef"], after = 1.0, subject.single
     elif subject.edit is not None:
         subject.chosen = subject.coef
         if subject.chosen is None:
@@ -153,7 +154,7 @@ def _accuracy(subject: Subject) -> Figures:
         tasks[task] = {"pretrained": accuracy}
         if task in after:
             own = {task: after[task]}
-            tasks[task]["edited"] = subject.accuracies(own)[task]
+            tasks[task][kind] = subject.accuracies(own)[task]
             tasks[task]["difference"] = gain(own, {task: before[task]})
     return {**figures, "tasks": tasks}
 

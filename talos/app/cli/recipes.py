@@ -74,7 +74,7 @@ def read_recipe(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TalosOSError(f"RECIPE must be a file that can be read, got {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TalosValueError(f"RECIPE must be TOML, got {path}: {error}") from None
     _check_keys(path, "the recipe", content)
     vectors = [_entry(path, "vectors", each) for each in _several(path, content, "vectors")]

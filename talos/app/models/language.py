@@ -4,7 +4,6 @@ The logit of a class is the log-probability of its text after the example's text
 text's tokens. An encoder-decoder (T5) decodes the text; a decoder (GPT-2, Llama) continues with it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from talos import batches
 from talos.app.models.base import Classifier, Encoder, checked_class_texts
-from talos.app.models.folders import load_folder
+from talos.app.models.folders import configuration, load_folder
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -121,9 +120,15 @@ class AnswerClassifier(Classifier):
         return logits
 
 
+def auto_class(folder: Path) -> str:
+    """Return the class of transformers that loads a folder's language model."""
+    decodes = bool(configuration(folder).get("is_encoder_decoder"))
+    return "AutoModelForSeq2SeqLM" if decodes else "AutoModelForCausalLM"
+
+
 def is_language_model(folder: Path) -> bool:
     """Return whether the configuration of a folder is that of a language model."""
-    config = _configuration(folder)
+    config = configuration(folder)
     architectures = config.get("architectures") or []
     return bool(config.get("is_encoder_decoder")) or any(
         str(each).endswith(_ARCHITECTURES) for each in architectures
@@ -132,9 +137,7 @@ def is_language_model(folder: Path) -> bool:
 
 def load_language_model(folder: Path, name: str) -> LanguageModel:
     """Load the language model of a folder; see `talos.app.models.load_encoder`."""
-    decodes = bool(_configuration(folder).get("is_encoder_decoder"))
-    auto = "AutoModelForSeq2SeqLM" if decodes else "AutoModelForCausalLM"
-    model, tokenizer = load_folder(folder, auto)
+    model, tokenizer = load_folder(folder, auto_class(folder))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TalosValueError(
@@ -143,12 +146,3 @@ def load_language_model(folder: Path, name: str) -> LanguageModel:
             )
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask hides it
     return LanguageModel(model, tokenizer, name=name).eval()
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """Read config.json; return nothing where it cannot be read: the loader reports that."""
-    try:
-        content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from talos.app.models.base import Encoder
 from talos.app.models.clip import PREFIX, load_clip
-from talos.app.models.folders import find_folder
-from talos.app.models.language import is_language_model, load_language_model
+from talos.app.models.folders import configuration, find_folder, has_tokenizer, takes_texts
+from talos.app.models.language import auto_class, is_language_model, load_language_model
 from talos.app.models.text import load_minilm, load_text_encoder
+from talos.errors import TalosRuntimeError
 
 
 def load_encoder(source: str | Path = "minilm") -> Encoder:
@@ -48,3 +49,13 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
 def takes_images(source: str) -> bool:
     """Return whether a model that `load_encoder` knows classifies images, not texts."""
     return source.startswith(PREFIX)
+
+
+def can_load(folder: Path) -> bool:
+    """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone."""
+    if not configuration(folder) or not has_tokenizer(folder):
+        return False
+    try:
+        return takes_texts(folder, auto_class(folder) if is_language_model(folder) else "AutoModel")
+    except TalosRuntimeError:  # transformers is not installed
+        return False

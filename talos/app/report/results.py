@@ -34,6 +34,7 @@ from typing import Any
 
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import atomic_write
+from talos.tensors import readable_size
 
 __all__ = [
     "SCHEMA",
@@ -103,7 +104,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise TalosOSError(f"{path} must be readable, got {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise TalosValueError(f"{path} must be {what}, got binary data") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TalosValueError(f"{path} must be {what}, got no JSON ({error})") from error
 
 
@@ -166,13 +167,6 @@ def save_results(results: Results, path: str | os.PathLike[str]) -> None:
 def percent(value: float) -> str:
     """Format a share as a percentage with one decimal, for example `93.1`."""
     return f"{100 * value:.1f}"
-
-
-def megabytes(count: float) -> str:
-    """Format a number of bytes, for example `4.6 MB` or `812 kB` (powers of ten)."""
-    if count >= 1e6:
-        return f"{count / 1e6:.1f} MB"
-    return f"{count / 1e3:.0f} kB" if count >= 1e4 else f"{count:.0f} B"
 
 
 def files_of(results: Results, kind: str, method: str | None) -> list[dict[str, Any]]:
@@ -252,8 +246,8 @@ def headline(results: Results) -> list[str]:
     if size:
         dense = results["model"]["dense_bytes"]
         sentences.append(
-            f"A task vector of {first['title']} takes {megabytes(size)}, a dense checkpoint "
-            f"{megabytes(dense)}: {dense / size:.0f} times as much."
+            f"A task vector of {first['title']} takes {readable_size(size)}, a dense checkpoint "
+            f"{readable_size(dense)}: {dense / size:.0f} times as much."
         )
     return sentences
 

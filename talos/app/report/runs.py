@@ -4,15 +4,18 @@ The JSON of `talos eval`, version 1. Estimates are those of `talos.app.report.re
 
 schema, schema_version  "talos-eval", 1
 created, versions, model, linearized, seed  when and how it was made
-tasks      task -> examples (number of test examples), fingerprint (of texts or images, and labels)
+tasks      task -> data (the option --data), examples (number of test examples), fingerprint (of
+           texts or images, and labels)
 vectors    list of file, task (whose own vector it is, or null), entries, metadata
 scaling_coef  of the edit: of the one vector, or of the sum of several; null without a vector
 outcomes   model -> task -> the right answers as bits, hexadecimal, in the order of the task's
-           examples: `pretrained`, `edited` (the edit), `single` (each task's own vector alone)
+           examples: `pretrained`, `edited` (the edit), `single` (each task's own vector alone, at
+           the coefficient 1); the names in `metrics` mean the same
 metrics    metric -> what it found
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,9 @@ class Run:
         estimates: accuracies by task, and their mean under None, where there are no answers.
         normalised: estimate of the normalised accuracy, where there are no answers.
         method: of a demo.
+        scaling_coef: of the edit, where there is one.
+        model: the option --model, where it is known.
+        data: the options --data, where they are known.
     """
 
     path: Path
@@ -65,6 +71,9 @@ class Run:
     estimates: dict[str | None, Estimate] = field(default_factory=dict)
     normalised: Estimate | None = None
     method: str | None = None
+    scaling_coef: float | None = None
+    model: str | None = None
+    data: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -90,6 +99,7 @@ class Row:
         difference: from the first run's accuracy, paired; None: of the first run, or not known.
         normalised: mean ratio to the single-task models, for the mean over the tasks.
         normalised_difference: from that of the first run, paired.
+        scaling_coef: of the edit.
     """
 
     task: str | None
@@ -98,6 +108,7 @@ class Row:
     difference: Estimate | None = None
     normalised: Estimate | None = None
     normalised_difference: Estimate | None = None
+    scaling_coef: float | None = None
 
 
 def to_hex(outcomes: Tensor) -> str:
@@ -141,7 +152,8 @@ def load_runs(path: Path) -> list[Run]:
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema == SCHEMA:
         check_results(results, str(path))
-        return list(_methods(results, path))
+        with _undamaged(path, "the accuracies of each method", "talos demo"):
+            return list(_methods(results, path))
     if schema != EVAL_SCHEMA:
         raise TalosValueError(f"{path} must be {_WHAT}, got another file")
     if results.get("schema_version") != EVAL_SCHEMA_VERSION:
@@ -149,13 +161,8 @@ def load_runs(path: Path) -> list[Run]:
             f"{path} must have schema_version {EVAL_SCHEMA_VERSION}, got "
             f"{results.get('schema_version')!r}; make it again with this version's `talos eval`"
         )
-    try:
+    with _undamaged(path, "the right answers of each task", "talos eval --json"):
         run = _read_run(results, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TalosValueError(
-            f"{path} must hold the right answers of each task, got a damaged file ({error}); make "
-            "it again with `talos eval --json`"
-        ) from error
     if run.outcomes is None:
         raise TalosValueError(
             f"{path} must hold one edit of all tasks, got several vectors without their sum; "
@@ -190,7 +197,12 @@ def compare(runs: Sequence[Run], *, resamples: int = 2000, seed: int = 0) -> lis
     rows = [_mean_row(bootstrap, *each, runs[0]) for each in zip(names, runs, strict=True)]
     for task in runs[0].tasks if len(runs[0].tasks) > 1 else ():
         rows += [
-            Row(task, name, *_accuracy(bootstrap, task, run, runs[0]))
+            Row(
+                task,
+                name,
+                *_accuracy(bootstrap, task, run, runs[0]),
+                scaling_coef=run.scaling_coef,
+            )
             for name, run in zip(names, runs, strict=True)
         ]
     return rows
@@ -199,12 +211,12 @@ def compare(runs: Sequence[Run], *, resamples: int = 2000, seed: int = 0) -> lis
 def _mean_row(bootstrap: Bootstrap, name: str, run: Run, first: Run) -> Row:
     accuracy, difference = _accuracy(bootstrap, None, run, first)
     if run.outcomes is None or run.single is None:
-        return Row(None, name, accuracy, difference, run.normalised)
+        return Row(None, name, accuracy, difference, run.normalised, scaling_coef=run.scaling_coef)
     normalised, gap = bootstrap.normalised(run.outcomes, run.single), None
     if run is not first and first.outcomes is not None and first.single is not None:
         pair = (run.outcomes, run.single), (first.outcomes, first.single)
         gap = bootstrap.normalised_gain(*pair)
-    return Row(None, name, accuracy, difference, normalised, gap)
+    return Row(None, name, accuracy, difference, normalised, gap, run.scaling_coef)
 
 
 def _accuracy(
@@ -239,6 +251,17 @@ def _check_alike(runs: Sequence[Run]) -> None:
                 )
 
 
+@contextmanager
+def _undamaged(path: Path, what: str, command: str) -> Iterator[None]:
+    """Explain what reading a file of another structure raises."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TalosValueError(
+            f"{path} must hold {what}, got a damaged file ({error}); make it again with `{command}`"
+        ) from error
+
+
 def _read_run(results: Mapping[str, Any], path: Path) -> Run:
     tasks: dict[str, Any] = results["tasks"]
     answers = {
@@ -252,6 +275,9 @@ def _read_run(results: Mapping[str, Any], path: Path) -> Run:
         outcomes=answers.get("edited") if results["vectors"] else answers["pretrained"],
         single=answers.get("single"),
         fingerprints={task: str(each["fingerprint"]) for task, each in tasks.items()},
+        scaling_coef=results.get("scaling_coef"),
+        model=results.get("model"),
+        data=[str(each["data"]) for each in tasks.values() if "data" in each],
     )
 
 
@@ -262,7 +288,15 @@ def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
         yield Run(
             path,
             list(added["tasks"]),
-            estimates={**added["tasks"], None: added["absolute"]},
-            normalised=added["normalised"],
-            method=method["name"],
+            estimates={
+                **{task: _read_estimate(each) for task, each in added["tasks"].items()},
+                None: _read_estimate(added["absolute"]),
+            },
+            normalised=_read_estimate(added["normalised"]),
+            method=str(method["name"]),
         )
+
+
+def _read_estimate(entry: Mapping[str, Any]) -> Estimate:
+    value, low, high = (float(entry[key]) for key in ("value", "low", "high"))
+    return {"value": value, "low": low, "high": high, "n": int(entry["n"])}

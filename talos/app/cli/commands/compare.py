@@ -44,5 +44,8 @@ def compare(
     without = [run.name for run in loaded if run.outcomes is None]
     if without:
         print_line(console, f"without answers, so without differences: {', '.join(without)}")
+    first = next((run for run in loaded if run.model is not None), loaded[0])
+    same = [] if first.model in (None, "minilm") else ["--model", first.model]
+    same += [word for each in first.data or ["TASK"] for word in ("--data", each)]
     other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
-    next_step(console, command("eval", "--data", "TASK", *other))
+    next_step(console, command("eval", *same, *other))

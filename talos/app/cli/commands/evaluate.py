@@ -74,8 +74,9 @@ def evaluate(
         str | None,
         typer.Option(
             "--scale",
-            help="The scaling coefficient, or grid: try several from 0 to 1 and take the best. By "
-            "default 1 for one vector, grid for several.",
+            help="The scaling coefficient, or grid: try several from 0 to 1 and take the one with "
+            "the highest mean accuracy, of several vectors normalised. By default 1 for one "
+            "vector, grid for several.",
         ),
     ] = None,
     points: Annotated[
@@ -121,7 +122,7 @@ def evaluate(
     if points is not None:
         integer("--points", points, 2)
     from talos.app.cli.evaluations import Evaluation, pair
-    from talos.app.cli.figures import TABLES
+    from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
     from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
@@ -155,16 +156,22 @@ def evaluate(
         chosen = evaluation.choose(metric or [])
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
-        record = None if json is None else evaluation.record(found, model, files, merged)
+        record = None if json is None else evaluation.record(found, model, data, files, merged)
     if record is not None and json == "-":
         typer.echo(json_text(record), nl=False)
         return
     console = stdout()
+    above = ""
     for name, figures in found.items():
         for title, shown in TABLES[name](figures):
-            console.print(f"[bold]{title}[/bold]")
+            console.print(f"{above}[bold]{title}[/bold]")
             console.print(shown)
-            console.print()
+            above = "\n"
+        if name in NOTES:
+            for line in NOTES[name](figures):
+                print_line(console, line)
+    for name, lack in evaluation.left_out.items():
+        print_line(console, f"{name} was left out: {lack}")
     coef = evaluation.chosen
     if coef == 0:
         print_line(console, "no coefficient beats the pretrained model on the validation examples")

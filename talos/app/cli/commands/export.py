@@ -1,6 +1,7 @@
 """`talos export`: base and task vectors as a checkpoint, a dense delta or a patch."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -75,20 +76,29 @@ def export(
         check_output(out, overwrite)
     elif os.path.lexists(out) and not overwrite:
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
-    from talos.app.report.results import megabytes
     from talos.files import Checkpoint
     from talos.task_vectors import Patch, TaskVector
+    from talos.tensors import readable_size
 
-    words = {"force=True": "--force", "overwrite=True": "--overwrite", "out must": "--out must"}
+    with as_options({"path must": "--base must"}):
+        source = None if base is None else Checkpoint(base)
+    words = {
+        "force=True": "--force",
+        "overwrite=True": "--overwrite",
+        "out must": "--out must",
+        "scale must": "--scale must",
+        "path must be a readable": "--base must be a readable",
+        "path must": "--out must",
+    }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
-        if base is None:
+        if source is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
-            Patch.between(Checkpoint(base), edit, scale, force).save(out)
+            Patch.between(source, edit, scale, force).save(out)
         else:
             edit.export(
-                base,
+                source,
                 out,
                 scale,
                 force,
@@ -97,8 +107,20 @@ def export(
             )
     console = stdout()
     written = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
-    size = megabytes(sum(path.stat().st_size for path in written))
+    size = readable_size(sum(path.stat().st_size for path in written))
     files = f"{len(written)} files, " if out.is_dir() else ""
     print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
-    if out.is_dir():
-        next_step(console, command("eval", "--model", out, "--data", "TASK"))
+    if (out / "config.json").is_file():
+        next_step(console, _next(out))
+
+
+def _next(folder: Path) -> str:
+    """Return what loads the checkpoint: `talos eval`, or transformers where that does not fit."""
+    from talos.app.models import can_load, class_name
+
+    if can_load(folder):
+        return command("eval", "--model", folder, "--data", "TASK")
+    code = (
+        f"import transformers; transformers.{class_name(folder)}.from_pretrained({str(folder)!r})"
+    )
+    return shlex.join(["python", "-c", code])

@@ -76,11 +76,15 @@ def extract(
     check_output(out, overwrite)
     import torch
 
-    from talos.app.report.results import megabytes
     from talos.task_vectors import TaskVector
+    from talos.tensors import readable_size
 
     made = {"base": base.resolve().name, "tuned": tuned.resolve().name}
-    words = {"strict=False": "--drop", "path must": "BASE and TUNED must"}
+    words = {
+        "strict=False": "--drop",
+        "path must be writable": "--out must be writable",
+        "path must": "BASE and TUNED must",
+    }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         vector = TaskVector.from_models(
             base,
@@ -92,7 +96,7 @@ def extract(
         )
         vector.save(out, getattr(torch, dtype), overwrite=overwrite)
     console = stdout()
-    size = megabytes(out.stat().st_size)
+    size = readable_size(out.stat().st_size)
     print_line(console, f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {size}")
     console.print(_shares(vector))
     if inexact := vector.metadata.get("inexact"):

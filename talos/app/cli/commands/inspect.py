@@ -30,37 +30,39 @@ def inspect(
     Every checksum of the file is verified; nothing is unpickled.
     """
     check_input("FILE", file)
-    from talos.app.report.results import megabytes
     from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import Patch, TaskVector
     from talos.task_vectors.sums import is_merge, is_sum
+    from talos.tensors import readable_size
 
     size = file.stat().st_size
     console, kind = stdout(), claimed_kind(file)
     if kind == "task_vector":
         vector = TaskVector.load(file)
-        mask, metadata = vector.mask, vector.metadata
+        shown, metadata = vector.mask.describe(layers=layers), vector.metadata
         print_line(
             console,
-            f"{file}: a task vector of {mask.nnz:,} entries in {str(vector.values.dtype)[6:]}, "
+            f"{file}: a task vector of {len(vector):,} entries in {str(vector.values.dtype)[6:]}, "
             f"norm {float(vector.values.float().norm()):.4g}",
         )
     elif kind == "patch":
         patch = Patch.load(file)
-        mask, metadata = Mask.from_indices(patch.positions, patch.shapes), {}
+        shown, metadata = patch.describe(layers=layers), {}
         print_line(console, f"{file}: a patch of {len(patch):,} entries")
     else:
         mask = Mask.load(file)
-        metadata = mask.metadata
+        shown, metadata = mask.describe(layers=layers), mask.metadata
         print_line(console, f"{file}: a mask of {mask.nnz:,} entries")
-    per_entry = f", {size / mask.nnz:.2f} per selected entry" if mask.nnz else ""
+    all_of_it = shown.total()
+    per_entry = f", {size / all_of_it.nnz:.2f} per selected entry" if all_of_it.nnz else ""
+    density = all_of_it.density
     print_line(
         console,
-        f"density {mask.density:.4f} (sparsity {1 - mask.density:.4f}) of {mask.numel:,} entries; "
-        f"{megabytes(size)}: {size:,} bytes{per_entry}",
+        f"density {density:.4f} (sparsity {1 - density:.4f}) of {all_of_it.numel:,} entries; "
+        f"{readable_size(size)}: {size:,} bytes{per_entry}",
     )
-    print_line(console, str(mask.describe(layers=layers)))
+    print_line(console, str(shown))
     if metadata:
         console.print("\n[bold]made by[/bold]")
         table = Table(box=None, show_header=False, pad_edge=False)

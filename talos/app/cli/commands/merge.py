@@ -18,7 +18,13 @@ from talos.app.cli.console import (
     print_line,
     stdout,
 )
-from talos.app.cli.options import Overwrite, check_choice, check_input, check_output
+from talos.app.cli.options import (
+    Overwrite,
+    as_options,
+    check_choice,
+    check_input,
+    check_output,
+)
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.errors import TalosValueError
 from talos.merging import METHODS, merge_of
@@ -34,6 +40,11 @@ EXAMPLES = (
     "talos merge a.safetensors b.safetensors --method ties --density 0.2 --out both.safetensors",
     "talos merge recipe.toml",
 )
+# A recipe's base may be of another kind than the library's arguments, and nothing is edited.
+_BASE_WORDS = {
+    **dict.fromkeys(("--model must", "model must", "path must"), "base must"),
+    ", or pass force=True to edit this one": "",
+}
 
 
 def parse_term(text: str) -> tuple[Path, float]:
@@ -136,9 +147,9 @@ def merge(
         check_output(each.file, overwrite, name="--out" if out is not None else "outputs")
     import torch
 
-    from talos.app.report.results import megabytes
     from talos.task_vectors import TaskVector
     from talos.task_vectors.fingerprints import one_base
+    from talos.tensors import readable_size
 
     with on_interrupt("nothing was written"), Bars() as bars:
         vectors = []
@@ -147,11 +158,13 @@ def merge(
             vectors.append(TaskVector.load(path))
         bases = one_base(each.fingerprints for each in vectors)
         if recipe.base is not None:
-            check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
+            with as_options(_BASE_WORDS):
+                check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
         bars.show("load", len(recipe.files), len(recipe.files))
-        edit = recipe.merge.merge(
-            vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
-        )
+        with as_options({} if out is None else {"density must": "--density must"}):
+            edit = recipe.merge.merge(
+                vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
+            )
         for each in recipe.outputs:
             dtype = None if each.dtype is None else getattr(torch, each.dtype)
             edit.save(each.file, dtype, overwrite=overwrite)
@@ -161,7 +174,7 @@ def merge(
         print_line(console, "no two vectors have a tensor in common: do they belong to one model?")
     count = f"{len(vectors)} vector{'s' if len(vectors) > 1 else ''}"
     for each in recipe.outputs:
-        size = megabytes(each.file.stat().st_size)
+        size = readable_size(each.file.stat().st_size)
         print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
     written = recipe.outputs[0].file
     model = _model(vectors, recipe.base, Path(terms[0]).parent)
