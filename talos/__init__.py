@@ -12,6 +12,7 @@ only those, and edit models with the small task vectors that result:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from talos import evaluation, merging, methods
 from talos.batches import choice_logits
 from talos.calibration import calibrate, fisher_diag
 from talos.errors import (
@@ -41,9 +42,12 @@ __all__ = [
     "TaskVector",
     "calibrate",
     "choice_logits",
+    "evaluation",
     "fine_tune",
     "fisher_diag",
     "merge",
+    "merging",
+    "methods",
 ]
 
 try:

@@ -1,4 +1,4 @@
-"""Small tensor helpers: tensors that share memory, buffers to restore, a cast that layers share.
+"""Small tensor helpers: tensors that share memory, buffers to restore, a cast, sizes as text.
 
 Tied weights are one memory: the same address, dtype, shape and strides, in one object or several.
 Tensors that share only a part of their memory are not tied: a write to one of them changes the
@@ -27,6 +27,7 @@ __all__ = [
     "equal_bits",
     "moved_buffers",
     "place",
+    "readable_size",
     "trim_heap",
     "true_places",
     "warn_of_moved",
@@ -298,6 +299,19 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def readable_size(nbytes: float) -> str:
+    """Format a number of bytes, in powers of ten.
+
+    Example:
+        >>> [readable_size(nbytes) for nbytes in (9_000, 12_000, 4_600_000, 13_500_000_000)]
+        ['9000 B', '12 kB', '4.6 MB', '13.5 GB']
+    """
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB" if nbytes >= 1e4 else f"{nbytes:.0f} B"
 
 
 def trim_heap() -> None:

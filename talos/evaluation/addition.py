@@ -11,7 +11,7 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,12 +55,12 @@ class Addition:
         outcomes: the merged model's outcomes of each task on test examples, `[n]`.
     """
 
-    grid: list[AdditionPoint]
+    grid: list[AdditionPoint] = field(repr=False)
     scaling_coef: float
     absolute: Estimate
     normalised: Estimate
     tasks: dict[str, Estimate]
-    outcomes: dict[str, Tensor]
+    outcomes: dict[str, Tensor] = field(repr=False)
 
 
 def addition(

@@ -168,8 +168,9 @@ def _mean_logit(logits: Tensor, batch: Any) -> Tensor:
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise TalosValueError(
             "logits_fn must return logits [B, C] for labels [B], got "
-            f"{list(logits.shape)} and {list(labels.shape)}; return those of the answers to choose "
-            "among (talos.choice_logits)"
+            f"{list(logits.shape)} and {list(labels.shape)}; of [B, T, V] choose a position, "
+            "as logits_fn=lambda model, batch: talos.batches.default_logits(model, batch)[:, -1] "
+            "does, and give its labels; or pass logits_fn=talos.choice_logits"
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.gather(1, labels.to(logits.device)[:, None].long()).mean()

@@ -10,11 +10,11 @@ model is from Ortiz-Jimenez et al. 2023, arXiv 2305.12827, section 4.
 """
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from talos.errors import TalosValueError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation.intervals import Estimate
 from talos.evaluation.outcomes import Outcomes, checked_vectors
 from talos.methods import LinearizedModel, LogitsFunction
@@ -35,15 +35,15 @@ class Linearity:
         expansion: the figure of f_lin at the same weights.
         gain: `expansion` minus `tuned`, paired.
         equal: the share of examples with equal outcomes; of equal predictions, if the judges
-            return predictions.
+            return predictions. None: the outcomes are floating-point numbers.
         outcomes: those of f and those of f_lin, `[n]` each, on the CPU.
     """
 
     tuned: Estimate
     expansion: Estimate
     gain: Estimate
-    equal: float
-    outcomes: tuple[Tensor, Tensor]
+    equal: float | None
+    outcomes: tuple[Tensor, Tensor] = field(repr=False)
 
 
 def linearity(
@@ -59,7 +59,8 @@ def linearity(
 
     Args:
         outcomes: of the model, with judges of test examples. They are called with a
-            `talos.methods.LinearizedModel`, too, whose `linear(batch)` are logits.
+            `talos.methods.LinearizedModel`, too, which returns the logits themselves, a tensor.
+            `talos.batches.default_logits(model, batch)` returns the logits of both.
         vectors: the vector of each task.
         coef: the scaling coefficient.
         logits_fn: `logits_fn(module, batch)`, the function to expand; None: the model is called as
@@ -71,6 +72,8 @@ def linearity(
     Raises:
         TalosValueError: a vector does not fit the model or touches a weight that requires no
             gradient, or a module is wrapped.
+        TalosTypeError: a judge fails on the expansion, because it reads `.logits` of its output or
+            passes more than one batch.
 
     Example:
         >>> import torch
@@ -99,16 +102,29 @@ def linearity(
     )
     found = {}
     for task, vector in vectors.items():
-        tuned, expanded = (each.of("test", vector, coef, [task]) for each in (outcomes, linear))
+        tuned = outcomes.of("test", vector, coef, [task])
+        expanded = _judged(linear, vector, coef, task)
         bootstrap = outcomes.bootstrap
+        counted = not (tuned[task].is_floating_point() or expanded[task].is_floating_point())
         found[task] = Linearity(
             tuned=bootstrap.mean(tuned),
             expansion=bootstrap.mean(expanded),
             gain=bootstrap.gain(expanded, tuned),
-            equal=float((tuned[task] == expanded[task]).double().mean()),
+            equal=float((tuned[task] == expanded[task]).double().mean()) if counted else None,
             outcomes=(tuned[task], expanded[task]),
         )
     return found
+
+
+def _judged(linear: Outcomes, vector: TaskVector, coef: float, task: str) -> dict[str, Tensor]:
+    try:
+        return linear.of("test", vector, coef, [task])
+    except (AttributeError, TypeError) as error:
+        raise TalosTypeError(
+            f"judge of {task} must work with the first-order expansion, too, whose call "
+            f"model(batch) returns logits, a tensor, got {type(error).__name__}: {error}; take the "
+            "logits from talos.batches.default_logits(model, batch), which works with both"
+        ) from error
 
 
 def _expansion(

@@ -183,8 +183,9 @@ def _variances(logits: Tensor, change: Tensor) -> Tensor:
     """Return the variance of the logits' change over y ~ p of each sample, float64 [B]."""
     if logits.dim() != 2:
         raise TalosValueError(
-            f"logits_fn must return logits [B, C], got {list(logits.shape)}; return those of the "
-            "answers to choose among (talos.choice_logits)"
+            f"logits_fn must return logits [B, C], got {list(logits.shape)}; of [B, T, V] choose a "
+            "position, as logits_fn=lambda model, batch: talos.batches.default_logits(model, "
+            "batch)[:, -1] does; or pass logits_fn=talos.choice_logits"
         )
     probs = logits.double().softmax(-1)
     change = change.double().where(probs > 0, 0.0)  # -inf rules a class out

@@ -13,7 +13,7 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
@@ -56,7 +56,7 @@ class Negation:
         control_zero_shot: `control` of the pretrained model.
     """
 
-    grid: list[NegationPoint]
+    grid: list[NegationPoint] = field(repr=False)
     scaling_coef: float
     target: Estimate
     control: Estimate

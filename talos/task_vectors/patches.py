@@ -31,7 +31,7 @@ from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
-from talos.tensors import check_separate, equal_bits, place
+from talos.tensors import check_separate, equal_bits, place, readable_size
 from talos_kernels import Index, TensorIndex, add_delta_
 
 __all__ = ["Patch", "changed_bits"]
@@ -363,7 +363,7 @@ class Patch:
         )
 
     def __repr__(self) -> str:
-        where = f"{len(self.shapes)} tensors, {self.nbytes / 1e6:.1f} MB"
+        where = f"{len(self.shapes)} tensors, {readable_size(self.nbytes)}"
         return f"Patch({len(self):,} values in {where})"
 
 

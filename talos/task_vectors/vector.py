@@ -41,7 +41,7 @@ from talos.task_vectors.sums import (
     sources,
     weighted_sum,
 )
-from talos.tensors import warn_of_moved
+from talos.tensors import readable_size, warn_of_moved
 
 __all__ = ["TaskVector"]
 
@@ -665,7 +665,7 @@ class TaskVector:
 
     def __repr__(self) -> str:
         dtype = str(self.values.dtype).removeprefix("torch.")
-        where = f"{len(self.mask.names)} tensors, {self.nbytes / 1e6:.1f} MB"
+        where = f"{len(self.mask.names)} tensors, {readable_size(self.nbytes)}"
         return f"TaskVector({len(self):,} {dtype} values in {where})"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from talos import Mask, fine_tune
+from talos.batches import default_logits
 from talos.errors import TalosValueError
 from talos.evaluation.drift import GradientDrift
 from talos.training import FineTuneStep
@@ -104,8 +105,16 @@ def test_what_cannot_be_measured_is_refused() -> None:
         GradientDrift(model, some_batches(), every=0)
     with pytest.raises(TalosValueError, match="batch must be a mapping with 'labels'"):
         GradientDrift(model, [torch.ones(2, 4)])
-    with pytest.raises(TalosValueError, match=r"logits_fn must return logits \[B, C\]"):
-        GradientDrift(model, [(torch.ones(2, 2, 4), torch.zeros(2, 2).long())])
+    tokens, labels = torch.randn(2, 2, 4), torch.zeros(2).long()
+    with pytest.raises(
+        TalosValueError, match=r"got \[2, 2, 3\] and \[2\].* logits_fn=lambda .*-1]"
+    ):
+        GradientDrift(model, [(tokens, labels)])
+    last = GradientDrift(
+        model, [(tokens, labels)], logits_fn=lambda m, batch: default_logits(m, batch)[:, -1]
+    )
+    alone = GradientDrift(model, [(tokens[:, -1], labels)])
+    assert_close(torch.tensor(last.initial), torch.tensor(alone.initial), reduction=True)
     empty = Mask.from_dense({"0.bias": torch.zeros(6) > 0})
     with pytest.raises(TalosValueError, match="mask must select at least one entry"):
         GradientDrift(model, some_batches(), empty)

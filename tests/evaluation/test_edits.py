@@ -84,6 +84,8 @@ def test_addition_is_what_edited_copies_give() -> None:
 def test_any_merge_can_be_added() -> None:
     merged = 2 * VECTORS["left"]
     added = addition(outcomes(), VECTORS, merged, coefs=[0.5])
+    assert "grid" not in repr(added)
+    assert "outcomes" not in repr(added)
     assert added.grid[0].tasks == accuracies([(1.0, VECTORS["left"])], VALIDATION)
 
 

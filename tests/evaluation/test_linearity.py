@@ -1,14 +1,16 @@
 """Linearity against an expansion that is differentiated by hand."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from talos import Mask, TaskVector
-from talos.errors import TalosValueError
-from talos.evaluation import Outcomes, predictions, right_answers
+from talos.batches import default_logits
+from talos.errors import TalosTypeError, TalosValueError
+from talos.evaluation import Judge, Outcomes, losses, predictions, right_answers
 from talos.evaluation.linearity import linearity
 from tests.cases import assert_bit_equal
 
@@ -99,3 +101,38 @@ def test_an_edit_of_a_frozen_weight_is_refused() -> None:
     outcomes = Outcomes(models, {task: predictions(data[task]) for task in data})
     with pytest.raises(TalosValueError, match="must have requires_grad=True where it is edited"):
         linearity(outcomes, vectors)
+
+
+def test_outcomes_that_are_floats_are_not_counted_as_equal() -> None:
+    models, data, vectors = tasks()
+    found = linearity(Outcomes(models, {"b": losses(data["b"])}), {"b": vectors["b"]})["b"]
+    assert found.equal is None
+    assert "tensor" not in repr(found)
+
+
+class Wrapped(nn.Module):
+    """Returns its logits in an object, as a model of transformers does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(x))
+
+
+def test_a_judge_that_fails_on_the_expansion_is_refused_with_the_call_that_works() -> None:
+    models, data, vectors = tasks()
+    model, x = Wrapped(models["b"]), data["b"][0][0]
+    vector = {"b": vectors["b"].rename({"^": "model."})}
+    judges: tuple[Judge, ...] = (
+        lambda module: module(x).logits.argmax(1),
+        lambda module: module(x=x).logits.argmax(1),
+    )
+    for judge in judges:
+        with pytest.raises(TalosTypeError, match=r"judge of b must work .*default_logits"):
+            linearity(Outcomes(model, {"b": judge}), vector)
+    both = Outcomes(model, {"b": lambda module: default_logits(module, x).argmax(1)})
+    plain = Outcomes(models, {"b": lambda module: module(x).argmax(1)})
+    found, wanted = linearity(both, vector)["b"], linearity(plain, {"b": vectors["b"]})["b"]
+    assert all(map(torch.equal, found.outcomes, wanted.outcomes))

@@ -107,7 +107,7 @@ def test_what_has_no_scores_or_another_base_is_refused() -> None:
     scores = fisher_diag(model, some_batches(), params=".")
     with pytest.raises(TalosValueError, match="batches must hold at least one sample"):
         localization(model, vector, [], scores)
-    with pytest.raises(TalosValueError, match=r"logits_fn must return logits \[B, C\]"):
+    with pytest.raises(TalosValueError, match=r"got \[2, 2, 3\]; .* logits_fn=lambda .*-1]"):
         localization(model, vector, [torch.ones(2, 2, 4)], scores)
     scores.rows = {"3.weight": (0, 1)}
     with pytest.raises(TalosValueError, match=r"got 3\.weight scored only in the rows \[0, 1\)"):

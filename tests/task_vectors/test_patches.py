@@ -101,6 +101,7 @@ def test_a_patch_makes_one_model_into_another(dtype: torch.dtype) -> None:
     assert patch.positions["b"].tolist() == [2]  # -0 is not 0
     assert len(patch) == 7
     assert patch.nbytes == 7 * (4 + dtype.itemsize)
+    assert repr(patch) == f"Patch(7 values in 3 tensors, {7 * (4 + dtype.itemsize)} B)"
     plain = bits(base)
     for name in patch.names:  # what any receiver does
         where = patch.positions[name].long()

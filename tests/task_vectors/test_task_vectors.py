@@ -533,7 +533,7 @@ def test_norms_size_table_and_dtype_of_a_vector() -> None:
     assert vector.norm() == 13.0
     assert vector.norms() == {"h.0.q.weight": 5.0, "h.0.fc1.weight": 12.0}
     assert vector.nbytes == 12 + mask.nbytes
-    assert repr(vector) == "TaskVector(3 float32 values in 2 tensors, 0.0 MB)"
+    assert repr(vector) == "TaskVector(3 float32 values in 2 tensors, 284 B)"
     assert vector.describe().splitlines()[-1].split() == ["total", "2", "3", "0.600", "13"]
     assert vector.to_dense("h.0.q.weight").tolist() == [[3.0, 0.0], [0.0, 4.0]]
     half = vector.astype(torch.float16)

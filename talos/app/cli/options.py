@@ -40,7 +40,8 @@ Data = Annotated[
         "--data",
         help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv or .jsonl "
         "file with the columns text and label. For CLIP: digits, or a folder with one subfolder of "
-        "images per class.",
+        "images per class. Your rows or images are split 80/10/10 into train, validation and test "
+        "within each class, the same in every command.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]

@@ -7,12 +7,12 @@ from talos.app.report.html import escape, figure, method_label, section, table
 from talos.app.report.results import (
     Results,
     files_of,
-    megabytes,
     percent,
     seconds_by_phase,
     shared_label,
 )
 from talos.app.report.svg import method_colour
+from talos.tensors import readable_size
 
 __all__ = ["files", "made", "masks", "next_steps", "timings"]
 
@@ -90,10 +90,10 @@ def files(results: Results) -> str:
             size = fmean(file["bytes"] for file in found)
             entries = fmean(file["entries"] for file in found)
             bytes_per_entry, smaller = f"{size / entries:.2f}", f"{dense / size:.1f}×"
-            rows.append((label, f"{entries:,.0f}", megabytes(size), bytes_per_entry, smaller))
+            rows.append((label, f"{entries:,.0f}", readable_size(size), bytes_per_entry, smaller))
             bars.append((name, size / 1e6, colour))
     parameters = f"{results['model']['parameters']:,}"
-    rows.append(("dense checkpoint", parameters, megabytes(dense), "4.00", "1.0×"))
+    rows.append(("dense checkpoint", parameters, readable_size(dense), "4.00", "1.0×"))
     return section(
         "File sizes",
         "Mean size of a file. Bytes per entry count the whole file: values, index and names.",

@@ -8,12 +8,12 @@ from talos.app.report.results import (
     Results,
     check_results,
     headline,
-    megabytes,
     percent,
     vector_bytes,
 )
 from talos.app.report.style import CSS
 from talos.files import atomic_write
+from talos.tensors import readable_size
 
 __all__ = ["render", "write_report"]
 
@@ -74,7 +74,7 @@ def _tiles(results: Results) -> str:
         value = results["addition"][method["name"]]["normalised"]["value"]
         tiles.append((f"{percent(value)} %", f"normalised addition, {method['title']}"))
     size = vector_bytes(results, results["methods"][0]["name"])
-    tiles.append((megabytes(size), f"a task vector of {results['methods'][0]['title']}"))
+    tiles.append((readable_size(size), f"a task vector of {results['methods'][0]['title']}"))
     tiles.append((f"{results['timings']['total'] / 60:.1f} min", "for everything on this page"))
     return (
         "<div class=tiles>"

@@ -34,6 +34,7 @@ from typing import Any
 
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import atomic_write
+from talos.tensors import readable_size
 
 __all__ = [
     "SCHEMA",
@@ -168,13 +169,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def megabytes(count: float) -> str:
-    """Format a number of bytes, for example `4.6 MB` or `812 kB` (powers of ten)."""
-    if count >= 1e6:
-        return f"{count / 1e6:.1f} MB"
-    return f"{count / 1e3:.0f} kB" if count >= 1e4 else f"{count:.0f} B"
-
-
 def files_of(results: Results, kind: str, method: str | None) -> list[dict[str, Any]]:
     """Return the files of a kind, "vector" or "mask", that a method wrote."""
     return [f for f in results["files"] if (f["kind"], f["method"]) == (kind, method)]
@@ -252,8 +246,8 @@ def headline(results: Results) -> list[str]:
     if size:
         dense = results["model"]["dense_bytes"]
         sentences.append(
-            f"A task vector of {first['title']} takes {megabytes(size)}, a dense checkpoint "
-            f"{megabytes(dense)}: {dense / size:.0f} times as much."
+            f"A task vector of {first['title']} takes {readable_size(size)}, a dense checkpoint "
+            f"{readable_size(dense)}: {dense / size:.0f} times as much."
         )
     return sentences
 

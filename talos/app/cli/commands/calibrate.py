@@ -152,9 +152,9 @@ def calibrate(
         raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
     from talos.app.cli.loading import load_classifier, load_data
     from talos.app.demo.judge import calibration_batches
-    from talos.app.report.results import megabytes
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress
+    from talos.tensors import readable_size
 
     console = stdout()
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -207,7 +207,7 @@ def calibrate(
     print_line(
         console,
         f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
-        f"{megabytes(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
+        f"{readable_size(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
     )
     if (stability := made.get("stability")) is not None:
         print_line(
@@ -237,7 +237,7 @@ def _show_plan(
 ) -> None:
     """Print what would be scored and selected, and the memory it takes."""
     from talos.app.cli.plan import SCORED, activation_bytes, shares, shares_table
-    from talos.app.report.results import megabytes
+    from talos.tensors import readable_size
 
     found = shares(classifier, params)
     console.print(shares_table(found, layers=layers))
@@ -257,7 +257,7 @@ def _show_plan(
         (f"{samples:,} samples", inputs * samples // size),
         (f"activations of a batch of {size:,}", activation_bytes(classifier, batch)),
     ):
-        print_line(console, f"{megabytes(nbytes):>10}  {what}")
+        print_line(console, f"{readable_size(nbytes):>10}  {what}")
 
 
 def _again(context: typer.Context, out: Path) -> str:

@@ -76,9 +76,9 @@ def export(
         check_output(out, overwrite)
     elif os.path.lexists(out) and not overwrite:
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
-    from talos.app.report.results import megabytes
     from talos.files import Checkpoint
     from talos.task_vectors import Patch, TaskVector
+    from talos.tensors import readable_size
 
     with as_options({"path must": "--base must"}):
         source = None if base is None else Checkpoint(base)
@@ -107,7 +107,7 @@ def export(
             )
     console = stdout()
     written = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
-    size = megabytes(sum(path.stat().st_size for path in written))
+    size = readable_size(sum(path.stat().st_size for path in written))
     files = f"{len(written)} files, " if out.is_dir() else ""
     print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
     if (out / "config.json").is_file():

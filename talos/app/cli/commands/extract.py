@@ -76,8 +76,8 @@ def extract(
     check_output(out, overwrite)
     import torch
 
-    from talos.app.report.results import megabytes
     from talos.task_vectors import TaskVector
+    from talos.tensors import readable_size
 
     made = {"base": base.resolve().name, "tuned": tuned.resolve().name}
     words = {
@@ -96,7 +96,7 @@ def extract(
         )
         vector.save(out, getattr(torch, dtype), overwrite=overwrite)
     console = stdout()
-    size = megabytes(out.stat().st_size)
+    size = readable_size(out.stat().st_size)
     print_line(console, f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {size}")
     console.print(_shares(vector))
     if inexact := vector.metadata.get("inexact"):

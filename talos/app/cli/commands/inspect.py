@@ -31,11 +31,11 @@ def inspect(
     Every checksum of the file is verified; nothing is unpickled.
     """
     check_input("FILE", file)
-    from talos.app.report.results import megabytes
     from talos.files import claimed_kind
     from talos.masks import Mask
     from talos.task_vectors import Patch, TaskVector
     from talos.task_vectors.sums import is_merge, is_sum
+    from talos.tensors import readable_size
 
     size = file.stat().st_size
     console, kind = stdout(), claimed_kind(file)
@@ -61,7 +61,7 @@ def inspect(
     print_line(
         console,
         f"density {density:.4f} (sparsity {1 - density:.4f}) of {all_of_it.numel:,} entries; "
-        f"{megabytes(size)}: {size:,} bytes{per_entry}",
+        f"{readable_size(size)}: {size:,} bytes{per_entry}",
     )
     print_line(console, str(shown))
     if metadata:

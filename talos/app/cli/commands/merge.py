@@ -173,9 +173,9 @@ def merge(
         check_output(each.file, overwrite, name="--out" if out is not None else "outputs")
     import torch
 
-    from talos.app.report.results import megabytes
     from talos.task_vectors import TaskVector
     from talos.task_vectors.fingerprints import one_base
+    from talos.tensors import readable_size
 
     with on_interrupt("nothing was written"), Bars() as bars:
         vectors = []
@@ -200,7 +200,7 @@ def merge(
         print_line(console, "no two vectors have a tensor in common: do they belong to one model?")
     count = f"{len(vectors)} vector{'s' if len(vectors) > 1 else ''}"
     for each in recipe.outputs:
-        size = megabytes(each.file.stat().st_size)
+        size = readable_size(each.file.stat().st_size)
         print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)

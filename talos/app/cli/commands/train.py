@@ -117,10 +117,10 @@ def train(
 
     from talos.app.cli.loading import load_classifier, load_data
     from talos.app.demo.judge import training_batches
-    from talos.app.report.results import megabytes
     from talos.masks import Mask
     from talos.methods import method_of
     from talos.names import match_tensors, named_parameters
+    from talos.tensors import readable_size
     from talos.training import FineTuneStep, fine_tune
 
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -161,7 +161,7 @@ def train(
     console = stdout()
     print_line(
         console,
-        f"{out}: {vector.mask.nnz:,} entries, {megabytes(out.stat().st_size)}; "
+        f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
     where = ("--linearized",) if method == "linearized" else ()
