@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from talos import TaskVector
 
 SHARDS, TENSORS, SHAPE, DENSITY = 4, 16, (4096, 2048), 0.1
 WHOLE = "loaded whole"
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def save_checkpoints(folder: Path) -> None:
@@ -92,22 +92,20 @@ def export(folder: Path, form: str) -> Callable[[], str]:
     return digest
 
 
-def resident(field: str) -> int:
-    lines = (line.split() for line in STATUS.read_text().splitlines())
-    return next(int(words[1]) * 1024 for words in lines if words[0] == f"{field}:")
-
-
 def run(op: str, form: str, folder: Path) -> dict[str, object]:
     """Run one form in this process."""
-    before = resident("VmRSS")
-    PEAK.write_text("5")
-    start = measure.clock()
-    digest = {"extract": extract, "export": export}[op](folder, form)
-    seconds, peak = measure.clock() - start, resident("VmHWM") - before
-    return {"seconds": seconds, "peak": peak, "digest": digest()}
+    found: dict[str, Any] = {}
+
+    def work() -> None:
+        start = measure.clock()
+        digest = {"extract": extract, "export": export}[op](folder, form)
+        found.update(seconds=measure.clock() - start, digest=digest)
+
+    peak = measure.resident_peak(work)
+    return {"seconds": found["seconds"], "peak": peak, "digest": found["digest"]()}
 
 
-@pytest.mark.skipif(not PEAK.exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.skipif(not measure.RESIDENT_PEAK.exists(), reason="reads the peak from /proc")
 def bench_checkpoints(tmp_path: Path, keep: Callable[[Record], object]) -> None:
     save_checkpoints(tmp_path)
     nbytes = SHARDS * TENSORS * 2 * SHAPE[0] * SHAPE[1]

@@ -4,12 +4,12 @@ The vectors have a tenth of the entries of a vision transformer. Two layouts: `Q
 TaLoS' masks lie, with masks that overlap as those of unrelated tasks do; and `anywhere`, random
 entries, whose union is the largest that there can be.
 
-- `merge`: `state_bytes` are the vectors themselves, `peak_bytes` what a merge holds beside them.
+- a method: `state_bytes` are the vectors themselves, `peak_bytes` the resident memory that a merge
+  takes beside them.
 - loading: one safetensors file a task, read whole and copied into one resident model.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 
 import talos
 from benches import measure
+from benches.results import Record
 from benches.shapes import SHAPES, ModelShape
 from benches.work import Work
 from talos.merging import METHODS
@@ -27,6 +28,7 @@ from tests.cases import assert_close
 
 SHAPE = SHAPES["vit-b-32"]
 VECTORS = 8
+ROUNDS = 3
 DENSITY = 0.1
 MOST_PEAK = 1.5  # of one dense model
 LAYOUTS = ("Q and K", "anywhere")
@@ -109,25 +111,29 @@ def _dense(vector: talos.TaskVector) -> talos.TaskVector:
     return talos.TaskVector(mask, torch.cat([vector.to_dense(n).flatten() for n in names]))
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-@pytest.mark.benchmark(timer=measure.clock)
+@pytest.mark.skipif(not measure.RESIDENT_PEAK.exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def bench_loading(layout: str, folder: Path, measured: Callable[..., None]) -> None:
-    measured(make_loading(SHAPE, folder), op="merging", shape=_name(layout), form=LOADING)
-
-
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize(("layout", "method"), [(la, me) for la in LAYOUTS for me in METHODS])
-def bench_merging(layout: str, method: str, measured: Callable[..., None]) -> None:
-    work = make(SHAPE, layout, method)
-    assert measure.peak_bytes(work.step) < MOST_PEAK * 4 * SHAPE.numel
-    measured(work, op="merging", shape=_name(layout), form=method)
-
-
-def _name(layout: str) -> str:
-    return f"{SHAPE.name}, {layout}"
+def bench_merging(layout: str, tmp_path: Path, keep: Callable[[Record], object]) -> None:
+    works = {method: make(SHAPE, layout, method) for method in METHODS}
+    peaks = {name: measure.resident_peak(work.step) for name, work in works.items()}
+    held = sum(vector.nbytes for vector in vectors(SHAPE, layout))
+    if layout == "Q and K":
+        assert max(peaks.values()) + held < MOST_PEAK * 4 * SHAPE.numel
+    loading = make_loading(SHAPE, tmp_path)
+    works[LOADING], peaks[LOADING] = loading, measure.resident_peak(loading.step)
+    for work in works.values():
+        work.check()
+    times = measure.alternated({name: work.step for name, work in works.items()}, ROUNDS)
+    for name, work in works.items():
+        seconds, spread = measure.median_and_spread(times[name])
+        keep(
+            Record(
+                op="merging",
+                shape=f"{SHAPE.name}, {layout}",
+                form=name,
+                seconds=seconds,
+                spread=spread,
+                peak_bytes=peaks[name],
+                **work.about,
+            )
+        )

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from talos.tensors import trim_heap
+
 ROOT = Path(__file__).resolve().parent.parent
 SHORT_SECONDS, SLOW_SECONDS = 4e-3, 5.0
 MATRIX_WIDTH = {"cpu": 2048, "cuda": 8192}
+_STATUS, RESIDENT_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # several times every cache
 
 
@@ -124,6 +127,24 @@ def peak_bytes(work: Callable[[], object]) -> int:
     changes = [each for each in recorded.kineto_results.events() if each.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(accumulate((int(each.nbytes()) for each in changes), initial=0))
+
+
+def resident(field: str) -> int:
+    """Return a figure of this process's memory in bytes: "VmRSS", or "VmHWM", its peak."""
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == f"{field}:")
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """Return the most resident memory that one call takes beside what was there before, in bytes.
+
+    It counts what torch's allocator does not know: NumPy's arrays, and holes in the heap.
+    """
+    trim_heap()
+    before = resident("VmRSS")
+    RESIDENT_PEAK.write_text("5")  # forgets the peak
+    work()
+    return resident("VmHWM") - before
 
 
 def held_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.tensors import true_places
+from talos.tensors import trim_heap, true_places
 from talos_kernels import Index, TensorIndex, add_delta_, gather_grad_, scatter_
 
 __all__ = [
@@ -223,6 +223,8 @@ def joined(parts: list[Tensor]) -> Tensor:
         part = parts.pop()
         values[end - part.numel() : end] = part
         end -= part.numel()
+        del part
+        trim_heap()
     return values
 
 
