@@ -31,7 +31,8 @@ from talos.app.cli.commands import (
     train,
 )
 from talos.app.cli.commands.merge import parse_term
-from talos.app.cli.console import command, merge_command
+from talos.app.cli.console import command
+from talos.app.cli.suggestions import merge_command
 from talos.app.models import load_encoder
 from talos.app.report import save_results
 from talos.errors import TalosValueError

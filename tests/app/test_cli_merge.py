@@ -68,6 +68,7 @@ def test_options_are_the_settings_of_the_method(
     assert main(["inspect", "edit.safetensors"]) == 0
     shown = capsys.readouterr().out
     assert f"method {method}" in shown
+    assert "--vector edit.safetensors --scale 1" in shown  # the second coefficient is negative
     assert "task a" in shown
     assert "task b" in shown
 
@@ -232,3 +233,33 @@ def test_the_base_may_be_a_model_and_is_named_in_the_next_command(
     TaskVector(mask, torch.ones(mask.nnz), metadata={"model": "org/model"}).save("a.safetensors")
     assert main(["merge", "a.safetensors", "--out", "edit.safetensors", "--overwrite"]) == 0
     assert "talos eval --model org/model --data TASK" in capsys.readouterr().out
+    assert main(["inspect", "edit.safetensors"]) == 0
+    wanted = "talos eval --model org/model --data TASK --vector edit.safetensors --scale grid"
+    assert wanted in capsys.readouterr().out
+    replace(mask, metadata={"model": "org/model"}).save("mask.safetensors")
+    assert main(["inspect", "mask.safetensors"]) == 0
+    assert "talos train --model org/model --data TASK --mask" in capsys.readouterr().out
+    TaskVector(mask, torch.ones(mask.nnz), metadata={"extracted": {}}).save("x.safetensors")
+    assert main(["inspect", "x.safetensors"]) == 0
+    assert "talos export x.safetensors --base BASE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("density", "kept"), [(0.2, False), (0.25, True), (0.9, True)])
+def test_a_density_that_trims_nothing_is_named(
+    density: float,
+    kept: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = Mask.from_dense({NAME: torch.arange(64).reshape(8, 8) < 16})
+    vector = TaskVector(mask, torch.randn(16))
+    vector.save("a.safetensors")
+    for method in ("trim", "ties"):
+        words = ["merge", "a.safetensors", "--out", "e.safetensors", "--overwrite"]
+        assert main([*words, "--method", method, "--density", str(density)]) == 0
+        shown = capsys.readouterr().out
+        assert (TaskVector.load("e.safetensors").mask.nnz == 16) == kept
+        line = f"density {density:g} keeps every entry: no vector has more than 0.25"
+        assert (line in shown) == kept

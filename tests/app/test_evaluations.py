@@ -5,6 +5,7 @@ import json
 import math
 import re
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -365,3 +366,31 @@ def test_metrics_that_do_not_fit_are_refused(
     asked = [files.get(word, word) for word in asked]
     assert main(["eval", *options(folder, "pets"), *asked]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_of_another_model_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = Mask.from_dense({"encoder.other.weight": torch.ones(2, 2) > 0})
+    name = next(iter(TaskVector.load(folder / "pets.safetensors").mask.names))
+    for made, lead in (
+        ("org/other", "was made with --model org/other, got --model model: "),
+        ("model", ": "),
+    ):
+        path, vector = tmp_path / "mask.safetensors", tmp_path / "v.safetensors"
+        replace(mask, metadata={"model": made}).save(path)
+        words = ["--model", str(folder / "model"), "--data", str(folder / "pets.csv")]
+        out = tmp_path / "out.safetensors"
+        assert main(["train", *words, "--mask", str(path), "--out", str(out)]) == 2
+        assert re.search(f"error: {path} ?{lead}mask must name param", capsys.readouterr().err)
+        TaskVector(mask, torch.ones(4), metadata={"model": made}).save(vector, overwrite=True)
+        assert main(["eval", *options(folder), "--vector", str(vector)]) == 2
+        assert re.search(f"error: {vector} ?{lead}task vector must", capsys.readouterr().err)
+        weight = {name: torch.zeros(32, 32)}
+        other = TaskVector.from_models(weight, {name: torch.ones(32, 32)}, metadata={"model": made})
+        other.save(vector, overwrite=True)
+        assert main(["eval", *options(folder), "--vector", str(vector)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"error: {vector} ?{lead}model must be the base", error)
+        assert "force" not in error
+    assert not out.exists()

@@ -2,11 +2,10 @@
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,8 +23,6 @@ __all__ = [
     "Bars",
     "Interrupted",
     "command",
-    "expansion",
-    "merge_command",
     "next_step",
     "on_interrupt",
     "per_second",
@@ -66,20 +63,6 @@ def print_line(console: Console, text: str) -> None:
 def command(*words: object) -> str:
     """Return a command line of `talos`, quoted for a shell."""
     return shlex.join(["talos", *map(str, words)])
-
-
-def merge_command(vector: Path, coefficient: float) -> str:
-    """Return a command that merges a vector with another one, into a new file."""
-    out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
-    return command("merge", f"{vector}:{coefficient:g}", "SECOND.safetensors:0.5", "--out", out)
-
-
-def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return --linearized for a vector of this metadata if all behind it were trained so."""
-    from talos.task_vectors.sums import origins
-
-    methods = {of.get("method") for of in origins(metadata)}
-    return ("--linearized",) if methods == {"linearized"} else ()
 
 
 def next_step(console: Console, *commands: str) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from talos.app.cli.console import Bars
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
+from talos.app.cli.options import as_options
+from talos.app.cli.suggestions import of_model
 from talos.app.demo.judge import TaskModels
 from talos.app.demo.machine import versions
 from talos.app.models import Encoder
@@ -18,6 +20,8 @@ from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, predictions, right_answers
 from talos.task_vectors import TaskVector
+from talos.task_vectors.editing import check_base, touched_weights
+from talos.task_vectors.fingerprints import base_fingerprints
 
 __all__ = ["Evaluation", "pair"]
 
@@ -114,6 +118,18 @@ class Evaluation:
             max_length=self._max_length, batch_size=self._batch_size, judge=judge, seed=self._seed
         )
         return outcomes.through(self._models.linearized()) if self._linearized else outcomes
+
+    def check(self, file: Path, vector: TaskVector) -> None:
+        """Refuse a vector of another model.
+
+        Raises:
+            TalosError: names, shapes or fingerprints differ; the message leads with the file.
+        """
+        no_force = as_options({", or pass force=True to edit this one": ""})  # not an option here
+        with of_model(file, vector.metadata, self._encoder.name), no_force:
+            touched = touched_weights(self._models.model, vector.mask)
+            found = base_fingerprints(touched, verify=bool(vector.fingerprints))
+            check_base(found, vector.fingerprints)
 
     def choose(self, metrics: Sequence[str]) -> list[str]:
         """Return the metrics to measure, in the order of the table of metrics.

@@ -1,13 +1,16 @@
 """Recipes of merges: a TOML file that names vectors, method, settings and outputs."""
 
+import difflib
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talos.app.cli.options import as_options
 from talos.errors import TalosOSError, TalosValueError
-from talos.merging import Coefficient, Merge, merge_of
+from talos.merging import METHODS, Coefficient, Merge, merge_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +22,7 @@ _KEYS = {
     "vectors": ("file", "scaling_coef"),
     "outputs": ("file", "dtype"),
 }
+_TERM = re.compile(r"(.+\.safetensors):([^:/]*)")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -122,17 +126,23 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
         TalosValueError: a tensor is missing or has another fingerprint.
         TalosOSError: the base cannot be read.
     """
-    from talos.task_vectors.editing import check_base
     from talos.task_vectors.fingerprints import fingerprint
 
-    tensors = _tensors(base, folder, wanted)
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
+    with as_options({"--model": "base", "path must": "base must"}):
+        tensors = _tensors(base, folder, wanted)
+    remedy = "name the model that they were trained on"
+    if missing := sorted(set(wanted) - set(tensors)):
         raise TalosValueError(
             f"base must have the tensors of the vectors, got {base} without "
-            f"{', '.join(missing[:3])}; name the model that they were trained on"
+            f"{', '.join(missing[:3])}; {remedy}"
         )
-    check_base({name: fingerprint(tensors[name]) for name in wanted}, wanted)
+    differing = [name for name, each in wanted.items() if fingerprint(tensors[name]) != each]
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise TalosValueError(
+            f"base must be the base of the vectors, got {base} with other weights in "
+            f"{differing[0]}{more}; {remedy}, in the same dtype"
+        )
 
 
 def _tensors(base: str, folder: Path, wanted: Mapping[str, str]) -> "Mapping[str, Tensor]":
@@ -159,6 +169,11 @@ def _several(path: Path, content: Mapping[str, Any], key: str) -> list[Any]:
 
 def _entry(path: Path, key: str, entry: Any) -> dict[str, Any]:
     """Return an entry of a list: a file alone or a table."""
+    if key == "vectors" and isinstance(entry, str) and (term := _TERM.fullmatch(entry)):
+        raise TalosValueError(
+            f"{path}: vectors must hold files without coefficients, got {entry!r}; write "
+            f'{{file = "{term[1]}", scaling_coef = {term[2]}}}'
+        )
     table = {"file": entry} if isinstance(entry, str) else entry
     if not isinstance(table, dict) or not isinstance(table.get("file"), str):
         raise TalosValueError(f"{path}: {key} must hold files or tables with file, got {entry!r}")
@@ -171,5 +186,17 @@ def _check_keys(path: Path, where: str, table: Mapping[str, Any]) -> None:
     if unknown:
         raise TalosValueError(
             f"{path}: keys of {where} must be among {', '.join(_KEYS[where])}, got "
-            f"{', '.join(unknown)}"
+            f"{', '.join(unknown)}{_hint(where, unknown)}"
         )
+
+
+def _hint(where: str, unknown: Sequence[str]) -> str:
+    """Return what the first key that is a setting, or nearly another key, should be."""
+    settings = {each.name for method in METHODS.values() for each in fields(method)}
+    settings -= {"scaling_coefs"}
+    for key in unknown:
+        if where == "the recipe" and key in settings:
+            return f"; put {key} under [settings]"
+        if near := difflib.get_close_matches(key, _KEYS[where], n=1):
+            return f"; did you mean {near[0]}?"
+    return ""

@@ -11,7 +11,6 @@ from rich.console import Console
 from talos.app.cli.console import (
     Bars,
     command,
-    merge_command,
     next_step,
     on_interrupt,
     print_line,
@@ -28,6 +27,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
 
@@ -153,6 +153,10 @@ def evaluate(
             seed=seed,
             bars=bars,
         )
+        for path, each in zip(vector, loaded, strict=True):
+            evaluation.check(path, each)
+        if merged is not None and edit is not None:
+            evaluation.check(merged, edit)
         chosen = evaluation.choose(metric or [])
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from talos.app.cli.console import command, expansion, next_step, print_line, stdout
+from talos.app.cli.console import command, next_step, print_line, stdout
 from talos.app.cli.options import check_input
+from talos.app.cli.suggestions import after_vector, model_option
 
 __all__ = ["EXAMPLES", "inspect"]
 
@@ -78,12 +79,14 @@ def inspect(
         console.print(table)
     if kind == "patch":
         return
-    where = expansion(metadata)
+    model = model_option(metadata)
     next_step(
         console,
-        command("eval", "--data", "TASK", "--vector", file, "--scale", "grid", *where)
+        after_vector(file, metadata, model)
         if kind == "task_vector"
-        else command("train", "--data", "TASK", "--mask", file, "--out", "vector.safetensors"),
+        else command(
+            *("train", *model, "--data", "TASK", "--mask", file, "--out", "vector.safetensors")
+        ),
     )
 
 

@@ -12,7 +12,6 @@ import typer
 from talos.app.cli.console import (
     Bars,
     command,
-    expansion,
     next_step,
     on_interrupt,
     print_line,
@@ -26,8 +25,9 @@ from talos.app.cli.options import (
     check_output,
 )
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
+from talos.app.cli.suggestions import after_vector, model_option
 from talos.errors import TalosValueError
-from talos.merging import METHODS, merge_of
+from talos.merging import METHODS, Merge, merge_of
 
 if TYPE_CHECKING:
     from talos.task_vectors import TaskVector
@@ -73,6 +73,11 @@ def parse_term(text: str) -> tuple[Path, float]:
     return Path(path), coefficient
 
 
+def _default(method: str, setting: str) -> str:
+    """Return a default for --help."""
+    return f"by default {getattr(METHODS[method](), setting)}"
+
+
 def merge(
     terms: Annotated[
         list[str],
@@ -98,26 +103,47 @@ def merge(
             "0.2), random ones with dare (0.1).",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of dare's draws.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help=f"Seed of dare's draws, {_default('dare', 'seed')}."),
+    ] = None,
     follow: Annotated[
         str | None,
-        typer.Option("--follow", help="The merge after dare: task_arithmetic, mean or ties."),
+        typer.Option(
+            "--follow", help="The merge after dare: task_arithmetic (the default), mean or ties."
+        ),
     ] = None,
     drop_largest: Annotated[
         float | None,
-        typer.Option("--drop-largest", help="Share of outliers that breadcrumbs drops."),
+        typer.Option(
+            "--drop-largest",
+            help=f"Share of outliers that breadcrumbs drops, "
+            f"{_default('breadcrumbs', 'drop_largest')}.",
+        ),
     ] = None,
     drop_smallest: Annotated[
         float | None,
-        typer.Option("--drop-smallest", help="Share of small entries that breadcrumbs drops."),
+        typer.Option(
+            "--drop-smallest",
+            help=f"Share of small entries that breadcrumbs drops, "
+            f"{_default('breadcrumbs', 'drop_smallest')}.",
+        ),
     ] = None,
     strictness: Annotated[
         float | None,
-        typer.Option("--strictness", help="Larger values make smaller masks with tall_masks."),
+        typer.Option(
+            "--strictness",
+            help=f"Larger values make smaller masks with tall_masks, "
+            f"{_default('tall_masks', 'strictness')}.",
+        ),
     ] = None,
     least_tasks: Annotated[
         int | None,
-        typer.Option("--least-tasks", help="How many tasks must need an entry with tall_masks."),
+        typer.Option(
+            "--least-tasks",
+            help=f"How many tasks must need an entry with tall_masks, "
+            f"{_default('tall_masks', 'least_tasks')}.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -177,15 +203,11 @@ def merge(
         size = readable_size(each.file.stat().st_size)
         print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
     written = recipe.outputs[0].file
-    model = _model(vectors, recipe.base, Path(terms[0]).parent)
-    next_step(
-        console,
-        command("inspect", written),
-        command(
-            *("eval", *model, "--data", "TASK", "--vector", written, "--scale", "grid"),
-            *expansion(edit.metadata),
-        ),
-    )
+    base = _model(recipe.base, Path(terms[0]).parent)
+    model = model_option(edit.metadata) if base is None else base
+    if (line := _keeps_all(recipe.merge, vectors)) is not None:
+        print_line(console, line)
+    next_step(console, command("inspect", written), after_vector(written, edit.metadata, model))
 
 
 def _recipe(
@@ -229,16 +251,16 @@ def _option(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
-def _model(
-    vectors: "Sequence[TaskVector]", base: str | None, folder: Path
-) -> tuple[str, str] | tuple[()]:
-    """Return --model of the vectors' base, where it is known and can be loaded so."""
-    if base is not None:
-        path = folder / base
-        return () if path.is_file() else ("--model", str(path) if path.is_dir() else base)
-    from talos.task_vectors.sums import origins
+def _model(base: str | None, folder: Path) -> tuple[str, ...] | None:
+    """Return --model of a recipe's base; None: the recipe names no model."""
+    if base is None or (folder / base).is_file():
+        return None
+    return ("--model", str(folder / base) if (folder / base).is_dir() else base)
 
-    models = {of.get("model") for each in vectors for of in origins(each.metadata)}
-    model = models.pop() if len(models) == 1 else None
-    known = isinstance(model, str) and (":" in model or "/" in model)
-    return ("--model", str(model)) if known else ()
+
+def _keeps_all(merge: Merge, vectors: "Sequence[TaskVector]") -> str | None:
+    """Return a line if a trim to the largest entries trims nothing."""
+    density, most = getattr(merge, "density", 1.0), max(each.mask.density for each in vectors)
+    if merge.name not in ("trim", "ties") or most > density:
+        return None
+    return f"density {density:g} keeps every entry: no vector has more than {most:.2g}"

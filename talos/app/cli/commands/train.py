@@ -9,7 +9,6 @@ import typer
 from talos.app.cli.console import (
     Bars,
     command,
-    merge_command,
     next_step,
     on_interrupt,
     print_line,
@@ -27,6 +26,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
 from talos.methods import METHODS
 from talos.options import fraction, integer, positive
@@ -119,18 +119,23 @@ def train(
     from talos.app.demo.judge import training_batches
     from talos.masks import Mask
     from talos.methods import method_of
+    from talos.names import match_tensors, named_parameters
     from talos.tensors import readable_size
     from talos.training import FineTuneStep, fine_tune
 
     with on_interrupt("nothing was written"), Bars() as bars:
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
+        selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
             method,
-            Mask.load(mask) if mask is not None else None,
+            selected,
             {key: value for key, value in given.items() if value is not None},
         )
         task = load_data(data)
         classifier = load_classifier(model, task)
+        if mask is not None and selected is not None:
+            with of_model(mask, selected.metadata, classifier.encoder.name):
+                match_tensors(selected.shapes, named_parameters(classifier))
         batches = training_batches(
             task,
             classifier.encoder,

@@ -1,0 +1,86 @@
+"""What to run next with a file, and which model it belongs to: from its metadata."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from talos.app.cli.console import command
+from talos.errors import TalosError
+from talos.task_vectors.sums import is_merge, is_sum, origins
+
+__all__ = ["after_vector", "expansion", "merge_command", "model_option", "of_model"]
+
+
+def merge_command(vector: Path, coefficient: float) -> str:
+    """Return a command that merges a vector with another one, into a new file."""
+    out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
+    return command("merge", f"{vector}:{coefficient:g}", "SECOND.safetensors:0.5", "--out", out)
+
+
+def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]) -> str:
+    """Return the command that a user would run next with a task vector.
+
+    Args:
+        file: the vector.
+        metadata: of the vector.
+        model: --model with its value, or nothing.
+    """
+    made = origins(metadata)
+    if made and all("extracted" in of for of in made):
+        return command("export", file, "--base", "BASE", "--out", "edited")
+    scale = "1" if _subtracts(metadata) else "grid"
+    return command(
+        *("eval", *model, "--data", "TASK", "--vector", file, "--scale", scale),
+        *expansion(metadata),
+    )
+
+
+def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    methods = {of.get("method") for of in origins(metadata)}
+    return ("--linearized",) if methods == {"linearized"} else ()
+
+
+def model_option(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return --model of the one model behind a file, if it is known and not the default."""
+    model = _model(metadata)
+    return () if model in (None, "minilm") else ("--model", str(model))
+
+
+@contextmanager
+def of_model(file: Path, metadata: Mapping[str, Any], model: str) -> Iterator[None]:
+    """Let an error of a file that does not fit lead with the file, and with its model if known.
+
+    Args:
+        file: the file.
+        metadata: of the file.
+        model: the name of the model that was loaded.
+    """
+    try:
+        yield
+    except TalosError as error:
+        made = _model(metadata)
+        lead = f"{file} was made with --model {made}, got --model {model}"
+        raise type(error)(f"{file if made in (None, model) else lead}: {error}") from error
+
+
+def _model(metadata: Mapping[str, Any]) -> str | None:
+    names = {of.get("model") for of in origins(metadata)}
+    name = names.pop() if len(names) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _subtracts(metadata: Mapping[str, Any]) -> bool:
+    """Return whether a vector in a sum, merge or trim has a negative coefficient."""
+    merged = is_sum(metadata) or is_merge(metadata)
+    if is_merge(metadata) and metadata.get("merge", {}).get("scaling_coef", 1.0) < 0:
+        return True
+    parts = metadata["sum" if is_sum(metadata) else "sources"] if merged else [metadata]
+    for part in parts:
+        scale = part["scale"] if merged else 1.0
+        if any(each < 0 for each in (scale.values() if isinstance(scale, Mapping) else [scale])):
+            return True
+        if isinstance(part.get("of"), Mapping) and _subtracts(part["of"]):
+            return True
+    return False
