@@ -19,6 +19,7 @@ from talos.tensors import place
 
 __all__ = [
     "check_module",
+    "listed",
     "match_prefixes",
     "match_tensors",
     "named_buffers",
@@ -284,7 +285,7 @@ def match_tensors(
     if missing:
         raise TalosValueError(
             f"{what} must name parameters of the model, got {len(missing)} that it lacks: "
-            + "; ".join(with_nearest(name, params) for name in missing[:5])
+            + listed(missing, params)
             + (f"; {len(missing) - 5} more" if len(missing) > 5 else "")
             + f"; take a {what} of this model"
         )
@@ -362,6 +363,12 @@ def renamed(
                 f"{name}; choose another"
             )
     return found
+
+
+def listed(names: Sequence[str], known: Iterable[str]) -> str:
+    """Return the first five unknown names for a message, each with its nearest known ones."""
+    known = list(known)
+    return "; ".join(with_nearest(name, known) for name in names[:5])
 
 
 def with_nearest(name: str, params: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "WatchedBuffers",
     "check_separate",
     "equal_bits",
+    "first_names",
     "moved_buffers",
     "place",
     "readable_size",
@@ -61,6 +62,12 @@ def place(tensor: Tensor) -> Hashable:
     shape = tuple(tensor.shape)
     strides = tuple(by for by, size in zip(tensor.stride(), shape, strict=True) if size > 1)
     return tensor.device, address, tensor.dtype, shape, strides
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each name the first name of the same memory."""
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(place(each), name) for name, each in tensors.items()}
 
 
 def check_separate(

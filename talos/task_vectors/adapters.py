@@ -27,7 +27,7 @@ from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
 from talos.files.reader import parse_json
 from talos.masks import Mask
-from talos.names import named_tensors, resolve_names, with_nearest
+from talos.names import listed, named_tensors, resolve_names
 from talos.options import as_real
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.fingerprints import fingerprint
@@ -158,7 +158,7 @@ def read_adapter(
     if lacking:
         raise TalosValueError(
             f"base must have the weights that the adapter changes, lacks {len(lacking)}: "
-            + "; ".join(with_nearest(name, ours) for name in lacking[:5])
+            + listed(lacking, ours)
         )
     shapes: dict[str, tuple[int, ...]] = {}
     indices: dict[str, TensorIndex] = {}

@@ -5,7 +5,7 @@ tensors of a checkpoint stand there without values. Then each tensor of both is 
 """
 
 import os
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint, OnTensor
 from talos.masks import Mask
-from talos.names import named_buffers, named_parameters, resolve_names, with_nearest
+from talos.names import listed, named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import joined, slices_of
-from talos.tensors import check_separate, moved_buffers, place, trim_heap, true_places
+from talos.tensors import check_separate, first_names, moved_buffers, place, trim_heap, true_places
 from talos_kernels import TensorIndex
 
 __all__ = ["Difference", "Entries", "Weights", "difference"]
@@ -251,8 +251,7 @@ class _Named:
 
     def first_names(self) -> dict[str, str]:
         """Return for every name the first name of the same memory."""
-        first: dict[Hashable, str] = {}
-        return {name: first.setdefault(place(each), name) for name, each in self.tensors.items()}
+        return first_names(self.tensors)
 
     def once(self) -> dict[str, Tensor]:
         """Return the tensors by their first names, tied ones once."""
@@ -308,7 +307,7 @@ def _refuse_lacking(what: str, other: str, lacking: list[str], known: Mapping[st
     if lacking:
         raise TalosValueError(
             f"{what} must have the weights of {other}, lacks {len(lacking)}: "
-            + "; ".join(with_nearest(name, known) for name in lacking[:5])
+            + listed(lacking, known)
         )
 
 

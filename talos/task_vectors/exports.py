@@ -11,7 +11,7 @@ from torch import Tensor
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint, OnTensor, write_changed
 from talos.masks import Mask
-from talos.names import match_prefixes, resolve_names, with_nearest
+from talos.names import listed, match_prefixes, resolve_names
 from talos.task_vectors.editing import EDITABLE, Launch, check_base
 from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import slices_of
@@ -151,7 +151,7 @@ def _beginning(base: Checkpoint, name: str) -> Hashable:
 def _refuse_lacking(lacking: list[str], base: Checkpoint) -> None:
     raise TalosValueError(
         f"task vector must name tensors of base, got {len(lacking)} that it lacks: "
-        + "; ".join(with_nearest(name, base) for name in lacking[:5])
+        + listed(lacking, base)
         + "; if base calls them otherwise, use rename; parts of a fused weight cannot be exported "
         "into it"
     )

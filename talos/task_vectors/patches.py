@@ -10,7 +10,7 @@ A patch that changes only entries of a mask, which both sides hold, can be sent 
 """
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Self
@@ -23,7 +23,7 @@ from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint, check_entries, load_file, save_file
 from talos.masks import Mask
 from talos.masks.table import MaskTable, MaskTableRow
-from talos.names import match_tensors, named_tensors, resolve_names, with_nearest
+from talos.names import listed, match_tensors, named_tensors, resolve_names
 from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import EDITABLE, check_base, check_scale
 from talos.task_vectors.exports import base_of, copies_in, names_in, warn_of_copies
@@ -31,7 +31,7 @@ from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
-from talos.tensors import check_separate, equal_bits, place, readable_size
+from talos.tensors import check_separate, equal_bits, first_names, readable_size
 from talos_kernels import Index, TensorIndex, add_delta_
 
 __all__ = ["Patch", "changed_bits"]
@@ -392,15 +392,14 @@ def _first_names(model: Weights, tensors: Mapping[str, Tensor]) -> dict[str, str
     """Return for each name the first name of the same memory; in a checkpoint nothing is tied."""
     if not isinstance(model, nn.Module | dict):
         return {name: name for name in tensors}
-    first: dict[Hashable, str] = {}
-    return {name: first.setdefault(place(each), name) for name, each in tensors.items()}
+    return first_names(tensors)
 
 
 def _refuse_lacking(what: str, lacking: Sequence[str], known: Mapping[str, Tensor]) -> None:
     if lacking:
         raise TalosValueError(
             f"{what} must have every tensor of the change, lacks {len(lacking)}: "
-            + "; ".join(with_nearest(name, known) for name in lacking[:5])
+            + listed(lacking, known)
         )
 
 
