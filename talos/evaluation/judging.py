@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from talos.batches import default_logits, labels_of
-from talos.errors import TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.methods import LogitsFunction
 from talos.names import check_module
 from talos.options import positive
@@ -220,10 +220,16 @@ def ask(judge: Judge, module: nn.Module, what: str) -> Tensor:
     Raises:
         TalosTypeError: the module is none, or the outcomes are no tensor of real numbers.
         TalosValueError: there is no outcome, their shape is not [n], or one is NaN.
+        TalosRuntimeError: the judge wrote a weight, as torch counts writes.
     """
     check_module(module)
+    before = _versions(module)
     with evaluation_mode(module), torch.no_grad():
         outcomes = judge(module)
+    if _versions(module) != before:
+        raise TalosRuntimeError(
+            f"{what} must only read the model, got one that wrote its weights; load them again"
+        )
     if not isinstance(outcomes, Tensor) or outcomes.is_complex():
         got = outcomes.dtype if isinstance(outcomes, Tensor) else type(outcomes).__name__
         raise TalosTypeError(f"{what} must return a tensor of real numbers, got {got}")
@@ -239,6 +245,11 @@ def ask(judge: Judge, module: nn.Module, what: str) -> Tensor:
             "take a smaller coefficient"
         )
     return outcomes.detach().to("cpu", copy=True)
+
+
+def _versions(module: nn.Module) -> list[int]:
+    """Return how often torch wrote each parameter; inference tensors do not count."""
+    return [each._version for each in module.parameters() if not each.is_inference()]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from talos.errors import TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.evaluation import ACCURACY, Metric, ask, losses, predictions, right_answers
 from tests.cases import assert_close
 from tests.evaluation.small import batches, logits_of, small_data, small_models
@@ -83,6 +83,17 @@ def test_a_users_judge_runs_in_evaluation_mode_without_gradients() -> None:
     found = ask(lambda module: module(INPUTS).argmax(1), model, "judge")
     assert found.tolist() == logits_of(model, INPUTS).argmax(1).tolist()
     assert all(module.training for module in model.modules())
+
+
+def test_a_judge_that_writes_a_weight_is_refused() -> None:
+    model = small_models()["left"]
+
+    def judge(module: nn.Module) -> torch.Tensor:
+        next(module.parameters()).mul_(1.5)
+        return torch.zeros(3)
+
+    with pytest.raises(TalosRuntimeError, match="judge of left must only read the model"):
+        ask(judge, model, "judge of left")
 
 
 def test_what_a_judge_keeps_is_copied() -> None:
