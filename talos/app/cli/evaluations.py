@@ -33,6 +33,7 @@ def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskV
         TalosValueError: there are more vectors than tasks, or two of one task.
 
     Example:
+        >>> import torch
         >>> from talos import Mask
         >>> mask = Mask.from_dense({"w": torch.ones(1) > 0})
         >>> first, second = (
