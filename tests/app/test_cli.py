@@ -612,6 +612,17 @@ def test_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     refused(["report", str(results), "--out", str(page)], capsys, "--overwrite", tmp_path)
 
 
+def test_ctrl_c_before_the_work_begins_prints_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "check_input", interrupt)
+    assert main(["inspect", "a.safetensors"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted: nothing was written\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_prints_what_is_kept(model: str, tmp_path: Path) -> None:

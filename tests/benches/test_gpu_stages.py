@@ -85,6 +85,8 @@ def test_a_wrong_step_is_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert "seconds" not in result.records[failed[0]]
 
 
+# A product of SHiRA's sparse weights in peft warns of torch's default.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benches.measure.copy_bandwidth", lambda device: 1e10)
     minilm = replace(TINY, iterations=(TINY.iterations[1],))

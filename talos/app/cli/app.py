@@ -27,6 +27,8 @@ from talos.errors import TalosError
 
 __all__ = ["app", "main"]
 
+_CTRL_C = 130  # also what typer returns for it
+
 app = typer.Typer(
     name="talos",
     add_completion=False,
@@ -116,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prog_name="talos",
                 standalone_mode=False,
             )
+        if status == _CTRL_C:  # where a command does not say itself what it kept
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return int(status or 0)
     except (TalosError, typer.TyperException) as error:
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe (`| head`) has left; Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 130
+    return _CTRL_C
 
 
 def _warn(
