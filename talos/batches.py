@@ -1,7 +1,8 @@
 """What a batch is: how a model is called on it, and where its labels are."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from talos.names import unwrapped
 __all__ = [
     "choice_logits",
     "default_logits",
+    "evaluation_mode",
     "known_length",
     "labels_of",
     "logits_and_positions",
@@ -21,6 +23,18 @@ __all__ = [
 
 LABELS = ("labels", "label")
 IGNORED = -100  # a label that does not count, as in torch's cross_entropy
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def default_logits(model: nn.Module, batch: Any) -> Tensor:

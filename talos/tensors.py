@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 from talos.errors import TalosValueError
 
 __all__ = [
+    "INTEGERS",
     "KeptBuffers",
     "SharedCast",
     "WatchedBuffers",
@@ -33,6 +34,10 @@ __all__ = [
     "true_places",
     "warn_of_moved",
 ]
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer dtype that holds the bits of an element, by its bytes."""
 
 
 def place(tensor: Tensor) -> Hashable:

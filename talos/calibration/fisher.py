@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos.batches import known_length, logits_and_positions
+from talos.batches import evaluation_mode, known_length, logits_and_positions
 from talos.calibration.capture import REMEDY, Capture, dtypes_of
 from talos.calibration.estimators import (
     Draws,
@@ -151,9 +151,7 @@ def fisher_diag(
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Put the model without its wrappers into eval mode; flags are restored afterwards."""
     bare = unwrapped(model)
-    flags = [(module, module.training) for module in bare.modules()]
-    try:
-        bare.eval()
+    with evaluation_mode(bare):
         for name, module in named_modules(bare):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
                 module.training or module.running_mean is None
@@ -164,9 +162,6 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
                 )
         with torch.inference_mode(False), torch.enable_grad():
             yield bare
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @dataclass

@@ -8,7 +8,6 @@ outcomes to a figure.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from talos.batches import default_logits, labels_of
+from talos.batches import default_logits, evaluation_mode, labels_of
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.methods import LogitsFunction
 from talos.names import check_module
@@ -28,7 +27,6 @@ __all__ = [
     "Metric",
     "Models",
     "ask",
-    "evaluation_mode",
     "losses",
     "predictions",
     "right_answers",
@@ -250,18 +248,6 @@ def ask(judge: Judge, module: nn.Module, what: str) -> Tensor:
 def _versions(module: nn.Module) -> list[int]:
     """Return how often torch wrote each parameter; inference tensors do not count."""
     return [each._version for each in module.parameters() if not each.is_inference()]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _judge(

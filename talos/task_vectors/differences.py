@@ -18,7 +18,15 @@ from talos.masks import Mask
 from talos.names import listed, named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
 from talos.task_vectors.sums import joined, slices_of
-from talos.tensors import check_separate, first_names, moved_buffers, place, trim_heap, true_places
+from talos.tensors import (
+    INTEGERS,
+    check_separate,
+    first_names,
+    moved_buffers,
+    place,
+    trim_heap,
+    true_places,
+)
 from talos_kernels import TensorIndex
 
 __all__ = ["Difference", "Entries", "Weights", "difference"]
@@ -27,7 +35,6 @@ Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 Entries = Mask | Literal["changed"] | None
 
 _BLOCK = 1 << 24  # 64 MB: the C library maps blocks of this size and gives them back at once
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -375,7 +382,7 @@ def _bits(tensor: Tensor, other: Tensor) -> Tensor:
     dtype = tensor.dtype
     if dtype != other.dtype:
         dtype = _wide(tensor, other)
-    return tensor.detach().to("cpu", dtype).contiguous().view(_INTEGERS[dtype.itemsize])
+    return tensor.detach().to("cpu", dtype).contiguous().view(INTEGERS[dtype.itemsize])
 
 
 def _at(tensor: Tensor, places: Tensor | None) -> Tensor:
@@ -383,7 +390,7 @@ def _at(tensor: Tensor, places: Tensor | None) -> Tensor:
     flat = tensor.detach().cpu().reshape(-1)
     if places is None:
         return flat
-    bits = flat.view(_INTEGERS[flat.element_size()])  # torch gathers floats of eight bits only so
+    bits = flat.view(INTEGERS[flat.element_size()])  # torch gathers floats of eight bits only so
     return bits[places].view(flat.dtype)
 
 

@@ -17,11 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import digest
-from talos.tensors import place
+from talos.tensors import INTEGERS, place
 
 __all__ = ["base_fingerprints", "bit_sums", "fingerprint", "one_base", "remember_bases"]
-
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -150,4 +148,4 @@ def _bit_sum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().contiguous().reshape(-1)
     octets = 8 // flat.element_size()
     wide = flat.numel() % octets == 0 and flat.storage_offset() % octets == 0
-    return flat.view(_INTEGERS[8 if wide else flat.element_size()]).sum(dtype=torch.int64)
+    return flat.view(INTEGERS[8 if wide else flat.element_size()]).sum(dtype=torch.int64)

@@ -31,13 +31,12 @@ from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector
-from talos.tensors import check_separate, equal_bits, first_names, readable_size
+from talos.tensors import INTEGERS, check_separate, equal_bits, first_names, readable_size
 from talos_kernels import Index, TensorIndex, add_delta_
 
 __all__ = ["Patch", "changed_bits"]
 
 Shape = tuple[int, ...]
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -220,7 +219,7 @@ class Patch:
             for name, tensor in matched.items():
                 where = self.positions[name].to(tensor.device, torch.int64)
                 # torch writes floats of eight bits only so
-                bits = _BITS.get(tensor.element_size(), tensor.dtype)
+                bits = INTEGERS.get(tensor.element_size(), tensor.dtype)
                 values = self.values[name].to(tensor.device).view(bits)
                 target = tensor.detach().view(bits)
                 if target.is_contiguous():
@@ -375,7 +374,7 @@ def changed_bits(before: Tensor, after: Tensor) -> Tensor:
         after: the same dtype, shape and device.
     """
     one, other = (_flat(each) for each in (before, after))
-    bits = _BITS.get(one.element_size(), torch.int64)
+    bits = INTEGERS.get(one.element_size(), torch.int64)
     differ = one.view(bits) != other.view(bits)
     if one.element_size() > 8:  # a double complex number is two integers
         differ = differ.view(-1, 2).any(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talos.app.cli.console import table
 from talos.architecture.layers import KINDS, is_norm, kind_of, layer_of
-from talos.evaluation import evaluation_mode
+from talos.batches import evaluation_mode
 from talos.names import named_modules, named_parameters
 from talos.params import select_parameters
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from talos.batches import evaluation_mode
 from talos.errors import TalosTypeError, TalosValueError
-from talos.evaluation import evaluation_mode
 
 _TEXTS_PER_PASS = 64
 
