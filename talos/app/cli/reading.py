@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from rich.console import Console
-
-from talos.app.cli.console import print_line
+from talos.app.cli.console import note
 from talos.app.models import Encoder
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
@@ -145,9 +143,8 @@ def show_data(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None
     Raises:
         TalosValueError: the tokenizer knows less than half of the texts.
     """
-    console = Console(stderr=True, highlight=False)
     if isinstance(task, ImageTask):
-        print_line(console, summary(task, None, max_length))
+        note(summary(task, None, max_length))
         return
     counts = count_tokens(task, encoder.tokenizer)
     name = task.source or task.name
@@ -157,21 +154,19 @@ def show_data(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None
             f"which {_percent(counts.unknown)} of the tokens are unknown{_quoted(counts)}; copy "
             "the files of its own tokenizer into its folder, or take a model of this language"
         )
-    print_line(console, summary(task, counts, max_length))
+    note(summary(task, counts, max_length))
     if counts.unknown > _UNKNOWN_SHARE:
-        print_line(
-            console,
+        note(
             f"warning: to the tokenizer of {encoder.name} {_percent(counts.unknown)} of the tokens "
             f"of {name} are unknown{_quoted(counts)}; take a model of this language or subject",
         )
     if not task.source:
         return
     if counts.cut(max_length) > _CUT_SHARE:
-        print_line(console, f"warning: {_longer(counts, max_length, encoder, task)}")
+        note(f"warning: {_longer(counts, max_length, encoder, task)}")
     if all(_is_number(text) for text in task.class_texts):
         numbers = ", ".join(task.class_texts[:3])
-        print_line(
-            console,
+        note(
             f"warning: the labels of {name} are numbers ({numbers}), which describe no class; "
             "write what each means into a third column label_text, one row of each label is enough",
         )
