@@ -179,7 +179,7 @@ def calibrate(
         )
         if out is None or dry_run:
             _show_plan(console, classifier, batches[0], params, density, samples, rounds, layers)
-            next_step(console, _again(context, out or Path("mask.safetensors")))
+            next_step(_again(context, out or Path("mask.safetensors")))
             return
 
         def show(progress: CalibrationProgress) -> None:
@@ -219,7 +219,6 @@ def calibrate(
             f"halves of the samples agree ({made['stability_by_chance']:.2f} by chance)",
         )
     next_step(
-        console,
         command("inspect", out),
         command(
             *("train", "--model", model, "--data", data, "--mask", out),

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -174,14 +174,14 @@ def evaluate(
             for line in NOTES[name](figures):
                 print_line(console, line)
     for name, lack in evaluation.left_out.items():
-        print_line(console, f"{name} was left out: {lack}")
+        note(f"{name} was left out: {lack}")
     coef = evaluation.chosen
     if coef == 0:
         print_line(console, "no coefficient beats the pretrained model on the validation examples")
     if record is not None and json is not None:
         write_json(record, json)
-        print_line(console, f"{json}: figures and right answers")
-    _next(console, model, data, vector, merged, json, coef)
+        note(f"{json}: figures and right answers")
+    _next(model, data, vector, merged, json, coef)
 
 
 def facts() -> dict[str, str]:
@@ -192,7 +192,6 @@ def facts() -> dict[str, str]:
 
 
 def _next(
-    console: Console,
     model: str,
     data: Sequence[str],
     vector: Sequence[Path],
@@ -204,14 +203,14 @@ def _next(
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
     if json is not None:
-        next_step(console, command("compare", json, "OTHER.json"))
+        next_step(command("compare", json, "OTHER.json"))
     elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(console, command("eval", *same, *new))
+        next_step(command("eval", *same, *new))
     elif len(vector) > 1:
-        next_step(console, command("eval", *same, *own, "--json", "eval.json"))
+        next_step(command("eval", *same, *own, "--json", "eval.json"))
     else:
-        next_step(console, merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
 
 
 def _check_options(
@@ -276,8 +275,7 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     wrong = sorted(name for name in methods if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"
-        print_line(
-            Console(stderr=True, highlight=False),
+        note(
             f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
             "accuracy below is that of another function than was trained",
         )

@@ -169,7 +169,7 @@ def train(
     )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
-    next_step(console, command("eval", *words), merge_command(out, 0.5))
+    next_step(command("eval", *words), merge_command(out, 0.5))
 
 
 def _checked_method(
