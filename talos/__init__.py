@@ -67,7 +67,7 @@ _ROOMS = (
 
 def __getattr__(name: str) -> Any:
     """Import the engine at the first use of one of its names: torch takes seconds."""
-    if name in __all__:
+    if name in __all__ or name in _ROOMS:
         for room in _ROOMS:
             module = import_module(f"talos.{room}")
             if name == room or name in module.__all__:
