@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
 )
-from talos.app.cli.measurements import MEASUREMENTS
 from talos.app.cli.options import (
     Batch,
     Length,
@@ -31,7 +30,7 @@ from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
 
-__all__ = ["EXAMPLES", "evaluate"]
+__all__ = ["EXAMPLES", "evaluate", "facts"]
 
 EXAMPLES = (
     "talos eval --data docstring_topic --data code_package",
@@ -66,7 +65,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help=f"{', '.join(MEASUREMENTS)}, or all that fit; may be repeated. By default "
+            help="{metrics}, or all that fit; may be repeated. By default "
             "accuracy, and addition of several vectors.",
         ),
     ] = None,
@@ -124,6 +123,7 @@ def evaluate(
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
@@ -140,8 +140,10 @@ def evaluate(
                 "rename a file"
             )
         vectors = pair(names, loaded)
+        encoder = load_encoder(model, *tasks)
+        check_length(max_length, encoder, tasks)
         evaluation = Evaluation(
-            load_encoder(model, *tasks),
+            encoder,
             tasks,
             vectors,
             edit if edit is not None else loaded[0] if len(loaded) == 1 else None,
@@ -158,6 +160,8 @@ def evaluate(
         if merged is not None and edit is not None:
             evaluation.check(merged, edit)
         chosen = evaluation.choose(metric or [])
+        for task in tasks:
+            show_data(task, encoder, max_length)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)
@@ -175,18 +179,24 @@ def evaluate(
             for line in NOTES[name](figures):
                 print_line(console, line)
     for name, lack in evaluation.left_out.items():
-        print_line(console, f"{name} was left out: {lack}")
+        note(f"{name} was left out: {lack}")
     coef = evaluation.chosen
     if coef == 0:
         print_line(console, "no coefficient beats the pretrained model on the validation examples")
     if record is not None and json is not None:
         write_json(record, json)
-        print_line(console, f"{json}: figures and right answers")
-    _next(console, model, data, vector, merged, json, coef)
+        note(f"{json}: figures and right answers")
+    _next(model, data, vector, merged, json, coef)
+
+
+def facts() -> dict[str, str]:
+    """Return what the help says of the metrics."""
+    from talos.app.cli.measurements import MEASUREMENTS
+
+    return {"metrics": ", ".join(MEASUREMENTS)}
 
 
 def _next(
-    console: Console,
     model: str,
     data: Sequence[str],
     vector: Sequence[Path],
@@ -198,14 +208,14 @@ def _next(
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
     if json is not None:
-        next_step(console, command("compare", json, "OTHER.json"))
+        next_step(command("compare", json, "OTHER.json"))
     elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(console, command("eval", *same, *new))
+        next_step(command("eval", *same, *new))
     elif len(vector) > 1:
-        next_step(console, command("eval", *same, *own, "--json", "eval.json"))
+        next_step(command("eval", *same, *own, "--json", "eval.json"))
     else:
-        next_step(console, merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
 
 
 def _check_options(
@@ -220,6 +230,8 @@ def _check_options(
     """Refuse options that contradict each other, before anything is loaded."""
     if len(set(data)) < len(data):
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
+    from talos.app.cli.measurements import MEASUREMENTS
+
     for each in metric:
         check_choice("--metric", each, (*MEASUREMENTS, "all"))
     for path in vector:
@@ -268,8 +280,7 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     wrong = sorted(name for name in methods if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"
-        print_line(
-            Console(stderr=True, highlight=False),
+        note(
             f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
             "accuracy below is that of another function than was trained",
         )
