@@ -25,8 +25,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    rows = [f"{word} {i},{label}" for word, label in (("meow", "cat"), ("woof", "dog"))
-            for i in range(20)]
+    rows = [
+        f"{word} {i},{label}"
+        for word, label in (("meow", "cat"), ("woof", "dog"))
+        for i in range(20)
+    ]
     path = tmp_path / "pets.csv"
     path.write_text("\n".join(["text,label", *rows]))
     return str(path)
@@ -63,7 +66,10 @@ def test_calibration_and_training(
 
 
 def test_merge_extract_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = {"a": torch.zeros(4), "b": torch.ones(3)}, {"a": torch.ones(4), "b": torch.ones(3)}
+    base, tuned = (
+        {"a": torch.zeros(4), "b": torch.ones(3)},
+        {"a": torch.ones(4), "b": torch.ones(3)},
+    )
     for name, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     first = tmp_path / "v.safetensors"
@@ -74,7 +80,7 @@ def test_merge_extract_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[
     merged = tmp_path / "e.safetensors"
     found = record(capsys, "merge", f"{first}:0.5", f"{first}:0.25", "--out", merged)
     assert found["files"] == [{"file": str(merged), "bytes": merged.stat().st_size}]
-    assert [part["scale"] for part in found["metadata"]["sum"]] == [0.5, 0.25]
+    assert [part["scale"] for part in found["metadata"]["sum"]] == [0.75]
     out = tmp_path / "out.safetensors"
     found = record(capsys, "export", merged, "--base", files[0], "--out", out)
     assert (found["files"], found["bytes"]) == ([str(out)], out.stat().st_size)

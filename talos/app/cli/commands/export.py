@@ -17,7 +17,6 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
-from talos.app.cli.records import write_record
 from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
 
