@@ -157,6 +157,7 @@ def calibrate(
     elif not dry_run:
         raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
     from talos.app.cli.loading import load_classifier, load_data
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.demo.judge import calibration_batches
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress
@@ -172,6 +173,8 @@ def calibrate(
                 f"{task.name}, got {samples}; leave it out to use 256 or all there are"
             )
         classifier = load_classifier(model, task)
+        check_length(max_length, classifier.encoder, [task])
+        show_data(task, classifier.encoder, max_length)
         batches = calibration_batches(
             task,
             classifier.encoder,

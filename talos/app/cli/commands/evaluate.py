@@ -122,6 +122,7 @@ def evaluate(
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.reading import check_length, show_data
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -137,8 +138,10 @@ def evaluate(
                 "rename a file"
             )
         vectors = pair(names, loaded)
+        encoder = load_encoder(model, *tasks)
+        check_length(max_length, encoder, tasks)
         evaluation = Evaluation(
-            load_encoder(model, *tasks),
+            encoder,
             tasks,
             vectors,
             edit if edit is not None else loaded[0] if len(loaded) == 1 else None,
@@ -155,6 +158,8 @@ def evaluate(
         if merged is not None and edit is not None:
             evaluation.check(merged, edit)
         chosen = evaluation.choose(metric or [])
+        for task in tasks:
+            show_data(task, encoder, max_length)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)

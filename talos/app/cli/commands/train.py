@@ -120,6 +120,7 @@ def train(
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.demo.judge import training_batches
     from talos.masks import Mask
     from talos.methods import method_of
@@ -140,6 +141,8 @@ def train(
         if mask is not None and selected is not None:
             with of_model(mask, selected.metadata, classifier.encoder.name):
                 match_tensors(selected.shapes, named_parameters(classifier))
+        check_length(max_length, classifier.encoder, [task])
+        show_data(task, classifier.encoder, max_length)
         batches = training_batches(
             task,
             classifier.encoder,
