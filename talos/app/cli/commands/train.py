@@ -17,6 +17,7 @@ from talos.app.cli.console import (
 from talos.app.cli.options import (
     Batch,
     Data,
+    Json,
     Length,
     Model,
     Out,
@@ -26,6 +27,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
 from talos.options import fraction, integer, positive
@@ -91,6 +93,7 @@ def train(
         float | None,
         typer.Option("--lr", help="Peak learning rate. By default {rates}."),
     ] = None,
+    json: Json = None,
     batch_size: Batch = 32,
     max_length: Length = 48,
     seed: Seed = 0,
@@ -114,6 +117,7 @@ def train(
     if mask is not None:
         check_input("--mask", mask)
     check_output(out, overwrite)
+    check_json(json, overwrite)
     method = _checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
@@ -164,11 +168,21 @@ def train(
         made = {"model": classifier.encoder.name, "task": task.name, "steps": steps}
         vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
         vector.save(out)
-    console = stdout()
     print_line(
-        console,
+        stdout(json),
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
+    )
+    write_record(
+        json,
+        "train",
+        {
+            "file": str(out),
+            "bytes": out.stat().st_size,
+            "entries": vector.mask.nnz,
+            "losses": [finite(loss) for loss in losses],
+            "metadata": vector.metadata,
+        },
     )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
