@@ -8,6 +8,7 @@ from pathlib import Path
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
+from talos.app.models.heads import classifier_for
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosError, TalosValueError
@@ -73,4 +74,4 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
     """Load a model as a classifier of a task."""
-    return load_encoder(model, task).classifier(task.class_texts)
+    return classifier_for(load_encoder(model, task), task.class_names, task.class_texts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from talos.app.demo.settings import DemoSettings
 from talos.app.models import Encoder
+from talos.app.models.heads import classifier_for
 from talos.app.tasks import Batches, ImageTask, Task, available_tasks, load_task
 from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, right_answers
@@ -39,7 +40,7 @@ class TaskModels:
         self.tasks = tasks
         self.device = encoder.device
         self.classifiers: dict[str, nn.Module] = {
-            task.name: encoder.classifier(task.class_texts) for task in tasks
+            task.name: classifier_for(encoder, task.class_names, task.class_texts) for task in tasks
         }
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
