@@ -1,6 +1,5 @@
 """One run of `talos eval`: the model with its tasks and vectors, and what is written of it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,7 +70,7 @@ class Evaluation:
         points: as of `Subject`.
         linearized: judge the model's first-order expansion.
         batch_size: examples per forward pass.
-        max_length: tokens per text.
+        max_length: tokens per text, for each task.
         seed: of the bootstrap.
         bars: shows progress.
 
@@ -90,7 +89,7 @@ class Evaluation:
         points: int | None,
         linearized: bool,
         batch_size: int,
-        max_length: int,
+        max_length: Mapping[str, int],
         seed: int,
         bars: Bars,
     ) -> None:
@@ -197,7 +196,7 @@ class Evaluation:
                 task.name: {
                     "data": source,
                     "examples": len(task.test),
-                    "fingerprint": _fingerprint(task),
+                    "fingerprint": task.fingerprint(),
                 }
                 for task, source in zip(self._tasks, data, strict=True)
             },
@@ -218,15 +217,3 @@ class Evaluation:
             },
             "metrics": dict(found),
         }
-
-
-def _fingerprint(task: Task | ImageTask) -> str:
-    """Return 16 hex digits of a task's test examples: texts, or pixels and names of files."""
-    digest = hashlib.sha256()
-    for example in task.test:
-        content = example.text if hasattr(example, "text") else example.image
-        if isinstance(content, Path):
-            content = content.name
-        raw = content.encode() if isinstance(content, str) else content.tobytes()
-        digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
-    return digest.hexdigest()[:16]

@@ -100,7 +100,7 @@ def evaluate(
         typer.Option("--json", help="A .json file for all figures and answers; - for stdout."),
     ] = None,
     batch_size: Batch = 128,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -118,13 +118,14 @@ def evaluate(
     coef = _parse_scale(scale, len(vector))
     _check_options(data, vector, merged, metric or [], scale, json, overwrite)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     if points is not None:
         integer("--points", points, 2)
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
@@ -142,7 +143,8 @@ def evaluate(
             )
         vectors = pair(names, loaded)
         encoder = load_encoder(model, *tasks)
-        check_length(max_length, encoder, tasks)
+        made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}
+        tokens = {task.name: tokens_for(task, encoder, max_length, made.values()) for task in tasks}
         evaluation = Evaluation(
             encoder,
             tasks,
@@ -152,7 +154,7 @@ def evaluate(
             points=points,
             linearized=linearized,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
             bars=bars,
         )
@@ -162,7 +164,7 @@ def evaluate(
             evaluation.check(merged, edit)
         chosen = evaluation.choose(metric or [])
         for task in tasks:
-            show_data(task, encoder, max_length)
+            show_data(task, encoder, tokens[task.name], made)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)

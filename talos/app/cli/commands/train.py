@@ -1,8 +1,9 @@
 """`talos train`: fine-tune, and write the task vector."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -22,6 +24,7 @@ from talos.app.cli.options import (
     Out,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
     check_output,
@@ -30,6 +33,10 @@ from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
 from talos.methods import METHODS
 from talos.options import fraction, integer, positive
+
+if TYPE_CHECKING:
+    from talos.app.models import Classifier
+    from talos.masks import Mask
 
 __all__ = ["EXAMPLES", "train"]
 
@@ -90,8 +97,12 @@ def train(
         typer.Option("--lr", help=f"Peak learning rate. By default {_rates()}."),
     ] = None,
     batch_size: Batch = 32,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
+    force: Annotated[
+        bool,
+        typer.Option("--force", metavar="", help="Take a mask of other weights, too."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model and write its task vector.
@@ -107,7 +118,8 @@ def train(
     method = _checked_method(method, mask, rank, density, sparse_lr)
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     rate = lr if lr is not None else METHODS[method].usual_lr
     positive("--lr", rate)
     if mask is not None:
@@ -116,8 +128,9 @@ def train(
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.app.demo.judge import training_batches
+    from talos.app.provenance import made_with
     from talos.masks import Mask
     from talos.methods import method_of
     from talos.names import match_tensors, named_parameters
@@ -134,17 +147,21 @@ def train(
         )
         task = load_data(data)
         classifier = load_classifier(model, task)
+        made_before: dict[Path, Mapping[str, Any]] = {}
         if mask is not None and selected is not None:
             with of_model(mask, selected.metadata, classifier.encoder.name):
                 match_tensors(selected.shapes, named_parameters(classifier))
-        check_length(max_length, classifier.encoder, [task])
-        show_data(task, classifier.encoder, max_length)
+            if not force:
+                _check_base(mask, selected, classifier)
+            made_before = {mask: selected.metadata}
+        tokens = tokens_for(task, classifier.encoder, max_length, made_before.values())
+        show_data(task, classifier.encoder, tokens, made_before)
         batches = training_batches(
             task,
             classifier.encoder,
             count=steps * batch_size,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
         )
         torch.manual_seed(seed)  # dropout
@@ -155,11 +172,12 @@ def train(
             bars.show(f"train {task.name}", step.step, step.steps, step.loss)
 
         bars.show(f"train {task.name}", 0, steps * chosen.phases)
-        vector = fine_tune(
-            classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
-        )
-        made = {"model": classifier.encoder.name, "task": task.name, "steps": steps}
-        vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
+        with as_options({"lower lr": "lower --lr"}):
+            vector = fine_tune(
+                classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
+            )
+        made = made_with(task, classifier.encoder, tokens, steps=steps, lr=rate, seed=seed)
+        vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
     console = stdout()
     print_line(
@@ -167,9 +185,32 @@ def train(
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
+    first, last = (sum(part) / len(part) for part in _ends(losses))
+    if len(losses) > 1 and last >= first:
+        note(
+            f"warning: the loss did not fall: {first:.3f} in the first steps, {last:.3f} in the "
+            f"last; train with an --lr below {rate:g}, or with more --steps"
+        )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
+
+
+def _ends(losses: list[float]) -> tuple[list[float], list[float]]:
+    """Return the first and the last tenth of the losses, at least one of each."""
+    size = max(1, len(losses) // 10)
+    return losses[:size], losses[-size:]
+
+
+def _check_base(file: Path, mask: "Mask", classifier: "Classifier") -> None:
+    """Refuse a mask that was calibrated on other weights, where its file tells them."""
+    from talos.app.provenance import base_of
+
+    if mask.metadata.get("base") not in (None, base_of(mask, classifier)):
+        raise TalosValueError(
+            f"--mask must be calibrated on the weights of --model {classifier.encoder.name}, got "
+            f"{file} of other weights; calibrate again, or pass --force to train its entries here"
+        )
 
 
 def _checked_method(
