@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.options import as_options
 from talos.errors import TalosOSError, TalosValueError
-from talos.merging import METHODS, Coefficient, Merge, merge_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from talos.merging import Coefficient, Merge
 
 __all__ = ["Output", "Recipe", "check_recipe_base", "read_recipe"]
 
@@ -51,7 +52,7 @@ class Recipe:
     """
 
     files: tuple[Path, ...]
-    merge: Merge
+    merge: "Merge"
     outputs: tuple[Output, ...]
     base: str | None = None
 
@@ -74,6 +75,8 @@ def read_recipe(path: Path) -> Recipe:
         ...     read_recipe(path).merge
         Ties(scaling_coef=1.0, scaling_coefs=(1.0,), density=0.1)
     """
+    from talos.merging import merge_of
+
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -192,6 +195,8 @@ def _check_keys(path: Path, where: str, table: Mapping[str, Any]) -> None:
 
 def _hint(where: str, unknown: Sequence[str]) -> str:
     """Return what the first key that is a setting, or nearly another key, should be."""
+    from talos.merging import METHODS
+
     settings = {each.name for method in METHODS.values() for each in fields(method)}
     settings -= {"scaling_coefs"}
     for key in unknown:

@@ -5,11 +5,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from talos.app.cli.console import (
     Bars,
@@ -30,9 +29,13 @@ from talos.app.cli.options import (
     check_choice,
     check_output,
 )
-from talos.app.models import Classifier
 from talos.errors import TalosValueError
 from talos.options import fraction, integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from talos.app.models import Classifier
 
 __all__ = ["EXAMPLES", "calibrate"]
 
@@ -231,8 +234,8 @@ def calibrate(
 
 def _show_plan(
     console: Console,
-    classifier: Classifier,
-    batch: Mapping[str, Tensor],
+    classifier: "Classifier",
+    batch: "Mapping[str, Tensor]",
     params: str,
     density: float,
     samples: int,

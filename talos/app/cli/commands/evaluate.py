@@ -16,7 +16,6 @@ from talos.app.cli.console import (
     print_line,
     stdout,
 )
-from talos.app.cli.measurements import MEASUREMENTS
 from talos.app.cli.options import (
     Batch,
     Length,
@@ -31,7 +30,7 @@ from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
 
-__all__ = ["EXAMPLES", "evaluate"]
+__all__ = ["EXAMPLES", "evaluate", "facts"]
 
 EXAMPLES = (
     "talos eval --data docstring_topic --data code_package",
@@ -66,7 +65,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help=f"{', '.join(MEASUREMENTS)}, or all that fit; may be repeated. By default "
+            help="{metrics}, or all that fit; may be repeated. By default "
             "accuracy, and addition of several vectors.",
         ),
     ] = None,
@@ -192,6 +191,13 @@ def evaluate(
     _next(model, data, vector, merged, json, coef)
 
 
+def facts() -> dict[str, str]:
+    """Return what the help says of the metrics."""
+    from talos.app.cli.measurements import MEASUREMENTS
+
+    return {"metrics": ", ".join(MEASUREMENTS)}
+
+
 def _next(
     model: str,
     data: Sequence[str],
@@ -226,6 +232,8 @@ def _check_options(
     """Refuse options that contradict each other, before anything is loaded."""
     if len(set(data)) < len(data):
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
+    from talos.app.cli.measurements import MEASUREMENTS
+
     for each in metric:
         check_choice("--metric", each, (*MEASUREMENTS, "all"))
     for path in vector:

@@ -1,7 +1,7 @@
 """`talos merge`: one task vector made of several."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -28,12 +28,12 @@ from talos.app.cli.options import (
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.app.cli.suggestions import after_vector, model_option
 from talos.errors import TalosValueError
-from talos.merging import METHODS, Merge, merge_of
 
 if TYPE_CHECKING:
+    from talos.merging import Merge
     from talos.task_vectors import TaskVector
 
-__all__ = ["EXAMPLES", "merge", "parse_term"]
+__all__ = ["EXAMPLES", "facts", "merge", "parse_term"]
 
 EXAMPLES = (
     "talos merge a.safetensors:0.4 b.safetensors:0.4 --out both.safetensors",
@@ -74,9 +74,11 @@ def parse_term(text: str) -> tuple[Path, float]:
     return Path(path), coefficient
 
 
-def _default(method: str, setting: str) -> str:
-    """Return a default for --help."""
-    return f"by default {getattr(METHODS[method](), setting)}"
+def facts() -> dict[str, Any]:
+    """Return what the help says of the methods: their names, and each with its defaults."""
+    from talos.merging import METHODS
+
+    return {"methods": ", ".join(METHODS), **{name: each() for name, each in METHODS.items()}}
 
 
 def merge(
@@ -94,7 +96,7 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help=f"{', '.join(METHODS)}; by default task_arithmetic, a sum."),
+        typer.Option("--method", help="{methods}; by default task_arithmetic, a sum."),
     ] = None,
     density: Annotated[
         float | None,
@@ -106,7 +108,7 @@ def merge(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help=f"Seed of dare's draws, {_default('dare', 'seed')}."),
+        typer.Option("--seed", help="Seed of dare's draws, by default {dare.seed}."),
     ] = None,
     follow: Annotated[
         str | None,
@@ -118,32 +120,31 @@ def merge(
         float | None,
         typer.Option(
             "--drop-largest",
-            help=f"Share of outliers that breadcrumbs drops, "
-            f"{_default('breadcrumbs', 'drop_largest')}.",
+            help="Share of outliers that breadcrumbs drops, by default {breadcrumbs.drop_largest}.",
         ),
     ] = None,
     drop_smallest: Annotated[
         float | None,
         typer.Option(
             "--drop-smallest",
-            help=f"Share of small entries that breadcrumbs drops, "
-            f"{_default('breadcrumbs', 'drop_smallest')}.",
+            help="Share of small entries that breadcrumbs drops, "
+            "by default {breadcrumbs.drop_smallest}.",
         ),
     ] = None,
     strictness: Annotated[
         float | None,
         typer.Option(
             "--strictness",
-            help=f"Larger values make smaller masks with tall_masks, "
-            f"{_default('tall_masks', 'strictness')}.",
+            help="Larger values make smaller masks with tall_masks, "
+            "by default {tall_masks.strictness}.",
         ),
     ] = None,
     least_tasks: Annotated[
         int | None,
         typer.Option(
             "--least-tasks",
-            help=f"How many tasks must need an entry with tall_masks, "
-            f"{_default('tall_masks', 'least_tasks')}.",
+            help="How many tasks must need an entry with tall_masks, "
+            "by default {tall_masks.least_tasks}.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -206,8 +207,9 @@ def merge(
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base
-    if (line := _keeps_all(recipe.merge, vectors)) is not None:
-        note(line)
+    for line in (_keeps_all(recipe.merge, vectors), _mixes(edit.metadata)):
+        if line is not None:
+            note(line)
     next_step(command("inspect", written), after_vector(written, edit.metadata, model))
 
 
@@ -215,6 +217,8 @@ def _recipe(
     terms: Sequence[str], out: Path | None, method: str | None, given: dict[str, Any]
 ) -> Recipe:
     """Return the recipe that the first term names, or that the options make."""
+    from talos.merging import METHODS, merge_of
+
     if terms[0].endswith(".toml"):
         if len(terms) > 1:
             raise TalosValueError(f"a recipe must stand alone, got {' '.join(terms)}")
@@ -259,9 +263,22 @@ def _model(base: str | None, folder: Path) -> tuple[str, ...] | None:
     return ("--model", str(folder / base) if (folder / base).is_dir() else base)
 
 
-def _keeps_all(merge: Merge, vectors: "Sequence[TaskVector]") -> str | None:
+def _keeps_all(merge: "Merge", vectors: "Sequence[TaskVector]") -> str | None:
     """Return a line if a trim to the largest entries trims nothing."""
     density, most = getattr(merge, "density", 1.0), max(each.mask.density for each in vectors)
     if merge.name not in ("trim", "ties") or most > density:
         return None
     return f"density {density:g} keeps every entry: no vector has more than {most:.2g}"
+
+
+def _mixes(metadata: Mapping[str, Any]) -> str | None:
+    """Return a warning if vectors of the method linearized are merged with others."""
+    from talos.task_vectors.sums import origins
+
+    others = {str(of["method"]) for of in origins(metadata) if "method" in of}
+    if "linearized" not in others or len(others) == 1:
+        return None
+    return (
+        f"warning: vectors of the method linearized must be evaluated with --linearized, those of "
+        f"{', '.join(sorted(others - {'linearized'}))} without it; no evaluation fits their merge"
+    )

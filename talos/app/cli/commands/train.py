@@ -1,8 +1,10 @@
 """`talos train`: fine-tune, and write the task vector."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,14 +33,13 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
-from talos.methods import METHODS
 from talos.options import fraction, integer, positive
 
 if TYPE_CHECKING:
     from talos.app.models import Classifier
     from talos.masks import Mask
 
-__all__ = ["EXAMPLES", "train"]
+__all__ = ["EXAMPLES", "facts", "train"]
 
 EXAMPLES = (
     "talos train --data docstring_topic --mask mask.safetensors --out vector.safetensors",
@@ -50,12 +51,15 @@ EXAMPLES = (
 _RANKED, _DENSE = ("l_lora",), ("lota", "random", "magnitude")
 
 
-def _rates() -> str:
-    """Return the usual learning rates, each with its methods."""
+def facts() -> dict[str, str]:
+    """Return what the help says of the methods."""
+    from talos.methods import METHODS
+
     rates: dict[float, list[str]] = {}
     for name, each in METHODS.items():
         rates.setdefault(each.usual_lr, []).append(name)
-    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    usual = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    return {"methods": ", ".join(METHODS), "rates": usual}
 
 
 def train(
@@ -70,7 +74,7 @@ def train(
         str | None,
         typer.Option(
             "--method",
-            help=f"{', '.join(METHODS)}. By default talos with --mask, nonlinear without.",
+            help="{methods}. By default talos with --mask, nonlinear without.",
         ),
     ] = None,
     rank: Annotated[
@@ -94,7 +98,7 @@ def train(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 80,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help=f"Peak learning rate. By default {_rates()}."),
+        typer.Option("--lr", help="Peak learning rate. By default {rates}."),
     ] = None,
     batch_size: Batch = 32,
     max_length: Length = None,
@@ -115,16 +119,18 @@ def train(
     under full fine-tuning; it takes the steps twice. attention_only trains the projections of
     attention. random and magnitude train as many weights as talos: random or the smallest ones.
     """
-    method = _checked_method(method, mask, rank, density, sparse_lr)
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
     if max_length is not None:
         integer("--max-length", max_length, 3)
-    rate = lr if lr is not None else METHODS[method].usual_lr
-    positive("--lr", rate)
+    if lr is not None:
+        positive("--lr", lr)
     if mask is not None:
         check_input("--mask", mask)
+    elif force:
+        raise TalosValueError("--force must be left out without --mask, got it")
     check_output(out, overwrite)
+    method = _checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
@@ -132,12 +138,13 @@ def train(
     from talos.app.demo.judge import training_batches
     from talos.app.provenance import made_with
     from talos.masks import Mask
-    from talos.methods import method_of
+    from talos.methods import METHODS, method_of
     from talos.names import match_tensors, named_parameters
     from talos.tensors import readable_size
     from talos.training import FineTuneStep, fine_tune
 
     with on_interrupt("nothing was written"), Bars() as bars:
+        rate = lr if lr is not None else METHODS[method].usual_lr
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
         selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
@@ -185,21 +192,28 @@ def train(
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
-    first, last = (sum(part) / len(part) for part in _ends(losses))
-    if len(losses) > 1 and last >= first:
-        note(
-            f"warning: the loss did not fall: {first:.3f} in the first steps, {last:.3f} in the "
-            f"last; train with an --lr below {rate:g}, or with more --steps"
-        )
+    if (line := _did_not_help(losses, len(task.class_names))) is not None:
+        note(f"warning: {line}; train with an --lr below {rate:g}, or with more --steps")
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
 
 
-def _ends(losses: list[float]) -> tuple[list[float], list[float]]:
-    """Return the first and the last tenth of the losses, at least one of each."""
-    size = max(1, len(losses) // 10)
-    return losses[:size], losses[-size:]
+def _did_not_help(losses: list[float], classes: int) -> str | None:
+    """Return a line if the last tenth of the losses is no better than the first, or than guessing.
+
+    A loss that training blows up ends near that of guessing, which may be below the first one.
+    """
+    size = len(losses) // 10
+    if size == 0:
+        return None
+    first, last, guess = fmean(losses[:size]), fmean(losses[-size:]), math.log(classes)
+    if last < min(first, 0.95 * guess):
+        return None
+    return (
+        f"the loss is {first:.3f} in the first steps and {last:.3f} in the last, and guessing has "
+        f"{guess:.3f}"
+    )
 
 
 def _check_base(file: Path, mask: "Mask", classifier: "Classifier") -> None:
@@ -223,6 +237,8 @@ def _checked_method(
     """Return the method's name after a check of the options that go with it."""
     if method is None:
         method = "nonlinear" if mask is None else "talos"
+    from talos.methods import METHODS
+
     check_choice("--method", method, METHODS)
     if method == "talos" and mask is None:
         raise TalosValueError(
