@@ -22,6 +22,7 @@ from talos.app.cli.console import (
 from talos.app.cli.options import (
     Batch,
     Data,
+    Json,
     Length,
     Model,
     Overwrite,
@@ -29,6 +30,7 @@ from talos.app.cli.options import (
     check_choice,
     check_output,
 )
+from talos.app.cli.records import check_json, table_record, write_record
 from talos.errors import TalosValueError
 from talos.options import fraction, integer
 
@@ -117,6 +119,7 @@ def calibrate(
     layers: Annotated[
         bool, typer.Option("--layers", metavar="", help="Show a row for each layer and type.")
     ] = False,
+    json: Json = None,
     batch_size: Batch = 32,
     max_length: Length = None,
     seed: Seed = 0,
@@ -150,6 +153,9 @@ def calibrate(
             "--labels must be sampled with --draws exact, --target logit and --parity released, "
             "got importance"
         )
+    if dry_run and json is not None:
+        raise TalosValueError(f"--json must be left out with --dry-run, got {json}")
+    check_json(json, overwrite)
     if out is not None:
         check_output(out, overwrite)
     elif not dry_run:
@@ -162,7 +168,7 @@ def calibrate(
     from talos.calibration.fisher import CalibrationProgress
     from talos.tensors import readable_size
 
-    console = stdout()
+    console = stdout(json)
     with on_interrupt("nothing was written"), Bars() as bars:
         task = load_data(data)
         samples = min(SAMPLES, len(task.train)) if samples is None else samples
@@ -211,12 +217,15 @@ def calibrate(
         made = {**mask.metadata, **made_with(task, classifier.encoder, tokens)}
         mask = replace(mask, metadata={**made, "base": base_of(mask, classifier)})
         mask.save(out)
-    print_line(console, str(mask.describe(layers=layers)))
+    described = mask.describe(layers=layers)
+    print_line(console, str(described))
     print_line(
         console,
         f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
         f"{readable_size(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
     )
+    figures = {"file": str(out), "bytes": out.stat().st_size, **table_record(described)}
+    write_record(json, "calibrate", figures | {"seconds": round(seconds, 3), "metadata": made})
     if (stability := made.get("stability")) is not None:
         print_line(
             console,

@@ -18,14 +18,15 @@ from talos.app.cli.console import (
 )
 from talos.app.cli.options import (
     Batch,
+    Json,
     Length,
     Model,
     Overwrite,
     Seed,
     check_choice,
     check_input,
-    check_output,
 )
+from talos.app.cli.records import check_json, write_record
 from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
@@ -94,10 +95,7 @@ def evaluate(
             help="Evaluate the model's first-order expansion; for vectors of --method linearized.",
         ),
     ] = False,
-    json: Annotated[
-        str | None,
-        typer.Option("--json", help="A .json file for all figures and answers; - for stdout."),
-    ] = None,
+    json: Json = None,
     batch_size: Batch = 128,
     max_length: Length = None,
     seed: Seed = 0,
@@ -125,7 +123,6 @@ def evaluate(
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
-    from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -167,10 +164,7 @@ def evaluate(
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)
-    if record is not None and json == "-":
-        typer.echo(json_text(record), nl=False)
-        return
-    console = stdout()
+    console = stdout(json)
     above = ""
     for name, figures in found.items():
         for title, shown in TABLES[name](figures):
@@ -185,9 +179,8 @@ def evaluate(
     coef = evaluation.chosen
     if coef == 0:
         print_line(console, "no coefficient beats the pretrained model on the validation examples")
-    if record is not None and json is not None:
-        write_json(record, json)
-        note(f"{json}: figures and right answers")
+    if record is not None:
+        write_record(json, "eval", record)
     _next(model, data, vector, merged, json, coef)
 
 
@@ -209,7 +202,7 @@ def _next(
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
-    if json is not None:
+    if json not in (None, "-"):
         next_step(command("compare", json, "OTHER.json"))
     elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
@@ -255,8 +248,7 @@ def _check_options(
                 f"--metric must hold addition with --merged, got {' '.join(metric)}; add "
                 "--metric addition"
             )
-    if json not in (None, "-"):
-        check_output(Path(json), overwrite, ".json", name="--json")
+    check_json(json, overwrite)
 
 
 def _parse_scale(scale: str | None, vectors: int) -> float | None:

@@ -19,6 +19,7 @@ from talos.app.cli.console import (
     stdout,
 )
 from talos.app.cli.options import (
+    Json,
     Overwrite,
     as_options,
     check_choice,
@@ -26,6 +27,7 @@ from talos.app.cli.options import (
     check_output,
 )
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
+from talos.app.cli.records import check_json, write_record
 from talos.app.cli.suggestions import after_vector, model_option
 from talos.errors import TalosValueError
 
@@ -147,6 +149,7 @@ def merge(
             "by default {tall_masks.least_tasks}.",
         ),
     ] = None,
+    json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge task vectors into one file that holds the edit.
@@ -173,6 +176,7 @@ def merge(
         check_input("a term", path)
     for each in recipe.outputs:
         check_output(each.file, overwrite, name="--out" if out is not None else "outputs")
+    check_json(json, overwrite)
     import torch
 
     from talos.task_vectors import TaskVector
@@ -196,7 +200,7 @@ def merge(
         for each in recipe.outputs:
             dtype = None if each.dtype is None else getattr(torch, each.dtype)
             edit.save(each.file, dtype, overwrite=overwrite)
-    console = stdout()
+    console = stdout(json)
     names = [set(each.mask.names) for each in vectors]
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
         note("no two vectors have a tensor in common: do they belong to one model?")
@@ -204,6 +208,9 @@ def merge(
     for each in recipe.outputs:
         size = readable_size(each.file.stat().st_size)
         print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
+    files = [{"file": str(e.file), "bytes": e.file.stat().st_size} for e in recipe.outputs]
+    figures = {"files": files, "entries": edit.mask.nnz, "density": edit.mask.density}
+    write_record(json, "merge", figures | {"metadata": edit.metadata})
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base

@@ -21,6 +21,7 @@ from talos.app.cli.console import (
 from talos.app.cli.options import (
     Batch,
     Data,
+    Json,
     Length,
     Model,
     Out,
@@ -31,6 +32,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
 from talos.options import fraction, integer, positive
@@ -100,6 +102,7 @@ def train(
         float | None,
         typer.Option("--lr", help="Peak learning rate. By default {rates}."),
     ] = None,
+    json: Json = None,
     batch_size: Batch = 32,
     max_length: Length = None,
     seed: Seed = 0,
@@ -130,6 +133,7 @@ def train(
     elif force:
         raise TalosValueError("--force must be left out without --mask, got it")
     check_output(out, overwrite)
+    check_json(json, overwrite)
     method = _checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
@@ -186,14 +190,24 @@ def train(
         made = made_with(task, classifier.encoder, tokens, steps=steps, lr=rate, seed=seed)
         vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
-    console = stdout()
     print_line(
-        console,
+        stdout(json),
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
     if (line := _did_not_help(losses, len(task.class_names))) is not None:
         note(f"warning: {line}; train with an --lr below {rate:g}, or with more --steps")
+    write_record(
+        json,
+        "train",
+        {
+            "file": str(out),
+            "bytes": out.stat().st_size,
+            "entries": vector.mask.nnz,
+            "losses": [finite(loss) for loss in losses],
+            "metadata": vector.metadata,
+        },
+    )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
