@@ -29,8 +29,8 @@ from talos.files.reader import parse_json
 from talos.masks import Mask
 from talos.names import listed, named_tensors, resolve_names
 from talos.options import as_real
-from talos.task_vectors.differences import Weights
 from talos.task_vectors.fingerprints import fingerprint
+from talos.task_vectors.namings import Weights
 from talos.task_vectors.sums import joined
 from talos_kernels import TensorIndex
 

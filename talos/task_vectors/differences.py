@@ -4,34 +4,31 @@ Modules, state dicts and checkpoints go one way. Names, shapes and ties are comp
 tensors of a checkpoint stand there without values. Then each tensor of both is read once.
 """
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import Checkpoint, OnTensor
+from talos.files import OnTensor
 from talos.masks import Mask
-from talos.names import listed, named_buffers, named_parameters, resolve_names, with_nearest
 from talos.task_vectors.fingerprints import fingerprint
-from talos.task_vectors.sums import joined, slices_of
-from talos.tensors import (
-    INTEGERS,
-    check_separate,
-    first_names,
-    moved_buffers,
-    place,
-    trim_heap,
-    true_places,
+from talos.task_vectors.namings import (
+    NamedTensors,
+    Weights,
+    comparable,
+    known_names,
+    moved,
+    translated,
 )
+from talos.task_vectors.sums import joined, slices_of
+from talos.tensors import INTEGERS, check_separate, trim_heap, true_places
 from talos_kernels import TensorIndex
 
-__all__ = ["Difference", "Entries", "Weights", "difference"]
+__all__ = ["Difference", "Entries", "difference"]
 
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 Entries = Mask | Literal["changed"] | None
 
 _BLOCK = 1 << 24  # 64 MB: the C library maps blocks of this size and gives them back at once
@@ -62,8 +59,8 @@ def difference(
     """Return the difference of two models; see `TaskVector.from_models`."""
     if not (mask is None or isinstance(mask, Mask) or mask == "changed"):
         raise TalosValueError(f"mask must be a Mask, 'changed' or None, got {mask!r}")
-    ours, theirs = _Named.of("base", base), _Named.of("tuned", tuned)
-    pairs = _Pairs(ours, theirs, _translated(theirs, ours), on_tensor)
+    ours, theirs = NamedTensors.of("base", base), NamedTensors.of("tuned", tuned)
+    pairs = _Pairs(ours, theirs, translated(theirs, ours), on_tensor)
     before = {name: each for name, each in ours.once().items() if name in pairs.sources}
     after = {name: theirs.tensors[pairs.sources[name]] for name in before}
     if not before:
@@ -76,7 +73,7 @@ def difference(
         )
     names = {name: name for name in before}  # ours by the mask's
     if isinstance(mask, Mask):
-        names = _known_names(mask, ours, before)
+        names = known_names(mask, ours, before)
     check_separate({name: before[own] for name, own in names.items()}, "weights of base")
     check_separate({name: after[own] for name, own in names.items()}, "weights of tuned")
     if isinstance(mask, Mask):
@@ -89,7 +86,7 @@ def difference(
         for name in before:
             pairs.check_values(name)
         found = _changed(pairs, before)
-    return replace(found, moved=_moved(ours, theirs))
+    return replace(found, moved=moved(ours, theirs))
 
 
 def _selected(
@@ -175,8 +172,8 @@ class _Pairs:
 
     def __init__(
         self,
-        ours: "_Named",
-        theirs: "_Named",
+        ours: NamedTensors,
+        theirs: NamedTensors,
         sources: Mapping[str, str],
         on_tensor: OnTensor | None,
     ) -> None:
@@ -201,123 +198,6 @@ class _Pairs:
         return self._ours.has_values(name) and self._theirs.has_values(self.sources[name])
 
 
-@dataclass(frozen=True)
-class _Named:
-    """The tensors of a model under all their names: floating-point ones, buffers, integers.
-
-    Those of a checkpoint are on the meta device; `read` reads them.
-    """
-
-    what: str
-    tensors: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    integers: dict[str, Tensor]
-    checkpoint: Checkpoint | None
-
-    @classmethod
-    def of(cls, what: str, model: Weights) -> Self:
-        checkpoint = None
-        if isinstance(model, str | os.PathLike):
-            model = Checkpoint(model)
-        if isinstance(model, Checkpoint):
-            checkpoint, buffers = model, {}
-            found: Mapping[str, object] = {
-                name: torch.empty(shape, dtype=model.dtypes[name], device="meta")
-                for name, shape in model.shapes.items()
-            }
-        elif isinstance(model, nn.Module):
-            found = named_parameters(model, remove_duplicate=False)
-            buffers = named_buffers(model)
-        elif isinstance(model, Mapping):
-            found, buffers = model, {}
-        else:
-            raise TalosTypeError(
-                f"{what} must be a module or a state dict, or the path of a checkpoint, got "
-                f"{type(model).__name__}"
-            )
-        every = {name: each for name, each in found.items() if isinstance(each, Tensor)}
-        tensors = {name: each for name, each in every.items() if each.is_floating_point()}
-        integers = {name: each for name, each in every.items() if name not in tensors}
-        return cls(what, tensors, buffers, integers, checkpoint)
-
-    @property
-    def every(self) -> dict[str, Tensor]:
-        """All tensors, buffers of modules too."""
-        return self.buffers | self.tensors | self.integers
-
-    def has_values(self, name: str) -> bool:
-        return self.checkpoint is not None or not self.tensors[name].is_meta
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor with its values."""
-        if self.checkpoint is not None:
-            return self.checkpoint[name]
-        return next(
-            each[name] for each in (self.tensors, self.integers, self.buffers) if name in each
-        )
-
-    def first_names(self) -> dict[str, str]:
-        """Return for every name the first name of the same memory."""
-        return first_names(self.tensors)
-
-    def once(self) -> dict[str, Tensor]:
-        """Return the tensors by their first names, tied ones once."""
-        return {first: self.tensors[first] for first in self.first_names().values()}
-
-
-def _translated(theirs: _Named, ours: _Named) -> dict[str, str]:
-    """Return their names by our first names; wrappers and ties do not matter."""
-    first, known = ours.first_names(), resolve_names(theirs.tensors, ours.tensors)
-    found: dict[str, str] = {}
-    for name, own in known.items():
-        target = first[own]
-        other = found.setdefault(target, name)
-        tied = place(theirs.tensors[other]) == place(theirs.tensors[name])
-        if not tied and not _same(theirs.read(other), theirs.read(name)):
-            raise TalosValueError(
-                f"{theirs.what} must hold one value of {target}, which is tied in {ours.what}, got "
-                f"{other} and {name}, which differ; tie them, or untie {ours.what}"
-            )
-    seen = {place(theirs.tensors[name]) for name in known}
-    bare = resolve_names(theirs.tensors, ours.buffers)  # a state dict holds a module's buffers too
-    extra = [
-        name for name, each in theirs.once().items() if place(each) not in seen and name not in bare
-    ]
-    buffers = resolve_names(ours.tensors, theirs.buffers)
-    lacking = [name for name in ours.once() if name not in found and name not in buffers]
-    _refuse_lacking(theirs.what, ours.what, lacking, theirs.tensors)
-    _refuse_lacking(ours.what, theirs.what, extra, ours.tensors)
-    return found
-
-
-def _moved(ours: _Named, theirs: _Named) -> list[str]:
-    """Return the names of buffers and integers that differ; a state dict holds some buffers."""
-    names = [*(ours.buffers or theirs.buffers), *ours.integers]
-    one, other = (resolve_names(names, each.every) for each in (ours, theirs))
-    return [
-        name
-        for name in names
-        if name in one
-        and name in other
-        and moved_buffers({name: ours.read(one[name])}, {name: theirs.read(other[name])})
-    ]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    one, other = (_comparable(each.detach().cpu().to(one.dtype)) for each in (one, other))
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def _refuse_lacking(what: str, other: str, lacking: list[str], known: Mapping[str, Tensor]) -> None:
-    if lacking:
-        raise TalosValueError(
-            f"{what} must have the weights of {other}, lacks {len(lacking)}: "
-            + listed(lacking, known)
-        )
-
-
 def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     for name, tensor in before.items():
         if tensor.shape != after[name].shape:
@@ -327,48 +207,18 @@ def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
             )
 
 
-def _known_names(mask: Mask, ours: _Named, before: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return our first name of each tensor of a mask."""
-    first, known = ours.first_names(), resolve_names(mask.names, ours.tensors)
-    found: dict[str, str] = {}
-    for name, shape in mask.shapes.items():
-        own = first.get(known.get(name, ""), "")
-        if own not in before:
-            raise TalosValueError(
-                f"mask must name weights of base, got {with_nearest(name, before)}"
-            )
-        if shape != tuple(before[own].shape):
-            raise TalosValueError(
-                f"mask must have the shapes of base, got {shape} for {name}, "
-                f"which is {tuple(before[own].shape)}"
-            )
-        if own in found.values():
-            other = next(each for each, target in found.items() if target == own)
-            raise TalosValueError(
-                f"mask must name a tied parameter once, got {other} and {name}, which are one "
-                "parameter; drop one of them"
-            )
-        found[name] = own
-    return found
-
-
 def _count_outside(before: Tensor, after: Tensor, index: TensorIndex | None) -> int:
     """Count the changes that an index does not select; a NaN that stays one is no change."""
     if index is not None and index.encoding == "full":
         return 0
     own, other = before.detach(), after.detach()
-    own, other = (_comparable(each.to(own.device)) for each in (own, other))
+    own, other = (comparable(each.to(own.device)) for each in (own, other))
     changed = (own != other) & ~(own.isnan() & other.isnan())
     count = int(changed.count_nonzero())
     if count and index is not None:
         selected = index.decode().view(changed.shape).to(changed.device)
         count = int((changed & ~selected).count_nonzero())
     return count
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    """Return a tensor that torch can compare; it cannot compare floats of eight bits."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _every_entry(tensor: Tensor) -> TensorIndex:

@@ -24,10 +24,10 @@ from talos.files import Checkpoint, check_entries, load_file, save_file
 from talos.masks import Mask
 from talos.masks.table import MaskTable, MaskTableRow
 from talos.names import listed, match_tensors, named_tensors, resolve_names
-from talos.task_vectors.differences import Weights
 from talos.task_vectors.editing import EDITABLE, check_base, check_scale
 from talos.task_vectors.exports import base_of, copies_in, names_in, warn_of_copies
 from talos.task_vectors.fingerprints import base_fingerprints
+from talos.task_vectors.namings import Weights
 from talos.task_vectors.ranks import decode_ranks, encode_ranks
 from talos.task_vectors.sums import slices_of
 from talos.task_vectors.vector import TaskVector

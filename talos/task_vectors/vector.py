@@ -28,10 +28,11 @@ from talos.options import as_real, fraction
 from talos.task_vectors.adapter_export import export_sparse
 from talos.task_vectors.adapters import read_adapter
 from talos.task_vectors.choosing import Choice, chosen, largest, selected
-from talos.task_vectors.differences import Entries, Weights, difference
+from talos.task_vectors.differences import Entries, difference
 from talos.task_vectors.editing import ModelEdit, check_scale
 from talos.task_vectors.exports import export_checkpoint
 from talos.task_vectors.fingerprints import fingerprint, one_base
+from talos.task_vectors.namings import Weights
 from talos.task_vectors.storage import DTYPES, load_parts, save_parts
 from talos.task_vectors.sums import (
     Part,

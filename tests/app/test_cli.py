@@ -294,10 +294,11 @@ def test_merge_sums_over_the_union(
     out = tmp_path / "edit.safetensors"
     assert main(["merge", f"{vectors[0]}:0.5", f"{vectors[1]}:-2", "--out", str(out)]) == 0
     assert TaskVector.load(out).values.tolist() == [0.5, -1.0, -4.0]
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
     assert "3 entries" in text
-    assert "in common" not in text
-    assert f"talos inspect {out}" in text
+    assert "in common" not in err
+    assert f"talos inspect {out}" in err
+    assert text.count("\n") == 1  # what is no result is not on stdout
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"0\.5 × +task t0", text)
@@ -324,22 +325,24 @@ def test_merge_warns_of_vectors_that_share_no_tensor(
     TaskVector(mask, torch.ones(2)).save(other)
     out = tmp_path / "edit.safetensors"
     assert main(["merge", str(vectors[0]), str(other), "--out", str(out)]) == 0
-    assert "no two vectors have a tensor in common" in capsys.readouterr().out
+    assert "no two vectors have a tensor in common" in capsys.readouterr().err
 
 
 def test_inspect_shows_a_vector(
     vectors: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(vectors[0]), "--layers"]) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
     for word in ("task vector", "2 entries", "float32", "query", "0.500", "task", "t0", "bytes"):
         assert word in text, word
     assert f"{vectors[0].stat().st_size:,} bytes" in text
-    assert "--linearized" not in text
+    assert "next" not in text
+    assert "next" in err
+    assert "--linearized" not in err
     linearized = replace(TaskVector.load(vectors[0]), metadata={"method": "linearized"})
     linearized.save(vectors[0])
     assert main(["inspect", str(vectors[0])]) == 0
-    assert "--linearized" in capsys.readouterr().out
+    assert "--linearized" in capsys.readouterr().err
 
 
 def test_inspect_shows_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,12 +414,12 @@ def test_from_calibration_to_evaluation(
     common = ["--model", model, "--data", data, "--max-length", "16"]
     scored = ["--samples", "24", "--rounds", "2", "--batch-size", "8"]
     assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
-    assert "talos train" in capsys.readouterr().out
+    assert "talos train" in capsys.readouterr().err
     assert Mask.load(mask).density == pytest.approx(0.1, abs=1e-4)
     assert Mask.load(mask).metadata["task"] == "pets"
     trained = ["--mask", str(mask), "--steps", "8", "--batch-size", "8", "--lr", "0.05"]
     assert main(["train", *common, *trained, "--out", str(vector)]) == 0
-    assert "talos eval" in capsys.readouterr().out
+    assert "talos eval" in capsys.readouterr().err
     assert TaskVector.load(vector).mask == Mask.load(mask)
     assert TaskVector.load(vector).values.abs().max() > 0
     with Watch() as watch:
@@ -424,14 +427,14 @@ def test_from_calibration_to_evaluation(
     # 20 coefficients; 0 needs no edit, and neither does the test where it is chosen.
     pair = ["add_delta_", "scatter_"]
     assert watch.launches in (20 * pair, 21 * pair)
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert "talos inspect" in err
     for word in (
         "pets",
         "pretrained",
         "edited",
         "mean validation accuracy",
         "0.05",
-        "talos inspect",
     ):
         assert word in text, word
     dense = tmp_path / "dense.safetensors"
@@ -464,7 +467,7 @@ def test_other_methods_train_and_are_evaluated(
     trained = ["--method", method, "--steps", "3", "--batch-size", "8", "--out", str(vector)]
     assert main(["train", *common, *trained, *options]) == 0
     linearized = ["--linearized"] if method == "linearized" else []
-    assert ("--linearized" in capsys.readouterr().out) == bool(linearized)
+    assert ("--linearized" in capsys.readouterr().err) == bool(linearized)
     metadata = TaskVector.load(vector).metadata
     assert metadata.items() >= {"method": method, "task": "pets", "seed": 0, **settings}.items()
     assert main(["eval", *common, "--vector", str(vector), *linearized]) == 0
@@ -484,7 +487,7 @@ def test_a_dry_run_shows_what_would_be_scored(
     before = sorted(tmp_path.rglob("*"))
     arguments = ["calibrate", "--model", model, "--data", data, "--density", "0.25", "--dry-run"]
     assert main([*arguments, "--samples", "40", "--seed", "5"]) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
     encoder = load_encoder(model)
     selection = select_parameters(encoder.classifier(["cat", "dog"]), "maskable")
     entries = sum(each.numel for each in selection.values())
@@ -496,7 +499,7 @@ def test_a_dry_run_shows_what_would_be_scored(
     assert f"{round(0.25 * entries):,} of {entries:,} entries will be selected" in text
     for word in ("scores of", "40 samples", "activations of a batch of 32"):
         assert word in text, word
-    again = text.splitlines()[-1].strip()
+    again = err.splitlines()[-1].strip()
     assert again == (
         f"talos calibrate --data {data} --model {model} --density 0.25 --samples 40 --seed 5 "
         "--out mask.safetensors"

@@ -40,16 +40,16 @@ def run(*words: object) -> None:
 def test_extract_and_export_go_round(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned, vector = folder / "base", folder / "tuned", folder / "v.safetensors"
     run("extract", base, tuned, "--mask", "changed", "--out", vector)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert re.search(r"query +1 +24 +8 +33\.33 %", out)
     assert re.search(r"norm +1 +24 +0 +0\.00 %", out)
     assert re.search(r"total +3 +72 +8 +11\.11 %", out)
-    assert f"talos export {vector} --base {base}" in out
+    assert f"talos export {vector} --base {base}" in err
     assert TaskVector.load(vector).metadata["extracted"] == {"base": "base", "tuned": "tuned"}
     run("export", vector, "--base", base, "--out", folder / "out")
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "1 files" in out
-    assert "next" not in out  # nothing says which model it is
+    assert "next" not in err  # nothing says which model it is
     wanted = TaskVector.load(vector)
     for name, each in Checkpoint(folder / "out").items():
         assert_bit_equal(each, Checkpoint(base)[name] + wanted.to_dense(name))
@@ -110,7 +110,7 @@ def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
     run("export", tmp_path / "v.safetensors", "--base", base, "--out", tmp_path / "out")
     captured = capsys.readouterr()
     assert re.search(r"warning: names .* matched with '[\w.]+' left out", captured.err)
-    assert f"talos eval --model {tmp_path / 'out'} --data TASK" in captured.out
+    assert f"talos eval --model {tmp_path / 'out'} --data TASK" in captured.err
     loaded = load_encoder(tmp_path / "out")
     for key, each in tuned.encoder.state_dict().items():
         assert_bit_equal(loaded.state_dict()[key], each)
@@ -126,7 +126,7 @@ def test_what_eval_cannot_load_is_left_to_transformers(
     run("extract", folder / "base", folder / "tuned", "--out", folder / "v.safetensors")
     capsys.readouterr()
     run("export", folder / "v.safetensors", "--base", folder / "base", "--out", folder / "out")
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "talos eval" not in out
     name = "CLIPModel" if "architectures" in config else "AutoModel"
     assert f"transformers.{name}.from_pretrained" in out

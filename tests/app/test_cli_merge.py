@@ -66,9 +66,9 @@ def test_options_are_the_settings_of_the_method(
     assert TaskVector.load("edit.safetensors") == wanted
     capsys.readouterr()
     assert main(["inspect", "edit.safetensors"]) == 0
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
     assert f"method {method}" in shown
-    assert "--vector edit.safetensors --scale 1" in shown  # the second coefficient is negative
+    assert "--vector edit.safetensors --scale 1" in err  # the second coefficient is negative
     assert "task a" in shown
     assert "task b" in shown
 
@@ -193,9 +193,9 @@ def test_merges_of_linearized_vectors_are_evaluated_as_such(
             replace(vector, metadata={"method": method}).save(f"{name}.safetensors")
         for merge in ("task_arithmetic", "ties"):
             assert main([*words, "--method", merge]) == 0
-            assert ("--linearized" in capsys.readouterr().out) == wanted
+            assert ("--linearized" in capsys.readouterr().err) == wanted
             assert main(["inspect", "edit.safetensors"]) == 0
-            assert ("--linearized" in capsys.readouterr().out) == wanted
+            assert ("--linearized" in capsys.readouterr().err) == wanted
 
 
 def test_a_recipe_stands_alone(
@@ -228,20 +228,20 @@ def test_the_base_may_be_a_model_and_is_named_in_the_next_command(
     )
     capsys.readouterr()
     assert main(["merge", "recipe.toml"]) == 0
-    assert "talos eval --model tiny --data TASK" in capsys.readouterr().out
+    assert "talos eval --model tiny --data TASK" in capsys.readouterr().err
     mask = Mask.from_dense({name: torch.ones_like(param) > 0})
     TaskVector(mask, torch.ones(mask.nnz), metadata={"model": "org/model"}).save("a.safetensors")
     assert main(["merge", "a.safetensors", "--out", "edit.safetensors", "--overwrite"]) == 0
-    assert "talos eval --model org/model --data TASK" in capsys.readouterr().out
+    assert "talos eval --model org/model --data TASK" in capsys.readouterr().err
     assert main(["inspect", "edit.safetensors"]) == 0
     wanted = "talos eval --model org/model --data TASK --vector edit.safetensors --scale grid"
-    assert wanted in capsys.readouterr().out
+    assert wanted in capsys.readouterr().err
     replace(mask, metadata={"model": "org/model"}).save("mask.safetensors")
     assert main(["inspect", "mask.safetensors"]) == 0
-    assert "talos train --model org/model --data TASK --mask" in capsys.readouterr().out
+    assert "talos train --model org/model --data TASK --mask" in capsys.readouterr().err
     TaskVector(mask, torch.ones(mask.nnz), metadata={"extracted": {}}).save("x.safetensors")
     assert main(["inspect", "x.safetensors"]) == 0
-    assert "talos export x.safetensors --base BASE" in capsys.readouterr().out
+    assert "talos export x.safetensors --base BASE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("density", "kept"), [(0.2, False), (0.25, True), (0.9, True)])
@@ -259,7 +259,7 @@ def test_a_density_that_trims_nothing_is_named(
     for method in ("trim", "ties"):
         words = ["merge", "a.safetensors", "--out", "e.safetensors", "--overwrite"]
         assert main([*words, "--method", method, "--density", str(density)]) == 0
-        shown = capsys.readouterr().out
+        shown = capsys.readouterr().err
         assert (TaskVector.load("e.safetensors").mask.nnz == 16) == kept
         line = f"density {density:g} keeps every entry: no vector has more than 0.25"
         assert (line in shown) == kept

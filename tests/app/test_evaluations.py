@@ -104,10 +104,10 @@ def test_every_metric_is_that_of_copies(
     path = tmp_path / "sum.json"
     asked = ["--metric", "all", "--points", "3", "--json", str(path)]
     assert main(["eval", *options(folder, "signs", "pets"), *asked]) == 0
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
     for word in ("normalised", "negation", "disentanglement error", "expansion", "by chance"):
         assert word in shown, word
-    assert shown.rstrip().endswith(f"talos compare {path} OTHER.json")
+    assert err.rstrip().endswith(f"talos compare {path} OTHER.json")
     run = json.loads(path.read_text())
     metrics, tasks = run["metrics"], list(WORDS)
     coefs = [0.0, 0.5, 1.0]
@@ -199,9 +199,9 @@ def test_one_vector_at_its_coefficient_is_compared(
         assert main(["eval", *options(folder, "pets"), *written]) == 0
     capsys.readouterr()
     assert main(["compare", *map(str, paths)]) == 0
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
     assert re.search(r"pets +at0.5 +0.50 ", shown)
-    assert f"--model {folder / 'model'} --data {folder / 'pets.csv'} --data" in shown
+    assert f"--model {folder / 'model'} --data {folder / 'pets.csv'} --data" in err
     rows = compare([run for path in paths for run in load_runs(path)])
     assert [(row.task, row.run) for row in rows] == [
         (task, run) for task in (None, *WORDS) for run in ("at0.5", "at1")
@@ -247,10 +247,10 @@ def test_a_merge_is_measured_instead_of_the_sum(
 def test_what_all_leaves_out_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["eval", "--metric", "all", "--points", "2", *options(folder, "pets")]
     assert main(asked) == 0
-    shown = capsys.readouterr().out
-    assert "addition was left out: --vector must be given at least 2 times, got 1" in shown
-    assert "disentanglement was left out: --vector must be given 2 times, got 1" in shown
-    assert "linearity was" not in shown
+    shown, err = capsys.readouterr()
+    assert "addition was left out: --vector must be given at least 2 times, got 1" in err
+    assert "disentanglement was left out: --vector must be given 2 times, got 1" in err
+    assert "linearity was" not in err
     assert "\n\n\n" not in shown
 
 
@@ -283,7 +283,7 @@ def test_a_task_is_forgotten_with_a_control(
     common = ["eval", "--model", str(folder / "model"), "--max-length", "16", "--points", "6"]
     asked = ["--vector", str(forgettable), "--keep", "0.5", "--forget", "pets", "--data", pets]
     assert main([*common, *asked, "--control", signs, "--json", str(path)]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     run = json.loads(path.read_text())
     (found,) = run["metrics"].values()
     tried = found["pets"]["grid"]
@@ -432,7 +432,7 @@ def test_the_methods_of_a_demo_have_estimates_only(
     path = tmp_path / "results.json"
     path.write_text(json.dumps(synthetic()))
     assert main(["compare", str(path)]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "without answers, so without differences" in shown
     rows = compare(load_runs(path))
     added = synthetic()["addition"]

@@ -1,4 +1,4 @@
-"""The output of the command line: results on stdout, progress on stderr."""
+"""The output of the command line: results on stdout; progress, notes and next steps on stderr."""
 
 import shlex
 import time
@@ -24,6 +24,7 @@ __all__ = [
     "Interrupted",
     "command",
     "next_step",
+    "note",
     "on_interrupt",
     "per_second",
     "print_line",
@@ -65,11 +66,20 @@ def command(*words: object) -> str:
     return shlex.join(["talos", *map(str, words)])
 
 
-def next_step(console: Console, *commands: str) -> None:
-    """Print the commands that a user would run next."""
-    console.print("\n[bold]next[/bold]")
+def note(text: str) -> None:
+    """Print a line that is no result, on stderr: a warning, or what was read or left out."""
+    print_line(_stderr(), text)
+
+
+def next_step(*commands: str) -> None:
+    """Print the commands that a user would run next, on stderr."""
+    _stderr().print("\n[bold]next[/bold]")
     for command in commands:
-        print_line(console, f"  {command}")
+        note(f"  {command}")
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
 
 
 class Bars:
@@ -79,7 +89,7 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _stderr()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),

@@ -39,7 +39,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv or .jsonl "
-        "file with the columns text and label. For CLIP: digits, or a folder with one subfolder of "
+        "file with the columns text and label; a third one, label_text, may describe the labels. "
+        "For CLIP: digits, or a folder with one subfolder of "
         "images per class. Your rows or images are split 80/10/10 into train, validation and test "
         "within each class, the same in every command.",
     ),

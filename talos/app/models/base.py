@@ -43,6 +43,18 @@ class Encoder(nn.Module, ABC):
         """The device of the parameters."""
         return next(self.parameters()).device
 
+    def most_tokens(self, class_texts: Sequence[str]) -> int | None:
+        """Return how many tokens of a text the model has positions for; None: no limit.
+
+        Args:
+            class_texts: one text per class.
+        """
+        for module in self.modules():
+            most = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+            if most is not None:
+                return int(most) - _positions_of_padding(module)
+        return None
+
 
 class Classifier(nn.Module, ABC):
     """A module from batches to logits.
@@ -58,6 +70,14 @@ class Classifier(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of a batch of a task, float32 [B, C]."""
+
+
+def _positions_of_padding(model: nn.Module) -> int:
+    """Return the positions that no token takes: RoBERTa's begin after that of padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 class ZeroShotEncoder(Encoder):

@@ -51,6 +51,16 @@ class LanguageModel(Encoder):
         """
         return AnswerClassifier(self, class_texts)
 
+    def most_tokens(self, class_texts: Sequence[str]) -> int | None:
+        """Return how many tokens of a text fit, before the answers of a decoder; None: any number.
+
+        Args:
+            class_texts: one answer per class.
+        """
+        most = super().most_tokens(class_texts)
+        decodes = self.model.config.is_encoder_decoder
+        return most if most is None or decodes else most - self.answer_ids(class_texts).shape[1]
+
     def answer_ids(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens of answers: int64 [len(texts), L], padded with -100.
 

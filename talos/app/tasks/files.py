@@ -3,7 +3,8 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from talos.app.tasks.splits import MIN_CLASS, split_classes, words
@@ -11,18 +12,23 @@ from talos.app.tasks.task import Example, Task
 from talos.errors import TalosOSError, TalosValueError
 
 COLUMNS = ("text", "label")
+LABEL_TEXT = "label_text"  # a column that may be left out
 
 
-def load_file(path: str | Path, *, seed: int = 0) -> Task:
+def load_file(
+    path: str | Path, *, class_texts: Mapping[str, str] | None = None, seed: int = 0
+) -> Task:
     r"""Load a task from a file and split it 80/10/10 within each class.
 
     A `.csv` file has a header row with the columns `text` and `label`; each line of a `.jsonl` file
-    is an object with these keys. Other columns are ignored. Both are UTF-8. A row that repeats a
-    text with the same label is dropped, so that no text is in two splits. The zero-shot head is
-    made of the labels, with spaces for underscores and hyphens.
+    is an object with these keys. Both are UTF-8. A row that repeats a text with the same label is
+    dropped, so that no text is in two splits. The zero-shot head is made of the labels, with
+    spaces for underscores and hyphens. A third column, `label_text`, describes a label in better
+    words; one row of each label is enough, and the others may be empty. Other columns are ignored.
 
     Args:
         path: the file.
+        class_texts: the text of each label that it names, in place of the file's.
         seed: decides which rows are in which split.
 
     Returns:
@@ -33,7 +39,8 @@ def load_file(path: str | Path, *, seed: int = 0) -> Task:
         TalosOSError: the file cannot be read.
         TalosValueError: the file has another suffix, is not what its suffix says, lacks a column
             or has no rows. Or a text or label is empty, a text has two labels, there are fewer
-            than two classes, a class has fewer than three texts, or `seed` is not an integer.
+            than two classes, a class has fewer than three texts, or `seed` is not an integer. Or a
+            label has two texts, or `class_texts` names one that is not in the file.
 
     Example:
         >>> import pathlib, tempfile
@@ -46,7 +53,8 @@ def load_file(path: str | Path, *, seed: int = 0) -> Task:
         (('cat', 'dog'), 16, 2, 2)
     """
     path = Path(path)
-    rows = _unique(path, _read(path))
+    found = _unique(path, _read(path))
+    rows = found.labels
     counts = Counter(rows.values())
     if len(counts) < 2:
         raise TalosValueError(
@@ -59,6 +67,12 @@ def load_file(path: str | Path, *, seed: int = 0) -> Task:
             f"path must hold at least {MIN_CLASS} different texts of each class, one for each "
             f"split, got {', '.join(small)} in {path}; add rows or leave these classes out"
         )
+    if unknown := [label for label in class_texts or () if label not in counts]:
+        raise TalosValueError(
+            f"class_texts must name labels of {path}, got {unknown[0]!r}; its labels are "
+            f"{', '.join(sorted(counts)):.200}"
+        )
+    texts = found.label_texts | dict(class_texts or {})
     whole = all(label.lstrip("-").isdecimal() for label in counts)
     names = sorted(counts, key=lambda label: (int(label) if whole else 0, label))
     classes = [
@@ -69,29 +83,46 @@ def load_file(path: str | Path, *, seed: int = 0) -> Task:
         path.stem,
         f"Rows of {path.name}, split 80/10/10 within each class.",
         tuple(names),
-        tuple(words(name) for name in names),
+        tuple(texts.get(name) or words(name) for name in names),
         *split_classes(classes, seed),
+        source=path.name,
+        repeats=found.rows - len(rows),
     )
 
 
-def _unique(path: Path, rows: Iterator[tuple[int, str, str]]) -> dict[str, str]:
-    """Return the label of each text, in the file's order."""
-    labels: dict[str, str] = {}
+@dataclass
+class _Found:
+    """What a file holds: the label of each text in its order, each label's text, all rows."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    label_texts: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+
+
+def _unique(path: Path, rows: Iterator[tuple[int, str, str, str]]) -> _Found:
+    """Collect the rows of a file, each text once."""
+    found = _Found()
     first: dict[str, int] = {}
-    for line, text, label in rows:
-        if labels.setdefault(text, label) != label:
+    for line, text, label, label_text in rows:
+        found.rows += 1
+        if found.labels.setdefault(text, label) != label:
             raise TalosValueError(
-                f"path must give each text one label, got {labels[text]!r} in line {first[text]} "
-                f"and {label!r} in line {line} of {path}; remove one of the rows"
+                f"path must give each text one label, got {found.labels[text]!r} in line "
+                f"{first[text]} and {label!r} in line {line} of {path}; remove one of the rows"
             )
         first.setdefault(text, line)
-    if not labels:
+        if label_text and found.label_texts.setdefault(label, label_text) != label_text:
+            raise TalosValueError(
+                f"path must give each label one {LABEL_TEXT}, got {found.label_texts[label]!r} and "
+                f"{label_text!r} for {label!r} in line {line} of {path}; keep one of them"
+            )
+    if not found.labels:
         raise TalosValueError(f"path must hold at least one row, got an empty {path}")
-    return labels
+    return found
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, text and label of each row."""
+def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
+    """Yield line number, text, label and the label's text of each row."""
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
         raise TalosValueError(
@@ -118,7 +149,7 @@ def _read(path: Path) -> Iterator[tuple[int, str, str]]:
                     f"path must give each row a {column}, got an empty one in line {line} of "
                     f"{path}; fill it in or remove the row"
                 )
-        yield line, row["text"].strip(), row["label"].strip()
+        yield line, row["text"].strip(), row["label"].strip(), row.get(LABEL_TEXT, "").strip()
 
 
 def _missing(path: Path, line: int, found: list[str]) -> TalosValueError:
@@ -168,10 +199,11 @@ def _read_jsonl(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]
             )
         if not set(COLUMNS) <= set(row):
             raise _missing(path, line, list(row))
-        label = row["label"]
-        if not isinstance(row["text"], str) or isinstance(label, bool | float | list | dict | None):
+        label, label_text = row["label"], row.get(LABEL_TEXT) or ""
+        strings = isinstance(row["text"], str) and isinstance(label_text, str)
+        if not strings or isinstance(label, bool | float | list | dict | None):
             raise TalosValueError(
                 f"path must hold texts and labels that are strings (labels may be whole "
                 f"numbers), got {row['text']!r:.60} and {label!r:.60} in line {line} of {path}"
             )
-        yield line, {"text": row["text"], "label": str(label)}
+        yield line, {"text": row["text"], "label": str(label), LABEL_TEXT: label_text}

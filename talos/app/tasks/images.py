@@ -104,7 +104,8 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
     path = Path(path)
     try:
         folders = sorted(each for each in path.iterdir() if each.is_dir() and _visible(each))
-        images = _unique([_images(folder) for folder in folders])
+        found = [_images(folder) for folder in folders]
+        images = _unique(found)
     except OSError as error:
         raise TalosOSError(
             f"path must be a folder that can be read, got {path} ({error.strerror})"
@@ -132,6 +133,8 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
         names,
         tuple(f"a photo of a {words(each)}" for each in names),
         *split_classes(classes, seed),
+        source=path.resolve().name,
+        repeats=sum(map(len, found)) - sum(map(len, images)),
     )
 
 

@@ -122,6 +122,8 @@ class LabelledSplits(ABC, Generic[E]):
         train: examples to fine-tune and calibrate on.
         validation: examples to choose scaling coefficients on.
         test: examples to report.
+        source: the name of the file or folder that holds the examples; empty for built-in tasks.
+        repeats: how many examples were dropped because they repeat another one.
     """
 
     name: str
@@ -131,6 +133,8 @@ class LabelledSplits(ABC, Generic[E]):
     train: list[E] = field(repr=False)
     validation: list[E] = field(repr=False)
     test: list[E] = field(repr=False)
+    source: str = field(default="", kw_only=True)
+    repeats: int = field(default=0, kw_only=True)
 
     reads: ClassVar[Literal["texts", "images"]]
 

@@ -151,6 +151,7 @@ def calibrate(
     elif not dry_run:
         raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
     from talos.app.cli.loading import load_classifier, load_data
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.demo.judge import calibration_batches
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress
@@ -166,6 +167,8 @@ def calibrate(
                 f"{task.name}, got {samples}; leave it out to use 256 or all there are"
             )
         classifier = load_classifier(model, task)
+        check_length(max_length, classifier.encoder, [task])
+        show_data(task, classifier.encoder, max_length)
         batches = calibration_batches(
             task,
             classifier.encoder,
@@ -176,7 +179,7 @@ def calibrate(
         )
         if out is None or dry_run:
             _show_plan(console, classifier, batches[0], params, density, samples, rounds, layers)
-            next_step(console, _again(context, out or Path("mask.safetensors")))
+            next_step(_again(context, out or Path("mask.safetensors")))
             return
 
         def show(progress: CalibrationProgress) -> None:
@@ -216,7 +219,6 @@ def calibrate(
             f"halves of the samples agree ({made['stability_by_chance']:.2f} by chance)",
         )
     next_step(
-        console,
         command("inspect", out),
         command(
             *("train", "--model", model, "--data", data, "--mask", out),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import command, next_step, print_line, stdout
+from talos.app.cli.console import command, next_step, note, print_line, stdout
 from talos.app.cli.options import Seed, check_input
 
 __all__ = ["EXAMPLES", "compare"]
@@ -43,9 +43,9 @@ def compare(
     print_line(console, "% with 95 % intervals; differences are from the first edit, paired")
     without = [run.name for run in loaded if run.outcomes is None]
     if without:
-        print_line(console, f"without answers, so without differences: {', '.join(without)}")
+        note(f"without answers, so without differences: {', '.join(without)}")
     first = next((run for run in loaded if run.model is not None), loaded[0])
     same = [] if first.model in (None, "minilm") else ["--model", first.model]
     same += [word for each in first.data or ["TASK"] for word in ("--data", each)]
     other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
-    next_step(console, command("eval", *same, *other))
+    next_step(command("eval", *same, *other))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import Bars, command, next_step, note, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, Seed
 from talos.app.cli.tables import overview
 from talos.app.demo.settings import TITLES
@@ -79,11 +79,10 @@ def demo(
     console.print()
     for sentence in headline(results):
         print_line(console, sentence)
-    print_line(console, f"\nreport: {out / 'report.html'}")
+    note(f"\nreport: {out / 'report.html'}")
     names = [task["name"] for task in results["tasks"]]
     first, second = (out / "vectors" / f"talos-{name}.safetensors" for name in names[:2])
     next_step(
-        console,
         f"open {out / 'report.html'} in a browser",
         command("inspect", first),
         command("merge", f"{first}:0.6", f"{second}:-0.4", "--out", "edit.safetensors"),

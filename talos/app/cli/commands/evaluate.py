@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -154,6 +154,7 @@ def evaluate(
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
@@ -178,8 +179,10 @@ def evaluate(
                 "rename a file"
             )
         vectors = pair(names, loaded, None if one is None else one.target)
+        encoder = load_encoder(model, *tasks)
+        check_length(max_length, encoder, tasks)
         evaluation = Evaluation(
-            load_encoder(model, *tasks),
+            encoder,
             tasks,
             vectors,
             edit if edit is not None else loaded[0] if len(loaded) == 1 else None,
@@ -195,6 +198,8 @@ def evaluate(
         for path, each in given.items():
             evaluation.check(path, each)
         chosen = evaluation.choose(metric or [] if one is None else ["negation"])
+        for task in tasks:
+            show_data(task, encoder, max_length)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)
@@ -212,25 +217,23 @@ def evaluate(
             for line in NOTES[name](figures):
                 print_line(console, line)
     for name, lack in evaluation.left_out.items():
-        print_line(console, f"{name} was left out: {lack}")
+        note(f"{name} was left out: {lack}")
     if record is not None and json is not None:
         write_json(record, json)
-        print_line(console, f"{json}: figures and right answers")
+        note(f"{json}: figures and right answers")
     if one is None:
-        _next(console, model, data, vector, merged, json, evaluation.chosen)
+        _next(model, data, vector, merged, json, evaluation.chosen)
     elif evaluation.chosen:
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
-            console,
             command("merge", term, "--out", "forget.safetensors"),
             command("export", term, "--base", "BASE", "--out", "forgot"),
         )
     else:
-        next_step(console, command("inspect", vector[0]))
+        next_step(command("inspect", vector[0]))
 
 
 def _next(
-    console: Console,
     model: str,
     data: Sequence[str],
     vector: Sequence[Path],
@@ -242,14 +245,14 @@ def _next(
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
     if json is not None:
-        next_step(console, command("compare", json, "OTHER.json"))
+        next_step(command("compare", json, "OTHER.json"))
     elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(console, command("eval", *same, *new))
+        next_step(command("eval", *same, *new))
     elif len(vector) > 1:
-        next_step(console, command("eval", *same, *own, "--json", "eval.json"))
+        next_step(command("eval", *same, *own, "--json", "eval.json"))
     else:
-        next_step(console, merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
 
 
 def _check_options(
@@ -312,8 +315,7 @@ def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     wrong = sorted(name for name in methods if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"
-        print_line(
-            Console(stderr=True, highlight=False),
+        note(
             f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
             "accuracy below is that of another function than was trained",
         )

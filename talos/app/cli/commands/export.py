@@ -111,7 +111,7 @@ def export(
     files = f"{len(written)} files, " if out.is_dir() else ""
     print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
     if (out / "config.json").is_file():
-        next_step(console, _next(out))
+        next_step(_next(out))
 
 
 def _next(folder: Path) -> str:

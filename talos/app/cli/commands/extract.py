@@ -10,6 +10,7 @@ from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -100,13 +101,11 @@ def extract(
     print_line(console, f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {size}")
     console.print(_shares(vector))
     if inexact := vector.metadata.get("inexact"):
-        print_line(
-            console,
+        note(
             f"{inexact:,} entries are not the tuned weights' to the last bit when the vector is "
             "added; talos.Patch.from_models gives them",
         )
     next_step(
-        console,
         command("inspect", out),
         command("export", out, "--base", base, "--out", f"{base.resolve().name}-edited"),
     )

@@ -81,7 +81,6 @@ def inspect(
         return
     model = model_option(metadata)
     next_step(
-        console,
         after_vector(file, metadata, model)
         if kind == "task_vector"
         else command(

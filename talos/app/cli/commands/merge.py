@@ -13,6 +13,7 @@ from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -197,7 +198,7 @@ def merge(
     console = stdout()
     names = [set(each.mask.names) for each in vectors]
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
-        print_line(console, "no two vectors have a tensor in common: do they belong to one model?")
+        note("no two vectors have a tensor in common: do they belong to one model?")
     count = f"{len(vectors)} vector{'s' if len(vectors) > 1 else ''}"
     for each in recipe.outputs:
         size = readable_size(each.file.stat().st_size)
@@ -206,8 +207,8 @@ def merge(
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base
     if (line := _keeps_all(recipe.merge, vectors)) is not None:
-        print_line(console, line)
-    next_step(console, command("inspect", written), after_vector(written, edit.metadata, model))
+        note(line)
+    next_step(command("inspect", written), after_vector(written, edit.metadata, model))
 
 
 def _recipe(

@@ -29,4 +29,4 @@ def report(
     console = stdout()
     for sentence in headline(loaded):
         print_line(console, sentence)
-    next_step(console, f"open {out} in a browser")
+    next_step(f"open {out} in a browser")

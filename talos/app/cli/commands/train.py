@@ -116,6 +116,7 @@ def train(
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
+    from talos.app.cli.reading import check_length, show_data
     from talos.app.demo.judge import training_batches
     from talos.masks import Mask
     from talos.methods import method_of
@@ -136,6 +137,8 @@ def train(
         if mask is not None and selected is not None:
             with of_model(mask, selected.metadata, classifier.encoder.name):
                 match_tensors(selected.shapes, named_parameters(classifier))
+        check_length(max_length, classifier.encoder, [task])
+        show_data(task, classifier.encoder, max_length)
         batches = training_batches(
             task,
             classifier.encoder,
@@ -166,7 +169,7 @@ def train(
     )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
-    next_step(console, command("eval", *words), merge_command(out, 0.5))
+    next_step(command("eval", *words), merge_command(out, 0.5))
 
 
 def _checked_method(
