@@ -10,23 +10,26 @@ only those, and edit models with the small task vectors that result:
     task_vector.apply_(base_model, scale=0.4)
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from talos import evaluation, merging, methods
-from talos.batches import choice_logits
-from talos.calibration import calibrate, fisher_diag
-from talos.errors import (
-    TalosError,
-    TalosOSError,
-    TalosRuntimeError,
-    TalosTypeError,
-    TalosValueError,
-)
-from talos.masks import Mask
-from talos.merging import merge
-from talos.optim import SparseAdam
-from talos.task_vectors import Patch, ResidentVectors, TaskVector
-from talos.training import FineTuneStep, fine_tune
+if TYPE_CHECKING:
+    from talos import evaluation, merging, methods
+    from talos.batches import choice_logits
+    from talos.calibration import calibrate, fisher_diag
+    from talos.errors import (
+        TalosError,
+        TalosOSError,
+        TalosRuntimeError,
+        TalosTypeError,
+        TalosValueError,
+    )
+    from talos.masks import Mask
+    from talos.merging import merge
+    from talos.optim import SparseAdam
+    from talos.task_vectors import Patch, ResidentVectors, TaskVector
+    from talos.training import FineTuneStep, fine_tune
 
 __all__ = [
     "FineTuneStep",
@@ -54,3 +57,25 @@ try:
     __version__ = version("talos-sparse")
 except PackageNotFoundError:  # used from a checkout that was not installed
     __version__ = "0+unknown"
+
+# Where the public names are; some rooms are public themselves.
+_ROOMS = (
+    *("errors", "batches", "calibration", "masks", "task_vectors", "optim", "training"),
+    *("merging", "methods", "evaluation"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine at the first use of one of its names: torch takes seconds."""
+    if name in __all__ or name in _ROOMS:
+        for room in _ROOMS:
+            module = import_module(f"talos.{room}")
+            if name == room or name in module.__all__:
+                globals()[name] = found = module if name == room else getattr(module, name)
+                return found
+    raise AttributeError(f"module 'talos' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is public."""
+    return [*__all__, "__version__"]

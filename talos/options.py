@@ -5,9 +5,6 @@ from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from talos.errors import TalosValueError
 
 __all__ = ["as_real", "finite", "fraction", "integer", "positive", "read_seed"]
@@ -23,10 +20,9 @@ def as_real(value: Any) -> float | None:
         >>> as_real(torch.tensor([0.5])), as_real(2), as_real("2"), as_real(True)
         (0.5, 2.0, None, None)
     """
-    if isinstance(value, Tensor):
-        value = value.item() if value.numel() == 1 else None
-    if isinstance(value, np.ndarray):
-        value = value.item() if value.ndim == 0 else None
+    if hasattr(value, "item"):  # a tensor or an array: importing torch takes seconds
+        one = value.numel() == 1 if hasattr(value, "numel") else value.ndim == 0
+        value = value.item() if one else None
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:

@@ -22,6 +22,7 @@ from talos.app.models import Classifier, Encoder, load_encoder
 from talos.app.report.runs import compare, from_hex, load_runs, to_hex
 from talos.app.tasks import Task
 from talos.errors import TalosValueError
+from talos.names import named_parameters
 from tests.app.test_report import synthetic
 from tests.tiny import save_tiny_encoder
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluations")
     save_tiny_encoder(folder / "model")
     encoder = load_encoder(str(folder / "model"))
-    weights = dict(encoder.named_parameters())
+    weights = named_parameters(encoder)
     for seed, (task, words) in enumerate(WORDS.items()):
         with (folder / f"{task}.csv").open("w", newline="") as stream:
             rows = csv.writer(stream)
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         draw = torch.Generator().manual_seed(seed)
         chosen = {
-            f"encoder.{name}": torch.rand(each.shape, generator=draw) < 0.3
+            name: torch.rand(each.shape, generator=draw) < 0.3
             for name, each in weights.items()
             if name.endswith(("query.weight", "intermediate.dense.weight"))
         }
@@ -75,7 +76,7 @@ def logits(folder: Path, task: str, split: str, *terms: Term, prune: str = "") -
     """Logits on a task's examples, in their order, of a copy with vectors added to it."""
     encoder, classifier, data = loaded(folder, task)
     model = deepcopy(classifier).eval()
-    weights = dict(model.named_parameters())
+    weights = named_parameters(model)
     with torch.no_grad():
         for coef, name in terms:
             vector = TaskVector.load(folder / f"{name}.safetensors")

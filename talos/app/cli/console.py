@@ -48,9 +48,13 @@ def on_interrupt(message: str | Callable[[], str]) -> Iterator[None]:
         raise Interrupted(message if isinstance(message, str) else message()) from None
 
 
-def stdout() -> Console:
-    """Return a console for results; without a terminal it is 100 columns wide."""
-    console = Console(highlight=False)
+def stdout(json: str | None = None) -> Console:
+    """Return a console for results; without a terminal it is 100 columns wide.
+
+    Args:
+        json: the option --json; a console for "-" prints nothing, because the JSON is on stdout.
+    """
+    console = Console(highlight=False, quiet=json == "-")
     if not console.is_terminal:
         console.width = max(console.width, 100)
     return console

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
 from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import of_model
 from talos.app.demo.judge import TaskModels
-from talos.app.demo.machine import versions
 from talos.app.models import Encoder
-from talos.app.report.runs import EVAL_SCHEMA, EVAL_SCHEMA_VERSION, to_hex
+from talos.app.report.runs import to_hex
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, predictions, right_answers
@@ -187,7 +185,7 @@ class Evaluation:
         files: Mapping[str, Path],
         merged: Path | None,
     ) -> dict[str, Any]:
-        """Return the results in the schema of `talos.app.report.runs`.
+        """Return what --json writes, in the schema of `talos.app.report.runs`.
 
         Args:
             found: the figures of each metric.
@@ -203,10 +201,6 @@ class Evaluation:
         if len(subject.vectors) > 1:
             answers["single"] = subject.single
         return {
-            "schema": EVAL_SCHEMA,
-            "schema_version": EVAL_SCHEMA_VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
             "model": model,
             "linearized": self._linearized,
             "seed": self._seed,

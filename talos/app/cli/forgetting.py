@@ -3,13 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import subtracts
-from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.options import fraction
+
+if TYPE_CHECKING:
+    from talos.app.tasks import ImageTask, Task
 
 __all__ = ["KEEP", "Forgetting", "check_forget", "check_sign", "forgetting"]
 
@@ -98,8 +100,8 @@ def forgetting(
     control: Sequence[str],
     keep: float | None,
     data: list[str],
-    tasks: list[Task | ImageTask],
-    load: Callable[[str], Task | ImageTask],
+    tasks: "list[Task | ImageTask]",
+    load: "Callable[[str], Task | ImageTask]",
 ) -> Forgetting:
     """Find the tasks that --forget and --control name; add a control that is not among --data.
 

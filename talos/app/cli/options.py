@@ -14,6 +14,7 @@ from talos.errors import TalosError, TalosOSError, TalosValueError
 __all__ = [
     "Batch",
     "Data",
+    "Json",
     "Length",
     "Model",
     "Out",
@@ -46,6 +47,13 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        help="A .json file for all figures; - for stdout, which then holds nothing else.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace existing files.")]
 Seed = Annotated[
     int,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.options import as_options
 from talos.errors import TalosOSError, TalosValueError
-from talos.merging import METHODS, Coefficient, Merge, merge_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from talos.merging import Coefficient, Merge
 
 __all__ = ["Output", "Recipe", "check_recipe_base", "read_recipe"]
 
@@ -51,7 +52,7 @@ class Recipe:
     """
 
     files: tuple[Path, ...]
-    merge: Merge
+    merge: "Merge"
     outputs: tuple[Output, ...]
     base: str | None = None
 
@@ -74,6 +75,8 @@ def read_recipe(path: Path) -> Recipe:
         ...     read_recipe(path).merge
         Ties(scaling_coef=1.0, scaling_coefs=(1.0,), density=0.1)
     """
+    from talos.merging import merge_of
+
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -126,7 +129,7 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
         TalosValueError: a tensor is missing or has another fingerprint.
         TalosOSError: the base cannot be read.
     """
-    from talos.task_vectors.fingerprints import fingerprint
+    from talos.task_vectors.exports import base_of
 
     with as_options({"--model": "base", "path must": "base must"}):
         tensors = _tensors(base, folder, wanted)
@@ -136,7 +139,7 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
             f"base must have the tensors of the vectors, got {base} without "
             f"{', '.join(missing[:3])}; {remedy}"
         )
-    differing = [name for name, each in wanted.items() if fingerprint(tensors[name]) != each]
+    differing = [name for name, each in wanted.items() if base_of(tensors[name], each) != each]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise TalosValueError(
@@ -149,14 +152,14 @@ def _tensors(base: str, folder: Path, wanted: Mapping[str, str]) -> "Mapping[str
     """Return the base's tensors by the vectors' names: a checkpoint's or a model's."""
     from talos.app.cli.loading import load_encoder
     from talos.files.checkpoint import Checkpoint
+    from talos.names import named_parameters
 
     path = folder / base
     if path.is_file() or path.is_dir():
         checkpoint = Checkpoint(path)
         if path.is_file() or any(name in checkpoint for name in wanted):
             return checkpoint
-    encoder = load_encoder(str(path) if path.is_dir() else base)
-    return {f"encoder.{name}": param for name, param in encoder.named_parameters()}
+    return named_parameters(load_encoder(str(path) if path.is_dir() else base))
 
 
 def _several(path: Path, content: Mapping[str, Any], key: str) -> list[Any]:
@@ -192,6 +195,8 @@ def _check_keys(path: Path, where: str, table: Mapping[str, Any]) -> None:
 
 def _hint(where: str, unknown: Sequence[str]) -> str:
     """Return what the first key that is a setting, or nearly another key, should be."""
+    from talos.merging import METHODS
+
     settings = {each.name for method in METHODS.values() for each in fields(method)}
     settings -= {"scaling_coefs"}
     for key in unknown:

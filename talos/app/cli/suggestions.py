@@ -7,7 +7,6 @@ from typing import Any
 
 from talos.app.cli.console import command
 from talos.errors import TalosError
-from talos.task_vectors.sums import is_merge, is_sum, origins
 
 __all__ = [
     "after_vector",
@@ -33,6 +32,8 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
         metadata: of the vector.
         model: --model with its value, or nothing.
     """
+    from talos.task_vectors.sums import origins
+
     made = origins(metadata)
     if made and all("extracted" in of for of in made):
         return command("export", file, "--base", "BASE", "--out", "edited")
@@ -45,6 +46,8 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
 
 def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    from talos.task_vectors.sums import origins
+
     methods = {of.get("method") for of in origins(metadata)}
     return ("--linearized",) if methods == {"linearized"} else ()
 
@@ -73,6 +76,8 @@ def of_model(file: Path, metadata: Mapping[str, Any], model: str) -> Iterator[No
 
 
 def _model(metadata: Mapping[str, Any]) -> str | None:
+    from talos.task_vectors.sums import origins
+
     names = {of.get("model") for of in origins(metadata)}
     name = names.pop() if len(names) == 1 else None
     return name if isinstance(name, str) else None
@@ -80,6 +85,8 @@ def _model(metadata: Mapping[str, Any]) -> str | None:
 
 def subtracts(metadata: Mapping[str, Any]) -> bool:
     """Return whether a vector in a sum, merge or trim has a negative coefficient."""
+    from talos.task_vectors.sums import is_merge, is_sum
+
     merged = is_sum(metadata) or is_merge(metadata)
     if is_merge(metadata) and metadata.get("merge", {}).get("scaling_coef", 1.0) < 0:
         return True

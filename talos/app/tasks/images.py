@@ -1,6 +1,6 @@
 """Image classification tasks: a folder with one subfolder per class, or scikit-learn's digits.
 
-Pillow and scikit-learn are imported when images are opened or loaded, never before.
+Pillow, scikit-learn, NumPy and torch are imported when images are opened or loaded, never before.
 """
 
 import hashlib
@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from talos.app.extras import import_package
 from talos.app.tasks.splits import MIN_CLASS, split_classes, words
 from talos.app.tasks.task import Collate, LabelledSplits
 from talos.errors import TalosOSError, TalosValueError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-Transform = Callable[[Any], Tensor]
+Transform = Callable[[Any], "Tensor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class ImageExample:
         label: index into the task's `class_names`.
     """
 
-    image: Path | np.ndarray
+    image: "Path | np.ndarray"
     label: int
 
     def open(self) -> Any:
@@ -47,7 +47,7 @@ class ImageExample:
             TalosValueError: Pillow cannot read the file.
         """
         pillow = import_package("PIL.Image")
-        if isinstance(self.image, np.ndarray):
+        if not isinstance(self.image, Path):
             return pillow.fromarray(self.image).convert("RGB")
         try:
             with warnings.catch_warnings():
@@ -76,8 +76,10 @@ class ImageTask(LabelledSplits[ImageExample]):
 
 def _stacked(
     examples: Sequence[ImageExample], transform: Transform, places: Sequence[int]
-) -> dict[str, Tensor]:
+) -> "dict[str, Tensor]":
     """Open the images of a batch."""
+    import torch
+
     pixels = [transform(examples[place].open()) for place in places]
     return {"pixel_values": torch.stack(pixels)}
 
@@ -151,6 +153,8 @@ def load_digits(*, seed: int = 0) -> ImageTask:
         TalosError: scikit-learn is not installed.
         TalosValueError: `seed` is not an integer.
     """
+    import numpy as np
+
     data = import_package("sklearn.datasets").load_digits()
     pixels = np.round(data.images * (255 / 16)).astype(np.uint8)  # gray values from 0 to 16
     classes = [

@@ -5,16 +5,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 from talos.options import integer
 
-Collate = Callable[[Sequence[int]], dict[str, Tensor]]
+if TYPE_CHECKING:  # the command line lists the tasks before it imports torch
+    from torch import Tensor
+
+Collate = Callable[[Sequence[int]], "dict[str, Tensor]"]
 
 
 class Labelled(Protocol):
@@ -98,7 +98,9 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.order()) // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> "Iterator[dict[str, Tensor]]":
+        import torch
+
         order = self.order()
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
@@ -229,8 +231,10 @@ class Task(LabelledSplits[Example]):
 
 def _padded(
     token_ids: Sequence[Sequence[int]], pad_token_id: int, places: Sequence[int]
-) -> dict[str, Tensor]:
+) -> "dict[str, Tensor]":
     """Return `input_ids` and `attention_mask`, padded to the longest text of the batch."""
+    import torch
+
     shape = len(places), max(len(token_ids[place]) for place in places)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64, device="cpu")
     attention_mask = torch.zeros(shape, dtype=torch.int64, device="cpu")

@@ -5,11 +5,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from talos.app.cli.console import (
     Bars,
@@ -23,6 +22,7 @@ from talos.app.cli.console import (
 from talos.app.cli.options import (
     Batch,
     Data,
+    Json,
     Length,
     Model,
     Overwrite,
@@ -30,9 +30,14 @@ from talos.app.cli.options import (
     check_choice,
     check_output,
 )
-from talos.app.models import Classifier
+from talos.app.cli.records import check_json, table_record, write_record
 from talos.errors import TalosValueError
 from talos.options import fraction, integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from talos.app.models import Classifier
 
 __all__ = ["EXAMPLES", "calibrate"]
 
@@ -114,6 +119,7 @@ def calibrate(
     layers: Annotated[
         bool, typer.Option("--layers", metavar="", help="Show a row for each layer and type.")
     ] = False,
+    json: Json = None,
     batch_size: Batch = 32,
     max_length: Length = 48,
     seed: Seed = 0,
@@ -146,6 +152,9 @@ def calibrate(
             "--labels must be sampled with --draws exact, --target logit and --parity released, "
             "got importance"
         )
+    if dry_run and json is not None:
+        raise TalosValueError(f"--json must be left out with --dry-run, got {json}")
+    check_json(json, overwrite)
     if out is not None:
         check_output(out, overwrite)
     elif not dry_run:
@@ -157,7 +166,7 @@ def calibrate(
     from talos.calibration.fisher import CalibrationProgress
     from talos.tensors import readable_size
 
-    console = stdout()
+    console = stdout(json)
     with on_interrupt("nothing was written"), Bars() as bars:
         task = load_data(data)
         samples = min(SAMPLES, len(task.train)) if samples is None else samples
@@ -206,12 +215,15 @@ def calibrate(
         made = {**mask.metadata, "model": classifier.encoder.name, "task": task.name}
         mask = replace(mask, metadata=made)
         mask.save(out)
-    print_line(console, str(mask.describe(layers=layers)))
+    described = mask.describe(layers=layers)
+    print_line(console, str(described))
     print_line(
         console,
         f"\n{out}: {mask.nnz:,} of {mask.numel:,} entries (density {mask.density:.3f}), "
         f"{readable_size(out.stat().st_size)}; {per_second(rounds * samples, seconds)} samples/s",
     )
+    figures = {"file": str(out), "bytes": out.stat().st_size, **table_record(described)}
+    write_record(json, "calibrate", figures | {"seconds": round(seconds, 3), "metadata": made})
     if (stability := made.get("stability")) is not None:
         print_line(
             console,
@@ -229,8 +241,8 @@ def calibrate(
 
 def _show_plan(
     console: Console,
-    classifier: Classifier,
-    batch: Mapping[str, Tensor],
+    classifier: "Classifier",
+    batch: "Mapping[str, Tensor]",
     params: str,
     density: float,
     samples: int,

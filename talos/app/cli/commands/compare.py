@@ -1,12 +1,14 @@
 """`talos compare`: several edits in one table."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from talos.app.cli.console import command, next_step, note, print_line, stdout
-from talos.app.cli.options import Seed, check_input
+from talos.app.cli.options import Json, Overwrite, Seed, check_input
+from talos.app.cli.records import check_json, write_record
 
 __all__ = ["EXAMPLES", "compare"]
 
@@ -24,7 +26,9 @@ def compare(
             help="Files of `talos eval --json`, or results.json of a demo, at least two edits.",
         ),
     ],
+    json: Json = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare edits with the first one: accuracies and differences with 95 % intervals.
 
@@ -33,14 +37,16 @@ def compare(
     """
     for path in runs:
         check_input("RUN", path)
+    check_json(json, overwrite)
     from talos.app.cli.figures import comparison
     from talos.app.report.runs import compare as compared
     from talos.app.report.runs import load_runs
 
     loaded = [run for path in runs for run in load_runs(path)]
-    console = stdout()
-    console.print(comparison(compared(loaded, seed=seed)))
+    console, rows = stdout(json), compared(loaded, seed=seed)
+    console.print(comparison(rows))
     print_line(console, "% with 95 % intervals; differences are from the first edit, paired")
+    write_record(json, "compare", {"seed": seed, "rows": [asdict(row) for row in rows]})
     without = [run.name for run in loaded if run.outcomes is None]
     if without:
         note(f"without answers, so without differences: {', '.join(without)}")

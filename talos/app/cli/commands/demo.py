@@ -8,10 +8,9 @@ import typer
 from talos.app.cli.console import Bars, command, next_step, note, on_interrupt, print_line, stdout
 from talos.app.cli.options import Overwrite, Seed
 from talos.app.cli.tables import overview
-from talos.app.demo.settings import TITLES
 from talos.app.extras import check_installed
 
-__all__ = ["EXAMPLES", "demo"]
+__all__ = ["EXAMPLES", "demo", "facts"]
 
 EXAMPLES = (
     "talos demo --out demo --quick",
@@ -33,7 +32,7 @@ def demo(
         str,
         typer.Option(
             "--methods",
-            help=f"The methods to compare, separated by commas: {', '.join(TITLES)}; or all, which "
+            help="The methods to compare, separated by commas: {methods}; or all, which "
             "takes several times as long.",
         ),
     ] = "talos,nonlinear",
@@ -93,8 +92,17 @@ def demo(
     )
 
 
+def facts() -> dict[str, str]:
+    """Return what the help says of the methods."""
+    from talos.app.demo.settings import TITLES
+
+    return {"methods": ", ".join(TITLES)}
+
+
 def _parse_methods(text: str) -> tuple[str, ...]:
     """Read --methods, in the order of the report; the settings check the names."""
+    from talos.app.demo.settings import TITLES
+
     order = list(TITLES)
     names = order if text == "all" else [name.strip() for name in text.split(",")]
     return tuple(sorted(names, key=lambda name: order.index(name) if name in order else -1))

@@ -17,22 +17,22 @@ from talos.app.cli.console import (
     stdout,
 )
 from talos.app.cli.forgetting import check_forget, check_sign, forgetting
-from talos.app.cli.measurements import MEASUREMENTS
 from talos.app.cli.options import (
     Batch,
+    Json,
     Length,
     Model,
     Overwrite,
     Seed,
     check_choice,
     check_input,
-    check_output,
 )
+from talos.app.cli.records import check_json, write_record
 from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
 
-__all__ = ["EXAMPLES", "evaluate"]
+__all__ = ["EXAMPLES", "evaluate", "facts"]
 
 EXAMPLES = (
     "talos eval --data docstring_topic --data code_package",
@@ -68,7 +68,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help=f"{', '.join(MEASUREMENTS)}, or all that fit; may be repeated. By default "
+            help="{metrics}, or all that fit; may be repeated. By default "
             "accuracy, and addition of several vectors.",
         ),
     ] = None,
@@ -122,10 +122,7 @@ def evaluate(
             help="Evaluate the model's first-order expansion; for vectors of --method linearized.",
         ),
     ] = False,
-    json: Annotated[
-        str | None,
-        typer.Option("--json", help="A .json file for all figures and answers; - for stdout."),
-    ] = None,
+    json: Json = None,
     batch_size: Batch = 128,
     max_length: Length = 48,
     seed: Seed = 0,
@@ -155,7 +152,6 @@ def evaluate(
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
     from talos.app.cli.reading import check_length, show_data
-    from talos.app.report.results import json_text, write_json
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -203,10 +199,7 @@ def evaluate(
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)
-    if record is not None and json == "-":
-        typer.echo(json_text(record), nl=False)
-        return
-    console = stdout()
+    console = stdout(json)
     above = ""
     for name, figures in found.items():
         for title, shown in TABLES[name](figures):
@@ -218,9 +211,8 @@ def evaluate(
                 print_line(console, line)
     for name, lack in evaluation.left_out.items():
         note(f"{name} was left out: {lack}")
-    if record is not None and json is not None:
-        write_json(record, json)
-        note(f"{json}: figures and right answers")
+    if record is not None:
+        write_record(json, "eval", record)
     if one is None:
         _next(model, data, vector, merged, json, evaluation.chosen)
     elif evaluation.chosen:
@@ -231,6 +223,13 @@ def evaluate(
         )
     else:
         next_step(command("inspect", vector[0]))
+
+
+def facts() -> dict[str, str]:
+    """Return what the help says of the metrics."""
+    from talos.app.cli.measurements import MEASUREMENTS
+
+    return {"metrics": ", ".join(MEASUREMENTS)}
 
 
 def _next(
@@ -244,7 +243,7 @@ def _next(
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
-    if json is not None:
+    if json not in (None, "-"):
         next_step(command("compare", json, "OTHER.json"))
     elif not vector:
         new = ("--vector", "vector.safetensors", "--scale", "grid")
@@ -267,6 +266,8 @@ def _check_options(
     """Refuse options that contradict each other, before anything is loaded."""
     if len(set(data)) < len(data):
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
+    from talos.app.cli.measurements import MEASUREMENTS
+
     for each in metric:
         check_choice("--metric", each, (*MEASUREMENTS, "all"))
     for path in vector:
@@ -288,8 +289,7 @@ def _check_options(
                 f"--metric must hold addition with --merged, got {' '.join(metric)}; add "
                 "--metric addition"
             )
-    if json not in (None, "-"):
-        check_output(Path(json), overwrite, ".json", name="--json")
+    check_json(json, overwrite)
 
 
 def _parse_scale(scale: str | None, vectors: int) -> float | None:

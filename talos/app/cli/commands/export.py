@@ -9,7 +9,15 @@ import typer
 
 from talos.app.cli.commands.merge import parse_term
 from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
-from talos.app.cli.options import Overwrite, as_options, check_choice, check_input, check_output
+from talos.app.cli.options import (
+    Json,
+    Overwrite,
+    as_options,
+    check_choice,
+    check_input,
+    check_output,
+)
+from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
 
 __all__ = ["EXAMPLES", "export"]
@@ -56,6 +64,7 @@ def export(
         bool,
         typer.Option("--force", metavar="", help="Edit a base with other fingerprints, too."),
     ] = False,
+    json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a base with task vectors on it as a checkpoint, for transformers, vLLM or open_clip.
@@ -64,6 +73,7 @@ def export(
     The checkpoint appears whole or not at all.
     """
     check_choice("--format", form, _FORMATS)
+    check_json(json, overwrite)
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
         check_input("a term", path)
@@ -105,11 +115,24 @@ def export(
                 overwrite=overwrite,
                 on_tensor=lambda done, total: bars.show("write", done, total, unit="tensors"),
             )
-    console = stdout()
     written = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
-    size = readable_size(sum(path.stat().st_size for path in written))
+    nbytes = sum(path.stat().st_size for path in written)
     files = f"{len(written)} files, " if out.is_dir() else ""
-    print_line(console, f"{out}: {files}{size}; {len(edit):,} entries were edited")
+    print_line(
+        stdout(json),
+        f"{out}: {files}{readable_size(nbytes)}; {len(edit):,} entries were edited",
+    )
+    write_record(
+        json,
+        "export",
+        {
+            "out": str(out),
+            "files": sorted(str(path) for path in written),
+            "bytes": nbytes,
+            "entries": len(edit),
+            "metadata": edit.metadata,
+        },
+    )
     if (out / "config.json").is_file():
         next_step(_next(out))
 

@@ -17,6 +17,7 @@ from talos.app.cli.console import (
     table,
 )
 from talos.app.cli.options import (
+    Json,
     Out,
     Overwrite,
     as_options,
@@ -24,6 +25,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.records import check_json, write_record
 
 if TYPE_CHECKING:
     from talos.masks import Mask
@@ -64,6 +66,7 @@ def extract(
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Of the values in the file: {', '.join(_DTYPES)}.")
     ] = "float32",
+    json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a task vector of two checkpoints: tuned minus base.
@@ -75,6 +78,7 @@ def extract(
     if mask not in ("all", "changed"):
         check_input("--mask", Path(mask))
     check_output(out, overwrite)
+    check_json(json, overwrite)
     import torch
 
     from talos.task_vectors import TaskVector
@@ -96,10 +100,14 @@ def extract(
             on_tensor=lambda done, total: bars.show("read", done, total, unit="tensors"),
         )
         vector.save(out, getattr(torch, dtype), overwrite=overwrite)
-    console = stdout()
-    size = readable_size(out.stat().st_size)
-    print_line(console, f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {size}")
-    console.print(_shares(vector))
+    console, nbytes, shares = stdout(json), out.stat().st_size, _shares(vector)
+    print_line(
+        console,
+        f"{out}: {len(vector):,} entries, norm {vector.norm():.4g}, {readable_size(nbytes)}",
+    )
+    console.print(_shares_table(shares))
+    figures = {"file": str(out), "bytes": nbytes, "entries": len(vector), "norm": vector.norm()}
+    write_record(json, "extract", {**figures, "types": shares, "metadata": vector.metadata})
     if inexact := vector.metadata.get("inexact"):
         note(
             f"{inexact:,} entries are not the tuned weights' to the last bit when the vector is "
@@ -119,8 +127,8 @@ def _entries(mask: str) -> "Mask | Literal['changed'] | None":
     return None if mask == "all" else Mask.load(mask)
 
 
-def _shares(vector: "TaskVector") -> Table:
-    """Return a table of the values that are not 0, a row for each type of layer."""
+def _shares(vector: "TaskVector") -> list[dict[str, Any]]:
+    """Count the values that are not 0, for each type of layer and in all."""
     from talos.task_vectors.sums import slices_of
 
     counts = {
@@ -128,11 +136,21 @@ def _shares(vector: "TaskVector") -> Table:
         for name, part in slices_of(vector.mask).items()
     }
     described = vector.mask.describe()
-    shown = table(["type"], ["tensors", "entries", "changed", "share"])
+    counted = []
     for row in [*described.by_kind(), described.total()]:
         own = [each for each in described.rows if row.kind in (each.kind, "total")]
         changed = sum(counts[each.name] for each in own)
-        share = f"{100 * changed / row.numel:.2f} %" if row.numel else ""
-        cells: tuple[Any, ...] = (row.kind, f"{row.tensors:,}", f"{row.numel:,}", f"{changed:,}")
-        shown.add_row(*cells, share, style="bold" if row.kind == "total" else None)
+        of = {"type": row.kind, "tensors": row.tensors, "entries": row.numel}
+        counted.append({**of, "changed": changed})
+    return counted
+
+
+def _shares_table(counted: list[dict[str, Any]]) -> Table:
+    """Return the counts as a table, with their shares."""
+    shown = table(["type"], ["tensors", "entries", "changed", "share"])
+    for row in counted:
+        share = f"{100 * row['changed'] / row['entries']:.2f} %" if row["entries"] else ""
+        cells = [f"{row[key]:,}" for key in ("tensors", "entries", "changed")]
+        style = "bold" if row["type"] == "total" else None
+        shown.add_row(row["type"], *cells, share, style=style)
     return shown

@@ -19,6 +19,7 @@ from talos.app.cli.console import (
     stdout,
 )
 from talos.app.cli.options import (
+    Json,
     Overwrite,
     as_options,
     check_choice,
@@ -26,14 +27,15 @@ from talos.app.cli.options import (
     check_output,
 )
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
+from talos.app.cli.records import check_json, write_record
 from talos.app.cli.suggestions import after_vector, model_option
 from talos.errors import TalosValueError
-from talos.merging import METHODS, Merge, merge_of
 
 if TYPE_CHECKING:
+    from talos.merging import Merge
     from talos.task_vectors import TaskVector
 
-__all__ = ["EXAMPLES", "merge", "parse_term"]
+__all__ = ["EXAMPLES", "facts", "merge", "parse_term"]
 
 EXAMPLES = (
     "talos merge a.safetensors:0.4 b.safetensors:0.4 --out both.safetensors",
@@ -74,9 +76,11 @@ def parse_term(text: str) -> tuple[Path, float]:
     return Path(path), coefficient
 
 
-def _default(method: str, setting: str) -> str:
-    """Return a default for --help."""
-    return f"by default {getattr(METHODS[method](), setting)}"
+def facts() -> dict[str, Any]:
+    """Return what the help says of the methods: their names, and each with its defaults."""
+    from talos.merging import METHODS
+
+    return {"methods": ", ".join(METHODS), **{name: each() for name, each in METHODS.items()}}
 
 
 def merge(
@@ -94,7 +98,7 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help=f"{', '.join(METHODS)}; by default task_arithmetic, a sum."),
+        typer.Option("--method", help="{methods}; by default task_arithmetic, a sum."),
     ] = None,
     density: Annotated[
         float | None,
@@ -106,7 +110,7 @@ def merge(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help=f"Seed of dare's draws, {_default('dare', 'seed')}."),
+        typer.Option("--seed", help="Seed of dare's draws, by default {dare.seed}."),
     ] = None,
     follow: Annotated[
         str | None,
@@ -118,34 +122,34 @@ def merge(
         float | None,
         typer.Option(
             "--drop-largest",
-            help=f"Share of outliers that breadcrumbs drops, "
-            f"{_default('breadcrumbs', 'drop_largest')}.",
+            help="Share of outliers that breadcrumbs drops, by default {breadcrumbs.drop_largest}.",
         ),
     ] = None,
     drop_smallest: Annotated[
         float | None,
         typer.Option(
             "--drop-smallest",
-            help=f"Share of small entries that breadcrumbs drops, "
-            f"{_default('breadcrumbs', 'drop_smallest')}.",
+            help="Share of small entries that breadcrumbs drops, "
+            "by default {breadcrumbs.drop_smallest}.",
         ),
     ] = None,
     strictness: Annotated[
         float | None,
         typer.Option(
             "--strictness",
-            help=f"Larger values make smaller masks with tall_masks, "
-            f"{_default('tall_masks', 'strictness')}.",
+            help="Larger values make smaller masks with tall_masks, "
+            "by default {tall_masks.strictness}.",
         ),
     ] = None,
     least_tasks: Annotated[
         int | None,
         typer.Option(
             "--least-tasks",
-            help=f"How many tasks must need an entry with tall_masks, "
-            f"{_default('tall_masks', 'least_tasks')}.",
+            help="How many tasks must need an entry with tall_masks, "
+            "by default {tall_masks.least_tasks}.",
         ),
     ] = None,
+    json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge task vectors into one file that holds the edit.
@@ -172,6 +176,7 @@ def merge(
         check_input("a term", path)
     for each in recipe.outputs:
         check_output(each.file, overwrite, name="--out" if out is not None else "outputs")
+    check_json(json, overwrite)
     import torch
 
     from talos.task_vectors import TaskVector
@@ -195,7 +200,7 @@ def merge(
         for each in recipe.outputs:
             dtype = None if each.dtype is None else getattr(torch, each.dtype)
             edit.save(each.file, dtype, overwrite=overwrite)
-    console = stdout()
+    console = stdout(json)
     names = [set(each.mask.names) for each in vectors]
     if len(names) > 1 and not any(a & b for a, b in combinations(names, 2)):
         note("no two vectors have a tensor in common: do they belong to one model?")
@@ -203,6 +208,9 @@ def merge(
     for each in recipe.outputs:
         size = readable_size(each.file.stat().st_size)
         print_line(console, f"{each.file}: {count}, {edit.mask.nnz:,} entries, {size}")
+    files = [{"file": str(e.file), "bytes": e.file.stat().st_size} for e in recipe.outputs]
+    figures = {"files": files, "entries": edit.mask.nnz, "density": edit.mask.density}
+    write_record(json, "merge", figures | {"metadata": edit.metadata})
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base
@@ -215,6 +223,8 @@ def _recipe(
     terms: Sequence[str], out: Path | None, method: str | None, given: dict[str, Any]
 ) -> Recipe:
     """Return the recipe that the first term names, or that the options make."""
+    from talos.merging import METHODS, merge_of
+
     if terms[0].endswith(".toml"):
         if len(terms) > 1:
             raise TalosValueError(f"a recipe must stand alone, got {' '.join(terms)}")
@@ -259,7 +269,7 @@ def _model(base: str | None, folder: Path) -> tuple[str, ...] | None:
     return ("--model", str(folder / base) if (folder / base).is_dir() else base)
 
 
-def _keeps_all(merge: Merge, vectors: "Sequence[TaskVector]") -> str | None:
+def _keeps_all(merge: "Merge", vectors: "Sequence[TaskVector]") -> str | None:
     """Return a line if a trim to the largest entries trims nothing."""
     density, most = getattr(merge, "density", 1.0), max(each.mask.density for each in vectors)
     if merge.name not in ("trim", "ties") or most > density:

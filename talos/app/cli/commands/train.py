@@ -17,6 +17,7 @@ from talos.app.cli.console import (
 from talos.app.cli.options import (
     Batch,
     Data,
+    Json,
     Length,
     Model,
     Out,
@@ -26,12 +27,12 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
-from talos.methods import METHODS
 from talos.options import fraction, integer, positive
 
-__all__ = ["EXAMPLES", "train"]
+__all__ = ["EXAMPLES", "facts", "train"]
 
 EXAMPLES = (
     "talos train --data docstring_topic --mask mask.safetensors --out vector.safetensors",
@@ -43,12 +44,15 @@ EXAMPLES = (
 _RANKED, _DENSE = ("l_lora",), ("lota", "random", "magnitude")
 
 
-def _rates() -> str:
-    """Return the usual learning rates, each with its methods."""
+def facts() -> dict[str, str]:
+    """Return what the help says of the methods."""
+    from talos.methods import METHODS
+
     rates: dict[float, list[str]] = {}
     for name, each in METHODS.items():
         rates.setdefault(each.usual_lr, []).append(name)
-    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    usual = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    return {"methods": ", ".join(METHODS), "rates": usual}
 
 
 def train(
@@ -63,7 +67,7 @@ def train(
         str | None,
         typer.Option(
             "--method",
-            help=f"{', '.join(METHODS)}. By default talos with --mask, nonlinear without.",
+            help="{methods}. By default talos with --mask, nonlinear without.",
         ),
     ] = None,
     rank: Annotated[
@@ -87,8 +91,9 @@ def train(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 80,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help=f"Peak learning rate. By default {_rates()}."),
+        typer.Option("--lr", help="Peak learning rate. By default {rates}."),
     ] = None,
+    json: Json = None,
     batch_size: Batch = 32,
     max_length: Length = 48,
     seed: Seed = 0,
@@ -104,27 +109,29 @@ def train(
     under full fine-tuning; it takes the steps twice. attention_only trains the projections of
     attention. random and magnitude train as many weights as talos: random or the smallest ones.
     """
-    method = _checked_method(method, mask, rank, density, sparse_lr)
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
     integer("--max-length", max_length, 3)
-    rate = lr if lr is not None else METHODS[method].usual_lr
-    positive("--lr", rate)
+    if lr is not None:
+        positive("--lr", lr)
     if mask is not None:
         check_input("--mask", mask)
     check_output(out, overwrite)
+    check_json(json, overwrite)
+    method = _checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
     from talos.app.cli.reading import check_length, show_data
     from talos.app.demo.judge import training_batches
     from talos.masks import Mask
-    from talos.methods import method_of
+    from talos.methods import METHODS, method_of
     from talos.names import match_tensors, named_parameters
     from talos.tensors import readable_size
     from talos.training import FineTuneStep, fine_tune
 
     with on_interrupt("nothing was written"), Bars() as bars:
+        rate = lr if lr is not None else METHODS[method].usual_lr
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
         selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
@@ -161,11 +168,21 @@ def train(
         made = {"model": classifier.encoder.name, "task": task.name, "steps": steps}
         vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
         vector.save(out)
-    console = stdout()
     print_line(
-        console,
+        stdout(json),
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
+    )
+    write_record(
+        json,
+        "train",
+        {
+            "file": str(out),
+            "bytes": out.stat().st_size,
+            "entries": vector.mask.nnz,
+            "losses": [finite(loss) for loss in losses],
+            "metadata": vector.metadata,
+        },
     )
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
@@ -182,6 +199,8 @@ def _checked_method(
     """Return the method's name after a check of the options that go with it."""
     if method is None:
         method = "nonlinear" if mask is None else "talos"
+    from talos.methods import METHODS
+
     check_choice("--method", method, METHODS)
     if method == "talos" and mask is None:
         raise TalosValueError(

@@ -1,0 +1,64 @@
+"""The command line starts at once: torch is imported where work begins, and public names show."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+
+import talos
+
+LOADED = """
+import sys
+from talos.app.cli import main
+for line in ("--version", "--help", "calibrate --help", "calibrate --nonsense", "bogus", "train",
+             "train --data a --data b --out v.safetensors", "calibrate --data a --density 2",
+             "calibrate --data a --out m.pt", "train --data a --out v.safetensors --steps 0"):
+    main(line.split())
+    heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+
+
+def test_what_needs_no_tensor_does_not_import_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    words = [sys.executable, "-m", "talos.app.cli", "--version"]
+    assert subprocess.check_output(words, text=True) == f"talos {talos.__version__}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_while_torch_is_imported_prints_a_line() -> None:
+    code = """
+import sys
+from talos.app.cli import main
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+sys.exit(main(["train", "--data", "a", "--out", "v.safetensors"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "\ninterrupted: nothing was written\n"
+
+
+def test_dir_shows_what_is_public() -> None:
+    assert dir(talos) == sorted([*talos.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'talos' has no attribute 'nonsense'"):
+        _ = talos.nonsense
