@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from talos.app.cli.console import Bars
+from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
 from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import of_model
@@ -23,11 +24,19 @@ from talos.task_vectors.fingerprints import base_fingerprints
 __all__ = ["Evaluation", "pair"]
 
 
-def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskVector]:
+def pair(
+    tasks: Sequence[str], vectors: Sequence[TaskVector], forget: str | None = None
+) -> dict[str, TaskVector]:
     """Return the vector of each task: of the task that its metadata names, or of its place.
 
+    Args:
+        tasks: the names.
+        vectors: the vectors.
+        forget: the task that the only vector must belong to; None: there is none such.
+
     Raises:
-        TalosValueError: there are more vectors than tasks, or two of one task.
+        TalosValueError: there are more vectors than tasks, or two of one task. Or the vector
+            belongs to another task than the one to forget.
 
     Example:
         >>> import torch
@@ -46,7 +55,12 @@ def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskV
     found: dict[str, TaskVector] = {}
     for place, vector in enumerate(vectors):
         named = vector.metadata.get("task")
-        task = str(named) if named in tasks else tasks[place]
+        task = str(named) if named in tasks else forget or tasks[place]
+        if forget not in (None, task):
+            raise TalosValueError(
+                f"--forget must be the task of the vector, {task}, got {forget}; pass the vector "
+                f"of {forget}"
+            )
         if task in found:
             raise TalosValueError(
                 f"--vector must be given once for each task, got two of {task}; give the vectors "
@@ -71,6 +85,7 @@ class Evaluation:
         max_length: tokens per text, for each task.
         seed: of the bootstrap.
         bars: shows progress.
+        forgetting: as of `Subject`.
 
     Attributes:
         left_out: what each metric lacks that `all` leaves out.
@@ -90,6 +105,7 @@ class Evaluation:
         max_length: Mapping[str, int],
         seed: int,
         bars: Bars,
+        forgetting: Forgetting | None = None,
     ) -> None:
         self._encoder, self._tasks = encoder, tasks
         self._batch_size, self._max_length = batch_size, max_length
@@ -104,6 +120,7 @@ class Evaluation:
             coef,
             points,
             bars,
+            forgetting,
         )
 
     @property
