@@ -11,9 +11,11 @@ from talos.app.models import load_encoder as load
 from talos.app.models.heads import classifier_for
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.standard_library import SOURCES
+from talos.app.tasks.unlabelled import Rows
+from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosError, TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder"]
+__all__ = ["load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 @contextmanager
@@ -51,6 +53,12 @@ def load_data(data: str) -> Task | ImageTask:
             f"of images, got {data}; {hint}built in are {', '.join(known)}"
         )
     return load_task(data)
+
+
+def load_rows(data: str, reads: str) -> Rows:
+    """Load texts or images to predict."""
+    with _named("--data"):
+        return read_rows(data, reads)
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:

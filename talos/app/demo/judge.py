@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from talos.app.demo.settings import DemoSettings
-from talos.app.models import Encoder
+from talos.app.models import Classifier, Encoder
 from talos.app.models.heads import classifier_for
 from talos.app.tasks import Batches, ImageTask, Task, available_tasks, load_task
+from talos.batches import evaluation_mode
 from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["TaskModels", "calibration_batches", "load_tasks", "training_batches"]
+__all__ = ["TaskModels", "calibration_batches", "load_tasks", "logits_of", "training_batches"]
 
 Batch = dict[str, Tensor]
 
@@ -129,6 +130,35 @@ def _in_order(
     ask = judge(_Moved(batches, device))
     places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
     return lambda module: ask(module)[places]
+
+
+def logits_of(
+    classifier: Classifier,
+    task: Task | ImageTask,
+    split: str,
+    *,
+    batch_size: int = 128,
+    max_length: int = 48,
+) -> Tensor:
+    """Return the logits of a split's examples, [n, C] on the CPU, in their order.
+
+    They are computed in the batches in which `TaskModels.outcomes` judges the examples: so the same
+    examples have the same bits.
+
+    Args:
+        classifier: the classifier.
+        task: the examples.
+        split: "train", "validation" or "test".
+        batch_size: examples per forward pass.
+        max_length: tokens per text.
+    """
+    encoder = classifier.encoder
+    size = {"batch_size": batch_size, "max_length": max_length}
+    batches = task.batches(split, encoder.tokenizer, **size).shortest_first()
+    with evaluation_mode(classifier), torch.no_grad():
+        found = torch.cat([classifier(batch) for batch in _Moved(batches, encoder.device)])
+    places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
+    return found.cpu()[places]
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:

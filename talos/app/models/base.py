@@ -9,16 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from talos.batches import evaluation_mode
 from talos.errors import TalosTypeError, TalosValueError
-
-if TYPE_CHECKING:
-    from talos.app.models.heads import Head
 
 _TEXTS_PER_PASS = 64
 
@@ -37,7 +34,7 @@ class Encoder(nn.Module, ABC):
     name: str
     path: Path
     tokenizer: Any
-    heads: "Mapping[str, Head]" = MappingProxyType({})
+    heads: Mapping[str, Any] = MappingProxyType({})  # of Head
 
     @abstractmethod
     def classifier(self, class_texts: Sequence[str], head: Tensor | None = None) -> "Classifier":

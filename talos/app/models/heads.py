@@ -51,6 +51,12 @@ class Head:
     max_length: int
     tensor: Tensor = field(repr=False)
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """What it was made with, by the keys that the metadata of masks and vectors have."""
+        keys = ("task", "class_names", "class_texts", "max_length")
+        return {key: getattr(self, key) for key in keys}
+
     def classifier(self, encoder: Encoder) -> Classifier:
         """Return the classifier of an encoder with this head.
 

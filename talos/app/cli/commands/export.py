@@ -2,10 +2,10 @@
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def export(
         bool,
         typer.Option("--force", metavar="", help="Edit a base with other fingerprints, too."),
     ] = False,
-    max_length: Length = 48,
+    max_length: Length = None,
     json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -104,7 +104,10 @@ def export(
         raise TalosValueError(f"--base must be given unless --format is delta, got {got}")
     if data and form != "checkpoint":
         raise TalosValueError(f"--data must be left out with --format {form}, got {data[0]}")
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
+        if not data:
+            raise TalosValueError(f"--max-length must be left out without --data, got {max_length}")
     if form != "checkpoint":
         check_output(out, overwrite)
     elif os.path.lexists(out) and not overwrite:
@@ -112,8 +115,9 @@ def export(
     from talos.task_vectors import Patch, TaskVector
     from talos.tensors import readable_size
 
+    edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
     with as_options({"path must": "--base must", "--model must": "--base must"}):
-        source, beside, heads = _read_base(base, data or [], max_length)
+        source, beside, heads = _read_base(base, data or [], max_length, edit.metadata)
     words = {
         "force=True": "--force",
         "overwrite=True": "--overwrite",
@@ -123,7 +127,6 @@ def export(
         "path must": "--out must",
     }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
-        edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
         if source is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
@@ -164,10 +167,11 @@ def export(
 
 
 def _read_base(
-    base: str | None, data: Sequence[str], max_length: int
+    base: str | None, data: Sequence[str], max_length: int | None, metadata: Mapping[str, Any]
 ) -> "tuple[Checkpoint | None, Beside, dict[str, Head]]":
     """Return the base's checkpoint, what is written beside it, and the heads in that."""
     from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.app.models import ClipEncoder, TextEncoder
     from talos.app.models.clip import CONFIG_FILE
     from talos.app.models.folders import save_json
@@ -190,8 +194,10 @@ def _read_base(
         elif isinstance(encoder, TextEncoder) and tasks:
             beside |= sentence_transformers_files(encoder)
         for task in tasks:
+            tokens = tokens_for(task, encoder, max_length, [metadata])
+            show_data(task, encoder, tokens, {Path("the vector"): metadata})
             classifier = classifier_for(encoder, task.class_names, task.class_texts)
-            heads[task.name] = head_of(classifier, task.name, task.class_names, max_length)
+            heads[task.name] = head_of(classifier, task.name, task.class_names, tokens)
     if heads:
         beside[HEAD_FILE] = partial(save_heads, heads=heads)
     return Checkpoint(path), beside, heads
