@@ -507,7 +507,7 @@ def test_load_file_reads_texts_with_newlines_marks_and_whole_number_labels(tmp_p
         ("a.jsonl", b"[1, 2]\n", "one JSON object per line, got list in line 1"),
         ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "strings .* got 'a' and 0.5 in line 1"),
         ("a.jsonl", b'{"text": null, "label": "b"}\n', "strings .* got None and 'b' in line 1"),
-        ("a.pkl", b"\x80\x04.", r"path must end in .csv or .jsonl, got .*a.pkl"),
+        ("a.pkl", b"\x80\x04.", r"path must end in .csv or .tsv or .jsonl, got .*a.pkl"),
     ],
 )
 def test_load_file_refuses(tmp_path, name, content, match):

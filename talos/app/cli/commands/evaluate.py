@@ -23,6 +23,7 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
 )
@@ -125,8 +126,10 @@ def evaluate(
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
-        loaded = [TaskVector.load(path) for path in vector]
-        edit = TaskVector.load(merged) if merged is not None else None
+        with as_options({"path": "--vector"}):
+            loaded = [TaskVector.load(path) for path in vector]
+        with as_options({"path": "--merged"}):
+            edit = TaskVector.load(merged) if merged is not None else None
         for each in (*loaded, *([] if edit is None else [edit])):
             _check_expansion(each.metadata, linearized)
         tasks = [load_data(each) for each in data]

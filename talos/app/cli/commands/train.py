@@ -23,6 +23,7 @@ from talos.app.cli.options import (
     Out,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
     check_output,
@@ -133,7 +134,8 @@ def train(
     with on_interrupt("nothing was written"), Bars() as bars:
         rate = lr if lr is not None else METHODS[method].usual_lr
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
-        selected = Mask.load(mask) if mask is not None else None
+        with as_options({"path": "--mask"}):
+            selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
             method,
             selected,
