@@ -3,6 +3,10 @@
 `torch.compile`, DataParallel, DDP, FSDP and activation checkpointing put a part of their own into
 names. Here these parts are left out. Wrappers are recognised by their type: a module that is really
 called "module" keeps its name.
+
+A class of your own that only wraps a model says so in its attribute `talos_wraps`: the name of the
+attribute that holds the model. Its weights then have the model's own names, so that a mask or a
+vector of the wrapper fits the model alone. `talos` still calls the wrapper.
 """
 
 import difflib
@@ -73,6 +77,11 @@ def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str |
     return next((name for kind, name in wrappers.items() if isinstance(module, kind)), None)
 
 
+def _hidden_name(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
+    """Return the attribute that is left out of names; None if there is none."""
+    return _wrapped_attribute(module, wrappers) or getattr(type(module), "talos_wraps", None)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, DDP, FSDP and checkpoint wrappers.
 
@@ -108,7 +117,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        hidden = _wrapped_attribute(module, wrappers)
+        hidden = _hidden_name(module, wrappers)
         for name, child in reversed(module._modules.items()):
             if child is not None:
                 own = path if name == hidden else f"{path}.{name}" if path else name
@@ -130,11 +139,20 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
     Raises:
         TalosTypeError: `model` is no module.
+        TalosValueError: a wrapper and what it wraps have two parameters of one name.
 
     Example:
         >>> model = nn.DataParallel(nn.Sequential(nn.Linear(2, 3)))
         >>> list(named_parameters(model))
         ['0.weight', '0.bias']
+        >>> class Wrapper(nn.Module):
+        ...     talos_wraps = "inner"
+        ...
+        ...     def __init__(self, inner):
+        ...         super().__init__()
+        ...         self.inner = inner
+        >>> list(named_parameters(Wrapper(nn.Linear(2, 3))))
+        ['weight', 'bias']
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[Hashable] = set()
@@ -143,7 +161,13 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
             where = place(param)
             if not remove_duplicate or where not in seen:
                 seen.add(where)
-                found[f"{module_name}.{name}" if module_name else name] = param
+                full = f"{module_name}.{name}" if module_name else name
+                if full in found:
+                    raise TalosValueError(
+                        f"model must give each parameter a name of its own, got two of {full}; "
+                        f"rename that of {type(module).__name__}, or drop talos_wraps"
+                    )
+                found[full] = param
     return found
 
 

@@ -1,5 +1,6 @@
 """Names without wrappers, and the one check that a model is a module."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import talos
-from talos.errors import TalosTypeError
+from talos.errors import TalosTypeError, TalosValueError
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 from talos.params import select_parameters
@@ -58,3 +59,48 @@ def test_names_are_free_of_wrappers() -> None:
         assert set(select_parameters(model)) == plain
     nested = nn.Sequential(torch.compile(nn.DataParallel(holder)))
     assert set(named_parameters(nested)) == {f"0.{name}" for name in plain}
+
+
+class Doubled(nn.Module):
+    """A wrapper of a user's own, which is still what is called."""
+
+    talos_wraps = "inner"
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing the compiler warns
+def test_a_class_may_say_that_it_only_wraps() -> None:
+    alone = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    wrapped = Doubled(alone)
+    assert list(named_parameters(wrapped)) == ["0.weight", "0.bias"]
+    assert list(named_parameters(torch.compile(nn.Sequential(wrapped)))) == [
+        "0.0.weight",
+        "0.0.bias",
+    ]
+    x = torch.randn(200, 4)
+    mask = talos.calibrate(wrapped, [x], density=0.5, rounds=1)
+    assert wrapped.calls
+    tuned = Doubled(copy.deepcopy(alone))
+    vector = talos.fine_tune(tuned, [(x, torch.zeros(200).long())], mask, steps=2, lr=0.1)
+    assert tuned.calls
+    talos.SparseAdam(alone, mask).release()
+    with vector.applied(alone):
+        pass
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    class Own(Doubled):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__(inner)
+            self.weight = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(TalosValueError, match="got two of weight; rename that of Linear, or drop"):
+        named_parameters(Own(nn.Linear(4, 3)))

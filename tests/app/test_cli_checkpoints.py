@@ -13,6 +13,7 @@ from talos.app.cli import main
 from talos.app.models import load_encoder
 from talos.files import Checkpoint
 from talos.masks import Mask
+from talos.names import named_parameters
 from talos.task_vectors import Patch, TaskVector
 from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
@@ -94,7 +95,6 @@ def test_delta_and_patch(folder: Path) -> None:
         assert_bit_equal(tensors[name], each)
 
 
-@pytest.mark.filterwarnings("default:names of the task vector")
 def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,14 +102,14 @@ def test_a_vector_of_the_command_train_fits_the_folder_it_loaded(
     texts = ["a cat", "a dog"]
     model = load_encoder(base).classifier(texts)
     tuned = copy.deepcopy(model)
-    name, weight = next((n, p) for n, p in tuned.named_parameters() if "query.weight" in n)
+    name, weight = next((n, p) for n, p in named_parameters(tuned).items() if "query.weight" in n)
     with torch.no_grad():
         weight[:3] += 0.5
     mask = Mask.from_dense({name: torch.ones(weight.shape) > 0})
     TaskVector.from_models(model, tuned, mask).save(tmp_path / "v.safetensors")
     run("export", tmp_path / "v.safetensors", "--base", base, "--out", tmp_path / "out")
     captured = capsys.readouterr()
-    assert re.search(r"warning: names .* matched with '[\w.]+' left out", captured.err)
+    assert "warning" not in captured.err
     assert f"talos eval --model {tmp_path / 'out'} --data TASK" in captured.err
     loaded = load_encoder(tmp_path / "out")
     for key, each in tuned.encoder.state_dict().items():
@@ -154,7 +154,7 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["export", vector, *out, "--base", tuned], "base must be the base .*pass --force"),
         (["export", vector, "--out", f"{base}/a", "--base", base], "--out must lie outside of"),
         (["export", vector, *out, "--base", base, "--format", "zip"], "--format must be checkpo"),
-        (["export", vector, *out, "--base", base, "--scale", "nan"], "--scale must be finite"),
+        (["export", vector, *out, "--base", base, "--scale", "nan"], "--scale must be a finite"),
         (["export", vector, *out, "--base", base, "--scale", "1e300"], "--scale must keep every"),
         (["export", vector, *out, "--base", str(folder)], "--base must hold model.safetensors"),
         (["export", vector, "--out", str(folder / "no/out"), "--base", base], "--out must be wri"),

@@ -129,7 +129,7 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
         TalosValueError: a tensor is missing or has another fingerprint.
         TalosOSError: the base cannot be read.
     """
-    from talos.task_vectors.fingerprints import fingerprint
+    from talos.task_vectors.exports import base_of
 
     with as_options({"--model": "base", "path": "base"}):
         tensors = _tensors(base, folder, wanted)
@@ -139,7 +139,7 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
             f"base must have the tensors of the vectors, got {base} without "
             f"{', '.join(missing[:3])}; {remedy}"
         )
-    differing = [name for name, each in wanted.items() if fingerprint(tensors[name]) != each]
+    differing = [name for name, each in wanted.items() if base_of(tensors[name], each) != each]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise TalosValueError(
@@ -152,14 +152,14 @@ def _tensors(base: str, folder: Path, wanted: Mapping[str, str]) -> "Mapping[str
     """Return the base's tensors by the vectors' names: a checkpoint's or a model's."""
     from talos.app.cli.loading import load_encoder
     from talos.files.checkpoint import Checkpoint
+    from talos.names import named_parameters
 
     path = folder / base
     if path.is_file() or path.is_dir():
         checkpoint = Checkpoint(path)
         if path.is_file() or any(name in checkpoint for name in wanted):
             return checkpoint
-    encoder = load_encoder(str(path) if path.is_dir() else base)
-    return {f"encoder.{name}": param for name, param in encoder.named_parameters()}
+    return named_parameters(load_encoder(str(path) if path.is_dir() else base))
 
 
 def _several(path: Path, content: Mapping[str, Any], key: str) -> list[Any]:

@@ -57,12 +57,14 @@ class Encoder(nn.Module, ABC):
 
 
 class Classifier(nn.Module, ABC):
-    """A module from batches to logits.
+    """A module from batches to logits; its weights have the names of the pretrained model itself.
 
     Attributes:
         encoder: the encoder, which is shared and not copied.
         class_texts: one text per class.
     """
+
+    talos_wraps = "encoder"
 
     encoder: Encoder
     class_texts: tuple[str, ...]

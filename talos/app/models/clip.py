@@ -37,6 +37,7 @@ class ClipEncoder(ZeroShotEncoder):
         name: the source that was loaded.
     """
 
+    talos_wraps = "clip"
     inputs = ("pixel_values",)
     clip: Any
 

@@ -32,6 +32,8 @@ class LanguageModel(Encoder):
         name: the source that was loaded.
     """
 
+    talos_wraps = "model"
+
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
 

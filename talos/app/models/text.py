@@ -30,8 +30,8 @@ _TOKENS_OF_A_CLASS = 128
 class TextEncoder(ZeroShotEncoder):
     """A transformer with mean pooling: token ids to unit vectors.
 
-    `load_encoder` makes one. The transformer has no pooler: its weights would not change the
-    output, but would be scored as the least sensitive of all.
+    `load_encoder` makes one, in which a pooler is frozen: its weights do not change the output, and
+    would be scored as the least sensitive of all.
 
     Args:
         transformer: a transformers model whose output has `last_hidden_state` [B, T, D].
@@ -39,6 +39,7 @@ class TextEncoder(ZeroShotEncoder):
         name: the source that was loaded.
     """
 
+    talos_wraps = "transformer"
     inputs = ("input_ids", "attention_mask")
     scale = SCALE
 
@@ -84,7 +85,7 @@ def load_text_encoder(folder: Path, name: str, sha256: str | None = None) -> Tex
     transformer: Any
     transformer, tokenizer = load_folder(folder, "AutoModel", sha256)
     if getattr(transformer, "pooler", None) is not None:
-        transformer.pooler = None
+        transformer.pooler.requires_grad_(False)
     return TextEncoder(transformer, tokenizer, name=name).eval()
 
 

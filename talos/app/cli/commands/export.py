@@ -19,6 +19,7 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
+from talos.options import finite
 
 __all__ = ["EXAMPLES", "export"]
 
@@ -73,6 +74,7 @@ def export(
     The checkpoint appears whole or not at all.
     """
     check_choice("--format", form, _FORMATS)
+    finite("--scale", scale)
     check_json(json, overwrite)
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
