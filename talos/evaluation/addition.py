@@ -5,7 +5,7 @@
     theta             = theta_0 + coef * tau             tau: the sum of the vectors, or any merge
 
 The coefficient is the one with the best normalised figure on validation examples; of equal ones
-the smallest. The merged model is evaluated once on test examples.
+the smallest. If it is 0, `why_zero` says so. The merged model is evaluated once on test examples.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
+from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs, why_zero
 from talos.evaluation.intervals import Estimate
 from talos.evaluation.judging import Metric
 from talos.evaluation.outcomes import Outcomes, checked_vectors
 from talos.task_vectors import TaskVector
 
 __all__ = ["Addition", "AdditionPoint", "addition"]
+
+_FAILS = "beats the pretrained model's normalised figure on validation examples"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Addition:
     Attributes:
         grid: a point for each coefficient, on validation examples.
         scaling_coef: the coefficient that was chosen.
+        why_zero: that no other coefficient helps, and how near one came; None: it is not 0.
         absolute: mean figure of the tasks on test examples.
         normalised: mean ratio to the single-task models on test examples.
         tasks: the figure of each task on test examples.
@@ -57,6 +60,7 @@ class Addition:
 
     grid: list[AdditionPoint] = field(repr=False)
     scaling_coef: float
+    why_zero: str | None
     absolute: Estimate
     normalised: Estimate
     tasks: dict[str, Estimate]
@@ -114,13 +118,15 @@ def addition(
             if on_point is not None:
                 on_point(point)
         normalised = [point.normalised for point in grid]
-        place = best_place(numbers, normalised, highest=outcomes.metric.better == "higher")
+        highest = outcomes.metric.better == "higher"
+        place = best_place(numbers, normalised, highest=highest)
         found = outcomes.of("test", merged, numbers[place], tasks)
     single = outcomes.of_each(vectors, "test")
     bootstrap = outcomes.bootstrap
     return Addition(
         grid=grid,
         scaling_coef=numbers[place],
+        why_zero=why_zero(numbers, normalised, place, highest=highest, fails=_FAILS),
         absolute=bootstrap.mean(found),
         normalised=bootstrap.normalised(found, single),
         tasks={task: bootstrap.mean({task: found[task]}) for task in tasks},

@@ -6,7 +6,7 @@ from math import isfinite
 from talos.errors import TalosTypeError, TalosValueError
 from talos.options import as_real, integer
 
-__all__ = ["best_place", "checked_coefs", "scaling_coefs"]
+__all__ = ["best_place", "checked_coefs", "scaling_coefs", "why_zero"]
 
 # Figures that differ by less than this share are equal: they differ by rounding.
 _EQUAL = 1e-9
@@ -82,3 +82,39 @@ def best_place(coefs: Sequence[float], figures: Sequence[float], *, highest: boo
     top = max(signed.values())
     equal = [i for i, each in signed.items() if each >= top - _EQUAL * abs(top)]
     return min(equal, key=lambda i: abs(coefs[i]))
+
+
+def why_zero(
+    coefs: Sequence[float],
+    figures: Sequence[float],
+    place: int,
+    *,
+    highest: bool,
+    fails: str = "beats the pretrained model on validation examples",
+) -> str | None:
+    """Say what no coefficient does, and how near one came, if 0 was taken.
+
+    Args:
+        coefs: the coefficients.
+        figures: a figure of each.
+        place: of the coefficient that was taken.
+        highest: as of `best_place`.
+        fails: what no coefficient does.
+
+    Returns:
+        None: the coefficient that was taken is not 0, or no other one was tried.
+
+    Example:
+        >>> why_zero([0.0, 0.5, 1.0], [0.5, 0.6, 0.7], 0, highest=False, fails="lowers it")
+        'no coefficient lowers it: 0.5 comes nearest, with 0.6 beside 0.5'
+    """
+    others = [i for i, coef in enumerate(coefs) if coef != 0]
+    if coefs[place] != 0 or not others:
+        return None
+    near = others[
+        best_place([coefs[i] for i in others], [figures[i] for i in others], highest=highest)
+    ]
+    return (
+        f"no coefficient {fails}: {coefs[near]:g} comes nearest, with {figures[near]:.4g} beside "
+        f"{figures[place]:.4g}"
+    )

@@ -6,17 +6,17 @@
             control(theta) <= control(theta_0) / control_share         (a lower one is better)
 
 on validation examples. The control is the mean of the control tasks. The coefficient 0 always keeps
-it, so it is always tried; if it is chosen, no other one helps. Of equally good coefficients the
-smallest is chosen. The chosen model is evaluated once on test examples.
+it, so it is always tried; if it is chosen, `why_zero` says why no other one helps. Of equally good
+coefficients the smallest is chosen. The chosen model is evaluated once on test examples.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 3.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs
+from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs, why_zero
 from talos.evaluation.intervals import Estimate
 from talos.evaluation.outcomes import Outcomes
 from talos.options import fraction
@@ -50,6 +50,7 @@ class Negation:
     Attributes:
         grid: a point for each coefficient that was tried, on validation examples.
         scaling_coef: the coefficient that was chosen; 0: no other one helps.
+        why_zero: why no other one helps, and how near they came; None: it is not 0.
         target: the figure of the task to forget on test examples.
         control: the mean figure of the control tasks on test examples.
         target_zero_shot: `target` of the pretrained model.
@@ -58,6 +59,7 @@ class Negation:
 
     grid: list[NegationPoint] = field(repr=False)
     scaling_coef: float
+    why_zero: str | None
     target: Estimate
     control: Estimate
     target_zero_shot: Estimate
@@ -151,11 +153,39 @@ def negation(
     return Negation(
         grid=grid,
         scaling_coef=chosen,
+        why_zero=_why_zero(grid, kept, place, control_share, higher),
         target=mean({target: test[target]}),
         control=mean({task: test[task] for task in others}),
         target_zero_shot=mean({target: before[target]}),
         control_zero_shot=mean({task: before[task] for task in others}),
     )
+
+
+def _why_zero(
+    grid: Sequence[NegationPoint],
+    kept: Sequence[tuple[float, float]],
+    place: int,
+    share: float,
+    higher: bool,
+) -> str | None:
+    """Say which condition no coefficient meets, if 0 was taken."""
+    coefs, figures = zip(*kept, strict=True)
+    if coefs[place] != 0:
+        return None
+    keeps, change = f"keeps {100 * share:g} % of the control", "lowers" if higher else "raises"
+    broken = [point for point in grid if point.target is None]
+    if not broken:
+        fails = f"{change} the target's figure"
+        return why_zero(coefs, figures, place, highest=not higher, fails=fails)
+    near = broken[
+        best_place([p.scaling_coef for p in broken], [p.control for p in broken], highest=higher)
+    ]
+    came = f"with {near.control:.4g} beside {grid[0].control:.4g}"
+    if len(kept) == 1:
+        return f"no coefficient but 0 {keeps}: {near.scaling_coef:g} comes nearest, {came}"
+    fails = f"that {keeps} {change} the target's figure"
+    reason = why_zero(coefs, figures, place, highest=not higher, fails=fails)
+    return f"{reason}; of the others {near.scaling_coef:g} keeps most of the control, {came}"
 
 
 def _controls(outcomes: Outcomes, target: str, control: Iterable[str] | None) -> list[str]:

@@ -127,6 +127,11 @@ class Bucket:
         return self.looks[0][0]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the state and of the index."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, Tensor | Index))
+
+    @property
     def is_moved(self) -> bool:
         """Whether a weight has another device or dtype than when the bucket was made."""
         kinds = [look[:2] for look in self.looks]
@@ -297,8 +302,7 @@ class Bucket:
         compact, dense = self._split(grads)
         norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
-            rows = -(-self.index.nnz // PIECE)
-            pieces = self.exp_avg.new_empty(rows, PIECE, dtype=self._wide)
+            pieces = self.exp_avg.new_empty(-(-self.index.nnz // PIECE), PIECE, dtype=self._wide)
             out, rest = pieces.view(-1).split([self.index.nnz, pieces.numel() - self.index.nnz])
             rest.zero_()
             if not compact and self._plain(grads) and not self._is_wide:

@@ -28,6 +28,11 @@ class Mark:
 
     weights: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(each.nbytes for each in self.weights.values())
+
     def move(self, buckets: Iterable[Bucket]) -> None:
         """Take the weights as they are now."""
         self.weights = _weights(buckets)

@@ -19,8 +19,8 @@ __all__ = [
     "NamedParams",
     "alike",
     "by_name",
+    "check_arguments",
     "check_hyperparameters",
-    "check_moments",
     "check_not_wrapped",
     "check_trainable",
     "complete_groups",
@@ -28,6 +28,7 @@ __all__ = [
     "named_groups",
     "selected_names",
     "several_processes",
+    "unselected",
 ]
 
 NamedParams = Iterable[tuple[str, Tensor]]
@@ -205,12 +206,21 @@ def check_trainable(name: str, param: Tensor) -> None:
     if not param.requires_grad:
         raise TalosValueError(
             f"{name} is selected by the mask but has requires_grad=False; "
-            "call .requires_grad_() on it or leave it out of the mask"
+            "call .requires_grad_() on it or leave it out of the mask; if another SparseAdam froze "
+            "it, call that one's release()"
         )
 
 
-def check_moments(moment_dtype: torch.dtype, seed: int) -> None:
-    """Refuse an unsupported dtype of the moments, and a seed out of range."""
+def unselected(params: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the parameters without a selected entry that require a gradient."""
+    return {n: param for n, param in params.items() if param not in names and param.requires_grad}
+
+
+def check_arguments(mask: object, moment_dtype: torch.dtype, seed: int) -> None:
+    """Refuse what is not a mask, an unsupported dtype of the moments, and a seed out of range."""
+    if not isinstance(mask, Mask):
+        found = type(mask).__name__
+        raise TalosTypeError(f"mask must be a talos.Mask, got {found}; see talos.calibrate")
     if moment_dtype not in (torch.float32, torch.bfloat16):
         raise TalosTypeError(
             f"moment_dtype must be torch.float32 or torch.bfloat16, got {moment_dtype}"

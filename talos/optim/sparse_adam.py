@@ -20,7 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
@@ -31,17 +31,18 @@ from talos.optim.param_groups import (
     NamedParams,
     alike,
     by_name,
+    check_arguments,
     check_hyperparameters,
-    check_moments,
     check_not_wrapped,
     complete_groups,
     module_of,
     named_groups,
     selected_names,
     several_processes,
+    unselected,
 )
 from talos.optim.states import Saved, State, StateReader, checked_state, foreign
-from talos.optim.watching import warn_of_no_gradient, watch_frozen
+from talos.optim.watching import hold, let_go, warn_of_no_gradient
 from talos.params import check_one_memory
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
@@ -55,7 +56,8 @@ class SparseAdam(torch.optim.Optimizer):
     """AdamW on the entries that a mask selects (`torch.optim.SparseAdam` is for sparse gradients).
 
     The constructor freezes every parameter without a selected entry (`requires_grad=False`), so
-    that autograd computes no gradient for it; `release()` gives them back to training.
+    that autograd computes no gradient for it; `release()` gives them back to training. Call it
+    before you make another optimizer of the same entries: the second one warns otherwise.
 
     Args:
         model: a module, its `named_parameters()`, or param groups `{"params": named parameters,
@@ -119,10 +121,7 @@ class SparseAdam(torch.optim.Optimizer):
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        if not isinstance(mask, Mask):
-            found = type(mask).__name__
-            raise TalosTypeError(f"mask must be a talos.Mask, got {found}; see talos.calibrate")
-        check_moments(moment_dtype, seed)
+        check_arguments(mask, moment_dtype, seed)
         groups = named_groups(model, mask.names)
         params = by_name(groups)
         self._mask = mask
@@ -138,15 +137,10 @@ class SparseAdam(torch.optim.Optimizer):
         }
         for group in groups:
             check_hyperparameters({**defaults, **group}, read_tensors=True)
-        self._untrained = {
-            name: param
-            for name, param in params.items()
-            if param not in self._names and param.requires_grad
-        }
+        self._untrained = unselected(params, self._names)
         if self._untrained and isinstance(model, nn.Module):
             check_not_wrapped(model)
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
-        self._stop_watching: Callable[[], Any] | None = None
         self._moment_dtype = moment_dtype
         self._buckets: list[Bucket] = []
         self._mark = Mark()
@@ -456,23 +450,35 @@ class SparseAdam(torch.optim.Optimizer):
         """Freeze the parameters without a selected entry, as the constructor does."""
         for param in self._untrained.values():
             param.requires_grad = False
-        if self._untrained and self._stop_watching is None:
-            self._stop_watching = watch_frozen(self, self._untrained)
+        hold(self, self._names, self._mask, self._untrained)
+        if self._untrained:
             _logger.info("%d parameters without a selected entry are frozen", len(self.frozen))
 
     def release(self) -> None:
         """Give the parameters that the optimizer froze back to training; make gradients dense."""
+        let_go(self)
         self.compact_gradients(False)
         for param in self._untrained.values():
             param.requires_grad = True
-        if self._stop_watching is not None:
-            self._stop_watching()
-            self._stop_watching = None
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the parameters that the optimizer froze."""
         return tuple(self._untrained)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the weights' device: state, masters, index, and the copy that `patch` keeps.
+
+        The mask and the initial weights come on top, on the CPU.
+
+        Example:
+            >>> mask = Mask.from_dense({"weight": torch.arange(6400).view(80, 80) % 10 == 0})
+            >>> optimizer = SparseAdam(torch.nn.Linear(80, 80), mask)
+            >>> optimizer.nbytes // mask.nnz  # 8 bytes of moments, the rest is the index
+            9
+        """
+        return sum(bucket.nbytes for bucket in self._buckets) + self._mark.nbytes
 
     @property
     def mask(self) -> Mask:
@@ -558,7 +564,7 @@ class SparseAdam(torch.optim.Optimizer):
             return
         super().__setstate__({**state, "_names": dict(state["_names"])})
         self.state = defaultdict(dict, self.state)
-        self._stop_compacting = self._stop_watching = None  # a copy begins with dense gradients
+        self._stop_compacting = None  # a copy begins with dense gradients
         self._clipping = Clipping(self._buckets)  # and without a deferred clipping
         self._buffers = WatchedBuffers(module_of(None, self._names))
         self._show()

@@ -1,15 +1,18 @@
-"""Warnings about an optimizer's use that only show during training; each is given once."""
+"""Warnings about other optimizers of a model, and about training that changes nothing."""
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["warn_of_no_gradient", "watch_frozen"]
+from talos.masks import Mask
+
+__all__ = ["hold", "let_go", "warn_of_no_gradient"]
 
 
 def warn_of_no_gradient(stacklevel: int) -> None:
@@ -26,32 +29,91 @@ def warn_of_no_gradient(stacklevel: int) -> None:
     )
 
 
-def watch_frozen(owner: torch.optim.Optimizer, frozen: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """Warn when another optimizer steps a parameter that `owner` has frozen.
+@dataclass(frozen=True)
+class _Held:
+    """What an optimizer at work holds.
+
+    Attributes:
+        names: the parameters that it trains, with their names in the mask.
+        mask: the entries that it trains.
+        frozen: names of the parameters that it froze, by identity.
+        seen: the optimizers that were compared with it; each is warned of once.
+    """
+
+    names: Mapping[Tensor, str]
+    mask: Mask
+    frozen: Mapping[int, str]
+    seen: "weakref.WeakSet[torch.optim.Optimizer]"
+
+
+_held = weakref.WeakKeyDictionary[torch.optim.Optimizer, _Held]()
+# One hook for all, in here while there is something to watch: an optimizer that is collected during
+# another one's step must not remove a hook of its own then.
+_hooks: list[Any] = []
+
+
+def hold(
+    owner: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    mask: Mask,
+    frozen: Mapping[str, Tensor],
+) -> None:
+    """Warn if another optimizer at work trains the same entries; watch the frozen parameters.
+
+    From then on another optimizer that steps a frozen parameter is warned of.
 
     Args:
-        owner: the optimizer that froze them; the watch ends with it.
-        frozen: the frozen parameters by name.
-
-    Returns:
-        A function that ends the watch.
+        owner: the optimizer.
+        names: the parameters that it trains, with their names in the mask.
+        mask: the entries that it trains.
+        frozen: the parameters that it froze, by name.
     """
-    names = {id(param): name for name, param in frozen.items()}
-    seen = weakref.WeakSet([owner])
-
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if optimizer in seen:
-            return
-        seen.add(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        found = [names[id(p)] for p in params if id(p) in names and not p.requires_grad]
-        if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    for other, held in list(_held.items()):
+        shared = [
+            name
+            for param, name in names.items()
+            if other is not owner and param in held.names
+            if _overlap(mask, name, held.mask, held.names[param])
+        ]
+        if shared:
             warnings.warn(
-                f"{type(optimizer).__name__} steps {found[0]}{more}, frozen by SparseAdam because "
+                f"another SparseAdam trains entries of {_some(shared)}, and both would step them; "
+                "call release() of the first one before you make the next",
+                stacklevel=4,
+            )
+    by_identity = {id(param): name for name, param in frozen.items()}
+    _held[owner] = _Held(names, mask, by_identity, weakref.WeakSet([owner]))
+    if frozen and not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_look))
+
+
+def let_go(owner: torch.optim.Optimizer) -> None:
+    """Forget what `hold` noted."""
+    _held.pop(owner, None)
+    if not _held and _hooks:
+        _hooks.pop().remove()
+
+
+def _overlap(mask: Mask, name: str, other: Mask, other_name: str) -> bool:
+    return bool((mask.indices[name].decode() & other.indices[other_name].decode()).any())
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Warn of an optimizer that steps what another one has frozen."""
+    for held in list(_held.values()):
+        if optimizer in held.seen:
+            continue
+        held.seen.add(optimizer)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        found = [held.frozen[id(p)] for p in params if id(p) in held.frozen and not p.requires_grad]
+        if found:
+            warnings.warn(
+                f"{type(optimizer).__name__} steps {_some(found)}, frozen by SparseAdam because "
                 "its mask selects nothing there, so it gets no gradient; pass SparseAdam only the "
                 "named parameters that it trains, or call its release()",
                 stacklevel=4,
             )
-
-    return weakref.finalize(owner, register_optimizer_step_pre_hook(look).remove)

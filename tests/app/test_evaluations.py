@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from talos import Mask, TaskVector
+from talos import Mask, TaskVector, fine_tune
 from talos.app.cli import main
 from talos.app.cli.figures import NOTES
 from talos.app.cli.loading import load_data
@@ -148,7 +148,8 @@ def test_every_metric_is_that_of_copies(
         terms = ((-found["scaling_coef"], target),)
         assert found["target"]["value"] == share(test[target, terms])
         assert found["control"]["value"] == share(test[control, terms])
-        assert (f"{target}: no coefficient but 0" in shown) == (found["scaling_coef"] == 0)
+        assert (f"{target}: no coefficient " in shown) == (found["scaling_coef"] == 0)
+        assert (found["why_zero"] is None) == (found["scaling_coef"] != 0)
     assert "left out" not in shown
     check_disentanglement(folder, metrics["disentanglement"], coefs)
     masks = [TaskVector.load(folder / f"{t}.safetensors").mask for t in metrics["iou"]["tasks"]]
@@ -254,18 +255,112 @@ def test_what_all_leaves_out_is_named(folder: Path, capsys: pytest.CaptureFixtur
     assert "\n\n\n" not in shown
 
 
+def test_a_search_that_ends_in_no_edit_says_so() -> None:
+    nothing, reason = {"why_zero": None}, {"why_zero": "no coefficient helps"}
+    for metric in ("accuracy", "addition"):
+        assert list(NOTES[metric](reason)) == ["no coefficient helps"]
+        assert not list(NOTES[metric](nothing))
+    found = list(NOTES["negation"]({"pets": reason, "signs": nothing}))
+    assert found == ["pets: no coefficient helps"]
+
+
+@pytest.fixture(scope="module")
+def forgettable(folder: Path) -> Path:
+    """A vector that pets are recognised with, and signs not: subtracted, both have little of it."""
+    encoder, classifier, data = loaded(folder, "pets")
+    model = deepcopy(classifier)
+    batches = list(data.batches("train", encoder.tokenizer, batch_size=32, max_length=16))
+    vector = fine_tune(model, batches, method="nonlinear", steps=40, lr=3e-3)
+    path = folder / "tuned.safetensors"
+    replace(vector, metadata={"task": "pets"}).save(path)
+    return path
+
+
+def test_a_task_is_forgotten_with_a_control(
+    folder: Path, forgettable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "forgot.json"
+    pets, signs = (str(folder / f"{task}.csv") for task in WORDS)
+    common = ["eval", "--model", str(folder / "model"), "--max-length", "16", "--points", "6"]
+    asked = ["--vector", str(forgettable), "--keep", "0.5", "--forget", "pets", "--data", pets]
+    assert main([*common, *asked, "--control", signs, "--json", str(path)]) == 0
+    shown = capsys.readouterr().err
+    run = json.loads(path.read_text())
+    (found,) = run["metrics"].values()
+    tried = found["pets"]["grid"]
+    vector = TaskVector.load(forgettable)
+    pretrained = share(right(folder, "signs", "validation"))
+    for point in tried:
+        after = of_vector(folder, "signs", "validation", vector, -point["scaling_coef"])
+        assert point["control"] == share(after)
+        if point["target"] is None:
+            assert point["control"] < 0.5 * pretrained
+        else:
+            after = of_vector(folder, "pets", "validation", vector, -point["scaling_coef"])
+            assert point["target"] == share(after)
+    coef = found["pets"]["scaling_coef"]
+    assert 0 < coef == -run["scaling_coef"]
+    assert list(run["tasks"]) == ["pets", "signs"]  # the control was added to the data
+    for task in WORDS:
+        answers = of_vector(folder, task, "test", vector, -coef)
+        assert torch.equal(from_hex(run["outcomes"]["edited"][task], len(answers)), answers)
+    assert f"talos merge {forgettable}:{-coef:g} --out forget.safetensors" in shown
+    assert f"talos export {forgettable}:{-coef:g} --base BASE" in shown
+    every = ["--data", pets, "--data", signs, "--vector", str(forgettable), "--json", "-"]
+    assert main([*common, *every, "--forget", pets, "--keep", "0.5"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["metrics"] == run["metrics"]
+    assert main([*common, *every, "--metric", "negation"]) == 0  # all others, 95 %
+    kept = json.loads(capsys.readouterr().out)["metrics"]["negation"]["pets"]["grid"]
+    assert all(p["control"] >= 0.95 * pretrained for p in kept if p["target"] is not None)
+
+
+def of_vector(folder: Path, task: str, split: str, vector: TaskVector, coef: float) -> Tensor:
+    encoder, classifier, data = loaded(folder, task)
+    labels = torch.tensor([each.label for each in data.examples(split)])
+    with vector.applied(classifier.eval(), coef), torch.no_grad():
+        batches = data.batches(split, encoder.tokenizer, batch_size=7, max_length=16)
+        return torch.cat([classifier(batch) for batch in batches]).argmax(1) == labels
+
+
 @pytest.mark.parametrize(
-    ("targets", "line"),
+    ("asked", "message"),
     [
-        ([None, None], "pets: no coefficient but 0 keeps 95 % of the control"),
-        ([0.5, 0.6], "pets: no coefficient but 0 lowers the target"),
-        ([0.5, None], "pets: no coefficient but 0 keeps 95 % of the control and lowers the target"),
+        ("--control signs", "--forget must be given with --control, got none"),
+        ("--keep 0.9", "--forget must be given with --keep, got none"),
+        ("--forget pets --keep 1.5 --vector {v}", "--keep must lie in"),
+        ("--forget pets", "--vector must be given once with --forget, .*, got 0"),
+        ("--forget pets --vector {v} --scale 1", "--scale must be left out with --forget, got 1"),
+        (
+            "--forget pets --vector {v} --metric iou",
+            "--metric must be left out with --forget, got iou",
+        ),
+        ("--forget none --vector {v}", "--forget must be a task of --data, pets, signs, got none"),
+        ("--forget signs --vector {v}", "--forget must be the task of the vector, pets, got signs"),
+        (
+            "--forget pets --vector {v} --control pets",
+            "--control must be a task other than pets, which is forgotten, got pets",
+        ),
+        ("--forget pets --vector {v} --control nowhere", "--control must be a built-in task"),
+        ("--forget pets --vector {n}", "--vector must be the vector of the task to forget, got .*"),
+        ("--scale grid --vector {n}", "--scale must be a number for .*n.safetensors, .*--forget"),
     ],
 )
-def test_why_negation_chooses_0(targets: list[float | None], line: str) -> None:
-    grid = [{"scaling_coef": c, "target": t} for c, t in enumerate([0.5, *targets])]
-    assert list(NOTES["negation"]({"pets": {"scaling_coef": 0, "grid": grid}})) == [line]
-    assert not list(NOTES["negation"]({"pets": {"scaling_coef": 1, "grid": grid}}))
+def test_what_cannot_be_forgotten_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    message: str,
+) -> None:
+    vector = folder / "pets.safetensors"
+    negated = tmp_path / "n.safetensors"
+    (-0.6 * TaskVector.load(vector)).save(negated)
+    words = asked.format(v=vector, n=negated).split()
+    assert main(["eval", *options(folder), *words]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) <= 2
 
 
 def test_json_alone_is_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,10 +225,37 @@ def test_negation_gives_up_past_a_broken_control() -> None:
 
 def test_negation_may_leave_the_model_alone() -> None:
     dial = Dial(target=lambda scale: 0.8 - scale / 10, other=lambda scale: 0.8)
-    assert negation(dial.outcomes(), dial.vector, "target").scaling_coef == 0
-    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8 if scale == 0 else 0.0)
+    forgot = negation(dial.outcomes(), dial.vector, "target", coefs=[0.5, 1.0])
+    assert forgot.scaling_coef == 0
+    assert forgot.why_zero == (
+        "no coefficient lowers the target's figure: 0.5 comes nearest, with 0.85 beside 0.8"
+    )
+    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8 if scale == 0 else 0.1)
     forgot = negation(dial.outcomes(), dial.vector, "target", coefs=[0.5, 1.0])
     assert (forgot.scaling_coef, forgot.target["value"]) == (0, 0.8)
+    assert forgot.why_zero == (
+        "no coefficient but 0 keeps 95 % of the control: 0.5 comes nearest, with 0.1 beside 0.8"
+    )
+    dial = Dial(target=lambda scale: 0.8 - scale / 10, other=lambda scale: 0.8 + 0.1 * scale)
+    forgot = negation(dial.outcomes(), dial.vector, "target", coefs=[0.1, 0.5, 1.0])
+    assert forgot.why_zero == (
+        "no coefficient that keeps 95 % of the control lowers the target's figure: 0.1 comes "
+        "nearest, with 0.81 beside 0.8; of the others 0.5 keeps most of the control, with 0.75 "
+        "beside 0.8"
+    )
+    dial = Dial(target=lambda scale: 0.8 + scale, other=lambda scale: 0.8)
+    assert negation(dial.outcomes(), dial.vector, "target", coefs=[0.5]).why_zero is None
+
+
+def test_an_addition_that_leaves_the_model_alone_says_so() -> None:
+    dial = Dial(task=lambda scale: 0.8 - 0.1 * scale)
+    added = addition(dial.outcomes(), {"task": dial.vector}, coefs=[0.0, 0.5, 1.0])
+    assert added.scaling_coef == 0
+    assert added.why_zero == (
+        "no coefficient beats the pretrained model's normalised figure on validation examples: "
+        "0.5 comes nearest, with 1.071 beside 1.143"
+    )
+    assert addition(dial.outcomes(), {"task": dial.vector}, coefs=[0.0]).why_zero is None
 
 
 def test_the_smallest_coefficient_of_a_plateau_is_chosen() -> None:

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import talos
 from talos import Mask, SparseAdam
 from talos.errors import TalosRuntimeError, TalosValueError
 from tests.cases import assert_bit_equal
+
+# These load a state into a second optimizer of a model whose first one is still there.
+pytestmark = pytest.mark.filterwarnings("ignore:another SparseAdam trains entries of")
 
 
 def network() -> nn.Sequential:
@@ -336,6 +340,51 @@ def test_an_optimizer_that_is_gone_watches_nobody() -> None:
     model = network()
     SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))
     torch.optim.SGD(model[2].parameters(), lr=1e-2).step()
+
+
+def test_an_optimizer_may_go_while_another_one_steps() -> None:
+    model = network()
+    owner = [SparseAdam(model, Mask.from_dense({"0.weight": torch.ones(8, 6) > 0}))]
+    hooks = [lambda *_: owner.clear(), lambda *_: None]
+    handles = [register_optimizer_step_pre_hook(hook) for hook in hooks]
+    torch.optim.SGD(network().parameters(), lr=1e-2).step()
+    assert not owner
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_second_optimizer_of_the_same_entries_is_told() -> None:
+    model = network()
+    first = SparseAdam(model, Mask.from_dense({"0.weight": torch.eye(8, 6) > 0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseAdam(network(), first.mask)  # another model
+        others = SparseAdam(model, Mask.from_dense({"0.weight": torch.eye(8, 6) == 0}))
+    message = r"another SparseAdam trains entries of 0\.weight, .* release\(\) of the first one"
+    with pytest.warns(UserWarning, match=message):
+        SparseAdam(model, first.mask)
+    with pytest.raises(TalosValueError, match=r"if another SparseAdam froze it, call that one's"):
+        SparseAdam(model, Mask.from_dense({"2.weight": torch.ones(3, 8) > 0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.release()
+        second = SparseAdam(model, first.mask)
+    with pytest.warns(UserWarning, match=message):
+        first.freeze()
+    assert others.mask.nnz + second.mask.nnz == 48
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bytes_are_those_of_the_tensors_that_are_kept(dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    optimizer = SparseAdam(model, some(model))
+    train(model, optimizer, 1)
+    shown = [each for state in optimizer.state.values() for each in state.values()]
+    state = sum(each.nbytes for each in shown) + 8  # and the learning rate
+    index = optimizer.mask.pack(list(optimizer.mask.names), "cpu").nbytes
+    assert optimizer.nbytes == state + index
+    optimizer.patch()
+    assert optimizer.nbytes == state + index + optimizer.mask.nnz * dtype.itemsize
 
 
 def test_two_parameters_of_one_memory_are_not_trained_apart() -> None:

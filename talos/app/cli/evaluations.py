@@ -1,6 +1,5 @@
 """One run of `talos eval`: the model with its tasks and vectors, and what is written of it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from talos.app.cli.console import Bars
+from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
 from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import of_model
@@ -24,11 +24,19 @@ from talos.task_vectors.fingerprints import base_fingerprints
 __all__ = ["Evaluation", "pair"]
 
 
-def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskVector]:
+def pair(
+    tasks: Sequence[str], vectors: Sequence[TaskVector], forget: str | None = None
+) -> dict[str, TaskVector]:
     """Return the vector of each task: of the task that its metadata names, or of its place.
 
+    Args:
+        tasks: the names.
+        vectors: the vectors.
+        forget: the task that the only vector must belong to; None: there is none such.
+
     Raises:
-        TalosValueError: there are more vectors than tasks, or two of one task.
+        TalosValueError: there are more vectors than tasks, or two of one task. Or the vector
+            belongs to another task than the one to forget.
 
     Example:
         >>> import torch
@@ -47,7 +55,12 @@ def pair(tasks: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, TaskV
     found: dict[str, TaskVector] = {}
     for place, vector in enumerate(vectors):
         named = vector.metadata.get("task")
-        task = str(named) if named in tasks else tasks[place]
+        task = str(named) if named in tasks else forget or tasks[place]
+        if forget not in (None, task):
+            raise TalosValueError(
+                f"--forget must be the task of the vector, {task}, got {forget}; pass the vector "
+                f"of {forget}"
+            )
         if task in found:
             raise TalosValueError(
                 f"--vector must be given once for each task, got two of {task}; give the vectors "
@@ -69,9 +82,10 @@ class Evaluation:
         points: as of `Subject`.
         linearized: judge the model's first-order expansion.
         batch_size: examples per forward pass.
-        max_length: tokens per text.
+        max_length: tokens per text, for each task.
         seed: of the bootstrap.
         bars: shows progress.
+        forgetting: as of `Subject`.
 
     Attributes:
         left_out: what each metric lacks that `all` leaves out.
@@ -88,9 +102,10 @@ class Evaluation:
         points: int | None,
         linearized: bool,
         batch_size: int,
-        max_length: int,
+        max_length: Mapping[str, int],
         seed: int,
         bars: Bars,
+        forgetting: Forgetting | None = None,
     ) -> None:
         self._encoder, self._tasks = encoder, tasks
         self._batch_size, self._max_length = batch_size, max_length
@@ -105,6 +120,7 @@ class Evaluation:
             coef,
             points,
             bars,
+            forgetting,
         )
 
     @property
@@ -191,7 +207,7 @@ class Evaluation:
                 task.name: {
                     "data": source,
                     "examples": len(task.test),
-                    "fingerprint": _fingerprint(task),
+                    "fingerprint": task.fingerprint(),
                 }
                 for task, source in zip(self._tasks, data, strict=True)
             },
@@ -212,15 +228,3 @@ class Evaluation:
             },
             "metrics": dict(found),
         }
-
-
-def _fingerprint(task: Task | ImageTask) -> str:
-    """Return 16 hex digits of a task's test examples: texts, or pixels and names of files."""
-    digest = hashlib.sha256()
-    for example in task.test:
-        content = example.text if hasattr(example, "text") else example.image
-        if isinstance(content, Path):
-            content = content.name
-        raw = content.encode() if isinstance(content, str) else content.tobytes()
-        digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
-    return digest.hexdigest()[:16]

@@ -46,6 +46,9 @@ def _addition(figures: Figures) -> Iterator[Titled]:
 
 
 def _negation(figures: Figures) -> Iterator[Titled]:
+    if len(figures) == 1:
+        (each,) = figures.values()
+        yield _grid(each, ["control", "target"], "negation, validation examples, %")
     columns = ["scale", "target before", "target after", "control before", "control after"]
     shown = table(["task to forget"], columns)
     for task, each in figures.items():
@@ -60,14 +63,17 @@ def _negation(figures: Figures) -> Iterator[Titled]:
     yield "negation, % with 95 % intervals", shown
 
 
-def _unhelped(figures: Figures) -> Iterator[str]:
+def _why_zero(figures: Figures) -> Iterator[str]:
+    """Yield a line if the search chose 0."""
+    if figures.get("why_zero"):
+        yield figures["why_zero"]
+
+
+def _why_zeros(figures: Figures) -> Iterator[str]:
     """Yield a line for each task of which the search chose 0."""
     for task, each in figures.items():
-        tried = [point["target"] for point in each["grid"] if point["scaling_coef"] > 0]
-        if each["scaling_coef"] == 0:
-            wanted = ["keeps 95 % of the control"] if None in tried else []
-            wanted += ["lowers the target"] if any(t is not None for t in tried) else []
-            yield f"{task}: no coefficient but 0 {' and '.join(wanted)}"
+        for line in _why_zero(each):
+            yield f"{task}: {line}"
 
 
 def _ratios(title: str) -> Callable[[Figures], Iterator[Titled]]:
@@ -119,7 +125,7 @@ def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
     shown = table([], ["scale", *keys])
     for point in figures["grid"]:
         mark = " ◂" if point["scaling_coef"] == figures["scaling_coef"] else ""
-        cells = [f"{100 * point[key]:.1f}" for key in keys]
+        cells = ["" if point[key] is None else f"{100 * point[key]:.1f}" for key in keys]
         shown.add_row(f"{point['scaling_coef']:.2f}", *cells[:-1], f"{cells[-1]}{mark}")
     return title, shown
 
@@ -136,7 +142,11 @@ TABLES: dict[str, Callable[[Figures], Iterator[Titled]]] = {
 }
 """What draws the figures of each metric."""
 
-NOTES: dict[str, Callable[[Figures], Iterator[str]]] = {"negation": _unhelped}
+NOTES: dict[str, Callable[[Figures], Iterator[str]]] = {
+    "accuracy": _why_zero,
+    "addition": _why_zero,
+    "negation": _why_zeros,
+}
 """What prints lines under the tables of a metric."""
 
 

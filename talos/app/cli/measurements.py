@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from talos.app.cli.console import Bars
+from talos.app.cli.forgetting import KEEP, Forgetting
 from talos.evaluation import (
     Estimate,
     Outcomes,
@@ -21,7 +22,7 @@ from talos.evaluation import (
     scaling_coefs,
     sensitivity_transfer,
 )
-from talos.evaluation.coefficients import best_place
+from talos.evaluation.coefficients import best_place, why_zero
 from talos.task_vectors import TaskVector
 
 __all__ = ["MEASUREMENTS", "Figures", "Measurement", "Subject"]
@@ -43,6 +44,8 @@ class Subject:
         coef: its scaling coefficient; None: chosen on validation examples.
         points: number of coefficients from 0 to 1 that a search tries.
         bars: shows progress.
+        forgetting: what negation forgets; None: each task that has a vector, with all others as
+            its control.
         edited: the right answers of the edit at its coefficient, once they are known.
         chosen: that coefficient.
     """
@@ -54,6 +57,7 @@ class Subject:
     coef: float | None
     points: int | None
     bars: Bars
+    forgetting: Forgetting | None = None
     edited: dict[str, Tensor] | None = field(default=None, init=False)
     chosen: float | None = field(default=None, init=False)
 
@@ -145,7 +149,8 @@ def _accuracy(subject: Subject) -> Figures:
     elif subject.edit is not None:
         subject.chosen = subject.coef
         if subject.chosen is None:
-            figures["grid"], subject.chosen = _search(subject, subject.edit)
+            figures |= _search(subject, subject.edit)
+            subject.chosen = figures["scaling_coef"]
         figures["scaling_coef"] = subject.chosen
         after = subject.edited = subject.answers("edited", subject.edit, subject.chosen)
     gain = subject.outcomes.bootstrap.gain
@@ -159,15 +164,19 @@ def _accuracy(subject: Subject) -> Figures:
     return {**figures, "tasks": tasks}
 
 
-def _search(subject: Subject, edit: TaskVector) -> tuple[list[dict[str, float]], float]:
+def _search(subject: Subject, edit: TaskVector) -> Figures:
     """Return the mean validation accuracy at each coefficient, and the best coefficient."""
     coefs, means = subject.coefs, []
     with subject.outcomes.resident(edit):
         for coef in subject.bars.each("grid", coefs):
             figures = subject.outcomes.figures(subject.outcomes.of("validation", edit, coef))
             means.append(fmean(figures.values()))
-    grid = [{"scaling_coef": c, "absolute": m} for c, m in zip(coefs, means, strict=True)]
-    return grid, coefs[best_place(coefs, means, highest=True)]
+    place = best_place(coefs, means, highest=True)
+    return {
+        "grid": [{"scaling_coef": c, "absolute": m} for c, m in zip(coefs, means, strict=True)],
+        "scaling_coef": coefs[place],
+        "why_zero": why_zero(coefs, means, place, highest=True),
+    }
 
 
 def _addition(subject: Subject) -> Figures:
@@ -181,6 +190,7 @@ def _addition(subject: Subject) -> Figures:
     return {
         "grid": [asdict(point) for point in found.grid] if len(coefs) > 1 else [],
         "scaling_coef": found.scaling_coef,
+        "why_zero": found.why_zero,
         "absolute": found.absolute,
         "normalised": found.normalised,
         "tasks": found.tasks,
@@ -190,13 +200,26 @@ def _addition(subject: Subject) -> Figures:
 
 def _negation(subject: Subject) -> Figures:
     figures = {}
-    for task, vector in subject.vectors.items():
+    one = subject.forgetting
+    for task in subject.vectors if one is None else [one.target]:
+        vector = subject.vectors[task]
         label, total = f"negation {task}", len(subject.coefs)
         step = subject.counted(label, total)
-        found = negation(subject.outcomes, vector, task, coefs=subject.coefs, on_point=step)
+        found = negation(
+            subject.outcomes,
+            vector,
+            task,
+            control=None if one is None else one.control,
+            control_share=KEEP if one is None else one.keep,
+            coefs=subject.coefs,
+            on_point=step,
+        )
         if len(found.grid) < total:  # it gave up
             subject.bars.show(label, total, total)
         figures[task] = asdict(found)
+        if one is not None:
+            subject.chosen = 0.0 - found.scaling_coef
+            subject.edited = subject.answers("forgot", vector, subject.chosen)
     return figures
 
 

@@ -65,7 +65,14 @@ Seed = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch-size", help="Examples per batch.")]
-Length = Annotated[int, typer.Option("--max-length", help="Tokens per text; the rest is cut off.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        help="Tokens per text; the rest is cut off. By default as many as the mask or the vectors "
+        "were made with, else 48.",
+    ),
+]
 
 
 @contextmanager

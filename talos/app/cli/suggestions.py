@@ -8,7 +8,14 @@ from typing import Any
 from talos.app.cli.console import command
 from talos.errors import TalosError
 
-__all__ = ["after_vector", "expansion", "merge_command", "model_option", "of_model"]
+__all__ = [
+    "after_vector",
+    "expansion",
+    "merge_command",
+    "model_option",
+    "of_model",
+    "subtracts",
+]
 
 
 def merge_command(vector: Path, coefficient: float) -> str:
@@ -30,7 +37,7 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
     made = origins(metadata)
     if made and all("extracted" in of for of in made):
         return command("export", file, "--base", "BASE", "--out", "edited")
-    scale = "1" if _subtracts(metadata) else "grid"
+    scale = "1" if subtracts(metadata) else "grid"
     return command(
         *("eval", *model, "--data", "TASK", "--vector", file, "--scale", scale),
         *expansion(metadata),
@@ -76,7 +83,7 @@ def _model(metadata: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _subtracts(metadata: Mapping[str, Any]) -> bool:
+def subtracts(metadata: Mapping[str, Any]) -> bool:
     """Return whether a vector in a sum, merge or trim has a negative coefficient."""
     from talos.task_vectors.sums import is_merge, is_sum
 
@@ -88,6 +95,6 @@ def _subtracts(metadata: Mapping[str, Any]) -> bool:
         scale = part["scale"] if merged else 1.0
         if any(each < 0 for each in (scale.values() if isinstance(scale, Mapping) else [scale])):
             return True
-        if isinstance(part.get("of"), Mapping) and _subtracts(part["of"]):
+        if isinstance(part.get("of"), Mapping) and subtracts(part["of"]):
             return True
     return False

@@ -13,10 +13,12 @@ zero_shot  task -> estimate of the pretrained model
 single     method -> task -> estimate of the model tuned on that task
 training   method -> task -> steps, first_loss, last_loss
 addition   method -> grid (list of scaling_coef, absolute, normalised; validation data),
-           scaling_coef, absolute and normalised (estimates on test data), tasks (task -> estimate)
+           scaling_coef, why_zero (a sentence, or null), absolute and normalised (estimates on test
+           data), tasks (task -> estimate)
 addition_difference  estimate of normalised(first method) - normalised(second), paired, or null
 negation   method -> task -> grid (list of scaling_coef, target, control; validation data),
-           scaling_coef, target, control, target_zero_shot, control_zero_shot (on test data)
+           scaling_coef, why_zero, target, control, target_zero_shot, control_zero_shot (on test
+           data)
 interference  method -> matrix of acc_j(base + vector_i) / acc_j(base), row i, column j
 masks      task -> nnz, numel, tensors, tensors_touched, structure (list of layer, kind, nnz, numel)
 mask_iou   matrix

@@ -7,7 +7,8 @@ created, versions, model, linearized, seed  when and how it was made
 tasks      task -> data (the option --data), examples (number of test examples), fingerprint (of
            texts or images, and labels)
 vectors    list of file, task (whose own vector it is, or null), entries, metadata
-scaling_coef  of the edit: of the one vector, or of the sum of several; null without a vector
+scaling_coef  of the edit: of the one vector, or of the sum of several; negative if it forgets a
+           task; null without a vector
 outcomes   model -> task -> the right answers as bits, hexadecimal, in the order of the task's
            examples: `pretrained`, `edited` (the edit), `single` (each task's own vector alone, at
            the coefficient 1); the names in `metrics` mean the same

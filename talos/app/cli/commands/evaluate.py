@@ -16,6 +16,7 @@ from talos.app.cli.console import (
     print_line,
     stdout,
 )
+from talos.app.cli.forgetting import check_forget, check_sign, forgetting
 from talos.app.cli.options import (
     Batch,
     Json,
@@ -39,6 +40,7 @@ EXAMPLES = (
     "talos eval --data reviews.csv --data code_package --vector edit.safetensors --scale grid",
     "talos eval --data a.csv --data b.csv --vector a.safetensors --vector b.safetensors "
     "--json sum.json",
+    "talos eval --data a.csv --data b.csv --vector a.safetensors --forget a --control b",
     "talos eval --data a.csv --data b.csv --vector a.safetensors --vector b.safetensors "
     "--metric negation --metric disentanglement",
 )
@@ -70,6 +72,31 @@ def evaluate(
             "accuracy, and addition of several vectors.",
         ),
     ] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            "--forget",
+            help="A task of --data, by its name or as given there: subtract its vector, with the "
+            "coefficient that lowers its accuracy most and keeps that of the control. It is "
+            "--metric negation for one task.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            help="A task that --forget must keep, of --data or another; may be repeated. By "
+            "default all others of --data.",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            help="The share of the control's mean validation accuracy that --forget must keep, by "
+            "default 0.95.",
+        ),
+    ] = None,
     scale: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +124,7 @@ def evaluate(
     ] = False,
     json: Json = None,
     batch_size: Batch = 128,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -106,39 +133,52 @@ def evaluate(
     Scaling coefficients are chosen on the validation examples of the tasks. The chosen one is
     evaluated once on the test examples. `talos compare` compares the files of --json.
 
-    addition merges the vectors into one model. negation forgets a task and keeps the others as its
-    control. interference is what each vector does to every task, disentanglement whether two of
-    them act on their own tasks only. linearity compares the tuned model with its first-order
-    expansion. iou is the overlap of masks. sensitivity sets the weights that a vector selects to 0.
+    addition merges the vectors into one model. negation forgets the task of each vector and keeps
+    the others as its control; --forget does so for one task. interference is what each vector does
+    to every task, disentanglement whether two of them act on their own tasks only. linearity
+    compares the tuned model with its first-order expansion. iou is the overlap of masks.
+    sensitivity sets the weights that a vector selects to 0.
     """
     vector = vector or []
     coef = _parse_scale(scale, len(vector))
     _check_options(data, vector, merged, metric or [], scale, json, overwrite)
+    replaced = {"--metric": " ".join(metric or []), "--merged": merged, "--scale": scale}
+    check_forget(forget, control or [], keep, vector, replaced)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     if points is not None:
         integer("--points", points, 2)
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
         loaded = [TaskVector.load(path) for path in vector]
         edit = TaskVector.load(merged) if merged is not None else None
-        for each in (*loaded, *([] if edit is None else [edit])):
+        given = dict(zip(vector, loaded, strict=True))
+        if merged is not None and edit is not None:
+            given[merged] = edit
+        search = "--forget" if forget is not None else "--scale" if coef is None else None
+        for path, each in given.items():
             _check_expansion(each.metadata, linearized)
+            check_sign(path, each.metadata, search)
         tasks = [load_data(each) for each in data]
+        one = None
+        if forget is not None:
+            one = forgetting(forget, control or [], keep, data, tasks, load_data)
         names = [task.name for task in tasks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise TalosValueError(
                 f"--data must have different names, got {', '.join(sorted(twice))} twice; "
                 "rename a file"
             )
-        vectors = pair(names, loaded)
+        vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
-        check_length(max_length, encoder, tasks)
+        made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}
+        tokens = {task.name: tokens_for(task, encoder, max_length, made.values()) for task in tasks}
         evaluation = Evaluation(
             encoder,
             tasks,
@@ -148,17 +188,16 @@ def evaluate(
             points=points,
             linearized=linearized,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
             bars=bars,
+            forgetting=one,
         )
-        for path, each in zip(vector, loaded, strict=True):
+        for path, each in given.items():
             evaluation.check(path, each)
-        if merged is not None and edit is not None:
-            evaluation.check(merged, edit)
-        chosen = evaluation.choose(metric or [])
+        chosen = evaluation.choose(metric or [] if one is None else ["negation"])
         for task in tasks:
-            show_data(task, encoder, max_length)
+            show_data(task, encoder, tokens[task.name], made)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)
@@ -174,12 +213,18 @@ def evaluate(
                 print_line(console, line)
     for name, lack in evaluation.left_out.items():
         note(f"{name} was left out: {lack}")
-    coef = evaluation.chosen
-    if coef == 0:
-        print_line(console, "no coefficient beats the pretrained model on the validation examples")
     if record is not None:
         write_record(json, "eval", record)
-    _next(model, data, vector, merged, json, coef)
+    if one is None:
+        _next(model, data, vector, merged, json, evaluation.chosen)
+    elif evaluation.chosen:
+        term = f"{vector[0]}:{evaluation.chosen:g}"
+        next_step(
+            command("merge", term, "--out", "forget.safetensors"),
+            command("export", term, "--base", "BASE", "--out", "forgot"),
+        )
+    else:
+        next_step(command("inspect", vector[0]))
 
 
 def facts() -> dict[str, str]:

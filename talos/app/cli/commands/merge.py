@@ -1,7 +1,7 @@
 """`talos merge`: one task vector made of several."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -214,8 +214,9 @@ def merge(
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base
-    if (line := _keeps_all(recipe.merge, vectors)) is not None:
-        note(line)
+    for line in (_keeps_all(recipe.merge, vectors), _mixes(edit.metadata)):
+        if line is not None:
+            note(line)
     next_step(command("inspect", written), after_vector(written, edit.metadata, model))
 
 
@@ -275,3 +276,16 @@ def _keeps_all(merge: "Merge", vectors: "Sequence[TaskVector]") -> str | None:
     if merge.name not in ("trim", "ties") or most > density:
         return None
     return f"density {density:g} keeps every entry: no vector has more than {most:.2g}"
+
+
+def _mixes(metadata: Mapping[str, Any]) -> str | None:
+    """Return a warning if vectors of the method linearized are merged with others."""
+    from talos.task_vectors.sums import origins
+
+    others = {str(of["method"]) for of in origins(metadata) if "method" in of}
+    if "linearized" not in others or len(others) == 1:
+        return None
+    return (
+        f"warning: vectors of the method linearized must be evaluated with --linearized, those of "
+        f"{', '.join(sorted(others - {'linearized'}))} without it; no evaluation fits their merge"
+    )
