@@ -77,7 +77,8 @@ def _tiles(results: Results) -> str:
         tiles.append(
             (
                 f"{absolute} %",
-                f"accuracy of all tasks in one model, {method['title']}; normalised: {normalised} %",
+                f"accuracy of all tasks in one model, {method['title']}; "
+                f"normalised: {normalised} %",
             )
         )
     size = vector_bytes(results, results["methods"][0]["name"])
