@@ -142,9 +142,9 @@ def load_heads(folder: Path) -> dict[str, Head]:
     if not path.is_file():
         return {}
     tensors, content = load_file(path, _KIND)
-    entries = content.get("heads")
+    entries: Any = content.get("heads")
     try:
-        heads = [_parsed(entry, tensors) for entry in entries]  # type: ignore[union-attr]
+        heads = [_parsed(entry, tensors) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise TalosValueError(f"{path}: not valid heads: {error}; export the model again") from None
     return {head.task: head for head in heads}

@@ -24,6 +24,7 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
 )
@@ -156,8 +157,10 @@ def evaluate(
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
-        loaded = [TaskVector.load(path) for path in vector]
-        edit = TaskVector.load(merged) if merged is not None else None
+        with as_options({"path": "--vector"}):
+            loaded = [TaskVector.load(path) for path in vector]
+        with as_options({"path": "--merged"}):
+            edit = TaskVector.load(merged) if merged is not None else None
         given = dict(zip(vector, loaded, strict=True))
         if merged is not None and edit is not None:
             given[merged] = edit
@@ -252,8 +255,13 @@ def _next(
         next_step(command("eval", *same, *new))
     elif len(vector) > 1:
         next_step(command("eval", *same, *own, "--json", "eval.json"))
+    elif coef:
+        term = f"{vector[0]}:{coef:g}"
+        out = ("--base", model, *(word for each in data for word in ("--data", each)))
+        edited = command("export", term, *out, "--out", "edited")
+        next_step(merge_command(vector[0], coef), edited)
     else:
-        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(command("inspect", *vector))
 
 
 def _check_options(

@@ -22,7 +22,7 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
-from talos.options import integer
+from talos.options import finite, integer
 
 if TYPE_CHECKING:
     from talos.app.models.heads import Head
@@ -95,6 +95,7 @@ def export(
     only a head needs the whole model. The checkpoint appears whole or not at all.
     """
     check_choice("--format", form, _FORMATS)
+    finite("--scale", scale)
     check_json(json, overwrite)
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
@@ -116,16 +117,9 @@ def export(
     from talos.tensors import readable_size
 
     edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
-    with as_options({"path must": "--base must", "--model must": "--base must"}):
+    with as_options({"path": "--base", "--model": "--base"}):
         source, beside, heads = _read_base(base, data or [], max_length, edit.metadata)
-    words = {
-        "force=True": "--force",
-        "overwrite=True": "--overwrite",
-        "out must": "--out must",
-        "scale must": "--scale must",
-        "path must be a readable": "--base must be a readable",
-        "path must": "--out must",
-    }
+    words = {"path must be a readable": "--base must be a readable", "path": "--out"}
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         if source is None:
             (scale * edit).export_dense(out)
