@@ -1,6 +1,5 @@
 """One run of `talos eval`: the model with its tasks and vectors, and what is written of it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from torch import Tensor
 from talos.app.cli.console import Bars
 from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
-from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import of_model
 from talos.app.demo.judge import TaskModels
 from talos.app.models import Encoder
@@ -83,7 +81,7 @@ class Evaluation:
         points: as of `Subject`.
         linearized: judge the model's first-order expansion.
         batch_size: examples per forward pass.
-        max_length: tokens per text.
+        max_length: tokens per text, for each task.
         seed: of the bootstrap.
         bars: shows progress.
         forgetting: as of `Subject`.
@@ -103,7 +101,7 @@ class Evaluation:
         points: int | None,
         linearized: bool,
         batch_size: int,
-        max_length: int,
+        max_length: Mapping[str, int],
         seed: int,
         bars: Bars,
         forgetting: Forgetting | None = None,
@@ -141,8 +139,7 @@ class Evaluation:
         Raises:
             TalosError: names, shapes or fingerprints differ; the message leads with the file.
         """
-        no_force = as_options({", or pass force=True to edit this one": ""})  # not an option here
-        with of_model(file, vector.metadata, self._encoder.name), no_force:
+        with of_model(file, vector.metadata, self._encoder.name):
             touched = touched_weights(self._models.model, vector.mask)
             found = base_fingerprints(touched, verify=bool(vector.fingerprints))
             check_base(found, vector.fingerprints)
@@ -208,7 +205,7 @@ class Evaluation:
                 task.name: {
                     "data": source,
                     "examples": len(task.test),
-                    "fingerprint": _fingerprint(task),
+                    "fingerprint": task.fingerprint(),
                 }
                 for task, source in zip(self._tasks, data, strict=True)
             },
@@ -229,15 +226,3 @@ class Evaluation:
             },
             "metrics": dict(found),
         }
-
-
-def _fingerprint(task: Task | ImageTask) -> str:
-    """Return 16 hex digits of a task's test examples: texts, or pixels and names of files."""
-    digest = hashlib.sha256()
-    for example in task.test:
-        content = example.text if hasattr(example, "text") else example.image
-        if isinstance(content, Path):
-            content = content.name
-        raw = content.encode() if isinstance(content, str) else content.tobytes()
-        digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
-    return digest.hexdigest()[:16]

@@ -1,18 +1,21 @@
 """What was read of the data, in a line, and what a tokenizer makes of it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median_low
+from types import MappingProxyType
 from typing import Any
 
 from talos.app.cli.console import note
 from talos.app.models import Encoder
+from talos.app.provenance import USUAL_LENGTH, differences, tokens_of
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
-__all__ = ["TokenCounts", "check_length", "count_tokens", "show_data", "summary"]
+__all__ = ["TokenCounts", "count_tokens", "show_data", "summary", "tokens_for"]
 
 _SAMPLE = 1000  # texts that are tokenised to describe a task
 _WHOLE = 2**30  # a length that cuts nothing; with None transformers warns of long texts
@@ -122,27 +125,61 @@ def _labels(task: Task | ImageTask, found: Counter[int]) -> str:
     return f" ({', '.join(named)})"
 
 
-def check_length(max_length: int, encoder: Encoder, tasks: Sequence[Task | ImageTask]) -> None:
-    """Refuse more tokens than a model has positions for.
+def tokens_for(
+    task: Task | ImageTask,
+    encoder: Encoder,
+    max_length: int | None,
+    made: Iterable[Mapping[str, Any]] = (),
+) -> int:
+    """Return the tokens of a text that a command keeps.
+
+    Args:
+        task: the data.
+        encoder: the model.
+        max_length: the option --max-length, if given.
+        made: the metadata of the masks or vectors at hand.
 
     Raises:
-        TalosValueError: it has fewer.
+        TalosValueError: the model has fewer positions, or it reads images.
     """
-    for task in tasks:
-        most = encoder.most_tokens(task.class_texts)
-        if task.reads == "texts" and most is not None and max_length > most:
+    if task.reads == "images":
+        if max_length is not None:
             raise TalosValueError(
-                f"--max-length must be at most {most}, the tokens that {encoder.name} takes, got "
-                f"{max_length}"
+                f"--max-length must be left out with images, got {max_length}; it cuts texts"
             )
+        return USUAL_LENGTH
+    tokens = tokens_of(task.name, made) if max_length is None else max_length
+    most = encoder.most_tokens(task.class_texts)
+    if most is not None and tokens > most:
+        if max_length is None and tokens == USUAL_LENGTH:
+            return most
+        raise TalosValueError(
+            f"--max-length must be at most {most}, the tokens that {encoder.name} takes, got "
+            f"{tokens}"
+        )
+    return tokens
 
 
-def show_data(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None:
-    """Print on stderr what was read, and warnings of texts that are cut or not understood.
+def show_data(
+    task: Task | ImageTask,
+    encoder: Encoder,
+    max_length: int,
+    made: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
+    """Print on stderr what was read, and warnings of what does not fit the model or a file.
+
+    Args:
+        task: the data.
+        encoder: the model.
+        max_length: the tokens of a text that are kept.
+        made: the masks or vectors at hand, with their metadata.
 
     Raises:
         TalosValueError: the tokenizer knows less than half of the texts.
     """
+    for file, metadata in made.items():
+        for line in differences(task, max_length, file, metadata):
+            note(f"warning: {line}")
     if isinstance(task, ImageTask):
         note(summary(task, None, max_length))
         return

@@ -47,7 +47,7 @@ class TaskModels:
     def outcomes(
         self,
         *,
-        max_length: int = 48,
+        max_length: int | Mapping[str, int] = 48,
         batch_size: int = 128,
         judge: Callable[[Iterable[Batch]], Judge] = right_answers,
         resamples: int = 2000,
@@ -60,15 +60,21 @@ class TaskModels:
         the target.
 
         Args:
-            max_length: tokens per text.
+            max_length: tokens per text, of all tasks or for each.
             batch_size: examples per forward pass.
             judge: makes a judge from batches.
             resamples: of the bootstrap.
             seed: of the bootstrap.
         """
-        size = {"batch_size": batch_size, "max_length": max_length}
+        names = [task.name for task in self.tasks]
+        tokens = dict.fromkeys(names, max_length) if isinstance(max_length, int) else max_length
+
+        def batches(task: Task | ImageTask, split: str) -> Batches:
+            size = {"batch_size": batch_size, "max_length": tokens[task.name]}
+            return task.batches(split, self.encoder.tokenizer, **size)
+
         validation, test = (
-            {t.name: t.batches(split, self.encoder.tokenizer, **size) for t in self.tasks}
+            {task.name: batches(task, split) for task in self.tasks}
             for split in ("validation", "test")
         )
         return Outcomes(

@@ -17,6 +17,7 @@ from talos.app.demo.machine import default_device
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
 from talos.app.models import Encoder, load_encoder
+from talos.app.provenance import base_of, made_with
 from talos.app.report import save_results, write_report
 from talos.app.tasks import Task
 from talos.evaluation import (
@@ -176,9 +177,9 @@ class _Demo:
                 on_progress=lambda progress: tick(),
             )
         path = self.out / "masks" / f"{task.name}.safetensors"
-        mask = replace(
-            mask, metadata=mask.metadata | {"model": models.encoder.name, "task": task.name}
-        )
+        made = made_with(task, models.encoder, settings.max_length)
+        made["base"] = base_of(mask, models.classifiers[task.name])
+        mask = replace(mask, metadata=mask.metadata | made)
         mask.save(path)
         self.note_file(path, "mask", None, task.name, mask.nnz)
         return mask
@@ -212,10 +213,10 @@ class _Demo:
                 lr=rate,
                 on_step=on_step,
             )
-        origin = {**vector.metadata, "model": models.encoder.name, "task": task.name}
         setup = {"steps": settings.steps, "lr": rate, "seed": settings.seed}
+        made = made_with(task, models.encoder, settings.max_length, **setup)
         # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
-        vector = replace(vector, metadata=origin | setup).astype(torch.bfloat16)
+        vector = replace(vector, metadata=vector.metadata | made).astype(torch.bfloat16)
         last = losses[-10:]
         self.training[method][task.name] = {
             "steps": total,

@@ -62,6 +62,7 @@ def render(results: Results) -> str:
     return (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
+        '<meta name=color-scheme content="light dark">\n'
         f"<title>talos demo: {count} tasks</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
@@ -71,8 +72,15 @@ def render(results: Results) -> str:
 def _tiles(results: Results) -> str:
     tiles = []
     for method in results["methods"]:
-        value = results["addition"][method["name"]]["normalised"]["value"]
-        tiles.append((f"{percent(value)} %", f"normalised addition, {method['title']}"))
+        added = results["addition"][method["name"]]
+        absolute, normalised = (percent(added[k]["value"]) for k in ("absolute", "normalised"))
+        tiles.append(
+            (
+                f"{absolute} %",
+                f"accuracy of all tasks in one model, {method['title']}; "
+                f"normalised: {normalised} %",
+            )
+        )
     size = vector_bytes(results, results["methods"][0]["name"])
     tiles.append((readable_size(size), f"a task vector of {results['methods'][0]['title']}"))
     tiles.append((f"{results['timings']['total'] / 60:.1f} min", "for everything on this page"))

@@ -67,6 +67,10 @@ class ImageTask(LabelledSplits[ImageExample]):
 
     reads = "images"
 
+    def _content(self, example: ImageExample) -> bytes:
+        image = example.image
+        return image.name.encode() if isinstance(image, Path) else image.tobytes()
+
     def _inputs(
         self, split: str, tokenizer: Transform, max_length: int
     ) -> tuple[Collate, Sequence[int]]:

@@ -1,5 +1,6 @@
 """Classification tasks in three splits, and their batches."""
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -194,6 +195,18 @@ class LabelledSplits(ABC, Generic[E]):
         collate, lengths = self._inputs(split, tokenizer, max_length)
         return Batches(labels, collate, batch_size, lengths, seed)
 
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of the test examples: texts, or pixels and names of files."""
+        digest = hashlib.sha256()
+        for example in self.test:
+            raw = self._content(example)
+            digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
+        return digest.hexdigest()[:16]
+
+    @abstractmethod
+    def _content(self, example: E) -> bytes:
+        """Return what tells an example from others."""
+
     @abstractmethod
     def _inputs(self, split: str, tokenizer: Any, max_length: int) -> tuple[Collate, Sequence[int]]:
         """Return how a batch of the split is collated, and the length of each example."""
@@ -208,6 +221,9 @@ class Task(LabelledSplits[Example]):
     _tokens: dict[tuple[str, int, int], tuple[Any, list[list[int]]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def _content(self, example: Example) -> bytes:
+        return example.text.encode()
 
     def _inputs(self, split: str, tokenizer: Any, max_length: int) -> tuple[Collate, Sequence[int]]:
         if max_length < 3:

@@ -121,7 +121,7 @@ def calibrate(
     ] = False,
     json: Json = None,
     batch_size: Batch = 32,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -138,7 +138,8 @@ def calibrate(
     if samples is not None:
         integer("--samples", samples, 1)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     if target is not None:
         check_choice("--target", target, ("log_prob", "logit"))
     check_choice("--labels", labels, ("sampled", "importance"))
@@ -160,8 +161,9 @@ def calibrate(
     elif not dry_run:
         raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
     from talos.app.cli.loading import load_classifier, load_data
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.app.demo.judge import calibration_batches
+    from talos.app.provenance import base_of, made_with
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress
     from talos.tensors import readable_size
@@ -176,14 +178,14 @@ def calibrate(
                 f"{task.name}, got {samples}; leave it out to use 256 or all there are"
             )
         classifier = load_classifier(model, task)
-        check_length(max_length, classifier.encoder, [task])
-        show_data(task, classifier.encoder, max_length)
+        tokens = tokens_for(task, classifier.encoder, max_length)
+        show_data(task, classifier.encoder, tokens)
         batches = calibration_batches(
             task,
             classifier.encoder,
             count=min(samples, batch_size) if dry_run else samples,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
         )
         if out is None or dry_run:
@@ -212,8 +214,8 @@ def calibrate(
             **options,
         )
         seconds = time.monotonic() - start
-        made = {**mask.metadata, "model": classifier.encoder.name, "task": task.name}
-        mask = replace(mask, metadata=made)
+        made = {**mask.metadata, **made_with(task, classifier.encoder, tokens)}
+        mask = replace(mask, metadata={**made, "base": base_of(mask, classifier)})
         mask.save(out)
     described = mask.describe(layers=layers)
     print_line(console, str(described))

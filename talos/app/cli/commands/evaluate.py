@@ -24,6 +24,7 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
 )
@@ -124,7 +125,7 @@ def evaluate(
     ] = False,
     json: Json = None,
     batch_size: Batch = 128,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -145,18 +146,21 @@ def evaluate(
     replaced = {"--metric": " ".join(metric or []), "--merged": merged, "--scale": scale}
     check_forget(forget, control or [], keep, vector, replaced)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     if points is not None:
         integer("--points", points, 2)
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
-        loaded = [TaskVector.load(path) for path in vector]
-        edit = TaskVector.load(merged) if merged is not None else None
+        with as_options({"path": "--vector"}):
+            loaded = [TaskVector.load(path) for path in vector]
+        with as_options({"path": "--merged"}):
+            edit = TaskVector.load(merged) if merged is not None else None
         given = dict(zip(vector, loaded, strict=True))
         if merged is not None and edit is not None:
             given[merged] = edit
@@ -176,7 +180,8 @@ def evaluate(
             )
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
-        check_length(max_length, encoder, tasks)
+        made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}
+        tokens = {task.name: tokens_for(task, encoder, max_length, made.values()) for task in tasks}
         evaluation = Evaluation(
             encoder,
             tasks,
@@ -186,7 +191,7 @@ def evaluate(
             points=points,
             linearized=linearized,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
             bars=bars,
             forgetting=one,
@@ -195,7 +200,7 @@ def evaluate(
             evaluation.check(path, each)
         chosen = evaluation.choose(metric or [] if one is None else ["negation"])
         for task in tasks:
-            show_data(task, encoder, max_length)
+            show_data(task, encoder, tokens[task.name], made)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)

@@ -1,7 +1,7 @@
 """`talos merge`: one task vector made of several."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -43,11 +43,6 @@ EXAMPLES = (
     "talos merge a.safetensors b.safetensors --method ties --density 0.2 --out both.safetensors",
     "talos merge recipe.toml",
 )
-# A recipe's base may be of another kind than the library's arguments, and nothing is edited.
-_BASE_WORDS = {
-    **dict.fromkeys(("--model must", "model must", "path must"), "base must"),
-    ", or pass force=True to edit this one": "",
-}
 
 
 def parse_term(text: str) -> tuple[Path, float]:
@@ -187,13 +182,14 @@ def merge(
         vectors = []
         for done, path in enumerate(recipe.files):
             bars.show("load", done, len(recipe.files))
-            vectors.append(TaskVector.load(path))
+            with as_options({"path": "a term"}):
+                vectors.append(TaskVector.load(path))
         bases = one_base(each.fingerprints for each in vectors)
         if recipe.base is not None:
-            with as_options(_BASE_WORDS):
+            with as_options(dict.fromkeys(("--model", "model", "path"), "base")):
                 check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
         bars.show("load", len(recipe.files), len(recipe.files))
-        with as_options({} if out is None else {"density must": "--density must"}):
+        with as_options({"density": f"density of {terms[0]}"} if out is None else {}):
             edit = recipe.merge.merge(
                 vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
             )
@@ -214,8 +210,9 @@ def merge(
     written = recipe.outputs[0].file
     base = _model(recipe.base, Path(terms[0]).parent)
     model = model_option(edit.metadata) if base is None else base
-    if (line := _keeps_all(recipe.merge, vectors)) is not None:
-        note(line)
+    for line in (_keeps_all(recipe.merge, vectors), _mixes(edit.metadata)):
+        if line is not None:
+            note(line)
     next_step(command("inspect", written), after_vector(written, edit.metadata, model))
 
 
@@ -250,11 +247,7 @@ def _recipe(
                 f"{_option(name)} must be left out with --method {chosen}, got {value}; it is for "
                 f"{', '.join(takers)}"
             )
-    try:
-        made = merge_of(chosen, {**given, "scaling_coefs": [coef for _, coef in parsed]})
-    except TalosValueError as error:
-        argument, _, rest = str(error).partition(" ")
-        raise TalosValueError(f"{_option(argument)} {rest}") from None
+    made = merge_of(chosen, {**given, "scaling_coefs": [coef for _, coef in parsed]})
     return Recipe(tuple(path for path, _ in parsed), made, (Output(out),))
 
 
@@ -275,3 +268,16 @@ def _keeps_all(merge: "Merge", vectors: "Sequence[TaskVector]") -> str | None:
     if merge.name not in ("trim", "ties") or most > density:
         return None
     return f"density {density:g} keeps every entry: no vector has more than {most:.2g}"
+
+
+def _mixes(metadata: Mapping[str, Any]) -> str | None:
+    """Return a warning if vectors of the method linearized are merged with others."""
+    from talos.task_vectors.sums import origins
+
+    others = {str(of["method"]) for of in origins(metadata) if "method" in of}
+    if "linearized" not in others or len(others) == 1:
+        return None
+    return (
+        f"warning: vectors of the method linearized must be evaluated with --linearized, those of "
+        f"{', '.join(sorted(others - {'linearized'}))} without it; no evaluation fits their merge"
+    )

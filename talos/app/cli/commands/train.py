@@ -1,8 +1,11 @@
 """`talos train`: fine-tune, and write the task vector."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +13,7 @@ from talos.app.cli.console import (
     Bars,
     command,
     next_step,
+    note,
     on_interrupt,
     print_line,
     stdout,
@@ -23,6 +27,7 @@ from talos.app.cli.options import (
     Out,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
     check_output,
@@ -31,6 +36,10 @@ from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.errors import TalosValueError
 from talos.options import fraction, integer, positive
+
+if TYPE_CHECKING:
+    from talos.app.models import Classifier
+    from talos.masks import Mask
 
 __all__ = ["EXAMPLES", "facts", "train"]
 
@@ -95,8 +104,12 @@ def train(
     ] = None,
     json: Json = None,
     batch_size: Batch = 32,
-    max_length: Length = 48,
+    max_length: Length = None,
     seed: Seed = 0,
+    force: Annotated[
+        bool,
+        typer.Option("--force", metavar="", help="Take a mask of other weights, too."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model and write its task vector.
@@ -111,19 +124,23 @@ def train(
     """
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
-    integer("--max-length", max_length, 3)
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
     if lr is not None:
         positive("--lr", lr)
     if mask is not None:
         check_input("--mask", mask)
+    elif force:
+        raise TalosValueError("--force must be left out without --mask, got it")
     check_output(out, overwrite)
     check_json(json, overwrite)
     method = _checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
-    from talos.app.cli.reading import check_length, show_data
+    from talos.app.cli.reading import show_data, tokens_for
     from talos.app.demo.judge import training_batches
+    from talos.app.provenance import made_with
     from talos.masks import Mask
     from talos.methods import METHODS, method_of
     from talos.names import match_tensors, named_parameters
@@ -133,7 +150,8 @@ def train(
     with on_interrupt("nothing was written"), Bars() as bars:
         rate = lr if lr is not None else METHODS[method].usual_lr
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
-        selected = Mask.load(mask) if mask is not None else None
+        with as_options({"path": "--mask"}):
+            selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
             method,
             selected,
@@ -141,17 +159,21 @@ def train(
         )
         task = load_data(data)
         classifier = load_classifier(model, task)
+        made_before: dict[Path, Mapping[str, Any]] = {}
         if mask is not None and selected is not None:
             with of_model(mask, selected.metadata, classifier.encoder.name):
                 match_tensors(selected.shapes, named_parameters(classifier))
-        check_length(max_length, classifier.encoder, [task])
-        show_data(task, classifier.encoder, max_length)
+            if not force:
+                _check_base(mask, selected, classifier)
+            made_before = {mask: selected.metadata}
+        tokens = tokens_for(task, classifier.encoder, max_length, made_before.values())
+        show_data(task, classifier.encoder, tokens, made_before)
         batches = training_batches(
             task,
             classifier.encoder,
             count=steps * batch_size,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=tokens,
             seed=seed,
         )
         torch.manual_seed(seed)  # dropout
@@ -162,17 +184,20 @@ def train(
             bars.show(f"train {task.name}", step.step, step.steps, step.loss)
 
         bars.show(f"train {task.name}", 0, steps * chosen.phases)
-        vector = fine_tune(
-            classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
-        )
-        made = {"model": classifier.encoder.name, "task": task.name, "steps": steps}
-        vector = replace(vector, metadata={**vector.metadata, **made, "lr": rate, "seed": seed})
+        with as_options({"lower lr": "lower --lr"}):
+            vector = fine_tune(
+                classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
+            )
+        made = made_with(task, classifier.encoder, tokens, steps=steps, lr=rate, seed=seed)
+        vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
     print_line(
         stdout(json),
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     )
+    if (line := _did_not_help(losses, len(task.class_names))) is not None:
+        note(f"warning: {line}; train with an --lr below {rate:g}, or with more --steps")
     write_record(
         json,
         "train",
@@ -187,6 +212,34 @@ def train(
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
+
+
+def _did_not_help(losses: list[float], classes: int) -> str | None:
+    """Return a line if the last tenth of the losses is no better than the first, or than guessing.
+
+    A loss that training blows up ends near that of guessing, which may be below the first one.
+    """
+    size = len(losses) // 10
+    if size == 0:
+        return None
+    first, last, guess = fmean(losses[:size]), fmean(losses[-size:]), math.log(classes)
+    if last < min(first, 0.95 * guess):
+        return None
+    return (
+        f"the loss is {first:.3f} in the first steps and {last:.3f} in the last, and guessing has "
+        f"{guess:.3f}"
+    )
+
+
+def _check_base(file: Path, mask: "Mask", classifier: "Classifier") -> None:
+    """Refuse a mask that was calibrated on other weights, where its file tells them."""
+    from talos.app.provenance import base_of
+
+    if mask.metadata.get("base") not in (None, base_of(mask, classifier)):
+        raise TalosValueError(
+            f"--mask must be calibrated on the weights of --model {classifier.encoder.name}, got "
+            f"{file} of other weights; calibrate again, or pass --force to train its entries here"
+        )
 
 
 def _checked_method(

@@ -1,0 +1,116 @@
+"""What a mask or a task vector was made with: written into its metadata, compared when it is used.
+
+docs/format.md lists the keys.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from talos.app.models import Encoder
+from talos.app.tasks import ImageTask, Task
+from talos.masks import Mask
+from talos.names import match_tensors, named_parameters
+from talos.task_vectors.fingerprints import base_fingerprints
+from talos.task_vectors.sums import origins
+
+__all__ = ["USUAL_LENGTH", "base_of", "differences", "made_with", "tokens_of"]
+
+USUAL_LENGTH = 48  # tokens of a text
+
+
+def made_with(
+    task: Task | ImageTask, encoder: Encoder, max_length: int, **settings: object
+) -> dict[str, Any]:
+    """Return the metadata of a file that a command makes.
+
+    Args:
+        task: the data.
+        encoder: the model.
+        max_length: the tokens of a text that were kept; images have none.
+        **settings: further ones: steps, lr, seed.
+    """
+    return {
+        "task": task.name,
+        "model": encoder.name,
+        "class_names": list(task.class_names),
+        "class_texts": list(task.class_texts),
+        "data": task.fingerprint(),
+        **({"max_length": max_length} if task.reads == "texts" else {}),
+        **settings,
+    }
+
+
+def base_of(mask: Mask, model: nn.Module) -> str:
+    """Return a fingerprint of the weights that a mask may select of: 16 hex digits."""
+    params = match_tensors(mask.shapes, named_parameters(model))
+    found = json.dumps(base_fingerprints(params), sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def tokens_of(task: str, made: Iterable[Mapping[str, Any]]) -> int:
+    """Return the tokens of a text for a task: the most that a file was made with, else 48.
+
+    Args:
+        task: the task's name.
+        made: the metadata of masks or vectors; those of other tasks do not count.
+
+    Example:
+        >>> tokens_of("a", [{"task": "a", "max_length": 96}, {"task": "b", "max_length": 128}])
+        96
+        >>> tokens_of("c", [])
+        48
+    """
+    return max(_lengths(task, made), default=USUAL_LENGTH)
+
+
+def differences(
+    task: Task | ImageTask, max_length: int, file: object, metadata: Mapping[str, Any]
+) -> list[str]:
+    """Return a sentence for each difference of a task from the one that a file was made with.
+
+    Args:
+        task: the task at hand.
+        max_length: the tokens of a text at hand.
+        file: the mask or vector.
+        metadata: of the file; what it says of other tasks does not count.
+    """
+    name = task.source or task.name
+    found = []
+    for of in origins(metadata):
+        if of.get("task") != task.name:
+            continue
+        for key, what in (("class_names", "labels"), ("class_texts", "texts of the labels")):
+            now = list(getattr(task, key))
+            if (was := of.get(key, now)) != now:
+                found.append(
+                    f"{file} was made with other {what} of {task.name} ({_few(was)}) than {name} "
+                    f"has ({_few(now)})"
+                )
+                break
+        else:
+            if of.get("data", task.fingerprint()) != task.fingerprint():
+                found.append(
+                    f"the test examples of {name} are not those of when {file} was made; it may "
+                    "have been trained on some of them"
+                )
+    if task.reads == "texts":
+        found += [
+            f"{file} was made with {length} tokens of a text of {task.name}, got {max_length}; "
+            "leave --max-length out to take as many"
+            for length in sorted(_lengths(task.name, [metadata]) - {max_length})
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _lengths(task: str, made: Iterable[Mapping[str, Any]]) -> set[int]:
+    every = [of for metadata in made for of in origins(metadata) if of.get("task") == task]
+    return {of["max_length"] for of in every if isinstance(of.get("max_length"), int)}
+
+
+def _few(names: object) -> str:
+    shown = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
