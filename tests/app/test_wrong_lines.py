@@ -142,6 +142,8 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data one.jsonl --dry-run", "--data", "at least two classes, got 1 (cat)"),
     ("calibrate --data mask.safetensors --dry-run", "--data", "must end in .csv or .tsv or .jsonl"),
     ("calibrate --data base --dry-run", "--data", "one folder of images per class, at least two"),
+    ("calibrate --data broken --dry-run", "--data", "images that can be read, got broken/a/0.png"),
+    ("eval --data images --data broken", "--data", "images that can be read, got broken/a/0.png"),
     ("train --data a --out v.safetensors --mask pets.csv", "pets.csv", "not a safetensors file"),
     ("train --data a --out v.safetensors --mask vector.safetensors", "vector.safetensors", "mask"),
     ("eval --data pets.csv --vector mask.safetensors", "mask.safetensors", "a task_vector, got a"),
@@ -240,6 +242,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask.save(made / "mask.safetensors")
     TaskVector(mask, torch.ones(2)).save(made / "vector.safetensors")
     save_images(made / "images", {"dark": 3, "light": 3})
+    for file in save_images(made / "broken", {"a": 3, "b": 3}).rglob("000.png"):
+        (file.parent / "0.png").write_bytes(file.read_bytes()[:-400])
     (made / "base").mkdir()
     return made
 

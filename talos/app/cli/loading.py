@@ -28,7 +28,9 @@ def load_data(data: str) -> Task | ImageTask:
         if data == "digits":
             return load_digits()
         if path.is_dir():
-            return load_image_folder(path)
+            images = load_image_folder(path)
+            images.check()
+            return images
         known = [source.name for source in SOURCES]
         if data in known:
             return load_task(data)
