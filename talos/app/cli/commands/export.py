@@ -109,6 +109,8 @@ def export(
         integer("--max-length", max_length, 3)
         if not data:
             raise TalosValueError(f"--max-length must be left out without --data, got {max_length}")
+    if force and base is None:
+        raise TalosValueError("--force must be left out without --base, got it")
     if form != "checkpoint":
         check_output(out, overwrite)
     elif os.path.lexists(out) and not overwrite:
