@@ -24,6 +24,7 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
 )
@@ -156,8 +157,10 @@ def evaluate(
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
-        loaded = [TaskVector.load(path) for path in vector]
-        edit = TaskVector.load(merged) if merged is not None else None
+        with as_options({"path": "--vector"}):
+            loaded = [TaskVector.load(path) for path in vector]
+        with as_options({"path": "--merged"}):
+            edit = TaskVector.load(merged) if merged is not None else None
         given = dict(zip(vector, loaded, strict=True))
         if merged is not None and edit is not None:
             given[merged] = edit
