@@ -164,15 +164,15 @@ def test_predictions_are_those_that_eval_judges(
     home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = load_data(str(home / "pets.csv"))
-    texts = [example.text for example in task.test]
-    labels = [task.class_names[example.label] for example in task.test]
-    data = write_rows(tmp_path / "test.csv", dict(zip(texts, labels, strict=True)))
     capsys.readouterr()
-    run("predict", "--model", exported, "--data", data)
+    run("predict", "--model", exported, "--data", home / "pets.csv", "--split", "test")
     captured = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(captured.out)))
-    assert [row["text"] for row in rows] == texts
-    assert [row["label"] for row in rows] == labels
+    assert [row["text"] for row in rows] == [example.text for example in task.test]
+    assert [row["label"] for row in rows] == [task.class_names[each.label] for each in task.test]
+    again = write_rows(tmp_path / "again.csv", {row["text"]: row["label"] for row in rows})
+    run("predict", "--model", exported, "--data", again)
+    assert capsys.readouterr().out == captured.out
     logits = edited_logits(home, str(home / "base"), home / "pets.csv", "test")
     for row, each in zip(rows, logits.double().softmax(1), strict=True):
         assert row["prediction"] == task.class_names[each.argmax()]
@@ -214,7 +214,7 @@ def test_other_libraries_load_the_folder(exported: Path) -> None:
 
 
 def test_a_head_is_kept_when_the_folder_is_edited_again(
-    home: Path, exported: Path, tmp_path: Path
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = tmp_path / "again"
     vector = f"{home}/vector.safetensors:0.5"
@@ -227,6 +227,9 @@ def test_a_head_is_kept_when_the_folder_is_edited_again(
     words = ["--data", home / "pets.csv", "--data", signs]
     run("export", vector, "--base", home / "base", *words, "--out", tmp_path / "two")
     assert list(load_heads(tmp_path / "two")) == ["pets", "signs"]
+    assert f"talos predict --model {tmp_path / 'two'} --data {home / 'pets.csv'} --task pets" in (
+        capsys.readouterr().err
+    )
     run("predict", "--model", tmp_path / "two", "--data", signs, "--task", "signs")
     assert main(["predict", "--model", str(tmp_path / "two"), "--data", str(signs)]) == 2
 
@@ -277,6 +280,8 @@ def test_clip_goes_into_production(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert {row["image"].split("/")[0] for row in rows} == {"dark", "light"}
     assert re.search(r"\d+ of 80 labels were predicted", captured.err)
+    run("predict", "--model", tmp_path / "out", "--data", images, "--split", "test")
+    assert re.search(r"\d+ of 8 labels were predicted", capsys.readouterr().err)
 
 
 def test_the_dtype_of_the_base_is_kept(home: Path, tmp_path: Path) -> None:

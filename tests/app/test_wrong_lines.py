@@ -137,6 +137,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("predict --model base --data pets.csv", "--model", "without talos/head.safetensors"),
     ("predict --model base --data pets.csv --out o.txt", "--out", "end in .csv or .jsonl"),
     ("predict --model base --data pets.csv --out pets.csv", "--out", "pass --overwrite"),
+    ("predict --model base --data pets.csv --split tst", "--split", "did you mean test?"),
     ("predict --model base --data pets.csv --batch-size 0", "--batch-size", "got 0"),
     ("extract bse base --out w.safetensors", "BASE", "bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),

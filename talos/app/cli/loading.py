@@ -1,5 +1,6 @@
 """Load models and data by the names that the options take."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from talos.app.cli.options import as_options
@@ -11,7 +12,7 @@ from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.standard_library import SOURCES
-from talos.app.tasks.unlabelled import Rows
+from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
@@ -48,10 +49,18 @@ def load_data(data: str) -> Task | ImageTask:
     )
 
 
-def load_rows(data: str, reads: str) -> Rows:
-    """Load texts or images to predict."""
+def load_rows(data: str, model: str, split: str | None = None) -> Rows:
+    """Load what a model is to predict: all of a file or a folder, or a split of a task.
+
+    Raises:
+        TalosValueError: the model reads texts and the task holds images, or the other way round.
+    """
+    if split is not None:
+        task = load_data(data)
+        _check_reads(model, [task])
+        return split_of(task, split)
     with as_options({"path": "--data"}):
-        return read_rows(data, reads)
+        return read_rows(data, "images" if takes_images(model) else "texts")
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
@@ -60,6 +69,13 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
     Raises:
         TalosValueError: the model reads texts and a task holds images, or the other way round.
     """
+    _check_reads(model, tasks)
+    with as_options({"source": "--model"}):
+        return load(model).to(default_device())
+
+
+def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
+    """Refuse tasks whose examples a model does not read."""
     reads = "images" if takes_images(model) else "texts"
     for task in tasks:
         if task.reads != reads:
@@ -69,8 +85,6 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
                 + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
             )
-    with as_options({"source": "--model"}):
-        return load(model).to(default_device())
 
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:

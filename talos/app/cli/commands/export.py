@@ -159,7 +159,7 @@ def export(
     for head in heads.values():
         note(f"{out} holds the head of {head.task}: {len(head.class_names)} labels")
     if (out / "config.json").is_file() or heads:
-        next_step(_next(out, data or []))
+        next_step(_next(out, data or [], list(heads)))
 
 
 def _read_base(
@@ -180,11 +180,14 @@ def _read_base(
     path = Path(base).expanduser()
     beside: dict[str, Callable[[Path], object]] = {}
     tasks = [load_data(each) for each in data]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise TalosValueError(f"--data must have different names, got {' and '.join(names)}")
     if not tasks and path.exists():
         heads = load_heads(path)
     else:
         encoder = load_encoder(base, *tasks)
-        path, heads = encoder.path, dict(encoder.heads)
+        path, heads = encoder.path, {}
         if isinstance(encoder, ClipEncoder) and not path.is_dir():
             beside[CONFIG_FILE] = partial(save_json, encoder.config)
         elif isinstance(encoder, TextEncoder) and tasks:
@@ -194,17 +197,19 @@ def _read_base(
             show_data(task, encoder, tokens, {Path("the vector"): metadata})
             classifier = classifier_for(encoder, task.class_names, task.class_texts)
             heads[task.name] = head_of(classifier, task.name, task.class_names, tokens)
+        heads = {**heads, **{k: head for k, head in encoder.heads.items() if k not in heads}}
     if heads:
         beside[HEAD_FILE] = partial(save_heads, heads=heads)
     return Checkpoint(path), beside, heads
 
 
-def _next(folder: Path, data: Sequence[str]) -> str:
+def _next(folder: Path, data: Sequence[str], heads: Sequence[str]) -> str:
     """Return what uses the folder: `talos predict`, `talos eval`, or transformers for others."""
     from talos.app.models import can_load, class_name
 
     if data:
-        return command("predict", "--model", folder, "--data", data[0])
+        task = ("--task", heads[0]) if len(heads) > 1 else ()
+        return command("predict", "--model", folder, "--data", data[0], *task)
     if can_load(folder):
         return command("eval", "--model", folder, "--data", "TASK")
     code = (
