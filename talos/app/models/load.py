@@ -4,6 +4,7 @@ from pathlib import Path
 
 from talos.app.models.base import Encoder
 from talos.app.models.clip import PREFIX, load_clip
+from talos.app.models.clip_transformers import is_transformers_clip, load_transformers_clip
 from talos.app.models.folders import configuration, find_folder, has_tokenizer, takes_texts
 from talos.app.models.language import auto_class, is_language_model, load_language_model
 from talos.app.models.text import load_minilm, load_text_encoder
@@ -18,8 +19,8 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
     Args:
         source: "minilm", all-MiniLM-L6-v2 (22M parameters) from a Python package, without a
             download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a
-            transformers model, or the name of one on the Hugging Face hub. Such a model is a
-            language model if its configuration says so, else a text encoder.
+            transformers model, or the name of one on the Hugging Face hub. Such a model is a CLIP
+            or a language model if its configuration says so, else a text encoder.
 
     Returns:
         The model; its method `classifier` adds the classes of a task.
@@ -39,22 +40,26 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
     """
     if source == "minilm":
         return load_minilm()
-    if takes_images(str(source)):
+    if str(source).startswith(PREFIX):
         return load_clip(str(source))
     folder, name = find_folder(source)
+    if is_transformers_clip(folder):
+        return load_transformers_clip(folder, name)
     load = load_language_model if is_language_model(folder) else load_text_encoder
     return load(folder, name)
 
 
 def takes_images(source: str) -> bool:
-    """Return whether a model that `load_encoder` knows classifies images, not texts."""
-    return source.startswith(PREFIX)
+    """Return whether a model that is here classifies images, not texts: see `load_encoder`."""
+    return source.startswith(PREFIX) or is_transformers_clip(Path(source).expanduser())
 
 
 def can_load(folder: Path) -> bool:
     """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone."""
     if not configuration(folder) or not has_tokenizer(folder):
         return False
+    if is_transformers_clip(folder):
+        return True
     try:
         return takes_texts(folder, auto_class(folder) if is_language_model(folder) else "AutoModel")
     except TalosRuntimeError:  # transformers is not installed
