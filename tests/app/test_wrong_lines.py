@@ -204,6 +204,20 @@ LINES: tuple[tuple[str, str, str], ...] = (
         *("--keep", "must lie in (0, 1], got 2.0"),
     ),
     ("eval --data pets.csv --merged vector.safetensors", "--vector", "with --merged, got 0"),
+    # What would be ignored
+    ("train --data pets.csv --out v.safetensors --force", "--force", "left out without --mask"),
+    ("eval --data pets.csv --linearized", "--vector", "must be given with --linearized, got none"),
+    ("eval --data pets.csv --points 5", "--points", "where no coefficient is searched, got 5"),
+    (
+        "eval --data pets.csv --vector vector.safetensors --scale 1 --points 5",
+        *("--points", "pass --vector with --scale grid"),
+    ),
+    (
+        "eval --data pets.csv --vector vector.safetensors --metric sensitivity --scale 1",
+        *("--scale", "got 1; it is for accuracy and linearity"),
+    ),
+    ("extract base base --out w.safetensors --drop", "--drop", "it is for a mask file"),
+    ("export vector.safetensors --out o.safetensors --format delta --force", "--force", "left out"),
     ("calibrate --data images --dry-run", "--model", "must read the images of images, got minilm"),
     (
         "calibrate --data pets.csv --model openclip:ViT-B-32:openai --dry-run",

@@ -142,7 +142,7 @@ def evaluate(
     """
     vector = vector or []
     coef = _parse_scale(scale, len(vector))
-    _check_options(data, vector, merged, metric or [], scale, json, overwrite)
+    _check_options(data, vector, merged, metric or [], scale, linearized, json, overwrite)
     replaced = {"--metric": " ".join(metric or []), "--merged": merged, "--scale": scale}
     check_forget(forget, control or [], keep, vector, replaced)
     integer("--batch-size", batch_size, 1)
@@ -150,6 +150,8 @@ def evaluate(
         integer("--max-length", max_length, 3)
     if points is not None:
         integer("--points", points, 2)
+    if forget is None:
+        _check_use(scale, coef is None, points, len(vector), metric or [])
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
@@ -265,6 +267,7 @@ def _check_options(
     merged: Path | None,
     metric: Sequence[str],
     scale: str | None,
+    linearized: bool,
     json: str | None,
     overwrite: bool,
 ) -> None:
@@ -282,6 +285,11 @@ def _check_options(
             f"--vector must be given with --scale {scale}, got none; leave --scale out to "
             "evaluate the pretrained model"
         )
+    if linearized and not vector:
+        raise TalosValueError(
+            "--vector must be given with --linearized, got none; without a vector the expansion "
+            "is the model itself"
+        )
     if merged is not None:
         check_input("--merged", merged)
         if len(vector) < 2:
@@ -295,6 +303,27 @@ def _check_options(
                 "--metric addition"
             )
     check_json(json, overwrite)
+
+
+def _check_use(
+    scale: str | None, grid: bool, points: int | None, vectors: int, metric: Sequence[str]
+) -> None:
+    """Refuse --scale and --points where no metric takes them."""
+    scaled = {"addition"} if vectors > 1 else {"accuracy", "linearity"}
+    searched = {"negation", "disentanglement"}
+    if grid:
+        searched |= {"addition"} if vectors > 1 else {"accuracy"}
+    names = set(metric) or {"accuracy", "addition"}  # the metrics by default
+    if scale is not None and not names & {*scaled, "all"}:
+        raise TalosValueError(
+            f"--scale must be left out with --metric {' '.join(metric)}, got {scale}; it is for "
+            f"{' and '.join(sorted(scaled))}"
+        )
+    if points is not None and not names & {*searched, "all"}:
+        raise TalosValueError(
+            f"--points must be left out where no coefficient is searched, got {points}; pass "
+            "--vector with --scale grid or --metric negation"
+        )
 
 
 def _parse_scale(scale: str | None, vectors: int) -> float | None:

@@ -82,6 +82,8 @@ def export(
     if (base is None) != (form == "delta"):
         got = "none" if base is None else f"{base}, which a delta does not need"
         raise TalosValueError(f"--base must be given unless --format is delta, got {got}")
+    if force and base is None:
+        raise TalosValueError("--force must be left out without --base, got it")
     if base is not None and not base.exists():
         raise TalosOSError(f"--base must be an existing file or folder, got {base}")
     if form != "checkpoint":
