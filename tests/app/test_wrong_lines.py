@@ -136,6 +136,20 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("report rn.json --out p.html", "RESULTS", "did you mean run.json?"),
     ("merge recipes.toml", "RECIPE", "did you mean recipe.toml?"),
     ("calibrate --data pets.csv --model no/such/folder --dry-run", "--model", "is no folder"),
+    ("eval --data pets.csv --model ./bas", "--model", "is no folder; did you mean base?"),
+    ("eval --data images --model openclip:ViT-Z:w", "--model", "architecture of open_clip or a"),
+    ("eval --data images --model openclip:c.json:w", "--model", "configuration that can be read"),
+    ("eval --data images --model openclip:run.json:w", "--model", "with embed_dim, vision_cfg"),
+    ("eval --data images --model openclip:RN50", "--model", "must name weights, got 'RN50'"),
+    ("eval --data images --model openclip:RN50:w", "--model", "a pretrained tag (openai, yfcc15m"),
+    (
+        "eval --data images --model openclip:RN50:vectr.safetensors",
+        *("--model", "did you mean vector.safetensors?"),
+    ),
+    (
+        "eval --data images --model openclip:RN50:vector.safetensors",
+        *("--model", "must have the weights of RN50, got vector.safetensors"),
+    ),
     # Files that hold something else
     ("calibrate --data titled.csv --dry-run", "--data", "rename 'Text' to text"),
     ("calibrate --data ragged.tsv --dry-run", "--data", "put texts with tabs into quotes"),
