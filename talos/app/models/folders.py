@@ -51,6 +51,11 @@ def configuration(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def save_json(content: object, path: Path) -> None:
+    """Write a configuration file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def class_name(folder: Path) -> str:
     """Return the class of transformers that a folder was saved from, or AutoModel."""
     names = configuration(folder).get("architectures") or ["AutoModel"]

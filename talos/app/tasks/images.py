@@ -176,6 +176,23 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
     )
 
 
+def find_images(path: Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, sorted.
+
+    Raises:
+        TalosOSError: the folder cannot be read.
+        TalosValueError: there is none.
+    """
+    if not path.is_dir():
+        raise TalosOSError(f"path must be a folder of images, got {path}")
+    found = _images(path)
+    if not found:
+        raise TalosValueError(
+            f"path must hold images, got none in {path}; add files ({', '.join(SUFFIXES)})"
+        )
+    return found
+
+
 def load_digits(*, seed: int = 0) -> ImageTask:
     """Load scikit-learn's 1797 handwritten digits of 8 x 8 pixels, split 80/10/10.
 

@@ -229,7 +229,7 @@ def evaluate(
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
             command("merge", term, "--out", "forget.safetensors"),
-            command("export", term, "--base", "BASE", "--out", "forgot"),
+            command("export", term, *_base(model, data), "--out", "forgot"),
         )
     else:
         next_step(command("inspect", vector[0]))
@@ -260,5 +260,14 @@ def _next(
         next_step(command("eval", *same, *new))
     elif len(vector) > 1:
         next_step(command("eval", *same, *own, "--json", "eval.json"))
+    elif coef:
+        term = f"{vector[0]}:{coef:g}"
+        edited = command("export", term, *_base(model, data), "--out", "edited")
+        next_step(merge_command(vector[0], coef), edited)
     else:
-        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(command("inspect", *vector))
+
+
+def _base(model: str, data: Sequence[str]) -> list[str]:
+    """Return the options with which `talos export` writes a classifier of these tasks."""
+    return ["--base", model, *(word for each in data for word in ("--data", each))]
