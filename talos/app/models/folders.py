@@ -57,7 +57,13 @@ def save_json(content: object, path: Path) -> None:
 
 
 def class_name(folder: Path) -> str:
-    """Return the class of transformers that a folder was saved from, or AutoModel."""
+    """Return the class of transformers that a folder was saved from, or AutoModel.
+
+    Example:
+        >>> from talos.app.models import load_encoder
+        >>> class_name(load_encoder().path)
+        'BertModel'
+    """
     names = configuration(folder).get("architectures") or ["AutoModel"]
     return str(names[0])
 

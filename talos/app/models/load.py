@@ -62,13 +62,23 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
 
 
 def takes_images(source: str) -> bool:
-    """Return whether a model that is here classifies images, not texts: see `load_encoder`."""
+    """Return whether a model that `load_encoder` knows classifies images, not texts.
+
+    Example:
+        >>> takes_images("minilm"), takes_images("openclip:ViT-B-32:laion2b_e16")
+        (False, True)
+    """
     folder = Path(source).expanduser()
     return source.startswith(PREFIX) or is_clip(folder) or is_transformers_clip(folder)
 
 
 def can_load(folder: Path) -> bool:
-    """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone."""
+    """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone.
+
+    Example:
+        >>> can_load(load_encoder().path), can_load(Path("no-such-folder"))
+        (True, False)
+    """
     if is_clip(folder):
         return True
     if not configuration(folder) or not has_tokenizer(folder):
