@@ -6,8 +6,10 @@ from typing import Any
 from rich.table import Table
 
 from talos.app.cli.console import table
+from talos.app.report.results import FIGURES
+from talos.app.report.sweep import spread
 
-__all__ = ["interval", "overview"]
+__all__ = ["interval", "overview", "sweep_overview"]
 
 
 def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
@@ -17,10 +19,12 @@ def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
     return f"{value} [dim]{low} to {high}[/dim]" if signed else f"{value} [dim]{low}–{high}[/dim]"
 
 
+_COLUMNS = ("alone", "added", "normalised", "target\nnegated", "control\nkept")
+
+
 def overview(results: dict[str, Any]) -> Table:
     """Return a table of means over the tasks, a row for each method."""
-    columns = ("alone", "added", "normalised", "target\nnegated", "control\nkept")
-    shown = table(["mean over the tasks"], columns)
+    shown = table(["mean over the tasks"], _COLUMNS)
     zero_shot = _mean(results["zero_shot"])
     shown.add_row("zero-shot", zero_shot, zero_shot, "", zero_shot, zero_shot)
     for method in results["methods"]:
@@ -34,6 +38,22 @@ def overview(results: dict[str, Any]) -> Table:
             _mean({task: entry["target"] for task, entry in negated.items()}),
             _mean({task: entry["control"] for task, entry in negated.items()}),
         )
+    return shown
+
+
+def sweep_overview(results: dict[str, Any]) -> Table:
+    """Return a table of means over tasks and seeds, a row for each method and density."""
+    titles = {method["name"]: method["title"] for method in results["methods"]}
+    shown = table(["mean over tasks and seeds", "density"], _COLUMNS)
+    zero_shot = f"{100 * results['zero_shot']:.1f}"
+    shown.add_row("zero-shot", "", zero_shot, zero_shot, "", "", zero_shot)
+    for entry in results["summary"]:
+        cells = []
+        for key in FIGURES:
+            mean, ends = spread(entry[key])
+            cells.append(f"{mean} [dim]{ends}[/dim]" if ends else mean)
+        density = "" if entry["density"] is None else f"{entry['density']:g}"
+        shown.add_row(titles[entry["method"]], density, *cells)
     return shown
 
 

@@ -1,6 +1,7 @@
 """The output folder of a demo: its check, and the removal of an earlier demo's files."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from talos.errors import TalosOSError
@@ -8,9 +9,10 @@ from talos.errors import TalosOSError
 __all__ = ["clear", "kept", "prepare"]
 
 _PATTERNS = ("results.json", "report.html", "vectors/*.safetensors", "masks/*.safetensors")
+_ALL = (*_PATTERNS, *(f"cells/*/{pattern}" for pattern in _PATTERNS))  # of a sweep, too
 
 
-def prepare(out: Path, overwrite: bool) -> Path:
+def prepare(out: Path, overwrite: bool, folders: Sequence[str] = ("vectors", "masks")) -> Path:
     """Make the folder and its subfolders; they must hold no file unless `overwrite` is set.
 
     Raises:
@@ -25,8 +27,8 @@ def prepare(out: Path, overwrite: bool) -> Path:
                 f"out must be an empty or new folder, got {out} with files in it; pass --overwrite "
                 "to replace an earlier demo's files"
             )
-        for folder in (out, out / "vectors", out / "masks"):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("", *folders):
+            (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if isinstance(error, TalosOSError):
             raise
@@ -59,4 +61,4 @@ def kept(out: Path) -> str:
 
 
 def _files(out: Path) -> list[Path]:
-    return [path for pattern in _PATTERNS for path in sorted(out.glob(pattern))]
+    return [path for pattern in _ALL for path in sorted(out.glob(pattern))]
