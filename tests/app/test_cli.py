@@ -155,7 +155,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ("bogus", "bogus.*; see `talos --help`"),
-        ("merge", "Missing.*; see `talos merge --help`"),
+        ("merge", "FILE:COEFFICIENT must be given, got none; see `talos merge --help`"),
         ("calibrate --nonsense", "nonsense"),
         ("calibrate --data a --out m.safetensors --density 0", r"--density must lie in \(0, 1\]"),
         ("calibrate --data a --out m.safetensors --density nan", "--density must lie"),
@@ -186,7 +186,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "calibrate --data none.csv --out m.safetensors",
-            "--data must be a file that can be read, got none.csv",
+            "--data must be a built-in task, .* got none.csv; built in are",
         ),
         (
             "calibrate --data a --out m.safetensors --labels importance --draws exact",
@@ -215,7 +215,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --mask none.safetensors",
             "--mask must be an existing",
         ),
-        ("train --data a --out v.safetensors --method sparse", "--method must be talos or nonlin"),
+        ("train --data a --out v.safetensors --method sparse", "--method must be talos, nonlin"),
         (
             "train --data a --out v.safetensors --method talos",
             "--mask must be given with --method talos, got none; make one with talos calibrate",

@@ -78,7 +78,7 @@ def test_options_are_the_settings_of_the_method(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method none", "--method must be task_arithmetic or mean or trim or ties or dare"),
+        ("--method none", "--method must be task_arithmetic, mean, trim, ties, dare"),
         ("--density 0.1", "--density must be left out with --method task_ar.*for trim, ties, dare"),
         ("--method mean --seed 1", "--seed must be left out with --method mean, got 1; it is for"),
         ("--method ties --density 2", r"--density must lie in \(0, 1\], got 2"),

@@ -445,7 +445,7 @@ def test_the_methods_of_a_demo_have_estimates_only(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--metric", "fisher"], "--metric must be accuracy or addition"),
+        (["--metric", "fisher"], "--metric must be accuracy, addition"),
         (["--metric", "addition"], "--vector must be given at least 2 times, got 1"),
         (["--metric", "linearity", "--linearized"], "--linearized must be left out"),
         (["--vector", "PETS"], "--vector must be given once for each task, got two of pets"),

@@ -239,6 +239,57 @@ def test_user_strings_are_escaped(page: tuple[Page, str]) -> None:
     assert "A CPU &lt;4&gt;" in text
 
 
+def test_a_phone_and_a_dark_theme_are_served(page: tuple[Page, str]) -> None:
+    parser, text = page
+    contents = [
+        value for tag, name, value in parser.attributes if (tag, name) == ("meta", "content")
+    ]
+    assert contents == ["width=device-width, initial-scale=1", "light dark"]
+    roots = re.findall(r":root\{(--[^}]*)\}", text)
+    assert len(roots) == 2
+    light, dark = (dict(re.findall(r"--(\w+):(#\w+);", root)) for root in roots)
+    assert f"@media(prefers-color-scheme:dark){{:root{{{roots[1]}}}}}" in text
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= set(light)
+    assert light.keys() == dark.keys()
+    assert not [name for name in light if light[name] == dark[name]]
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    drawn = set(light.values()) - {light["page"]}  # numbers on dark cells are white in both
+    assert not [colour for colour in drawn if colour in figures]
+
+
+def test_wide_tables_scroll_in_a_frame_and_say_so(page: tuple[Page, str]) -> None:
+    frames = re.findall(r'<div class="(wide[^"]*)" tabindex=0><table><thead>(.*?)</thead>', page[1])
+    assert len(frames) == page[1].count("<table>")
+    columns = {kind: {head.count("<th") for k, head in frames if k == kind} for kind, _ in frames}
+    assert max(columns["wide"]) <= 4 < min(columns["wide many"])
+    assert '.many::before{content:"scroll \\2192"' in page[1]
+
+
+def test_tiles_show_absolute_beside_normalised(page: tuple[Page, str]) -> None:
+    (tiles,) = re.findall(r"<div class=tiles>(.*?)</header>", page[1], re.DOTALL)
+    for method in synthetic()["addition"].values():
+        for key in ("absolute", "normalised"):
+            assert f"{100 * method[key]['value']:.1f} %" in tiles
+
+
+def test_charts_that_are_compared_share_their_axes() -> None:
+    results = synthetic()
+    short = results["negation"]["talos"][TASKS[0]]
+    short["grid"], short["scaling_coef"] = short["grid"][:6], 0.2  # a search that ended early
+    results["negation"]["nonlinear"][TASKS[0]] |= short
+    text = report.render(results)
+    charts = [
+        re.search(rf'aria-label="{label} .*?<svg(.*?)</svg>', text, re.DOTALL)
+        for label in ("negation of modules", "negation of http", "accuracy of the merged")
+    ]
+    found = [re.findall(r">(-?[\d.]+)</text>", chart[1]) for chart in charts if chart]
+    assert found[0] == found[1]  # the numbers at both axes
+    decimals = [[number for number in each if "." in number] for each in found]
+    assert decimals[0] == [number for number in decimals[2] if float(number) <= 1]
+    sizes = {re.search(r'viewBox="([^"]*)"', chart[1])[1] for chart in charts[:2] if chart}
+    assert len(sizes) == 1
+
+
 @pytest.mark.slow
 def test_the_page_repeats(page: tuple[Page, str]) -> None:
     assert report.render(synthetic()) == page[1]

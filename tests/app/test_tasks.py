@@ -1,6 +1,7 @@
 """Tasks from the standard library and from files: determinism, no leakage, balance, errors."""
 
 import ast
+import csv
 import hashlib
 import itertools
 import json
@@ -484,9 +485,35 @@ def test_load_file_reads_texts_with_newlines_marks_and_whole_number_labels(tmp_p
     assert {e.text.count("\n") for e in task.train} == {0, 1}
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_load_file_finds_what_divides_the_columns(tmp_path, suffix, delimiter, end):
+    path = tmp_path / f"rows{suffix}"
+    rows = [["id", "text", "label"]]
+    rows += [["1", f'one, two; "three"\tand\n{i} \u2028', "ab"[i % 2]] for i in range(8)]
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream, delimiter=delimiter, lineterminator=end).writerows(rows)
+    task = load_file(path)
+    texts = {e.text for split in SPLITS for e in task.examples(split)}
+    assert texts == {row[1].strip() for row in rows[1:]}
+    assert task.class_names == ("a", "b")
+
+
+def test_load_file_reads_long_texts_and_leaves_the_limit_of_csv(tmp_path):
+    path, limit = tmp_path / "long.csv", csv.field_size_limit()
+    path.write_text("text,label\n" + "".join(f"{i} {'x' * 300_000},{i % 2}\n" for i in range(6)))
+    assert len(load_file(path).train[0].text) > 300_000
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
+        ("a.csv", b" Text;LABEL\na;b\n", "rename ' Text' to text and 'LABEL' to label"),
+        ("a.csv", b"text|label\na|b\n", "got text.label in line 1 of .*; rename the columns"),
+        ("a.tsv", b"text\tlabel\na\tb\tc\n", "put texts with tabs into quotes"),
+        ("a.csv", b"text,label\n" + b"".join(b"%d,%d\n" % (i, i) for i in range(300)), "295 more"),
         ("a.csv", b"", "path must hold at least one row, got an empty"),
         ("a.csv", b"text,label\n", "path must hold at least one row, got an empty"),
         ("a.jsonl", b"\n\n", "path must hold at least one row, got an empty"),
@@ -507,7 +534,7 @@ def test_load_file_reads_texts_with_newlines_marks_and_whole_number_labels(tmp_p
         ("a.jsonl", b"[1, 2]\n", "one JSON object per line, got list in line 1"),
         ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "strings .* got 'a' and 0.5 in line 1"),
         ("a.jsonl", b'{"text": null, "label": "b"}\n', "strings .* got None and 'b' in line 1"),
-        ("a.pkl", b"\x80\x04.", r"path must end in .csv or .jsonl, got .*a.pkl"),
+        ("a.pkl", b"\x80\x04.", r"path must end in .csv or .tsv or .jsonl, got .*a.pkl"),
     ],
 )
 def test_load_file_refuses(tmp_path, name, content, match):

@@ -1,10 +1,16 @@
 """Wrong command lines: each ends with exit code 2 and one or two lines that name the option."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from talos.app.cli import main
+from talos.app.cli.app import app
+from talos.masks import Mask
+from talos.task_vectors import TaskVector
+from tests.tiny_models import save_images
 
 # The words of the command line, the option or argument that the message names, and a part of it.
 LINES: tuple[tuple[str, str, str], ...] = (
@@ -25,7 +31,214 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("compare a.json b.json --seed 1 --seed 2", "--seed", "must be given once, got 1 and 2"),
     ("report a.json --out b.html --out c.html", "--out", "given once, got b.html and c.html"),
     ("demo --out a --out b", "--out", "must be given once, got a and b"),
+    ("demo --out d --data pets.csv", "--data", "must name at least two tasks, got pets.csv"),
+    ("demo --out d --data pets.csv --data pets.csv", "--data", "must differ"),
+    ("demo --out d --data pets.csv --data sub/pets.csv", "--data", "must have different names"),
+    ("demo --out d --density 0.1 --density 0.1", "--density", "must differ, got 0.1 0.1"),
+    ("demo --out d --density 0.1 --density 2", "--density", "must lie in (0, 1], got 2"),
+    ("demo --out d --seeds 0", "--seeds", "must be an integer of at least 1"),
+    ("demo --out d --steps 0", "--steps", "must be an integer of at least 1"),
+    ("demo --out d --max-length 2", "--max-length", "got 2"),
+    ("demo --out d --model openclip:ViT-B-32:openai", "--model", "must read texts"),
+    # What the parser of the command line refuses
+    ("bogus", "bogus", "No such command"),
+    ("calibrat --data pets.csv", "calibrat", "Did you mean 'calibrate'?"),
+    ("--nonsense", "--nonsense", "no such option"),
+    ("calibrate --nonsense", "--nonsense", "see `talos calibrate --help`"),
+    ("train --stps 3", "--stps", "did you mean --steps?"),
+    ("inspect pets.csv --layrs", "--layrs", "did you mean --layers?"),
+    ("calibrate", "--data", "must be given, got none"),
+    ("calibrate --data", "--data", "must have a value, got none; see `talos calibrate --help`"),
+    ("train --data pets.csv", "--out", "must be given, got none"),
+    ("train --out v.safetensors", "--data", "must be given, got none"),
+    ("extract --out v.safetensors", "BASE", "must be given, got none"),
+    ("extract base --out v.safetensors", "TUNED", "must be given, got none"),
+    ("merge", "FILE:COEFFICIENT", "must be given, got none; see `talos merge --help`"),
+    ("export v.safetensors", "--out", "must be given, got none"),
+    ("eval", "--data", "must be given, got none"),
+    ("compare", "RUN...", "must be given, got none"),
+    ("inspect", "FILE", "must be given, got none"),
+    ("report", "RESULTS", "must be given, got none"),
+    ("demo", "--out", "must be given, got none"),
+    ("report a.json b.json --out p.html", "b.json", "unexpected extra argument"),
+    ("calibrate --data pets.csv --density x", "--density", "must be a valid number, got x"),
+    ("calibrate --data pets.csv --rounds 1.5", "--rounds", "must be a valid integer, got 1.5"),
+    ("calibrate --data pets.csv --seed -1", "--seed", "greater than or equal to 0, got -1"),
+    ("calibrate --data pets.csv --overwrite=yes", "--overwrite", "must have no value, got one"),
+    ("train --data pets.csv --out v.safetensors --lr fast", "--lr", "a valid number, got fast"),
+    ("merge a.safetensors --out v.safetensors --least-tasks x", "--least-tasks", "got x"),
+    # Numbers out of range
+    ("calibrate --data pets.csv --out m.safetensors --density 0", "--density", "(0, 1], got 0.0"),
+    ("calibrate --data pets.csv --out m.safetensors --density nan", "--density", "got nan"),
+    ("calibrate --data pets.csv --out m.safetensors --rounds 0", "--rounds", "got 0"),
+    ("calibrate --data pets.csv --out m.safetensors --samples -1", "--samples", "got -1"),
+    ("calibrate --data pets.csv --out m.safetensors --samples 999", "--samples", "at most 16"),
+    ("calibrate --data pets.csv --out m.safetensors --batch-size 0", "--batch-size", "got 0"),
+    ("calibrate --data pets.csv --out m.safetensors --max-length 2", "--max-length", "got 2"),
+    ("calibrate --data pets.csv --out m.safetensors --draws 0", "--draws", "at least 1, got 0"),
+    ("train --data pets.csv --out v.safetensors --steps 0", "--steps", "at least 1, got 0"),
+    ("train --data pets.csv --out v.safetensors --lr -1", "--lr", "positive and finite, got -1"),
+    ("train --data pets.csv --out v.safetensors --lr inf", "--lr", "positive and finite, got inf"),
+    ("train --data a --out v.safetensors --method l_lora --rank 0", "--rank", "at least 1, got 0"),
+    ("train --data a --out v.safetensors --method lota --density 2", "--density", "got 2.0"),
+    ("train --data a --out v.safetensors --method lota --sparse-lr 0", "--sparse-lr", "got 0.0"),
+    ("eval --data pets.csv --points 1", "--points", "at least 2, got 1"),
+    ("eval --data pets.csv --vector vector.safetensors --scale nan", "--scale", "got nan"),
+    (
+        "merge vector.safetensors --out w.safetensors --method ties --density 0",
+        "--density",
+        "got 0",
+    ),
+    (
+        "merge vector.safetensors --out w.safetensors --method dare --density 2",
+        "--density",
+        "got 2",
+    ),
+    (
+        "merge vector.safetensors --out w.safetensors --method breadcrumbs --drop-largest 1",
+        *("--drop-largest", "must lie in [0, 1), got 1"),
+    ),
+    (
+        "merge vector.safetensors --out w.safetensors --method breadcrumbs --drop-largest .5 "
+        "--drop-smallest .5",
+        *("--drop-smallest", "must leave something"),
+    ),
+    ("merge vector.safetensors:x --out w.safetensors", "a term", "FILE.safetensors:NUMBER, got"),
+    ("merge vector.safetensors:nan --out w.safetensors", "a term", "FILE.safetensors:NUMBER, got"),
+    ("export vector.safetensors --base base --out o --scale nan", "--scale", "got nan"),
+    # Words that are not known
+    ("calibrate --data a --target logits --dry-run", "--target", "did you mean logit?"),
+    ("calibrate --data a --labels sample --dry-run", "--labels", "did you mean sampled?"),
+    ("calibrate --data a --parity Released --dry-run", "--parity", "did you mean released?"),
+    ("train --data a --out v.safetensors --method linearised", "--method", "you mean linearized?"),
+    ("merge vector.safetensors --out w.safetensors --method tie", "--method", "did you mean ties?"),
+    (
+        "merge vector.safetensors --out w.safetensors --method dare --follow sum",
+        *("--follow", "must be task_arithmetic, mean, ties or another Merge, got 'sum'"),
+    ),
+    ("extract base base --out w.safetensors --mask changd", "--mask", "did you mean changed?"),
+    ("extract base base --out w.safetensors --dtype float", "--dtype", "did you mean float"),
+    ("export vector.safetensors --out w --format checkpont", "--format", "you mean checkpoint?"),
+    ("eval --data pets.csv --metric acuracy", "--metric", "did you mean accuracy?"),
+    ("eval --data pets.csv --scale big", "--scale", "a finite number or grid, got big"),
+    ("demo --out new --methods talos,none", "--methods", "must be among talos, "),
+    ("demo --out new --methods l_lora", "--methods", "begin with talos, got l_lora"),
+    ("demo --out new --methods talos,talos", "--methods", "must differ"),
+    ("demo --out new --model openclip:a:b", "--model", "must read texts, got openclip:a:b"),
+    # Files that are not there
+    ("calibrate --data pets --dry-run", "--data", "got pets; did you mean pets.csv?"),
+    ("calibrate --data pest.csv --dry-run", "--data", "got pest.csv; did you mean pets.csv?"),
+    ("calibrate --data code_packages --dry-run", "--data", "did you mean code_package?"),
+    ("calibrate --data quite_different --dry-run", "--data", "built in are character_kind"),
+    (
+        "train --data a --out v.safetensors --mask msk.safetensors",
+        "--mask",
+        "mean mask.safetensors",
+    ),
+    ("eval --data pets.csv --vector vectr.safetensors", "--vector", "mean vector.safetensors?"),
+    ("merge vectr.safetensors --out w.safetensors", "a term", "did you mean vector.safetensors?"),
+    ("export vectr.safetensors --base base --out o", "a term", "did you mean vector.safetensors?"),
+    ("export vector.safetensors --base bse --out o", "--base", "existing file or folder, got bse"),
+    ("extract bse base --out w.safetensors", "BASE", "bse"),
+    ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
+    ("compare rn.json", "RUN", "did you mean run.json?"),
+    ("report rn.json --out p.html", "RESULTS", "did you mean run.json?"),
+    ("merge recipes.toml", "RECIPE", "did you mean recipe.toml?"),
+    ("calibrate --data pets.csv --model no/such/folder --dry-run", "--model", "is no folder"),
+    # Files that hold something else
+    ("calibrate --data titled.csv --dry-run", "--data", "rename 'Text' to text"),
+    ("calibrate --data ragged.tsv --dry-run", "--data", "put texts with tabs into quotes"),
+    ("calibrate --data one.jsonl --dry-run", "--data", "at least two classes, got 1 (cat)"),
+    ("calibrate --data mask.safetensors --dry-run", "--data", "must end in .csv or .tsv or .jsonl"),
+    ("calibrate --data base --dry-run", "--data", "one folder of images per class, at least two"),
+    ("train --data a --out v.safetensors --mask pets.csv", "pets.csv", "not a safetensors file"),
+    ("train --data a --out v.safetensors --mask vector.safetensors", "vector.safetensors", "mask"),
+    ("eval --data pets.csv --vector mask.safetensors", "mask.safetensors", "a task_vector, got a"),
+    ("merge mask.safetensors --out w.safetensors", "mask.safetensors", "a task_vector, got a mask"),
+    ("inspect pets.csv", "pets.csv", "not a safetensors file"),
+    ("inspect broken.safetensors", "broken.safetensors", "not a safetensors file"),
+    ("compare run.json", "run.json", "must be the JSON of `talos eval --json`"),
+    ("report run.json --out p.html", "run.json", "must be a results.json of `talos demo`"),
+    ("merge recipe.toml", "recipe.toml", "did you mean method?"),
+    ("merge pets.csv other.toml --out w.safetensors", "pets.csv", "not a safetensors file"),
+    # Outputs that cannot be written
+    ("calibrate --data pets.csv --out m.pt", "--out", "must end in .safetensors, got m.pt"),
+    ("calibrate --data pets.csv --out none/m.safetensors", "--out", "an existing folder"),
+    ("calibrate --data pets.csv --out mask.safetensors", "--out", "pass --overwrite"),
+    ("calibrate --data pets.csv", "--out", "got none; or pass --dry-run"),
+    ("train --data pets.csv --out vector.safetensors", "--out", "pass --overwrite"),
+    ("merge vector.safetensors", "--out", "must be a file to write, got none"),
+    ("merge vector.safetensors --out mask.safetensors", "--out", "pass --overwrite"),
+    ("extract base base --out mask.safetensors", "--out", "pass --overwrite"),
+    ("export vector.safetensors --base base --out images", "--out", "pass --overwrite"),
+    ("eval --data pets.csv --json run.json", "--json", "pass --overwrite"),
+    ("eval --data pets.csv --json run.txt", "--json", "must end in .json, got run.txt"),
+    ("report run.json --out page.htm", "--out", "must end in .html, got page.htm"),
+    ("demo --out pets.csv", "--out", "must be a folder, got the file pets.csv"),
+    ("demo --out images", "--out", "pass --overwrite"),
+    # Options that do not go together
+    (
+        "calibrate --data a --dry-run --parity released --target log_prob",
+        *("--target", "must be logit with --parity released"),
+    ),
+    (
+        "calibrate --data a --dry-run --labels importance --draws exact",
+        *("--labels", "must be sampled with --draws exact"),
+    ),
+    ("train --data a --out v.safetensors --method talos", "--mask", "must be given with --method"),
+    ("train --data a --out v.safetensors --method lota --mask mask.safetensors", "--mask", "out"),
+    ("train --data a --out v.safetensors --method lota --rank 4", "--rank", "it is for l_lora"),
+    ("train --data a --out v.safetensors --density 0.1", "--density", "it is for lota, random"),
+    ("train --data a --out v.safetensors --sparse-lr 0.1", "--sparse-lr", "it is for lota"),
+    ("merge vector.safetensors --out w.safetensors --density .1", "--density", "it is for trim"),
+    ("merge vector.safetensors --out w.safetensors --seed 1", "--seed", "it is for dare"),
+    ("merge recipe.toml --out w.safetensors", "--out", "must be left out with a recipe"),
+    ("merge recipe.toml vector.safetensors", "a recipe", "must stand alone"),
+    ("export vector.safetensors --out o", "--base", "must be given unless --format is delta"),
+    ("export vector.safetensors --out o --format delta --base base", "--base", "not need"),
+    ("eval --data pets.csv --scale 0.5", "--vector", "must be given with --scale 0.5, got none"),
+    ("eval --data pets.csv --data pets.csv", "--data", "must differ"),
+    ("eval --data pets.csv --control a", "--forget", "must be given with --control, got none"),
+    ("eval --data pets.csv --keep .9", "--forget", "must be given with --keep, got none"),
+    ("eval --data pets.csv --forget pets", "--vector", "once with --forget"),
+    ("eval --data a --forget a --forget b", "--forget", "must be given once, got a and b"),
+    (
+        "eval --data pets.csv --vector vector.safetensors --forget pets --scale 1",
+        *("--scale", "must be left out with --forget, got 1"),
+    ),
+    (
+        "eval --data pets.csv --vector vector.safetensors --forget pets --keep 2",
+        *("--keep", "must lie in (0, 1], got 2.0"),
+    ),
+    ("eval --data pets.csv --merged vector.safetensors", "--vector", "with --merged, got 0"),
+    ("calibrate --data images --dry-run", "--model", "must read the images of images, got minilm"),
+    (
+        "calibrate --data pets.csv --model openclip:ViT-B-32:openai --dry-run",
+        *("--model", "must read the texts of pets, got openclip:ViT-B-32:openai"),
+    ),
 )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("wrong")
+    rows = "".join(f"{word} {i},{word}\n" for word in ("cat", "dog") for i in range(10))
+    (made / "pets.csv").write_text(f"text,label\n{rows}")
+    (made / "sub").mkdir()
+    (made / "sub" / "pets.csv").write_text(f"text,label\n{rows}")
+    (made / "titled.csv").write_text(f"Text,label\n{rows}")
+    (made / "ragged.tsv").write_text("text\tlabel\na\tb\tc\n")
+    (made / "one.jsonl").write_text('{"text": "a", "label": "cat"}\n')
+    (made / "run.json").write_text("{}")
+    (made / "recipe.toml").write_text('metod = "ties"\n')
+    (made / "other.toml").write_text("")
+    (made / "broken.safetensors").write_bytes(b"broken")
+    mask = Mask.from_dense({"w": torch.ones(2) > 0})
+    mask.save(made / "mask.safetensors")
+    TaskVector(mask, torch.ones(2)).save(made / "vector.safetensors")
+    save_images(made / "images", {"dark": 3, "light": 3})
+    (made / "base").mkdir()
+    return made
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -37,18 +250,25 @@ def test_a_wrong_line_is_told_by_its_option(
     line: str,
     option: str,
     phrase: str,
-    tmp_path: Path,
+    folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = content(tmp_path)
+    monkeypatch.chdir(folder)
+    before = content(folder)
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert 1 <= err.count("\n") <= 2
-    assert option in err, err
+    assert len(err) < 500
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", err), err
     assert phrase in err, err
     assert "Traceback" not in err
-    assert content(tmp_path) == before
+    assert content(folder) == before
+
+
+def test_the_table_holds_a_hundred_lines_and_every_command() -> None:
+    assert len({line for line, _, _ in LINES}) == len(LINES) >= 100
+    commands = {each.name for each in app.registered_commands}
+    assert commands <= {line.split()[0] for line, _, _ in LINES}

@@ -4,11 +4,10 @@ import inspect as inspection
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TextIO
+from collections.abc import Sequence
+from typing import Annotated, TextIO
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperOption
 
 import talos
 from talos.app.cli.commands import (
@@ -24,12 +23,12 @@ from talos.app.cli.commands import (
     train,
 )
 from talos.app.cli.console import Interrupted
-from talos.errors import TalosError, TalosValueError
+from talos.app.cli.parsing import Command, usage_message
+from talos.errors import TalosError
 
 __all__ = ["app", "main"]
 
-# What fills the braces in the help of a command's options: it takes seconds to import.
-_FACTS: dict[str | None, Callable[[], dict[str, Any]]] = {
+Command.facts = {
     "demo": demo.facts,
     "train": train.facts,
     "merge": merge.facts,
@@ -45,35 +44,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Command(TyperCommand):
-    """A command that refuses an option given twice where the last one would win."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line."""
-        parser = self.make_parser(ctx)
-        options = {id(each): each for each in parser._long_opt.values() if each.action == "store"}
-        for option in options.values():
-            option.action = "append"
-        values, _, _ = parser.parse_args(list(args))
-        for option in options.values():
-            given = values.get(str(option.dest), ())
-            if len(given) > 1:
-                raise TalosValueError(
-                    f"{option.obj.opts[0]} must be given once, got {' and '.join(given)}; run "
-                    f"`talos {self.name}` once for each"
-                )
-        return super().parse_args(ctx, args)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Fill the braces of the help, and print it."""
-        if self.name in _FACTS:
-            facts = _FACTS[self.name]()
-            for param in self.params:
-                if isinstance(param, TyperArgument | TyperOption) and param.help is not None:
-                    param.help = param.help.format(**facts)
-        super().format_help(ctx, formatter)
 
 
 def _paragraphs(text: str | None) -> str:
@@ -97,7 +67,7 @@ for _command, _examples in (
 ):
     app.command(
         "eval" if _command is evaluate.evaluate else _command.__name__,
-        cls=_Command,
+        cls=Command,
         help=_paragraphs(_command.__doc__),
         epilog="\n".join(("[bold]Examples[/bold]", *(f"  {line}" for line in _examples))),
     )(_command)
@@ -188,10 +158,6 @@ def _warn(
 
 def _fail(error: TalosError | typer.TyperException) -> int:
     """Print an error in one line."""
-    text = str(error)
-    if isinstance(error, typer.TyperException):
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "talos"
-        text = f"{error.format_message().rstrip('.')}; see `{command} --help`"
+    text = usage_message(error) if isinstance(error, typer.TyperException) else str(error)
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     return 2

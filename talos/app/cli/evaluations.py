@@ -9,7 +9,6 @@ from torch import Tensor
 from talos.app.cli.console import Bars
 from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
-from talos.app.cli.options import as_options
 from talos.app.cli.suggestions import of_model
 from talos.app.demo.judge import TaskModels
 from talos.app.models import Encoder
@@ -140,8 +139,7 @@ class Evaluation:
         Raises:
             TalosError: names, shapes or fingerprints differ; the message leads with the file.
         """
-        no_force = as_options({", or pass force=True to edit this one": ""})  # not an option here
-        with of_model(file, vector.metadata, self._encoder.name), no_force:
+        with of_model(file, vector.metadata, self._encoder.name):
             touched = touched_weights(self._models.model, vector.mask)
             found = base_fingerprints(touched, verify=bool(vector.fingerprints))
             check_base(found, vector.fingerprints)

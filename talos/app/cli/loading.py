@@ -1,30 +1,19 @@
 """Load models and data by the names that the options take."""
 
-import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+from talos.app.cli.options import as_options
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
+from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
+from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.standard_library import SOURCES
-from talos.errors import TalosError, TalosValueError
+from talos.errors import TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder"]
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Put the option's name for `path` or `source` in the errors of the loaders."""
-    try:
-        yield
-    except TalosError as error:
-        argument, must, rest = str(error).partition(" must ")
-        if argument not in ("path", "source"):
-            raise
-        raise type(error)(f"{option}{must}{rest}") from error
+__all__ = ["check_names", "load_classifier", "load_data", "load_encoder"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -34,22 +23,39 @@ def load_data(data: str) -> Task | ImageTask:
     training data.
     """
     path = Path(data)
-    with _named("--data"):
-        if path.suffix.lower() in (".csv", ".jsonl") or path.is_file():
+    with as_options({"path": "--data", "name": "--data"}):
+        if path.is_file():
             return load_file(path)
         if data == "digits":
             return load_digits()
         if path.is_dir():
             return load_image_folder(path)
-    known = [source.name for source in SOURCES]
-    if data not in known:
-        near = difflib.get_close_matches(data, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        known = [source.name for source in SOURCES]
+        if data in known:
+            return load_task(data)
+    files = [each for each in beside(path) if Path(each).suffix.lower() in SUFFIXES]
+    stems = {str(Path(each).with_suffix("")): each for each in files}
+    near = did_you_mean(data, [*known, "digits", *files])
+    near = f"; did you mean {stems[data]}?" if data in stems else near
+    near = near or f"; built in are {', '.join(known)}"
+    raise TalosValueError(
+        "--data must be a built-in task, digits, or an existing .csv, .tsv or .jsonl file or "
+        f"folder of images, got {data}{near}"
+    )
+
+
+def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:
+    """Return the names of the tasks.
+
+    Raises:
+        TalosValueError: two have the same name, as files of one name in two folders do.
+    """
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
         raise TalosValueError(
-            "--data must be a built-in task, digits, or an existing .csv or .jsonl file or folder "
-            f"of images, got {data}; {hint}built in are {', '.join(known)}"
+            f"--data must have different names, got {', '.join(sorted(twice))} twice; rename a file"
         )
-    return load_task(data)
+    return names
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
@@ -67,10 +73,11 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
                 + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
             )
-    with _named("--model"):
+    with as_options({"source": "--model"}):
         return load(model).to(default_device())
 
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
     """Load a model as a classifier of a task."""
-    return load_encoder(model, task).classifier(task.class_texts)
+    with as_options({"class_texts": "the labels of --data"}):
+        return load_encoder(model, task).classifier(task.class_texts)

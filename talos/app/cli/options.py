@@ -1,5 +1,6 @@
 """Options that several commands share, and checks of choices and paths before any work."""
 
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosError, TalosOSError, TalosValueError
 
@@ -39,11 +41,11 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv or .jsonl "
-        "file with the columns text and label; a third one, label_text, may describe the labels. "
-        "For CLIP: digits, or a folder with one subfolder of "
-        "images per class. Your rows or images are split 80/10/10 into train, validation and test "
-        "within each class, the same in every command.",
+        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv, .tsv or "
+        ".jsonl file with the columns text and label; a third one, label_text, may describe the "
+        "labels. For CLIP: digits, or a folder with one subfolder of images per class. Your rows "
+        "or images are split 80/10/10 into train, validation and test within each class, the same "
+        "in every command.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write (.safetensors).")]
@@ -77,26 +79,40 @@ Length = Annotated[
 
 @contextmanager
 def as_options(words: Mapping[str, str]) -> Iterator[None]:
-    """Put options in the place of the library's arguments in the errors of a block."""
+    """Put options in the place of the library's arguments in the errors of a block.
+
+    Args:
+        words: the option of each argument that begins a message, or that its remedy sets to True
+            or False. An empty one takes such a remedy out.
+    """
     try:
         yield
     except TalosError as error:
         text = str(error)
         for argument, option in words.items():
-            text = text.replace(argument, option)
+            if option and text.startswith(f"{argument} "):
+                text = f"{option}{text[len(argument) :]}"
+            remedy = rf"\b{argument}=(?:True|False)\b"
+            if not option:
+                remedy = rf"[,;] (?:or )?pass {remedy}[^;,]*"
+            text = re.sub(remedy, option, text)
         raise type(error)(text) from error
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Refuse a word that is not among the choices."""
-    if value not in choices:
-        raise TalosValueError(f"{name} must be {' or '.join(choices)}, got {value}")
+    known = list(choices)
+    if value not in known:
+        near = did_you_mean(value, known)
+        choice = " or ".join((", ".join(known[:-1]), known[-1]))
+        raise TalosValueError(f"{name} must be {choice}, got {value}{near}")
 
 
-def check_input(name: str, path: Path) -> None:
-    """Refuse a file that does not exist."""
+def check_input(name: str, path: Path, words: Iterable[str] = ()) -> None:
+    """Refuse a file that does not exist; the message proposes one beside it, or a word."""
     if not path.is_file():
-        raise TalosOSError(f"{name} must be an existing file, got {path}")
+        near = did_you_mean(str(path), [] if path.exists() else [*words, *beside(path)])
+        raise TalosOSError(f"{name} must be an existing file, got {path}{near}")
 
 
 def check_output(

@@ -131,7 +131,7 @@ def check_recipe_base(base: str, folder: Path, wanted: Mapping[str, str]) -> Non
     """
     from talos.task_vectors.exports import base_of
 
-    with as_options({"--model": "base", "path must": "base must"}):
+    with as_options({"--model": "base", "path": "base"}):
         tensors = _tensors(base, folder, wanted)
     remedy = "name the model that they were trained on"
     if missing := sorted(set(wanted) - set(tensors)):

@@ -1,15 +1,16 @@
-"""The demo's results as a table for a terminal."""
+"""The demo's results on a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from talos.app.cli.console import table
-from talos.app.report.results import FIGURES
+from talos.app.cli.console import print_line, table
+from talos.app.report.results import FIGURES, SWEEP_SCHEMA, headline
 from talos.app.report.sweep import spread
 
-__all__ = ["interval", "overview", "sweep_overview"]
+__all__ = ["interval", "overview", "show_results"]
 
 
 def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
@@ -41,7 +42,20 @@ def overview(results: dict[str, Any]) -> Table:
     return shown
 
 
-def sweep_overview(results: dict[str, Any]) -> Table:
+def show_results(console: Console, results: dict[str, Any]) -> None:
+    """Print a demo's table and its headline, or the table of a sweep."""
+    if results["schema"] == SWEEP_SCHEMA:
+        console.print("[bold]test accuracy in %, mean with lowest and highest seed[/bold]")
+        console.print(_sweep(results))
+        return
+    console.print("[bold]test accuracy in % with 95 % intervals[/bold]")
+    console.print(overview(results))
+    console.print()
+    for sentence in headline(results):
+        print_line(console, sentence)
+
+
+def _sweep(results: dict[str, Any]) -> Table:
     """Return a table of means over tasks and seeds, a row for each method and density."""
     titles = {method["name"]: method["title"] for method in results["methods"]}
     shown = table(["mean over tasks and seeds", "density"], _COLUMNS)

@@ -90,9 +90,9 @@ class DemoSettings:
         ):
             integer(name, getattr(self, name), 1)
         if (len(self.tasks) or self.task_count) < 2:
+            given = ", ".join(self.tasks) or self.task_count
             raise TalosValueError(
-                f"tasks must name at least two tasks, got {', '.join(self.tasks) or self.task_count}"
-                "; addition and negation need at least two"
+                f"tasks must name at least two tasks, got {given}; addition and negation need them"
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise TalosValueError(f"tasks must differ, got {', '.join(self.tasks)}")
@@ -106,6 +106,7 @@ class DemoSettings:
                 "masks are part of the report"
             )
         integer("grid", self.grid, 2)
+        integer("max_length", self.max_length, 3)
 
     def rate(self, method: str) -> float:
         """Return the peak learning rate of a method."""

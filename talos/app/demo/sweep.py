@@ -95,8 +95,11 @@ def run_sweep(
         "versions": versions(),
         "settings": {
             **asdict(settings),
-            **{"tasks": first["settings"]["tasks"], "task_count": first["settings"]["task_count"]},
-            **{"density": list(densities), "seed": list(seeds), "methods": list(settings.methods)},
+            "tasks": first["settings"]["tasks"],
+            "task_count": first["settings"]["task_count"],
+            "density": list(densities),
+            "seed": list(seeds),
+            "methods": list(settings.methods),
         },
         "tasks": first["tasks"],
         "methods": [{"name": name, "title": TITLES[name]} for name in settings.methods],
@@ -131,9 +134,7 @@ def _figures(results: dict[str, Any], method: str) -> dict[str, float]:
     return dict(zip(FIGURES, values, strict=True))
 
 
-def _summary(
-    cells: Sequence[dict[str, Any]], method: str, density: float | None
-) -> dict[str, Any]:
+def _summary(cells: Sequence[dict[str, Any]], method: str, density: float | None) -> dict[str, Any]:
     """Return mean and range over the seeds of each figure."""
     own = [
         cell["figures"][method]

@@ -89,8 +89,7 @@ def negation(results: Results) -> str:
             entry = results["negation"][method["name"]][task["name"]]
             rows.append(
                 (
-                    escape(task["name"]) if method is methods[0] else "",
-                    method_label(results, method),
+                    f"{escape(task['name'])}<br>{method_label(results, method)}",
                     f"{entry['scaling_coef']:.2f}",
                     percent(entry["target_zero_shot"]["value"]),
                     estimate(entry["target"]),
@@ -115,8 +114,7 @@ def negation(results: Results) -> str:
         "better. Test accuracy, before and after.",
         table(
             (
-                "task forgotten",
-                "method",
+                "task forgotten, method",
                 "coef.",
                 "target before",
                 "target after",
@@ -124,7 +122,6 @@ def negation(results: Results) -> str:
                 "control after",
             ),
             rows,
-            text_columns=2,
         ),
         f"<div class=grid>{pictures}</div>",
     )

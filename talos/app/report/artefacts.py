@@ -11,6 +11,7 @@ from talos.app.report.results import (
     seconds_by_phase,
     shared_label,
 )
+from talos.app.report.style import GREY, INK
 from talos.app.report.svg import method_colour
 from talos.tensors import readable_size
 
@@ -82,9 +83,9 @@ def files(results: Results) -> str:
         )
         for method in results["methods"]
     ]
-    kinds.append(("mask", "mask", "#334155", files_of(results, "mask", None)))
+    kinds.append(("mask", "mask", INK, files_of(results, "mask", None)))
     rows = []
-    bars = [("dense checkpoint", dense / 1e6, "#94a3b8")]
+    bars = [("dense checkpoint", dense / 1e6, GREY)]
     for label, name, colour, found in kinds:
         if found:
             size = fmean(file["bytes"] for file in found)
@@ -178,8 +179,7 @@ def made(results: Results) -> str:
             entry = results["training"][method["name"]][task["name"]]
             losses.append(
                 (
-                    escape(task["name"]),
-                    method_label(results, method),
+                    f"{escape(task['name'])}<br>{method_label(results, method)}",
                     str(entry["steps"]),
                     f"{entry['first_loss']:.3f}",
                     f"{entry['last_loss']:.3f}",
@@ -190,7 +190,7 @@ def made(results: Results) -> str:
         "The same seed on the same machine gives the same numbers.",
         "<div class=pair>",
         table(("setting", "value"), rows, text_columns=2),
-        table(("task", "method", "steps", "first loss", "last loss"), losses, text_columns=2),
+        table(("task and method", "steps", "first loss", "last loss"), losses),
         "</div>",
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from talos.app.report.results import Results, seconds_by_phase, shared_label
-from talos.app.report.svg import GREY, draw, method_colour
+from talos.app.report.style import GREY
+from talos.app.report.svg import draw, method_colour
 
 __all__ = ["accuracy_curve", "negation_curve", "phase_bars", "size_bars"]
 
@@ -30,9 +31,7 @@ def negation_curve(results: Results, task: str) -> str:
             entry = results["negation"][method["name"]][task]
             colour = method_colour(results, method["name"])
             for key, line in (("target", "-"), ("control", "--")):
-                label: str | None = f"{method['title']}: {key}"
-                if len(results["methods"]) > 2:  # the caption explains solid and dashed lines
-                    label = method["title"] if key == "target" else None
+                label = method["title"] if key == "target" else None  # the caption explains dashes
                 _curve(axes, entry, key, line, color=colour, linewidth=1.8, label=label)
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(bottom=0, top=100)
@@ -47,7 +46,7 @@ def size_bars(rows: Sequence[tuple[str, float, str]]) -> str:
         places = range(len(rows))
         axes.barh(places, [size for _, size, _ in rows], color=[c for _, _, c in rows])
         for place, (_, size, _) in zip(places, rows, strict=True):
-            axes.text(size, place, f" {size:.1f} MB", va="center", fontsize=8.5)
+            axes.text(size, place, f" {size:.1f} MB", va="center", fontsize=9.5)
         axes.set_yticks(places, [label for label, _, _ in rows])
         axes.tick_params(length=0)
         axes.invert_yaxis()
@@ -73,7 +72,7 @@ def phase_bars(results: Results) -> str:
                 label = labels.pop(method, None)  # each is in the legend once
                 axes.barh([place], [seconds], left=left, color=colour, label=label)
                 left += seconds
-            axes.text(left, place, f" {left:.0f} s", va="center", fontsize=8.5)
+            axes.text(left, place, f" {left:.0f} s", va="center", fontsize=9.5)
         longest = max((sum(parts.values()) for parts in phases.values()), default=1.0)
         axes.set_yticks(range(len(phases)), list(phases))
         axes.tick_params(length=0)
@@ -87,10 +86,18 @@ def phase_bars(results: Results) -> str:
 
 
 def _coefficients(name: str, results: Results, paint: Callable[[Any], None]) -> str:
-    """Draw curves over the scaling coefficient; the legend of more methods needs more height."""
+    """Draw curves over the scaling coefficient: of all that can be compared, over the same range.
+
+    The legend of more methods needs more height.
+    """
+    entries = [results["addition"][method["name"]] for method in results["methods"]]
+    for tasks in results["negation"].values():
+        entries += tasks.values()
+    last = max(point["scaling_coef"] for entry in entries for point in entry["grid"])
 
     def framed(axes: Any) -> None:
         paint(axes)
+        axes.set_xlim(-0.03 * last, 1.03 * last)
         axes.set_xlabel("scaling coefficient")
         axes.grid(True)
         _legend(axes, 2)
@@ -111,4 +118,4 @@ def _curve(axes: Any, entry: dict[str, Any], key: str, line: str = "-", **style:
 
 def _legend(axes: Any, columns: int) -> None:
     """Put the legend above the plot, where no line can run through it."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=8.5)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=9.5)

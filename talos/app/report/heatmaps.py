@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from talos.app.report.results import Results
-from talos.app.report.svg import GREY, INK, draw
+from talos.app.report.style import GREY, LINE
+from talos.app.report.svg import draw
 from talos.architecture.layers import KINDS
 
 __all__ = ["mask_structure", "matrix"]
 
+_ON_LIGHT = "#111827"  # on a cell, whose colour no theme changes
 _SHORT = {"query": "q", "key": "k", "value": "v", "attention out": "attn\nout"}
 
 
@@ -37,7 +39,7 @@ def mask_structure(results: Results) -> str:
         _heat(axes, values, layers, labels, low=0, high=100, colours="YlGnBu", form="{:.1f}")
         axes.set_ylabel("layer")
 
-    return draw("structure-mean", 0.9 + 0.33 * len(layers), paint)
+    return draw("structure-mean", 0.9 + 0.34 * len(layers), paint)
 
 
 def matrix(
@@ -67,7 +69,7 @@ def matrix(
     def paint(axes: Any) -> None:
         short = [_folded(label) for label in labels]
         _heat(axes, values, short, short, low=low, high=high, colours=colours, form="{:.2f}")
-        axes.tick_params(axis="x", labelsize=8 if len(labels) < 5 else 7)
+        axes.tick_params(axis="x", labelsize=9 if len(labels) < 5 else 8)
         axes.set_ylabel(row_label)
         axes.set_xlabel(column_label)
 
@@ -91,7 +93,7 @@ def _heat(
     scale = Normalize(low, high)
     palette = colormaps[colours]
     filled = [[float("nan") if v is None else v for v in row] for row in values]
-    axes.pcolormesh(filled, cmap=palette, norm=scale, edgecolors="#e2e8f0", linewidth=1.0)
+    axes.pcolormesh(filled, cmap=palette, norm=scale, edgecolors=LINE, linewidth=1.0)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value is None:
@@ -105,8 +107,8 @@ def _heat(
                 form.format(value),
                 ha="center",
                 va="center",
-                fontsize=8.5,
-                color="white" if dark else INK,
+                fontsize=9.5,
+                color="white" if dark else _ON_LIGHT,
             )
     axes.set_xticks([j + 0.5 for j in range(len(columns))], columns)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)

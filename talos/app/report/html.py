@@ -4,9 +4,12 @@ import html
 from collections.abc import Iterable, Sequence
 
 from talos.app.report.results import Results, percent
+from talos.app.report.style import VARIABLES
 from talos.app.report.svg import method_colour
 
 __all__ = ["escape", "estimate", "figure", "method_label", "section", "table"]
+
+_NARROW = 4  # columns that fit on a phone; a table of more says there that it scrolls
 
 
 def escape(text: object) -> str:
@@ -23,7 +26,7 @@ def estimate(entry: dict[str, float]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Return a table that scrolls sideways where it must.
+    """Return a table that scrolls sideways within its frame where it must, its first column fixed.
 
     Args:
         head: HTML of the head's cells.
@@ -39,8 +42,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: i
         return "<tr>" + "".join(parts) + "</tr>"
 
     lines = "".join(cells("td", row) for row in rows)
+    kind = "wide many" if len(head) > _NARROW else "wide"
     return (
-        f"<div class=wide><table><thead>{cells('th', head)}</thead>"
+        f'<div class="{kind}" tabindex=0><table><thead>{cells("th", head)}</thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
 
@@ -66,7 +70,7 @@ def section(title: str, text: str, *parts: str) -> str:
 
 def method_label(results: Results, method: dict[str, str]) -> str:
     """Return a method's title as HTML, with a dot of its colour."""
-    colour = method_colour(results, method["name"])
+    colour = VARIABLES[method_colour(results, method["name"])]
     return (
         f'<span class=method><span class=dot style="background:{colour}"></span>'
         f"{escape(method['title'])}</span>"

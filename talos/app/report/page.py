@@ -43,9 +43,9 @@ def render(results: Results) -> str:
     return (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f"<title>talos demo: {escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
+        '<meta name=color-scheme content="light dark">\n'
+        f"<title>talos demo: {escape(title)}</title>\n<style>{CSS}</style>\n"
+        "</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -78,8 +78,15 @@ def _content(results: Results) -> tuple[str, list[str]]:
 def _tiles(results: Results) -> str:
     tiles = []
     for method in results["methods"]:
-        value = results["addition"][method["name"]]["normalised"]["value"]
-        tiles.append((f"{percent(value)} %", f"normalised addition, {method['title']}"))
+        added = results["addition"][method["name"]]
+        absolute, normalised = (percent(added[k]["value"]) for k in ("absolute", "normalised"))
+        tiles.append(
+            (
+                f"{absolute} %",
+                f"accuracy of all tasks in one model, {method['title']}; "
+                f"normalised: {normalised} %",
+            )
+        )
     size = vector_bytes(results, results["methods"][0]["name"])
     tiles.append((readable_size(size), f"a task vector of {results['methods'][0]['title']}"))
     tiles.append((f"{results['timings']['total'] / 60:.1f} min", "for everything on this page"))

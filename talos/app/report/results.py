@@ -31,8 +31,8 @@ title) as above, and
 
 zero_shot  mean accuracy of the pretrained model over the tasks, on test data
 cells      list of density, seed, folder, figures: method -> `FIGURES`, means over the tasks
-summary    list of density (null for a method without one), method, seeds (how many), and for each of
-           `FIGURES` mean, low (the lowest seed), high
+summary    list of density (null for a method without one), method, seeds (how many), and for each
+           of `FIGURES` mean, low (the lowest seed), high
 timings    total (seconds)
 
 Everything but `created`, `machine` and `timings` repeats exactly for the same seed on the same

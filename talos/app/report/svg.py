@@ -7,22 +7,17 @@ from typing import Any
 
 from talos.app.extras import import_package
 from talos.app.report.results import Results
+from talos.app.report.style import EDGE, INK, LINE, METHODS, VARIABLES
 
-__all__ = ["GREY", "INK", "draw", "method_colour"]
+__all__ = ["draw", "method_colour"]
 
-GREY = "#64748b"
-INK = "#1f2937"
-_COLOURS = (
-    *("#0f766e", "#c2410c", "#4f46e5", "#a16207"),
-    *("#be185d", "#0369a1", "#4d7c0f", "#7c2d12"),
-)
-_WIDTH = 4.9  # inches: the text stays readable when a phone scales the figure to 380 px
+_WIDTH = 4.5  # inches: a phone scales the figure to 380 px, and text of 9 points to 11 px
 
 
 def method_colour(results: Results, method: str) -> str:
-    """Return a method's CSS colour, the same in every figure and table."""
+    """Return a method's colour, the same in every figure and table."""
     names = [entry["name"] for entry in results["methods"]]
-    return _COLOURS[names.index(method) % len(_COLOURS)]
+    return METHODS[names.index(method) % len(METHODS)]
 
 
 def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
@@ -48,15 +43,15 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # the same ids in every run
         "font.family": "DejaVu Sans",
-        "font.size": 9.0,
-        "axes.edgecolor": "#cbd5e1",
+        "font.size": 10.0,
+        "axes.edgecolor": EDGE,
         "axes.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "xtick.color": INK,
         "ytick.color": INK,
         "text.color": INK,
-        "grid.color": "#e2e8f0",
+        "grid.color": LINE,
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
@@ -76,6 +71,7 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
 def _inline(svg: str, name: str) -> str:
     """Return the SVG element alone, without prolog, metadata and namespaces.
 
+    Colours become the page's variables, which differ in a dark theme.
     Ids without a reference are removed; the others are made unique on the page.
     """
     svg = svg[svg.index("<svg") :]
@@ -89,6 +85,8 @@ def _inline(svg: str, name: str) -> str:
 
     svg = re.sub(r'\sid="([^"]*)"', keep, svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return head + ">" + rest.strip()

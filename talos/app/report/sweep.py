@@ -1,11 +1,12 @@
 """The page of a sweep: means and ranges over the seeds, accuracy against density."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from talos.app.report.accuracies import tasks
 from talos.app.report.html import escape, figure, method_label, section, table
 from talos.app.report.results import FIGURES, Results, percent
+from talos.app.report.style import GREY
 from talos.app.report.svg import draw, method_colour
 
 __all__ = ["content", "spread"]
@@ -15,8 +16,10 @@ def spread(entry: dict[str, Any]) -> tuple[str, str]:
     """Format a mean and its range over the seeds, in per cent; of one seed there is no range.
 
     Example:
-        >>> spread({"mean": 0.5, "low": 0.25, "high": 0.75}), spread({"mean": 1, "low": 1, "high": 1})
-        (('50.0', '25.0–75.0'), ('100.0', ''))
+        >>> spread({"mean": 0.5, "low": 0.25, "high": 0.75})
+        ('50.0', '25.0–75.0')
+        >>> spread({"mean": 1, "low": 1, "high": 1})
+        ('100.0', '')
     """
     low, high = percent(entry["low"]), percent(entry["high"])
     return percent(entry["mean"]), "" if low == high else f"{low}–{high}"
@@ -26,14 +29,18 @@ def content(results: Results) -> tuple[str, list[str]]:
     """Return the title of the page and the HTML of its sections."""
     densities = sorted({cell["density"] for cell in results["cells"]})
     seeds = sorted({cell["seed"] for cell in results["cells"]})
-    title = f"{len(results['tasks'])} tasks, {_count(densities, 'density', 'densities')}, " + _count(
-        seeds, "seed", "seeds"
-    )
+    counts = _count(densities, "density", "densities"), _count(seeds, "seed", "seeds")
+    title = ", ".join((f"{len(results['tasks'])} tasks", *counts))
     header = (
         "<header><p class=eyebrow>talos · sparse fine-tuning and task arithmetic</p>"
         f"<h1>{escape(title)}</h1></header>"
     )
-    return title, [header, tasks(results), _seeds_and_densities(results, densities), _cells(results)]
+    return title, [
+        header,
+        tasks(results),
+        _seeds_and_densities(results, densities),
+        _cells(results),
+    ]
 
 
 def _seeds_and_densities(results: Results, densities: list[float]) -> str:
@@ -49,8 +56,8 @@ def _seeds_and_densities(results: Results, densities: list[float]) -> str:
     if len(densities) > 1:
         pictures = figure(
             _curve(results),
-            "Test accuracy of the model with all task vectors added, mean over the tasks; bars reach "
-            "from the lowest to the highest seed. Dashed: the pretrained model.",
+            "Test accuracy of the model with all task vectors added, mean over the tasks. Bars "
+            "reach from the lowest to the highest seed. Dashed: the pretrained model.",
             "accuracy of the merged model against the density",
         )
     return section(
@@ -68,7 +75,7 @@ def _seeds_and_densities(results: Results, densities: list[float]) -> str:
 def _cells(results: Results) -> str:
     rows = [
         (
-            f"<a href=\"{escape(cell['folder'])}/report.html\">{escape(cell['folder'])}</a>",
+            f'<a href="{escape(cell["folder"])}/report.html">{escape(cell["folder"])}</a>',
             f"{cell['density']:g}",
             str(cell["seed"]),
             *(_added(cell["figures"], method["name"]) for method in results["methods"]),
@@ -102,7 +109,7 @@ def _curve(results: Results) -> str:
             x = [each["density"] for each in own]
             style: dict[str, Any] = {"color": colour, "label": method["title"], "capsize": 3}
             axes.errorbar(x, y, ranges, marker="o", linewidth=2, **style)
-        axes.axhline(100 * results["zero_shot"], color="#64748b", linewidth=1, linestyle="--")
+        axes.axhline(100 * results["zero_shot"], color=GREY, linewidth=1, linestyle="--")
         axes.set_xscale("log")
         ticks = sorted({cell["density"] for cell in results["cells"]})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -124,6 +131,5 @@ def _added(figures: dict[str, Any], method: str) -> str:
     return percent(figures[method]["added"]) if method in figures else ""
 
 
-def _count(items: Iterable[object], one: str, several: str) -> str:
-    count = len(list(items))
-    return f"{count} {one if count == 1 else several}"
+def _count(items: Sequence[object], one: str, several: str) -> str:
+    return f"{len(items)} {one if len(items) == 1 else several}"

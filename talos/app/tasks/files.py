@@ -1,18 +1,22 @@
 """Tasks from a user's file: CSV or JSON lines with a text and a label in each row."""
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from talos.app.nearest import several
 from talos.app.tasks.splits import MIN_CLASS, split_classes, words
 from talos.app.tasks.task import Example, Task
 from talos.errors import TalosOSError, TalosValueError
 
+SUFFIXES = (".csv", ".tsv", ".jsonl")
 COLUMNS = ("text", "label")
 LABEL_TEXT = "label_text"  # a column that may be left out
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def load_file(
@@ -20,8 +24,9 @@ def load_file(
 ) -> Task:
     r"""Load a task from a file and split it 80/10/10 within each class.
 
-    A `.csv` file has a header row with the columns `text` and `label`; each line of a `.jsonl` file
-    is an object with these keys. Both are UTF-8. A row that repeats a text with the same label is
+    A `.csv` or `.tsv` file has a header row with the columns `text` and `label`, which commas,
+    semicolons or tabs divide. Each line of a `.jsonl` file is an object with these
+    keys. All are UTF-8. A row that repeats a text with the same label is
     dropped, so that no text is in two splits. The zero-shot head is made of the labels, with
     spaces for underscores and hyphens. A third column, `label_text`, describes a label in better
     words; one row of each label is enough, and the others may be empty. Other columns are ignored.
@@ -65,7 +70,7 @@ def load_file(
     if small:
         raise TalosValueError(
             f"path must hold at least {MIN_CLASS} different texts of each class, one for each "
-            f"split, got {', '.join(small)} in {path}; add rows or leave these classes out"
+            f"split, got {several(small)} in {path}; add rows or leave these classes out"
         )
     if unknown := [label for label in class_texts or () if label not in counts]:
         raise TalosValueError(
@@ -123,10 +128,9 @@ def _unique(path: Path, rows: Iterator[tuple[int, str, str, str]]) -> _Found:
 
 def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
     """Yield line number, text, label and the label's text of each row."""
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in SUFFIXES:
         raise TalosValueError(
-            f"path must end in {' or '.join(readers)}, got {path}; save the rows in one of "
+            f"path must end in {' or '.join(SUFFIXES)}, got {path}; save the rows in one of "
             "these forms"
         )
     try:
@@ -142,7 +146,8 @@ def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
             f"path must hold UTF-8 text, got byte {content[error.start]:#04x} at position "
             f"{error.start} of {path}; save the file as UTF-8"
         ) from error
-    for line, row in readers[path.suffix.lower()](path, decoded):
+    read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
+    for line, row in read(path, decoded):
         for column in COLUMNS:
             if not row[column].strip():
                 raise TalosValueError(
@@ -153,31 +158,44 @@ def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _missing(path: Path, line: int, found: list[str]) -> TalosValueError:
+    nearly = {name.strip().casefold(): name for name in found}
+    wrong = [f"{nearly[each]!r} to {each}" for each in COLUMNS if nearly.get(each, each) != each]
     return TalosValueError(
-        f"path must have the columns text and label, got {', '.join(found) or 'none'} in line "
-        f"{line} of {path}; rename the columns"
+        f"path must have the columns text and label, got {several(found) or 'none'} in line "
+        f"{line} of {path}; rename {' and '.join(wrong) or 'the columns'}"
     )
 
 
 def _read_csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows, divided by what divides both columns in the header."""
     if not content.strip():
         return
-    reader = csv.DictReader(content.splitlines(keepends=True), strict=True)
+    limit = csv.field_size_limit(len(content))  # as it is, a text of 128 KiB is a fault
+    headers: list[list[str]] = []
     try:
-        if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise _missing(path, 1, list(reader.fieldnames or ()))
-        for row in reader:
-            if None in row or None in row.values():
-                raise TalosValueError(
-                    f"path must have {len(reader.fieldnames or ())} columns in each row, got "
-                    f"another number in line {reader.line_num} of {path}; put texts with commas "
-                    "into quotes"
-                )
-            yield reader.line_num, row
+        for delimiter in _DELIMITERS:
+            # Not splitlines(): texts may hold other line ends, such as U+2028, unquoted.
+            lines = io.StringIO(content, newline="")
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            headers.append(list(reader.fieldnames or ()))
+            if set(COLUMNS) <= set(headers[-1]):
+                rows = [(reader.line_num, row) for row in reader]
+                break
+        else:
+            raise _missing(path, 1, max(headers, key=len))
     except csv.Error as error:
         raise TalosValueError(
             f"path must be a CSV file, got {path} with a fault in line {reader.line_num}: {error}"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise TalosValueError(
+                f"path must have {len(headers[-1])} columns in each row, got another number in "
+                f"line {line} of {path}; put texts with {_DELIMITERS[delimiter]} into quotes"
+            )
+        yield line, row
 
 
 def _read_jsonl(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:

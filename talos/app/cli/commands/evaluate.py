@@ -24,6 +24,7 @@ from talos.app.cli.options import (
     Model,
     Overwrite,
     Seed,
+    as_options,
     check_choice,
     check_input,
 )
@@ -151,13 +152,15 @@ def evaluate(
         integer("--points", points, 2)
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
-    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
-        loaded = [TaskVector.load(path) for path in vector]
-        edit = TaskVector.load(merged) if merged is not None else None
+        with as_options({"path": "--vector"}):
+            loaded = [TaskVector.load(path) for path in vector]
+        with as_options({"path": "--merged"}):
+            edit = TaskVector.load(merged) if merged is not None else None
         given = dict(zip(vector, loaded, strict=True))
         if merged is not None and edit is not None:
             given[merged] = edit
@@ -169,12 +172,7 @@ def evaluate(
         one = None
         if forget is not None:
             one = forgetting(forget, control or [], keep, data, tasks, load_data)
-        names = [task.name for task in tasks]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise TalosValueError(
-                f"--data must have different names, got {', '.join(sorted(twice))} twice; "
-                "rename a file"
-            )
+        names = check_names(tasks)
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
         made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}

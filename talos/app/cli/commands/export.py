@@ -19,6 +19,7 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
+from talos.options import finite
 
 __all__ = ["EXAMPLES", "export"]
 
@@ -73,6 +74,7 @@ def export(
     The checkpoint appears whole or not at all.
     """
     check_choice("--format", form, _FORMATS)
+    finite("--scale", scale)
     check_json(json, overwrite)
     parsed = [parse_term(term) for term in terms]
     for path, _ in parsed:
@@ -90,16 +92,9 @@ def export(
     from talos.task_vectors import Patch, TaskVector
     from talos.tensors import readable_size
 
-    with as_options({"path must": "--base must"}):
+    with as_options({"path": "--base"}):
         source = None if base is None else Checkpoint(base)
-    words = {
-        "force=True": "--force",
-        "overwrite=True": "--overwrite",
-        "out must": "--out must",
-        "scale must": "--scale must",
-        "path must be a readable": "--base must be a readable",
-        "path must": "--out must",
-    }
+    words = {"path must be a readable": "--base must be a readable", "path": "--out"}
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
         if source is None:

@@ -37,6 +37,7 @@ EXAMPLES = (
     "talos extract base tuned --mask changed --out vector.safetensors",
     "talos extract base tuned --mask mask.safetensors --dtype bfloat16 --out vector.safetensors",
 )
+_MASKS = ("all", "changed")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -75,8 +76,8 @@ def extract(
     files are read, never pickle.
     """
     check_choice("--dtype", dtype, _DTYPES)
-    if mask not in ("all", "changed"):
-        check_input("--mask", Path(mask))
+    if mask not in _MASKS:
+        check_input("--mask", Path(mask), _MASKS)
     check_output(out, overwrite)
     check_json(json, overwrite)
     import torch
@@ -86,9 +87,10 @@ def extract(
 
     made = {"base": base.resolve().name, "tuned": tuned.resolve().name}
     words = {
-        "strict=False": "--drop",
+        "strict": "--drop",
         "path must be writable": "--out must be writable",
-        "path must": "BASE and TUNED must",
+        "path": "BASE and TUNED",
+        "base and tuned": "BASE and TUNED",
     }
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
         vector = TaskVector.from_models(

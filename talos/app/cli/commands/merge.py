@@ -43,11 +43,6 @@ EXAMPLES = (
     "talos merge a.safetensors b.safetensors --method ties --density 0.2 --out both.safetensors",
     "talos merge recipe.toml",
 )
-# A recipe's base may be of another kind than the library's arguments, and nothing is edited.
-_BASE_WORDS = {
-    **dict.fromkeys(("--model must", "model must", "path must"), "base must"),
-    ", or pass force=True to edit this one": "",
-}
 
 
 def parse_term(text: str) -> tuple[Path, float]:
@@ -187,13 +182,14 @@ def merge(
         vectors = []
         for done, path in enumerate(recipe.files):
             bars.show("load", done, len(recipe.files))
-            vectors.append(TaskVector.load(path))
+            with as_options({"path": "a term"}):
+                vectors.append(TaskVector.load(path))
         bases = one_base(each.fingerprints for each in vectors)
         if recipe.base is not None:
-            with as_options(_BASE_WORDS):
+            with as_options(dict.fromkeys(("--model", "model", "path"), "base")):
                 check_recipe_base(recipe.base, Path(terms[0]).parent, bases)
         bars.show("load", len(recipe.files), len(recipe.files))
-        with as_options({} if out is None else {"density must": "--density must"}):
+        with as_options({"density": f"density of {terms[0]}"} if out is None else {}):
             edit = recipe.merge.merge(
                 vectors, on_tensor=lambda done, tensors: bars.show("merge", done, tensors)
             )
@@ -251,11 +247,7 @@ def _recipe(
                 f"{_option(name)} must be left out with --method {chosen}, got {value}; it is for "
                 f"{', '.join(takers)}"
             )
-    try:
-        made = merge_of(chosen, {**given, "scaling_coefs": [coef for _, coef in parsed]})
-    except TalosValueError as error:
-        argument, _, rest = str(error).partition(" ")
-        raise TalosValueError(f"{_option(argument)} {rest}") from None
+    made = merge_of(chosen, {**given, "scaling_coefs": [coef for _, coef in parsed]})
     return Recipe(tuple(path for path, _ in parsed), made, (Output(out),))
 
 

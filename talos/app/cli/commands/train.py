@@ -150,7 +150,8 @@ def train(
     with on_interrupt("nothing was written"), Bars() as bars:
         rate = lr if lr is not None else METHODS[method].usual_lr
         given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
-        selected = Mask.load(mask) if mask is not None else None
+        with as_options({"path": "--mask"}):
+            selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
             method,
             selected,
