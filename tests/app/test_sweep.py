@@ -18,7 +18,10 @@ from talos.masks import Mask
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:a mask from 2 samples is mostly noise"),
+]
 
 TINY: dict[str, Any] = {
     "samples": 16,
