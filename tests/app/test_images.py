@@ -117,12 +117,27 @@ def test_a_broken_image_is_named(folder: Path) -> None:
             list(task.batches("test", transform))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_every_image_is_checked_before_the_work(folder: Path, suffix: str) -> None:
+    load_image_folder(folder).check()
+    broken = next(folder.iterdir()) / f"broken{suffix}"
+    Image.effect_noise((64, 64), 50).save(broken)
+    whole = broken.read_bytes()
+    for content in (b"", b"no image", whole[: len(whole) * 3 // 4]):
+        broken.write_bytes(content)
+        task = load_image_folder(folder)
+        with pytest.raises(TalosValueError, match=f"images that can be read, got .*{broken.name}"):
+            task.check()
+
+
 def test_an_image_that_would_fill_the_memory_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(TalosValueError, match="DecompressionBomb"):
+    with pytest.raises(TalosValueError, match=r"at most 100 pixels, got .*png with more; make it"):
         load_image_folder(folder).train[0].open()
+    with pytest.raises(TalosValueError, match=r"at most 100 pixels, got .*png with more; make it"):
+        load_image_folder(folder).check()
 
 
 def test_folders_that_are_no_task_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -109,9 +109,7 @@ def test_splits_are_balanced_large_and_labelled_in_range(tasks):
     for name, task in tasks.items():
         n_classes = len(task.class_names)
         assert len(task.class_texts) == n_classes == len(set(task.class_texts)), name
-        for split, smallest, largest in zip(
-            SPLITS, (1200, 300, 450), (1600, 400, 600), strict=True
-        ):
+        for split, smallest, largest in zip(SPLITS, (1200, 72, 300), (1600, 96, 400), strict=True):
             counts = Counter(example.label for example in task.examples(split))
             assert sorted(counts) == list(range(n_classes)), name
             assert max(counts.values()) - min(counts.values()) <= 1, name

@@ -138,7 +138,15 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("eval --data pets.csv --vector vectr.safetensors", "--vector", "mean vector.safetensors?"),
     ("merge vectr.safetensors --out w.safetensors", "a term", "did you mean vector.safetensors?"),
     ("export vectr.safetensors --base base --out o", "a term", "did you mean vector.safetensors?"),
-    ("export vector.safetensors --base bse --out o", "--base", "existing file or folder, got bse"),
+    ("export vector.safetensors --base ./bse --out o", "--base", "'./bse', which is no folder"),
+    ("export vector.safetensors --base base --out o --max-length 9", "--max-length", "without --"),
+    ("export vector.safetensors --data a --format delta --out o", "--data", "be left out with"),
+    ("predict --data pets.csv", "--model", "must be given, got none"),
+    ("predict --model base", "--data", "must be given, got none"),
+    ("predict --model base --data pets.csv", "--model", "without talos/head.safetensors"),
+    ("predict --model base --data pets.csv --out o.txt", "--out", "end in .csv or .jsonl"),
+    ("predict --model base --data pets.csv --out pets.csv", "--out", "pass --overwrite"),
+    ("predict --model base --data pets.csv --batch-size 0", "--batch-size", "got 0"),
     ("extract bse base --out w.safetensors", "BASE", "bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),
@@ -151,6 +159,8 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data one.jsonl --dry-run", "--data", "at least two classes, got 1 (cat)"),
     ("calibrate --data mask.safetensors --dry-run", "--data", "must end in .csv or .tsv or .jsonl"),
     ("calibrate --data base --dry-run", "--data", "one folder of images per class, at least two"),
+    ("calibrate --data broken --dry-run", "--data", "images that can be read, got broken/a/0.png"),
+    ("eval --data images --data broken", "--data", "images that can be read, got broken/a/0.png"),
     ("train --data a --out v.safetensors --mask pets.csv", "pets.csv", "not a safetensors file"),
     ("train --data a --out v.safetensors --mask vector.safetensors", "vector.safetensors", "mask"),
     ("eval --data pets.csv --vector mask.safetensors", "mask.safetensors", "a task_vector, got a"),
@@ -211,6 +221,20 @@ LINES: tuple[tuple[str, str, str], ...] = (
         *("--keep", "must lie in (0, 1], got 2.0"),
     ),
     ("eval --data pets.csv --merged vector.safetensors", "--vector", "with --merged, got 0"),
+    # What would be ignored
+    ("train --data pets.csv --out v.safetensors --force", "--force", "left out without --mask"),
+    ("eval --data pets.csv --linearized", "--vector", "must be given with --linearized, got none"),
+    ("eval --data pets.csv --points 5", "--points", "where no coefficient is searched, got 5"),
+    (
+        "eval --data pets.csv --vector vector.safetensors --scale 1 --points 5",
+        *("--points", "pass --vector with --scale grid"),
+    ),
+    (
+        "eval --data pets.csv --vector vector.safetensors --metric sensitivity --scale 1",
+        *("--scale", "got 1; it is for accuracy and linearity"),
+    ),
+    ("extract base base --out w.safetensors --drop", "--drop", "it is for a mask file"),
+    ("export vector.safetensors --out o.safetensors --format delta --force", "--force", "left out"),
     ("calibrate --data images --dry-run", "--model", "must read the images of images, got minilm"),
     (
         "calibrate --data pets.csv --model openclip:ViT-B-32:openai --dry-run",
@@ -237,6 +261,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask.save(made / "mask.safetensors")
     TaskVector(mask, torch.ones(2)).save(made / "vector.safetensors")
     save_images(made / "images", {"dark": 3, "light": 3})
+    for file in save_images(made / "broken", {"a": 3, "b": 3}).rglob("000.png"):
+        (file.parent / "0.png").write_bytes(file.read_bytes()[:-400])
     (made / "base").mkdir()
     return made
 

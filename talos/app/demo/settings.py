@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from talos.app.models import takes_images
+from talos.app.tasks.splits import DEFAULT_SIZES
 from talos.errors import TalosValueError
 from talos.methods import METHODS
 from talos.options import fraction, integer, positive
@@ -42,7 +43,8 @@ class DemoSettings:
         lr: learning rate of the sparse method (SparseAdam).
         nonlinear_lr: learning rate of fine-tuning all weights (AdamW); other methods have their
             usual one.
-        sizes: train, validation and test examples of each task.
+        sizes: train, validation and test examples of each task; `talos eval` judges the same rows
+            if they are the default ones.
         grid: the scaling coefficients tried on validation data are linspace(0, 1, grid).
         control_share: share of the control's pretrained accuracy that negation must keep.
         bootstrap: resamples of a confidence interval.
@@ -65,7 +67,7 @@ class DemoSettings:
     max_length: int = 48
     lr: float = 1e-3
     nonlinear_lr: float = 5e-5
-    sizes: tuple[int, int, int] = (1600, 96, 400)
+    sizes: tuple[int, int, int] = DEFAULT_SIZES
     grid: int = 21
     control_share: float = 0.95
     bootstrap: int = 2000
@@ -129,7 +131,6 @@ class DemoSettings:
             task_count=2,
             samples=128,
             steps=30,
-            sizes=(960, 96, 240),
             grid=11,
         )
 

@@ -7,13 +7,14 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talos.app.extras import import_package
-from talos.app.tasks.splits import MIN_CLASS, split_classes, words
+from talos.app.tasks.splits import MIN_CLASS, SPLITS, split_classes, words
 from talos.app.tasks.task import Collate, LabelledSplits
 from talos.errors import TalosOSError, TalosValueError
 
@@ -44,21 +45,38 @@ class ImageExample:
 
         Raises:
             TalosError: Pillow is not installed.
-            TalosValueError: Pillow cannot read the file.
+            TalosValueError: Pillow cannot read the file, or it has too many pixels.
         """
         pillow = import_package("PIL.Image")
         if not isinstance(self.image, Path):
             return pillow.fromarray(self.image).convert("RGB")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pillow.DecompressionBombWarning)
-                with pillow.open(self.image) as opened:
-                    return opened.convert("RGB")
-        except Exception as error:  # Pillow's plugins raise any error over a damaged file
-            raise TalosValueError(
-                f"path must hold images that can be read, got {self.image} "
-                f"({type(error).__name__}); replace or remove it"
-            ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            return _read(self.image, lambda opened: opened.convert("RGB"))
+
+
+def _read(path: Path, use: Callable[[Any], Any]) -> Any:
+    """Open a file and return what `use` makes of the PIL image."""
+    pillow = import_package("PIL.Image")
+    try:
+        with pillow.open(path) as opened:
+            return use(opened)
+    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
+        raise TalosValueError(
+            f"path must hold images of at most {pillow.MAX_IMAGE_PIXELS:,} pixels, got {path} with "
+            "more; make it smaller"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise any error over a damaged file
+        raise TalosValueError(
+            f"path must hold images that can be read, got {path} ({type(error).__name__}); replace "
+            "or remove it"
+        ) from error
+
+
+def _decode(opened: Any) -> None:
+    """Decode an image, a JPEG at an eighth of its size, which reads all of the file, too."""
+    opened.draft(None, (1, 1))
+    opened.load()
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,20 @@ class ImageTask(LabelledSplits[ImageExample]):
     """An image classification task; see `LabelledSplits`."""
 
     reads = "images"
+
+    def check(self) -> None:
+        """Read each image once, all of it, on several threads.
+
+        Raises:
+            TalosValueError: one cannot be read, or has too many pixels.
+        """
+        pillow = import_package("PIL.Image")
+        images = [each.image for split in SPLITS for each in self.examples(split)]
+        files = [each for each in images if isinstance(each, Path)]
+        with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            for _ in threads.map(partial(_read, use=_decode), files):
+                pass
 
     def _content(self, example: ImageExample) -> bytes:
         image = example.image
@@ -106,6 +138,19 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
         TalosOSError: the folder or a file in it cannot be read.
         TalosValueError: there are fewer than two subfolders, a class has fewer than three images,
             or one image is in two classes; or `seed` is not an integer.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for red, name in enumerate(("cat", "dog")):
+        ...         Path(folder, name).mkdir()
+        ...         for i in range(10):
+        ...             image = Image.new("RGB", (8, 8), (red, i, 0))
+        ...             image.save(Path(folder, name, f"{i}.png"))
+        ...     task = load_image_folder(folder)
+        >>> task.class_texts, len(task.train), len(task.validation), len(task.test)
+        (('a photo of a cat', 'a photo of a dog'), 16, 2, 2)
     """
     path = Path(path)
     try:
@@ -144,6 +189,23 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
     )
 
 
+def find_images(path: Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, sorted.
+
+    Raises:
+        TalosOSError: the folder cannot be read.
+        TalosValueError: there is none.
+    """
+    if not path.is_dir():
+        raise TalosOSError(f"path must be a folder of images, got {path}")
+    found = _images(path)
+    if not found:
+        raise TalosValueError(
+            f"path must hold images, got none in {path}; add files ({', '.join(SUFFIXES)})"
+        )
+    return found
+
+
 def load_digits(*, seed: int = 0) -> ImageTask:
     """Load scikit-learn's 1797 handwritten digits of 8 x 8 pixels, split 80/10/10.
 
@@ -156,6 +218,11 @@ def load_digits(*, seed: int = 0) -> ImageTask:
     Raises:
         TalosError: scikit-learn is not installed.
         TalosValueError: `seed` is not an integer.
+
+    Example:
+        >>> task = load_digits()
+        >>> task.class_texts[0], len(task.test)
+        ('the digit zero', 179)
     """
     import numpy as np
 

@@ -42,7 +42,7 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
     Args:
         name: one of `available_tasks()`.
         seed: decides which files are in which split, and which texts are drawn.
-        sizes: largest number of train, validation and test examples, by default 1600, 400, 600. A
+        sizes: largest number of train, validation and test examples, by default 1600, 96, 400. A
             split is smaller where there is less text.
 
     Returns:

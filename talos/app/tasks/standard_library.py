@@ -164,7 +164,9 @@ def _docstring_topic(folder: Path) -> list[Candidate]:
 
 
 def _code_package(folder: Path) -> list[Candidate]:
-    names = re.compile("|".join(["http", "urllib", "wsgi", "xmlrpc", *PACKAGES]), re.IGNORECASE)
+    names = re.compile(
+        "|".join(["html", "http", "urllib", "wsgi", "xmlrpc", *PACKAGES]), re.IGNORECASE
+    )
     found = [
         Candidate(text, label, file.path, file.path)
         for label, file, _ in _files(folder, PACKAGES)
