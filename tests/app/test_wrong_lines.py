@@ -39,7 +39,6 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("demo --out d --seeds 0", "--seeds", "must be an integer of at least 1"),
     ("demo --out d --steps 0", "--steps", "must be an integer of at least 1"),
     ("demo --out d --max-length 2", "--max-length", "got 2"),
-    ("demo --out d --model openclip:ViT-B-32:openai", "--model", "must read texts"),
     # What the parser of the command line refuses
     ("bogus", "bogus", "No such command"),
     ("calibrat --data pets.csv", "calibrat", "Did you mean 'calibrate'?"),

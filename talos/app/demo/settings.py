@@ -79,8 +79,8 @@ class DemoSettings:
         """Refuse settings that cannot run, before anything is loaded."""
         if takes_images(self.model) and not self.tasks:
             raise TalosValueError(
-                f"model must read texts, as the built-in tasks do, got {self.model}, which reads "
-                "images; take minilm or a folder, or tasks of images"
+                f"model must read texts, got {self.model}, which reads images; take minilm or a "
+                "folder, or tasks of images"
             )
         for name in ("density", "control_share"):
             fraction(name, getattr(self, name))

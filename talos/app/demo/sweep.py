@@ -45,7 +45,7 @@ def run_sweep(
         densities: the densities, each once.
         seeds: the seeds, each once.
         overwrite: as of `run_demo`.
-        on_progress: as of `run_demo`; the task's name leads with the run.
+        on_progress: as of `run_demo`; the phase begins with density and seed.
         encoder: as of `run_demo`.
         tasks: as of `run_demo`.
 
@@ -77,9 +77,7 @@ def run_sweep(
                 own,
                 folder / cell,
                 overwrite=True,
-                on_progress=lambda progress, cell=cell: on_progress(  # type: ignore[misc]
-                    replace(progress, phase=f"{cell.removeprefix('cells/')} · {progress.phase}")
-                ),
+                on_progress=_led_by(f"density {density:g} seed {seed}", on_progress),
                 encoder=encoder,
                 tasks=tasks,
             )
@@ -115,6 +113,11 @@ def run_sweep(
     write_report(swept, folder / "report.html")
     save_results(swept, folder / "results.json")
     return swept
+
+
+def _led_by(words: str, on_progress: OnProgress) -> OnProgress:
+    """Return what hands progress on with these words before the phase."""
+    return lambda progress: on_progress(replace(progress, phase=f"{words} · {progress.phase}"))
 
 
 def _takes_density(method: str) -> bool:
