@@ -25,6 +25,7 @@ from talos.errors import TalosValueError
 from talos.task_vectors import TaskVector
 from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
+from tests.house.test_pages import ROOT, blocks_of, commands_of
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
 
@@ -51,6 +52,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(home / "pets.csv", rows)
     train(home, ["--model", str(home / "base"), "--data", str(home / "pets.csv")])
     return home
+
+
+def run_page(text: str, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    """Runs the blocks of a page as they are; `minilm` is the model in `base`."""
+    monkeypatch.setattr("talos.app.models.load.minilm_folder", lambda: base)
+    monkeypatch.setattr("talos.app.models.load.MINILM_SHA256", None)
+    for block in blocks_of(text):
+        if block.language == "python":
+            exec(compile(block.code, "page", "exec"), {})
+        for words in commands_of(block.code) if block.language == "bash" else ():
+            assert words[0] == "talos"
+            run(*words[1:])
 
 
 def train(home: Path, common: list[str]) -> None:
@@ -345,3 +358,36 @@ def test_refusals(
         ),
     ):
         refused(words, capsys, message, tmp_path)
+
+
+def test_the_readmes_section_runs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Into production\n(.*?)^## ", page, re.M | re.S)
+    assert section is not None
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("reviews.csv", "pets.csv"), ("vector.safetensors",) * 2):
+        Path(name).write_bytes((home / source).read_bytes())
+    Path("new.csv").write_text("text\nmeow\nwoof\n")
+    run_page(section[1], monkeypatch, home / "base")
+    assert len(Path("predictions.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_walk_ends_in_predictions_that_equal_evals(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page((ROOT / "docs" / "walk.md").read_text(), monkeypatch, home / "base")
+    right, count = re.findall(r"(\d+) of (30) labels were predicted", capsys.readouterr().err)[0]
+    data = ("--data", "tickets.csv", "--json", "-")
+    for words in (("--model", "edited"), ("--vector", "edit.safetensors")):
+        run("eval", *words, *data)
+        figures = json.loads(capsys.readouterr().out)["metrics"]["accuracy"]["tasks"]["tickets"]
+        value = figures["edited" if "--vector" in words else "pretrained"]["value"]
+        assert value == int(right) / int(count)

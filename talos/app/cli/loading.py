@@ -7,6 +7,8 @@ from talos.app.cli.options import as_options
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
+from talos.app.models.clip import PREFIX
+from talos.app.models.folders import find_folder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
@@ -16,7 +18,7 @@ from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder", "load_rows"]
+__all__ = ["check_names", "load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -49,6 +51,20 @@ def load_data(data: str) -> Task | ImageTask:
     )
 
 
+def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:
+    """Return the names of the tasks.
+
+    Raises:
+        TalosValueError: two have the same name, as files of one name in two folders do.
+    """
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TalosValueError(
+            f"--data must have different names, got {', '.join(sorted(twice))} twice; rename a file"
+        )
+    return names
+
+
 def load_rows(data: str, model: str, split: str | None = None) -> Rows:
     """Load what a model is to predict: all of a file or a folder, or a split of a task.
 
@@ -76,14 +92,17 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
 
 def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
     """Refuse tasks whose examples a model does not read."""
-    reads = "images" if takes_images(model) else "texts"
+    with as_options({"source": "--model"}):
+        here = model == "minilm" or model.startswith(PREFIX)
+        found = model if here else str(find_folder(model)[0])  # of the hub it is downloaded
+        reads = "images" if takes_images(found) else "texts"
     for task in tasks:
         if task.reads != reads:
             raise TalosValueError(
                 f"--model must read the {task.reads} of {task.name}, got {model}, which reads "
                 f"{reads}; take "
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
-                + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
+                + (" or a CLIP as --model" if reads == "texts" else "")
             )
 
 

@@ -166,7 +166,7 @@ def _read_base(
     base: str | None, data: Sequence[str], max_length: int | None, metadata: Mapping[str, Any]
 ) -> "tuple[Checkpoint | None, Beside, dict[str, Head]]":
     """Return the base's checkpoint, what is written beside it, and the heads in that."""
-    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
     from talos.app.models import ClipEncoder, TextEncoder
     from talos.app.models.clip import CONFIG_FILE
@@ -180,9 +180,7 @@ def _read_base(
     path = Path(base).expanduser()
     beside: dict[str, Callable[[Path], object]] = {}
     tasks = [load_data(each) for each in data]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise TalosValueError(f"--data must have different names, got {' and '.join(names)}")
+    check_names(tasks)
     if not tasks and path.exists():
         heads = load_heads(path)
     else:
