@@ -185,7 +185,7 @@ def evaluate(
             )
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
-        made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}
+        made = {path: each.metadata for path, each in given.items()}
         tokens = {task.name: tokens_for(task, encoder, max_length, made.values()) for task in tasks}
         evaluation = Evaluation(
             encoder,
