@@ -12,6 +12,7 @@ __all__ = [
     "after_vector",
     "expansion",
     "merge_command",
+    "methods_of",
     "model_option",
     "of_model",
     "subtracts",
@@ -46,10 +47,14 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
 
 def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    return ("--linearized",) if methods_of(metadata) == {"linearized"} else ()
+
+
+def methods_of(metadata: Mapping[str, Any]) -> set[str]:
+    """Return the methods by which the vectors behind a vector were trained, where it tells."""
     from talos.task_vectors.sums import origins
 
-    methods = {of.get("method") for of in origins(metadata)}
-    return ("--linearized",) if methods == {"linearized"} else ()
+    return {str(of["method"]) for of in origins(metadata) if "method" in of}
 
 
 def model_option(metadata: Mapping[str, Any]) -> tuple[str, ...]:
