@@ -31,6 +31,14 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("compare a.json b.json --seed 1 --seed 2", "--seed", "must be given once, got 1 and 2"),
     ("report a.json --out b.html --out c.html", "--out", "given once, got b.html and c.html"),
     ("demo --out a --out b", "--out", "must be given once, got a and b"),
+    ("demo --out d --data pets.csv", "--data", "must name at least two tasks, got pets.csv"),
+    ("demo --out d --data pets.csv --data pets.csv", "--data", "must differ"),
+    ("demo --out d --data pets.csv --data sub/pets.csv", "--data", "must have different names"),
+    ("demo --out d --density 0.1 --density 0.1", "--density", "must differ, got 0.1 0.1"),
+    ("demo --out d --density 0.1 --density 2", "--density", "must lie in (0, 1], got 2"),
+    ("demo --out d --seeds 0", "--seeds", "must be an integer of at least 1"),
+    ("demo --out d --steps 0", "--steps", "must be an integer of at least 1"),
+    ("demo --out d --max-length 2", "--max-length", "got 2"),
     # What the parser of the command line refuses
     ("bogus", "bogus", "No such command"),
     ("calibrat --data pets.csv", "calibrat", "Did you mean 'calibrate'?"),
@@ -257,6 +265,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("wrong")
     rows = "".join(f"{word} {i},{word}\n" for word in ("cat", "dog") for i in range(10))
     (made / "pets.csv").write_text(f"text,label\n{rows}")
+    (made / "sub").mkdir()
+    (made / "sub" / "pets.csv").write_text(f"text,label\n{rows}")
     (made / "titled.csv").write_text(f"Text,label\n{rows}")
     (made / "ragged.tsv").write_text("text\tlabel\na\tb\tc\n")
     (made / "one.jsonl").write_text('{"text": "a", "label": "cat"}\n')

@@ -1,5 +1,6 @@
 """Load models and data by the names that the options take."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from talos.app.cli.options import as_options
@@ -17,7 +18,7 @@ from talos.app.tasks.unlabelled import Rows
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder", "load_rows"]
+__all__ = ["check_names", "load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -48,6 +49,20 @@ def load_data(data: str) -> Task | ImageTask:
         "--data must be a built-in task, digits, or an existing .csv, .tsv or .jsonl file or "
         f"folder of images, got {data}{near}"
     )
+
+
+def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:
+    """Return the names of the tasks.
+
+    Raises:
+        TalosValueError: two have the same name, as files of one name in two folders do.
+    """
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TalosValueError(
+            f"--data must have different names, got {', '.join(sorted(twice))} twice; rename a file"
+        )
+    return names
 
 
 def load_rows(data: str, reads: str) -> Rows:

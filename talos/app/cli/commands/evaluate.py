@@ -33,7 +33,6 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.records import write_record
 from talos.app.cli.suggestions import merge_command
-from talos.errors import TalosValueError
 from talos.options import integer
 
 __all__ = ["EXAMPLES", "evaluate", "facts"]
@@ -157,7 +156,7 @@ def evaluate(
         check_use(scale, coef is None, points, len(vector), metric or [])
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
-    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
     from talos.task_vectors import TaskVector
 
@@ -177,12 +176,7 @@ def evaluate(
         one = None
         if forget is not None:
             one = forgetting(forget, control or [], keep, data, tasks, load_data)
-        names = [task.name for task in tasks]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise TalosValueError(
-                f"--data must have different names, got {', '.join(sorted(twice))} twice; "
-                "rename a file"
-            )
+        names = check_names(tasks)
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
         made = {path: each.metadata for path, each in given.items()}
