@@ -14,6 +14,7 @@ __all__ = [
     "data_options",
     "expansion",
     "merge_command",
+    "methods_of",
     "model_option",
     "of_model",
     "subtracts",
@@ -70,10 +71,14 @@ def train_longer(model: str, data: str, metadata: Mapping[str, Any]) -> str:
 
 def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    return ("--linearized",) if methods_of(metadata) == {"linearized"} else ()
+
+
+def methods_of(metadata: Mapping[str, Any]) -> set[str]:
+    """Return the methods by which the vectors behind a vector were trained, where it tells."""
     from talos.task_vectors.sums import origins
 
-    methods = {of.get("method") for of in origins(metadata)}
-    return ("--linearized",) if methods == {"linearized"} else ()
+    return {str(of["method"]) for of in origins(metadata) if "method" in of}
 
 
 def model_option(metadata: Mapping[str, Any]) -> tuple[str, ...]:
