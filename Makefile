@@ -11,7 +11,7 @@ CPP := $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp */*.cuh */*.cu) \
   examples/cpp/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
 NATIVE := $(wildcard setup.py csrc/* csrc/*/*)
 
-.PHONY: demo test quick bench lint format clean
+.PHONY: demo test quick bench lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -40,8 +40,12 @@ format: $(STAMP)
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
+# Pages, docstrings and --help texts as a site; a broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf build demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
+	rm -rf build demo site *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
 	rm -f talos_kernels/*.so
 	find talos talos_kernels benches examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

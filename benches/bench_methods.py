@@ -5,9 +5,14 @@ beside the paper's. A form that cannot run here is named with its reason. A shor
 them:
 
     pytest benches/bench_methods.py --layers 2 --batch 2 --rounds 1 --out bench
+
+A model of your own, a folder of transformers, on random tokens or images:
+
+    pytest benches --model FOLDER
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from benches import measure
 from benches.iterations import Cost, measure_forms
 from benches.methods import COMPILED, FORMS, OTHER_LIBRARIES
 from benches.shapes import SHAPES
-from benches.workload import make_workload
+from benches.workload import OWN_TOKENS, make_workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = {"cpu": 16, "cuda": 128}
@@ -56,10 +61,13 @@ def bench_methods(
     for form, why in reasons.items():
         if form.name not in measured:
             say(f"{form.title} is left out: {why or 'it ran out of memory'}")
-    shape = SHAPES[trained]
-    label = f"{trained}, batch {batch}, {tokens or shape.tokens} tokens, {dtype}"
-    if layers not in (None, shape.layers):
+    name, shape = Path(trained).name, SHAPES.get(trained)
+    size = f"{tokens or (shape.tokens if shape else OWN_TOKENS)} tokens"
+    if shape is None and "images" in workload.batch:
+        size = f"{workload.batch['images'].shape[-1]} pixels"
+    label = f"{name}, batch {batch}, {size}, {dtype}"
+    if shape is not None and layers not in (None, shape.layers):
         label += f", {layers} layers"
     if chosen is not None:
         label += ", chosen forms"
-    keep_costs(trained, label, costs)
+    keep_costs(name, label, costs)

@@ -31,6 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"model whose tensors are used; may be given more than once (default: {default})",
     )
     parser.addoption(
+        "--model",
+        help="a folder or hub name of transformers: only whole iterations of this model",
+    )
+    parser.addoption(
         "--layers",
         type=int,
         help="layers of a tower that is scored (default: all on a GPU, some on the CPU)",
@@ -64,6 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[COSTS] = []
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep only what takes --model, if that is given."""
+    if config.getoption("--model") is not None:
+        if config.getoption("--shape") or config.getoption("--layers"):
+            raise pytest.UsageError("--model must come without --shape and --layers")
+        items[:] = [each for each in items if "trained" in getattr(each, "fixturenames", ())]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make `shape`, `linear`, `trained` and `tower` of --shape."""
     on_gpu = torch.cuda.is_available()
@@ -76,7 +88,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names, scope="module")
     if "trained" in metafunc.fixturenames:
-        trained = given or (sorted(SHAPES) if on_gpu else ["vit-b-32"])
+        own = metafunc.config.getoption("--model")
+        trained = [own] if own else given or (sorted(SHAPES) if on_gpu else ["vit-b-32"])
         dtypes = metafunc.config.getoption("--dtype") or ["fp32", "bf16"]
         metafunc.parametrize(("trained", "dtype"), [(n, d) for n in trained for d in dtypes])
     if "tower" in metafunc.fixturenames:

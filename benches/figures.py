@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benches.results import BASELINE, Costs, paper_ratios, ratios
-from talos.app.report.svg import GREY, INK, draw
+from talos.app.report.style import GREY, INK
+from talos.app.report.svg import draw
 
 Parts = dict[str, tuple[Callable[[Mapping[str, Any]], float], str]]
 

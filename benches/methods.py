@@ -151,6 +151,12 @@ def projections(model: nn.Module) -> list[str] | None:
     return next((pair for pair in PROJECTIONS if names.issuperset(pair)), None)
 
 
+def _adapted_names(model: nn.Module) -> list[str] | None:
+    """Return what LoRA adapts: queries and values, or the attention of open_clip's towers."""
+    fused = any(isinstance(each, nn.MultiheadAttention) for each in model.modules())
+    return projections(model) or (FUSED if fused else None)
+
+
 def _adapted(workload: Workload, config: Any) -> Running:
     """Return the training of a copy of the model with adapters."""
     import peft
@@ -172,7 +178,7 @@ def _adapted(workload: Workload, config: Any) -> Running:
 def _lora(workload: Workload) -> Running:
     import peft
 
-    modules = projections(workload.model) or FUSED
+    modules = _adapted_names(workload.model)
     return _adapted(workload, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules))
 
 
@@ -193,15 +199,18 @@ def _eight_bit(workload: Workload, package: str) -> Running:
 
 
 def _needs(
-    package: str, *, gpu: str | None = None, linears: bool = False
+    package: str,
+    *,
+    gpu: str | None = None,
+    adapts: Callable[[nn.Module], list[str] | None] | None = None,
 ) -> Callable[[Workload], str | None]:
     def missing(workload: Workload) -> str | None:
         if find_spec(package) is None:
             return f"{package} is not installed"
         if gpu is not None and workload.device.type != "cuda":
             return gpu
-        if linears and projections(workload.model) is None:
-            return "SHiRA adapts linear layers, and this tower's projections are one parameter"
+        if adapts is not None and adapts(workload.model) is None:
+            return "it adapts linear layers of queries and values, which this model has not"
         return None
 
     return missing
@@ -231,8 +240,8 @@ COMPILED = (
 """Compiling takes a CPU minutes before the first iteration."""
 
 OTHER_LIBRARIES = (
-    Form("peft_lora", "peft, LoRA", _lora, _needs("peft")),
-    Form("peft_shira", "peft, SHiRA", _shira, _needs("peft", linears=True)),
+    Form("peft_lora", "peft, LoRA", _lora, _needs("peft", adapts=_adapted_names)),
+    Form("peft_shira", "peft, SHiRA", _shira, _needs("peft", adapts=projections)),
     Form(
         "torchao_8bit",
         "non-linear, torchao AdamW8bit",

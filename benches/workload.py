@@ -1,9 +1,11 @@
 """Published architectures with random weights, and the batch and the mask that training takes.
 
-CLIP's visual towers and the sentence encoder answer through a frozen head, T5 is the
-encoder-decoder that it is. Labels are random, and dropout is off. The mask selects 60 % of the
+Or a folder of transformers (`pytest benches --model FOLDER`), with its own weights.
+
+CLIP's visual towers and encoders of text answer through a frozen head, an encoder-decoder as it
+is. Labels are random, and dropout is off. The mask selects 60 % of the
 query and key weights, about a tenth of a model: four rounds of `calibrate` leave nearly all of a
-mask there.
+mask there. Where queries and keys cannot be told apart, it selects a tenth of all maskable weights.
 """
 
 from collections.abc import Mapping
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benches.shapes import QK_DENSITY, SHAPES
+from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.params import select_parameters
+from talos.params import Candidates, select_parameters
 
 CLASSES = 64
 OPEN_CLIP = {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}
@@ -27,6 +30,8 @@ CLIP_SIZES: dict[str, dict[str, Any]] = {
 }
 CLIP_PROJECTION = {"vit-b-32": 512, "vit-l-14": 768}
 IDS = (1000, 30000)
+SPREAD_DENSITY = 0.1
+OWN_TOKENS = 48
 
 Batch = dict[str, Tensor]  # each [B, ...]
 
@@ -71,7 +76,7 @@ class Workload:
     """A model and a batch, the same for every form of fine-tuning; each trains it in place.
 
     Attributes:
-        name: a key of `SHAPES`.
+        name: a key of `SHAPES`, or a folder or hub name of transformers.
         model: maps a batch to logits.
         batch: the model's inputs.
         labels: int64 `[B]` or `[B, T]`.
@@ -115,37 +120,74 @@ def make_workload(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Workload:
-    """Make a model of random weights, its batch and its mask; always the same ones."""
+    """Make a model, its batch and its mask; always the same ones."""
     device = device or torch.device("cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with device:  # a large model's random weights take a CPU longer than all that follows
-            tower = library_model(name, layers)
-            batch = inputs_of(name, batch_size, tokens)
+            tower = library_model(name, layers) if name in SHAPES else own_model(name).to(device)
+            config = None if name in SHAPES else getattr(tower, "config", None)
+            batch = inputs_of(name, batch_size, tokens, config)
             model = Answering(tower)
             labels = torch.randint(CLASSES, (batch_size,))
             if "decoder_input_ids" in batch:
-                labels = torch.randint(*IDS, batch["decoder_input_ids"].shape)
+                labels = torch.randint_like(batch["decoder_input_ids"], *_ids(config))
         masks, entries = {}, {}
-        for key, each in select_parameters(model, "qk").items():
+        candidates, density = _candidates(model)
+        for key, each in candidates.items():
             if each.param.dim() < 2:
                 continue
             start, end = each.rows or (0, len(each.param))
             mask = masks[key] = torch.zeros(each.param.shape, dtype=torch.bool)
-            mask[start:end] = torch.rand(mask[start:end].shape) < QK_DENSITY
+            mask[start:end] = torch.rand(mask[start:end].shape) < density
             entries[key] = mask[start:end].numel()
     return Workload(name, model, batch, labels, Mask.from_dense(masks), entries, dtype)
 
 
-def inputs_of(name: str, batch_size: int, tokens: int | None = None) -> Batch:
-    """Return random inputs; texts have `tokens` tokens, T5's answers a quarter of that."""
-    if name in OPEN_CLIP:
-        return {"images": torch.randn(batch_size, 3, 224, 224)}
-    tokens = tokens or SHAPES[name].tokens
-    batch = {"input_ids": torch.randint(*IDS, (batch_size, tokens))}
-    if name == "t5-large":
-        batch["decoder_input_ids"] = torch.randint(*IDS, (batch_size, max(1, tokens // 4)))
+def _candidates(model: nn.Module) -> tuple[Candidates, float]:
+    """Return queries and keys, or where there are none all maskable weights, and a density."""
+    try:
+        return select_parameters(model, "qk"), QK_DENSITY
+    except TalosValueError:
+        return select_parameters(model), SPREAD_DENSITY
+
+
+def inputs_of(name: str, batch_size: int, tokens: int | None = None, config: Any = None) -> Batch:
+    """Return random inputs; texts have `tokens` tokens, an encoder-decoder's answers a quarter.
+
+    `config` is that of a model that is not in `SHAPES`.
+    """
+    size = 224 if config is None else getattr(config, "image_size", None)
+    if name in OPEN_CLIP or (config is not None and size is not None):
+        return {"images": torch.randn(batch_size, getattr(config, "num_channels", 3), size, size)}
+    tokens = tokens or (SHAPES[name].tokens if config is None else OWN_TOKENS)
+    batch = {"input_ids": torch.randint(*_ids(config), (batch_size, tokens))}
+    if name == "t5-large" or getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = torch.randint(*_ids(config), (batch_size, max(1, tokens // 4)))
     return batch
+
+
+def _ids(config: Any) -> tuple[int, int]:
+    """Return the range of random tokens."""
+    return IDS if config is None else (0, int(config.vocab_size))
+
+
+def own_model(source: str) -> nn.Module:
+    """Load a model of transformers: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: it takes something else than one image or one text.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    if hasattr(config, "text_config") or hasattr(config, "vision_config"):
+        raise ValueError(f"--model must take images or texts, got {source}, which takes both")
+    if hasattr(config, "image_size"):
+        return _TransformersTower(transformers.AutoModel.from_pretrained(source))
+    name = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModel"
+    model: nn.Module = getattr(transformers, name).from_pretrained(source, use_cache=False)
+    return model
 
 
 def library_model(name: str, layers: int | None = None) -> nn.Module:
@@ -160,7 +202,7 @@ def library_model(name: str, layers: int | None = None) -> nn.Module:
     if name not in OPEN_CLIP:
         return _text_model(name, layers or full)
     if find_spec("open_clip") is None:
-        return _TransformersTower(name, layers or full)
+        return _transformers_tower(name, layers or full)
     return _open_clip_tower(name, layers or full)
 
 
@@ -202,23 +244,32 @@ def _open_clip_tower(name: str, layers: int) -> nn.Module:
     return tower
 
 
+def _transformers_tower(name: str, layers: int) -> nn.Module:
+    """Return transformers' visual tower of CLIP."""
+    import transformers
+
+    sizes = CLIP_SIZES[name]
+    config = transformers.CLIPVisionConfig(
+        num_hidden_layers=layers,
+        intermediate_size=4 * sizes["hidden_size"],
+        projection_dim=CLIP_PROJECTION[name],
+        hidden_act="gelu",
+        **sizes,
+    )
+    return _TransformersTower(transformers.CLIPVisionModelWithProjection(config))
+
+
 class _TransformersTower(nn.Module):
-    """transformers' visual tower of CLIP, called as open_clip's is: images to features."""
+    """A tower of transformers, called as open_clip's is: images to features."""
 
-    def __init__(self, name: str, layers: int) -> None:
-        import transformers
-
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        sizes, self.output_dim = CLIP_SIZES[name], CLIP_PROJECTION[name]
-        config = transformers.CLIPVisionConfig(
-            num_hidden_layers=layers,
-            intermediate_size=4 * sizes["hidden_size"],
-            projection_dim=self.output_dim,
-            hidden_act="gelu",
-            **sizes,
-        )
-        self.model = transformers.CLIPVisionModelWithProjection(config)
+        self.model, self.config = model, model.config
+        self.projects = hasattr(model, "visual_projection")
+        width = self.config.projection_dim if self.projects else self.config.hidden_size
+        self.output_dim: int = width
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.model(pixel_values=images).image_embeds
+        made = self.model(pixel_values=images)
+        features: Tensor = made.image_embeds if self.projects else made.last_hidden_state.mean(1)
         return features

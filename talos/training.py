@@ -288,8 +288,8 @@ class _Run:
             phase.check_gradients()
         if not math.isfinite(loss):
             raise TalosValueError(
-                f"the loss of step {self._taken + 1} is {loss}; the weights are those of step "
-                f"{self._taken}: lower lr, or look for broken samples"
+                f"lr must keep the loss finite, got {loss} at step {self._taken + 1}, with the "
+                f"weights of step {self._taken}; lower it, or look for broken samples"
             )
         norm = phase.clip(math.inf if self.max_grad_norm is None else self.max_grad_norm)
         rate = self._rate(self.lr if phase.lr is None else phase.lr, step)

@@ -219,6 +219,10 @@ def ask(judge: Judge, module: nn.Module, what: str) -> Tensor:
         TalosTypeError: the module is none, or the outcomes are no tensor of real numbers.
         TalosValueError: there is no outcome, their shape is not [n], or one is NaN.
         TalosRuntimeError: the judge wrote a weight, as torch counts writes.
+
+    Example:
+        >>> ask(lambda module: torch.tensor([True, False]), nn.Linear(1, 1), "judge of cars")
+        tensor([ True, False])
     """
     check_module(module)
     before = _versions(module)

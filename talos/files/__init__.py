@@ -14,9 +14,10 @@ from talos.files.checked import (
     write_tensors,
 )
 from talos.files.checkpoint import Checkpoint
-from talos.files.streaming import OnTensor, stream_tensors, write_changed
+from talos.files.streaming import Beside, OnTensor, stream_tensors, write_changed
 
 __all__ = [
+    "Beside",
     "Checkpoint",
     "OnTensor",
     "atomic_write",

@@ -14,9 +14,11 @@ from torch import Tensor
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files.reader import Header, explained, open_file, parse_json, read_tensor
 
-__all__ = ["Checkpoint"]
+__all__ = ["SINGLE", "Checkpoint"]
 
-_NAMES = ("model.safetensors", "open_clip_model.safetensors")
+SINGLE = "model.safetensors"
+"""The file of a checkpoint that has no shards, as transformers and open_clip look for it."""
+_NAMES = (SINGLE, "open_clip_model.safetensors")
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "BOOL": torch.bool,

@@ -12,12 +12,15 @@ from torch import Tensor
 from talos.errors import TalosOSError, TalosValueError
 from talos.files.atomic import atomic_folder, atomic_write
 from talos.files.checked import check_name
-from talos.files.checkpoint import Checkpoint
+from talos.files.checkpoint import SINGLE, Checkpoint
 
-__all__ = ["OnTensor", "stream_tensors", "write_changed"]
+__all__ = ["Beside", "OnTensor", "stream_tensors", "write_changed"]
 
 OnTensor = Callable[[int, int], object]
 """Called after each tensor with the number done and the number of all."""
+
+Beside = Mapping[str, Callable[[Path], object]]
+"""Writes other files into a folder: by name, each called with the path to write to."""
 
 # Weights in other forms are the unchanged ones: beside changed weights they would mislead.
 _WEIGHTS = {
@@ -64,6 +67,7 @@ def write_changed(
     *,
     overwrite: bool = False,
     on_tensor: OnTensor | None = None,
+    beside: Beside | None = None,
 ) -> list[str]:
     """Write a checkpoint again with changed tensors, atomically, one tensor in memory at a time.
 
@@ -79,6 +83,8 @@ def write_changed(
             leaves nothing behind.
         overwrite: replace an existing file, or a folder that holds no file beside those written.
         on_tensor: called after each tensor.
+        beside: writes other files into the folder, by name, in place of the base's. Then `out` is a
+            folder also if the base is a file, which is its `model.safetensors`.
 
     Returns:
         The weights of the folder that were left out.
@@ -88,8 +94,17 @@ def write_changed(
         TalosOSError: `out` exists and `overwrite` is False, holds other files, or cannot be
             written.
     """
+    beside = beside or {}
     copied, left_out = _other_files(base) if base.path.is_dir() else ([], [])
-    _check_out(base, Path(os.path.realpath(out)), copied, overwrite=overwrite)
+    copied, left_out = (
+        [name for name in each if name not in beside] for each in (copied, left_out)
+    )
+    names = {file: file.name for file in base.files}
+    if not base.path.is_dir() and beside:
+        names = {base.path: SINGLE}
+    whole = base.path.is_dir() or bool(beside)  # a folder is written
+    written = {*copied, *beside, *names.values()}
+    _check_out(base, Path(os.path.realpath(out)), written if whole else None, overwrite=overwrite)
     done = 0
 
     def changed(name: str) -> Tensor:
@@ -107,13 +122,16 @@ def write_changed(
         _write(new, raw, names, changed)
 
     def write(folder: Path) -> None:
-        for file in base.files:
-            write_file(file, folder / file.name)
-        for name in copied:
+        for file, name in names.items():
+            write_file(file, folder / name)
+        for name in (*copied, *beside):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copyfile(base.path / name, folder / name)
+            if name in beside:
+                beside[name](folder / name)
+            else:
+                copyfile(base.path / name, folder / name)
 
-    if base.path.is_dir():
+    if whole:
         atomic_folder(out, write, overwrite=overwrite)
     else:
         atomic_write(out, lambda new: write_file(base.path, new))
@@ -173,8 +191,17 @@ def _leads_out(path: Path) -> TalosValueError:
     )
 
 
-def _check_out(base: Checkpoint, target: Path, copied: list[str], *, overwrite: bool) -> None:
-    """Refuse a place that is the base's, or that holds what would be lost."""
+def _check_out(
+    base: Checkpoint, target: Path, written: set[str] | None, *, overwrite: bool
+) -> None:
+    """Refuse a place that is the base's, or that holds what would be lost.
+
+    Args:
+        base: what is copied.
+        target: the place.
+        written: the files of the folder to write; None: a file is written.
+        overwrite: whether an existing one is replaced.
+    """
     own = base.path.resolve()
     if target.is_relative_to(own) or own.is_relative_to(target):
         raise TalosValueError(f"out must lie outside of base, got {target}; choose another")
@@ -182,16 +209,15 @@ def _check_out(base: Checkpoint, target: Path, copied: list[str], *, overwrite: 
         return
     if not overwrite:
         raise TalosOSError(f"out must not exist, got {target}; pass overwrite=True to replace it")
-    if target.is_dir() != own.is_dir():
-        kind = "folder" if own.is_dir() else "file"
-        raise TalosOSError(f"out must be a {kind} as base, got {target}; choose another")
-    written = {*copied, *(file.name for file in base.files)}
+    if target.is_dir() != (written is not None):
+        kind = "file" if written is None else "folder"
+        raise TalosOSError(f"out must be a {kind}, got {target}; choose another")
     found = {
         str(Path(root, name).relative_to(target))
         for root, _, names in os.walk(target)
         for name in names
     }
-    if target.is_dir() and not found <= written:
+    if written is not None and not found <= written:
         others = sorted(found - written)
         raise TalosOSError(
             f"out must hold only files that are replaced, got {target} with {len(others)} others: "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import Checkpoint, OnTensor, write_changed
+from talos.files import Beside, Checkpoint, OnTensor, write_changed
 from talos.masks import Mask
 from talos.names import listed, match_prefixes, resolve_names
 from talos.task_vectors.editing import EDITABLE, Launch, check_base
@@ -32,6 +32,7 @@ def export_checkpoint(
     largest: float,
     overwrite: bool,
     on_tensor: OnTensor | None,
+    beside: Beside | None,
 ) -> None:
     """Write base + scale * vector; see `TaskVector.export`."""
     names = names_in(base, mask)
@@ -57,7 +58,9 @@ def export_checkpoint(
         launch.check(scale, largest)
         launch.put_on(scale)
 
-    left_out = write_changed(base, out, change_, overwrite=overwrite, on_tensor=on_tensor)
+    left_out = write_changed(
+        base, out, change_, overwrite=overwrite, on_tensor=on_tensor, beside=beside
+    )
     warn_of_copies(copies, stacklevel=4)
     if left_out:
         warnings.warn(

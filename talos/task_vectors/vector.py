@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
-from talos.files import Checkpoint, OnTensor, stream_tensors
+from talos.files import Beside, Checkpoint, OnTensor, stream_tensors
 from talos.masks import Mask
 from talos.masks.table import text_table
 from talos.names import renamed
@@ -443,6 +443,7 @@ class TaskVector:
         *,
         overwrite: bool = False,
         on_tensor: OnTensor | None = None,
+        beside: Beside | None = None,
     ) -> None:
         """Write a checkpoint with `scale` times the vector added, for any library that reads one.
 
@@ -460,6 +461,8 @@ class TaskVector:
                 of a 16-bit weight counts as its own.
             overwrite: replace an existing file, or folder if no other file in it is lost.
             on_tensor: called after each tensor with the number done and the number of all.
+            beside: writes other files into the folder, by name. Then `out` is a folder also if the
+                base is a file, which is its `model.safetensors`.
 
         Raises:
             TalosValueError: the base lacks a tensor, has other shapes or another fingerprint; a
@@ -487,6 +490,7 @@ class TaskVector:
             largest=self.largest,
             overwrite=overwrite,
             on_tensor=on_tensor,
+            beside=beside,
         )
 
     def export_dense(self, path: str | os.PathLike[str]) -> None:

@@ -28,6 +28,7 @@ from talos.app.cli.commands import (
     extract,
     inspect,
     merge,
+    predict,
     report,
     train,
 )
@@ -53,6 +54,7 @@ COMMANDS = {
     "extract": extract,
     "merge": merge,
     "export": export,
+    "predict": predict,
     "eval": evaluate,
     "compare": compare,
     "inspect": inspect,

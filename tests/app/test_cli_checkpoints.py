@@ -149,7 +149,10 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["extract", base, str(folder), *file], "BASE and TUNED must hold model.safetensors"),
         (["export", vector, *out], "--base must be given unless --format is delta, got none"),
         (["export", vector, *file, "--format", "delta", "--base", base], "does not need"),
-        (["export", vector, *out, "--base", str(folder / "no")], "--base must be an existing"),
+        (
+            ["export", vector, *out, "--base", str(folder / "no")],
+            "--base must be 'minilm', a folder .*no folder",
+        ),
         (["export", vector, "--out", base, "--base", base], "--out must not exist"),
         (["export", vector, *out, "--base", tuned], "base must be the base .*pass --force"),
         (["export", vector, "--out", f"{base}/a", "--base", base], "--out must lie outside of"),

@@ -77,6 +77,10 @@ def test_the_folder_holds_everything(done: tuple[Path, dict[str, Any], list[Prog
         assert path.stat().st_size == file["bytes"]
         loaded = Mask.load(path) if file["kind"] == "mask" else TaskVector.load(path).mask
         assert loaded.nnz == file["entries"]
+        metadata = loaded.metadata if file["kind"] == "mask" else TaskVector.load(path).metadata
+        assert metadata.items() >= {"task": file["task"], "max_length": 12, "model": "tiny"}.items()
+        own = {"base"} if file["kind"] == "mask" else {"method", "steps", "lr", "seed"}
+        assert metadata.keys() >= {"class_names", "class_texts", "data", *own}
     assert load_results(out / "results.json") == json.loads(json.dumps(results))
     page = (out / "report.html").read_text()
     assert all(page.count(title) > 5 for title in TITLES.values())

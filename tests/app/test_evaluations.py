@@ -305,7 +305,7 @@ def test_a_task_is_forgotten_with_a_control(
         answers = of_vector(folder, task, "test", vector, -coef)
         assert torch.equal(from_hex(run["outcomes"]["edited"][task], len(answers)), answers)
     assert f"talos merge {forgettable}:{-coef:g} --out forget.safetensors" in shown
-    assert f"talos export {forgettable}:{-coef:g} --base BASE" in shown
+    assert f"talos export {forgettable}:{-coef:g} --base {folder / 'model'} --data" in shown
     every = ["--data", pets, "--data", signs, "--vector", str(forgettable), "--json", "-"]
     assert main([*common, *every, "--forget", pets, "--keep", "0.5"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -76,7 +76,7 @@ def test_every_parameter_is_the_models_and_no_answer_is_in_the_state(model: Lang
     other = model.classifier(["sun", "moon", "stars"])
     assert other.encoder is model
     other.load_state_dict(one.state_dict())
-    assert copy.deepcopy(other).choice_ids.shape[0] == 3
+    assert copy.deepcopy(other).head.shape[0] == 3
 
 
 def test_the_configuration_decides_what_is_loaded(folder: Path, tmp_path: Path) -> None:

@@ -1,17 +1,29 @@
 """From training on the command line to a model in use: names, folders, heads, predictions."""
 
 import csv
+import io
+import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import talos
 from talos.app.cli import main
+from talos.app.cli.loading import load_data
+from talos.app.demo.judge import logits_of
+from talos.app.models import load_encoder
+from talos.app.models.heads import HEAD_FILE, load_heads, save_heads
+from talos.errors import TalosValueError
 from talos.task_vectors import TaskVector
+from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
@@ -109,3 +121,222 @@ def test_a_clip_vector_fits_open_clip(tmp_path: Path) -> None:
     vector = TaskVector.load(tmp_path / "vector.safetensors")
     assert all(name.startswith("visual.") for name in vector.mask.names)
     vector.apply_(open_clip.create_model(CLIP, pretrained=str(weights)))
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path) -> Path:
+    """The folder `out`, which `talos export --data` wrote of the vector."""
+    words = ["--base", home / "base", "--data", home / "pets.csv", "--out", home / "out"]
+    run("export", home / "vector.safetensors", *words)
+    return home / "out"
+
+
+def edited_logits(home: Path, model: str, data: Path, split: str) -> torch.Tensor:
+    """What `talos eval --vector` judges: the base's own classifier with the vector on it."""
+    task = load_data(str(data))
+    classifier = load_encoder(model).classifier(task.class_texts)
+    with TaskVector.load(home / "vector.safetensors").applied(classifier):
+        return logits_of(classifier, task, split)
+
+
+def accuracy_of_eval(capsys: pytest.CaptureFixture[str], *words: object) -> list[float]:
+    """The accuracies that `talos eval` prints: pretrained and edited."""
+    capsys.readouterr()
+    run("eval", *words, "--json", "-")
+    figures = json.loads(capsys.readouterr().out)["metrics"]["accuracy"]["tasks"]["pets"]
+    return [figures[key]["value"] for key in ("pretrained", "edited") if figures.get(key)]
+
+
+def test_the_folder_is_the_same_classifier_bit_for_bit(home: Path, exported: Path) -> None:
+    task = load_data(str(home / "pets.csv"))
+    encoder = load_encoder(exported)
+    head = encoder.heads["pets"]
+    assert (head.class_names, head.class_texts) == (task.class_names, task.class_texts)
+    for split in ("validation", "test"):
+        logits = logits_of(head.classifier(encoder), task, split)
+        wanted = edited_logits(home, str(home / "base"), home / "pets.csv", split)
+        assert_bit_equal(logits, wanted)
+    rebuilt = encoder.classifier(task.class_texts)
+    assert not torch.equal(rebuilt.head, head.tensor)  # so it must be saved
+
+
+def test_predictions_are_those_that_eval_judges(
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load_data(str(home / "pets.csv"))
+    texts = [example.text for example in task.test]
+    labels = [task.class_names[example.label] for example in task.test]
+    data = write_rows(tmp_path / "test.csv", dict(zip(texts, labels, strict=True)))
+    capsys.readouterr()
+    run("predict", "--model", exported, "--data", data)
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(captured.out)))
+    assert [row["text"] for row in rows] == texts
+    assert [row["label"] for row in rows] == labels
+    logits = edited_logits(home, str(home / "base"), home / "pets.csv", "test")
+    for row, each in zip(rows, logits.double().softmax(1), strict=True):
+        assert row["prediction"] == task.class_names[each.argmax()]
+        assert (
+            row["probability"] == row[f"p({row['prediction']})"] == str(round(float(each.max()), 6))
+        )
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert f"{right} of 12 labels were predicted: {100 * right / 12:.1f} %" in captured.err
+    vector = ["--vector", home / "vector.safetensors"]
+    words = ["--data", home / "pets.csv"]
+    assert accuracy_of_eval(capsys, "--model", home / "base", *words, *vector)[-1] == right / 12
+    assert accuracy_of_eval(capsys, "--model", exported, *words) == [right / 12]
+
+
+def test_unlabelled_rows_keep_their_order(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a very long meow, purr and more", "woof", "moo moo", "woof"]
+    data, out = tmp_path / "new.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "id": 3}) + "\n" for text in texts))
+    run("predict", "--model", exported, "--data", data, "--out", out, "--batch-size", "2")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["text"] for row in rows] == texts
+    assert "label" not in rows[0]
+    assert set(rows[0]["probabilities"]) == {"cat", "dog", "cow"}
+    assert sum(rows[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert rows[1] == rows[3]
+    assert capsys.readouterr().out == f"{out}: 4 predictions of pets\n"
+
+
+def test_other_libraries_load_the_folder(exported: Path) -> None:
+    model = AutoModel.from_pretrained(exported)
+    encoder = load_encoder(exported)
+    for name, each in model.state_dict().items():
+        assert_bit_equal(each, encoder.transformer.state_dict()[name])
+    texts = ["meow meow", "a longer text about a dog"]
+    sentences = SentenceTransformer(str(exported), device="cpu").encode(texts)
+    torch.testing.assert_close(torch.from_numpy(sentences), encoder.encode(texts))
+
+
+def test_a_head_is_kept_when_the_folder_is_edited_again(
+    home: Path, exported: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    vector = f"{home}/vector.safetensors:0.5"
+    run("export", vector, "--base", exported, "--force", "--out", again)
+    for name, head in load_heads(exported).items():
+        assert_bit_equal(load_heads(again)[name].tensor, head.tensor)
+    signs = write_rows(
+        tmp_path / "signs.csv", {f"{s} {i}": s for s in ("plus", "minus") for i in range(9)}
+    )
+    words = ["--data", home / "pets.csv", "--data", signs]
+    run("export", vector, "--base", home / "base", *words, "--out", tmp_path / "two")
+    assert list(load_heads(tmp_path / "two")) == ["pets", "signs"]
+    run("predict", "--model", tmp_path / "two", "--data", signs, "--task", "signs")
+    assert main(["predict", "--model", str(tmp_path / "two"), "--data", str(signs)]) == 2
+
+
+def test_eval_says_if_no_head_fits(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signs = write_rows(
+        tmp_path / "signs.csv", {f"{s} {i}": s for s in ("plus", "minus") for i in range(9)}
+    )
+    run("eval", "--model", exported, "--data", signs)
+    assert (
+        "warning: out holds no head of the labels of signs (it holds pets)"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("save", [save_tiny_t5, save_tiny_gpt2], ids=["t5", "gpt2"])
+def test_a_language_model_goes_into_production(
+    save: Callable[[Path], Path], home: Path, tmp_path: Path
+) -> None:
+    folder, data = save(tmp_path / "model"), home / "pets.csv"
+    train(tmp_path, ["--model", str(folder), "--data", str(data)])
+    words = ["--base", folder, "--data", data, "--out", tmp_path / "out"]
+    run("export", tmp_path / "vector.safetensors", *words)
+    encoder = load_encoder(tmp_path / "out")
+    head = encoder.heads["pets"]
+    assert head.kind == "answers"
+    logits = logits_of(head.classifier(encoder), load_data(str(data)), "test")
+    assert_bit_equal(logits, edited_logits(tmp_path, str(folder), data, "test"))
+
+
+def test_clip_goes_into_production(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = f"openclip:{CLIP}:{save_tiny_clip(tmp_path / 'clip')}"
+    images = save_images(tmp_path / "bright", {"dark": 40, "light": 40})
+    train(tmp_path, ["--model", source, "--data", str(images)])
+    words = ["--base", source, "--data", images, "--out", tmp_path / "out"]
+    run("export", tmp_path / "vector.safetensors", *words)
+    encoder = load_encoder(tmp_path / "out")
+    logits = logits_of(encoder.heads["bright"].classifier(encoder), load_data(str(images)), "test")
+    assert_bit_equal(logits, edited_logits(tmp_path, source, images, "test"))
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    for name, each in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert_bit_equal(model.state_dict()[name], each)
+    capsys.readouterr()
+    run("predict", "--model", tmp_path / "out", "--data", images)
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(captured.out)))
+    assert {row["image"].split("/")[0] for row in rows} == {"dark", "light"}
+    assert re.search(r"\d+ of 80 labels were predicted", captured.err)
+
+
+def test_the_dtype_of_the_base_is_kept(home: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModel.from_pretrained(home / "base").bfloat16().save_pretrained(half)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (half / name).write_bytes((home / "base" / name).read_bytes())
+    words = ["--base", half, "--data", home / "pets.csv", "--force", "--out", tmp_path / "out"]
+    run("export", home / "vector.safetensors", *words)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}
+
+
+def test_a_damaged_head_is_refused(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "talos").mkdir()
+    path = tmp_path / HEAD_FILE
+    raw = bytearray((exported / HEAD_FILE).read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(TalosValueError, match="checksum of its data does not fit"):
+        load_heads(tmp_path)
+    [head] = load_heads(exported).values()
+    for wrong in ({"kind": "answers"}, {"scale": None}, {"class_names": ("cat",)}):
+        save_heads(path, {"pets": replace(head, **wrong)})
+        with pytest.raises(TalosValueError, match="not valid heads"):
+            load_heads(tmp_path)
+    save_file({"pets": head.tensor}, path)
+    with pytest.raises(TalosValueError, match="that talos did not write"):
+        load_heads(tmp_path)
+
+
+def test_refusals(
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, data, vector = (
+        str(home / "base"),
+        str(home / "pets.csv"),
+        str(home / "vector.safetensors"),
+    )
+    model = ["predict", "--model", str(exported)]
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text\n")
+    other = tmp_path / "other.csv"
+    other.write_text("texts\nmeow\n")
+    for words, message in (
+        (["predict", "--model", base, "--data", data], "--model must hold the head .*talos export"),
+        (["predict", "--model", "minilm", "--data", data], "--model must hold the head"),
+        ([*model, "--data", str(tmp_path / "no.csv")], "--data must be a file that can be read"),
+        ([*model, "--data", str(empty)], "--data must hold at least one row"),
+        ([*model, "--data", str(other)], "--data must have the column text, got texts"),
+        ([*model, "--data", data, "--task", "dogs"], "--task must be one .*pets.*got dogs"),
+        ([*model, "--data", data, "--out", "a.txt"], "--out must end in .csv or .jsonl"),
+        ([*model, "--data", data, "--batch-size", "0"], "--batch-size must be"),
+        (
+            ["export", vector, "--base", base, "--out", str(tmp_path / "o"), "--max-length", "9"],
+            "--max-length must be left out without --data",
+        ),
+        (
+            ["export", vector, "--format", "delta", "--data", data, "--out", "d.safetensors"],
+            "--data must be left out with --format delta",
+        ),
+    ):
+        refused(words, capsys, message, tmp_path)

@@ -89,7 +89,8 @@ def test_eval_cuts_each_task_at_its_own_length(made: Path, tmp_path: Path) -> No
     """The same figures as with both lengths given, one task at a time."""
     other = pets(tmp_path / "long.csv", more=" purr" * 6)
     vector = str(made / "vector.safetensors")
-    figures = {}
+    figures: dict[str, dict[str, str]] = {}
+    tokens: dict[str, int] = {}
     for name, options in {
         "both": ["--data", str(made / "pets.csv"), "--data", other],
         "pets": ["--data", str(made / "pets.csv"), "--max-length", "16"],
@@ -98,8 +99,11 @@ def test_eval_cuts_each_task_at_its_own_length(made: Path, tmp_path: Path) -> No
         out = tmp_path / f"{name}.json"
         common = ["--model", str(made / "tiny"), "--vector", vector, "--json", str(out)]
         assert main(["eval", *common, *options]) == 0
-        figures[name] = json.loads(out.read_text())["outcomes"]["edited"]
+        record = json.loads(out.read_text())
+        figures[name] = record["outcomes"]["edited"]
+        tokens |= {task: each["max_length"] for task, each in record["tasks"].items()}
     assert figures["both"] == figures["pets"] | figures["long"]
+    assert tokens == {"pets": 16, "long": 48}
 
 
 def test_a_mask_of_other_weights_is_refused(made: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -198,7 +202,7 @@ def test_a_loss_that_does_not_fall_is_said(made: Path, tmp_path: Path, capsys: C
     out = tmp_path / "out.safetensors"
     before = out.read_bytes()
     assert train(made, tmp_path, "--lr", "1e30", steps=12) == 2
-    assert "lower --lr" in capsys.readouterr().err
+    assert "error: --lr must keep the loss finite, got nan at step" in capsys.readouterr().err
     assert out.read_bytes() == before
 
 

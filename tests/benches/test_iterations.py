@@ -1,7 +1,11 @@
 """Whole iterations by method, on small models."""
 
+import json
+import subprocess
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from benches.iterations import HYPER, Agreement, Form, Running, measure_forms, s
 from benches.methods import FORMS, projections
 from benches.workload import Workload, make_workload
 
+ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {form.name: form for form in FORMS}
 
 
@@ -71,6 +76,59 @@ def test_every_form_is_what_it_claims(name: str, dtype: torch.dtype) -> None:
     for cost in costs.values():
         assert cost.total >= max(cost.forward_backward, cost.optimizer) > 0
         assert cost.launches > 0
+
+
+SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 80}
+OWN: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(hidden_size=40, vocab_size=50, **SIZES)
+    ),
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(hidden_size=40, image_size=8, patch_size=4, **SIZES)
+    ),
+    "gpt2": lambda: transformers.GPT2Model(  # its queries and keys lie in columns
+        transformers.GPT2Config(
+            n_embd=40, n_layer=1, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            d_model=40, d_ff=80, d_kv=20, num_heads=2, num_layers=1, vocab_size=50
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_of_ones_own_is_measured(name: str, tmp_path: Path) -> None:
+    OWN[name]().save_pretrained(tmp_path / name)
+    made = make_workload(str(tmp_path / name), batch_size=2, tokens=6)
+    wanted = {"images"} if name == "vit" else {"input_ids"}
+    assert set(made.batch) == (wanted | {"decoder_input_ids"} if name == "t5" else wanted)
+    loaded = OWN[name]().from_pretrained(tmp_path / name).state_dict()
+    for key, each in made.model.tower.state_dict().items():
+        if key.removeprefix("model.") in loaded:
+            assert torch.equal(each, loaded[key.removeprefix("model.")])
+    forms = [BY_NAME[each] for each in ("nonlinear", "talos")]
+    dense, sparse = measure_forms(made, forms, rounds=1, iterations=1)
+    assert 8 * made.mask.nnz <= sparse.memory.state < dense.memory.state
+
+
+@pytest.mark.slow
+def test_the_benches_take_a_model_of_ones_own(tmp_path: Path) -> None:
+    OWN["vit"]().save_pretrained(tmp_path / "mine")
+    given = ["--model", str(tmp_path / "mine"), "--form", "talos", "--form", "nonlinear"]
+    given += ["--dtype", "fp32", "--batch", "2", "--rounds", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benches", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "mine, batch 2, 8 pixels, fp32, chosen forms" in done.stdout, done.stdout
+    assert "1 passed" in done.stdout  # and no bench of single ops
+    found = json.loads((tmp_path / "methods.json").read_text())
+    assert {record["model"] for record in found["records"]} == {"mine"}
+    refused = subprocess.run(
+        [*command, "--shape", "minilm"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "--model must come without --shape" in refused.stderr
 
 
 def plain(lr: float, *, masked: bool) -> Callable[[Workload], Running]:

@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     events = fine_tune_steps(model, data, half_mask(model), steps=5)
     next(events)
     after_one = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(TalosValueError, match="the loss of step 2 is nan"):
+    with pytest.raises(TalosValueError, match="lr must keep the loss finite, got nan at step 2"):
         next(events)
     for name, value in model.state_dict().items():
         assert_bit_equal(value, after_one[name])

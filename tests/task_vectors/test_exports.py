@@ -598,5 +598,5 @@ def test_overwriting_loses_no_other_file(tmp_path: Path, base: Path) -> None:
     vector.export(base, out, scale=-1, overwrite=True)
     assert_holds(out, added(tensors, -vector))
     (tmp_path / "file").touch()
-    with pytest.raises(TalosOSError, match="out must be a folder as base"):
+    with pytest.raises(TalosOSError, match="out must be a folder, got"):
         vector.export(base, tmp_path / "file", overwrite=True)

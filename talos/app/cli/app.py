@@ -19,6 +19,7 @@ from talos.app.cli.commands import (
     extract,
     inspect,
     merge,
+    predict,
     report,
     train,
 )
@@ -62,6 +63,7 @@ for _command, _examples in (
     (evaluate.evaluate, evaluate.EXAMPLES),
     (compare.compare, compare.EXAMPLES),
     (export.export, export.EXAMPLES),
+    (predict.predict, predict.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
 ):

@@ -206,6 +206,7 @@ class Evaluation:
                     "data": source,
                     "examples": len(task.test),
                     "fingerprint": task.fingerprint(),
+                    "max_length": self._max_length[task.name] if task.reads == "texts" else None,
                 }
                 for task, source in zip(self._tasks, data, strict=True)
             },

@@ -6,13 +6,16 @@ from talos.app.cli.options import as_options
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
+from talos.app.models.heads import classifier_for
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.standard_library import SOURCES
+from talos.app.tasks.unlabelled import Rows
+from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder"]
+__all__ = ["load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -45,6 +48,12 @@ def load_data(data: str) -> Task | ImageTask:
     )
 
 
+def load_rows(data: str, reads: str) -> Rows:
+    """Load texts or images to predict."""
+    with as_options({"path": "--data"}):
+        return read_rows(data, reads)
+
+
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
     """Load a model to the GPU, or to the CPU where there is none.
 
@@ -67,4 +76,4 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
     """Load a model as a classifier of a task."""
     with as_options({"class_texts": "the labels of --data"}):
-        return load_encoder(model, task).classifier(task.class_texts)
+        return classifier_for(load_encoder(model, task), task.class_names, task.class_texts)

@@ -10,12 +10,13 @@ from typing import Any
 
 from talos.app.cli.console import note
 from talos.app.models import Encoder
+from talos.app.models.heads import saved_head
 from talos.app.provenance import USUAL_LENGTH, differences, tokens_of
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
-__all__ = ["TokenCounts", "count_tokens", "show_data", "summary", "tokens_for"]
+__all__ = ["TokenCounts", "count_tokens", "show_data", "show_rows", "summary", "tokens_for"]
 
 _SAMPLE = 1000  # texts that are tokenised to describe a task
 _WHOLE = 2**30  # a length that cuts nothing; with None transformers warns of long texts
@@ -148,6 +149,7 @@ def tokens_for(
                 f"--max-length must be left out with images, got {max_length}; it cuts texts"
             )
         return USUAL_LENGTH
+    made = [*made, *(head.made for head in encoder.heads.values())]
     tokens = tokens_of(task.name, made) if max_length is None else max_length
     most = encoder.most_tokens(task.class_texts)
     if most is not None and tokens > most:
@@ -180,9 +182,50 @@ def show_data(
     for file, metadata in made.items():
         for line in differences(task, max_length, file, metadata):
             note(f"warning: {line}")
+    if encoder.heads and saved_head(encoder, task.class_names, task.class_texts) is None:
+        note(
+            f"warning: {encoder.name} holds no head of the labels of {task.name} (it holds "
+            f"{', '.join(encoder.heads)}); one is made with its edited weights, which is not that "
+            f"of the base; export the model with --data {task.source or task.name}, too"
+        )
     if isinstance(task, ImageTask):
         note(summary(task, None, max_length))
         return
+    counts = _known_tokens(task, encoder)
+    note(summary(task, counts, max_length))
+    if not task.source:
+        return
+    if counts.cut(max_length) > _CUT_SHARE:
+        note(f"warning: {_longer(counts, max_length, encoder, task)}")
+    if all(_is_number(text) for text in task.class_texts):
+        numbers = ", ".join(task.class_texts[:3])
+        note(
+            f"warning: the labels of {task.source} are numbers ({numbers}), which describe no "
+            "class; write what each means into a third column label_text, one row of each label "
+            "is enough",
+        )
+
+
+def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None:
+    """Print on stderr what was read to predict, and a warning of texts that are not understood.
+
+    Args:
+        task: whose test examples they are.
+        encoder: the model.
+        max_length: the tokens of a text that are kept.
+
+    Raises:
+        TalosValueError: the tokenizer knows less than half of the texts.
+    """
+    if isinstance(task, ImageTask):
+        note(f"{task.source}: {len(task.test):,} images")
+        return
+    cut = _percent(_known_tokens(task, encoder).cut(max_length))
+    note(f"{task.source}: {len(task.test):,} rows; {cut} of the texts cut at {max_length} tokens")
+
+
+def _known_tokens(task: Task, encoder: Encoder) -> TokenCounts:
+    """Count the tokens of a task; refuse a tokenizer that knows few of them, or warn."""
     counts = count_tokens(task, encoder.tokenizer)
     name = task.source or task.name
     if counts.unknown > 0.5:
@@ -191,22 +234,12 @@ def show_data(
             f"which {_percent(counts.unknown)} of the tokens are unknown{_quoted(counts)}; copy "
             "the files of its own tokenizer into its folder, or take a model of this language"
         )
-    note(summary(task, counts, max_length))
     if counts.unknown > _UNKNOWN_SHARE:
         note(
             f"warning: to the tokenizer of {encoder.name} {_percent(counts.unknown)} of the tokens "
             f"of {name} are unknown{_quoted(counts)}; take a model of this language or subject",
         )
-    if not task.source:
-        return
-    if counts.cut(max_length) > _CUT_SHARE:
-        note(f"warning: {_longer(counts, max_length, encoder, task)}")
-    if all(_is_number(text) for text in task.class_texts):
-        numbers = ", ".join(task.class_texts[:3])
-        note(
-            f"warning: the labels of {name} are numbers ({numbers}), which describe no class; "
-            "write what each means into a third column label_text, one row of each label is enough",
-        )
+    return counts
 
 
 def _longer(counts: TokenCounts, max_length: int, encoder: Encoder, task: Task) -> str:

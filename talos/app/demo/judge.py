@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from talos.app.demo.settings import DemoSettings
-from talos.app.models import Encoder
+from talos.app.models import Classifier, Encoder
+from talos.app.models.heads import classifier_for
 from talos.app.tasks import Batches, ImageTask, Task, available_tasks, load_task
+from talos.batches import evaluation_mode
 from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["TaskModels", "calibration_batches", "load_tasks", "training_batches"]
+__all__ = ["TaskModels", "calibration_batches", "load_tasks", "logits_of", "training_batches"]
 
 Batch = dict[str, Tensor]
 
@@ -39,7 +41,7 @@ class TaskModels:
         self.tasks = tasks
         self.device = encoder.device
         self.classifiers: dict[str, nn.Module] = {
-            task.name: encoder.classifier(task.class_texts) for task in tasks
+            task.name: classifier_for(encoder, task.class_names, task.class_texts) for task in tasks
         }
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
@@ -128,6 +130,35 @@ def _in_order(
     ask = judge(_Moved(batches, device))
     places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
     return lambda module: ask(module)[places]
+
+
+def logits_of(
+    classifier: Classifier,
+    task: Task | ImageTask,
+    split: str,
+    *,
+    batch_size: int = 128,
+    max_length: int = 48,
+) -> Tensor:
+    """Return the logits of a split's examples, [n, C] on the CPU, in their order.
+
+    They are computed in the batches in which `TaskModels.outcomes` judges the examples: so the same
+    examples have the same bits.
+
+    Args:
+        classifier: the classifier.
+        task: the examples.
+        split: "train", "validation" or "test".
+        batch_size: examples per forward pass.
+        max_length: tokens per text.
+    """
+    encoder = classifier.encoder
+    size = {"batch_size": batch_size, "max_length": max_length}
+    batches = task.batches(split, encoder.tokenizer, **size).shortest_first()
+    with evaluation_mode(classifier), torch.no_grad():
+        found = torch.cat([classifier(batch) for batch in _Moved(batches, encoder.device)])
+    places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
+    return found.cpu()[places]
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:

@@ -7,6 +7,8 @@ encoder's, so that classifiers of one encoder can be merged.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,17 +27,23 @@ class Encoder(nn.Module, ABC):
         name: the source that was loaded.
         tokenizer: turns the examples of a task into tensors, as the task's `batches` takes it: for
             texts a tokenizer of transformers, for images a function from a picture to [3, H, W].
+        path: the file or folder of its weights.
+        heads: the heads that were saved with the model, by task; see `talos.app.models.heads`.
     """
 
     name: str
+    path: Path
     tokenizer: Any
+    heads: Mapping[str, Any] = MappingProxyType({})  # of Head
 
     @abstractmethod
-    def classifier(self, class_texts: Sequence[str]) -> "Classifier":
+    def classifier(self, class_texts: Sequence[str], head: Tensor | None = None) -> "Classifier":
         """Return a classifier that shares this encoder.
 
         Args:
             class_texts: one text per class.
+            head: what an earlier classifier made of the texts, `Classifier.head`; None: it is made
+                of them with the present weights.
         """
 
     @property
@@ -62,12 +70,14 @@ class Classifier(nn.Module, ABC):
     Attributes:
         encoder: the encoder, which is shared and not copied.
         class_texts: one text per class.
+        head: what was made of the texts, [C, ...], a buffer outside of the `state_dict`.
     """
 
     talos_wraps = "encoder"
 
     encoder: Encoder
     class_texts: tuple[str, ...]
+    head: Tensor
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -111,13 +121,16 @@ class ZeroShotEncoder(Encoder):
         with evaluation_mode(self):
             return torch.cat([self.embed(list(texts[i : i + _TEXTS_PER_PASS])) for i in starts])
 
-    def classifier(self, class_texts: Sequence[str]) -> "ZeroShotClassifier":
+    def classifier(
+        self, class_texts: Sequence[str], head: Tensor | None = None
+    ) -> "ZeroShotClassifier":
         """Return the zero-shot classifier of the classes that the texts describe.
 
         Args:
             class_texts: one text per class.
+            head: float32 [C, D]; None: the unit vectors of the texts by the present weights.
         """
-        return ZeroShotClassifier(self, class_texts)
+        return ZeroShotClassifier(self, class_texts, head)
 
 
 class ZeroShotClassifier(Classifier):
@@ -134,23 +147,23 @@ class ZeroShotClassifier(Classifier):
     Args:
         encoder: the encoder, which is shared and not copied.
         class_texts: one text per class.
+        head: float32 [C, D]; None: the unit vectors of the texts by the present weights.
 
     Raises:
         TalosTypeError: `class_texts` is not a sequence of strings.
         TalosValueError: there are fewer than two texts, or one is empty.
-
-    Attributes:
-        head: float32 [C, D], a non-persistent buffer.
     """
 
     encoder: ZeroShotEncoder
-    head: Tensor
 
-    def __init__(self, encoder: ZeroShotEncoder, class_texts: Sequence[str]) -> None:
+    def __init__(
+        self, encoder: ZeroShotEncoder, class_texts: Sequence[str], head: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.class_texts = checked_class_texts(class_texts)
         self.encoder = encoder
-        self.register_buffer("head", encoder.encode(self.class_texts), persistent=False)
+        made = encoder.encode(self.class_texts) if head is None else head.to(encoder.device)
+        self.register_buffer("head", made, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of a batch.

@@ -4,8 +4,9 @@ Only the visual tower is trainable, as in the paper's runs. The text tower makes
 task once, from its class texts, and is frozen with everything else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
 
 PREFIX = "openclip:"
+CONFIG_FILE = "open_clip_config.json"
 _PREPROCESSING = {
     "mean": "image_mean",
     "std": "image_std",
@@ -35,11 +37,15 @@ class ClipEncoder(ZeroShotEncoder):
         transform: turns a PIL image into float32 [3, H, W].
         tokenize: turns a list of texts into token ids, int64 [B, T].
         name: the source that was loaded.
+
+    Attributes:
+        config: what open_clip's own configuration file of the model holds.
     """
 
     talos_wraps = "clip"
     inputs = ("pixel_values",)
     clip: Any
+    config: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -130,6 +136,43 @@ def load_clip(source: str) -> ClipEncoder:
             f"source must have the weights of {architecture}, got {path}: {error!s:.300}"
         ) from error
     name = f"{PREFIX}{architecture}:{weights if weights in tags else path.name}"
+    encoder = ClipEncoder(clip.float(), transform, tokenize, name=name).eval()
+    architecture_config = dict(open_clip.get_model_config(architecture))
+    if options.get("force_quick_gelu"):
+        architecture_config["quick_gelu"] = True
+    preprocessing = open_clip.get_model_preprocess_cfg(clip)
+    encoder.config = {"model_cfg": architecture_config, "preprocess_cfg": preprocessing}
+    encoder.path = path
+    return encoder
+
+
+def is_clip(folder: Path) -> bool:
+    """Return whether a folder holds a CLIP as open_clip saves it."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def load_clip_folder(folder: Path, name: str) -> ClipEncoder:
+    """Load the CLIP that open_clip or `talos export` saved in a folder; see `load_clip`.
+
+    Args:
+        folder: with `CONFIG_FILE` and its weights.
+        name: the source that is loaded.
+
+    Raises:
+        TalosRuntimeError: open_clip is not installed.
+        TalosValueError: the folder holds no safetensors file, or its weights do not fit the
+            configuration.
+    """
+    open_clip = import_package("open_clip")
+    Checkpoint(folder)  # refuses other files
+    where = f"local-dir:{folder}"
+    try:
+        clip, _, transform = open_clip.create_model_and_transforms(where)
+        tokenize = open_clip.get_tokenizer(where)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        raise TalosValueError(
+            f"source must be a folder that open_clip can load, got {folder}: {error!s:.300}"
+        ) from error
     return ClipEncoder(clip.float(), transform, tokenize, name=name).eval()
 
 

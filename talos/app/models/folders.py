@@ -49,8 +49,19 @@ def configuration(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def save_json(content: object, path: Path) -> None:
+    """Write a configuration file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def class_name(folder: Path) -> str:
-    """Return the class of transformers that a folder was saved from, or AutoModel."""
+    """Return the class of transformers that a folder was saved from, or AutoModel.
+
+    Example:
+        >>> from talos.app.models import load_encoder
+        >>> class_name(load_encoder().path)
+        'BertModel'
+    """
     names = configuration(folder).get("architectures") or ["AutoModel"]
     return str(names[0])
 

@@ -45,13 +45,16 @@ class LanguageModel(Encoder):
         self.tokenizer = tokenizer
         self.name = name
 
-    def classifier(self, class_texts: Sequence[str]) -> "AnswerClassifier":
+    def classifier(
+        self, class_texts: Sequence[str], head: Tensor | None = None
+    ) -> "AnswerClassifier":
         """Return a classifier that chooses among texts.
 
         Args:
             class_texts: one answer per class.
+            head: the answers' tokens as `answer_ids` returns them; None: they are made.
         """
-        return AnswerClassifier(self, class_texts)
+        return AnswerClassifier(self, class_texts, head)
 
     def most_tokens(self, class_texts: Sequence[str]) -> int | None:
         """Return how many tokens of a text fit, before the answers of a decoder; None: any number.
@@ -98,24 +101,23 @@ class AnswerClassifier(Classifier):
     Args:
         encoder: the language model, which is shared and not copied.
         class_texts: one answer per class.
+        head: the answers' tokens, int64 [C, L], padded with -100; None: they are made.
 
     Raises:
         TalosTypeError: `class_texts` is not a sequence of strings.
         TalosValueError: there are fewer than two texts, or one is empty or has no tokens.
-
-    Attributes:
-        choice_ids: the answers' tokens, int64 [C, L], padded with -100.
     """
 
     encoder: LanguageModel
-    choice_ids: Tensor
 
-    def __init__(self, encoder: LanguageModel, class_texts: Sequence[str]) -> None:
+    def __init__(
+        self, encoder: LanguageModel, class_texts: Sequence[str], head: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.class_texts = checked_class_texts(class_texts)
         self.encoder = encoder
-        ids = encoder.answer_ids(self.class_texts).to(encoder.device)
-        self.register_buffer("choice_ids", ids, persistent=False)
+        ids = encoder.answer_ids(self.class_texts) if head is None else head
+        self.register_buffer("head", ids.to(encoder.device), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-probability of each answer.
@@ -127,7 +129,7 @@ class AnswerClassifier(Classifier):
             float32 [B, C].
         """
         asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        asked["choice_ids"] = self.choice_ids.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
+        asked["choice_ids"] = self.head.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
         logits: Tensor = batches.choice_logits(self.encoder.model, asked)
         return logits
 

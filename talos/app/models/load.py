@@ -1,12 +1,14 @@
 """Load a model of any kind by its name."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from talos.app.models.base import Encoder
-from talos.app.models.clip import PREFIX, load_clip
+from talos.app.models.clip import PREFIX, is_clip, load_clip, load_clip_folder
 from talos.app.models.folders import configuration, find_folder, has_tokenizer, takes_texts
+from talos.app.models.heads import load_heads
 from talos.app.models.language import auto_class, is_language_model, load_language_model
-from talos.app.models.text import load_minilm, load_text_encoder
+from talos.app.models.text import MINILM_SHA256, load_text_encoder, minilm_folder
 from talos.errors import TalosRuntimeError
 
 
@@ -17,9 +19,10 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
 
     Args:
         source: "minilm", all-MiniLM-L6-v2 (22M parameters) from a Python package, without a
-            download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a
-            transformers model, or the name of one on the Hugging Face hub. Such a model is a
-            language model if its configuration says so, else a text encoder.
+            download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a CLIP of
+            open_clip or a transformers model, or the name of one on the Hugging Face hub. A
+            transformers model is a language model if its configuration says so, else a text
+            encoder. Heads that `talos export` wrote into a folder are read, too.
 
     Returns:
         The model; its method `classifier` adds the classes of a task.
@@ -37,22 +40,43 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
         >>> classifier(tokenizer(["bus", "horse"], return_tensors="pt")).argmax(dim=1)
         tensor([1, 0])
     """
-    if source == "minilm":
-        return load_minilm()
-    if takes_images(str(source)):
+    encoder: Encoder
+    if str(source).startswith(PREFIX):
         return load_clip(str(source))
-    folder, name = find_folder(source)
-    load = load_language_model if is_language_model(folder) else load_text_encoder
-    return load(folder, name)
+    if source == "minilm":
+        folder = minilm_folder()
+        encoder = load_text_encoder(folder, "minilm", MINILM_SHA256)
+    else:
+        folder, name = find_folder(source)
+        load: Callable[[Path, str], Encoder] = load_text_encoder
+        if is_clip(folder):
+            load = load_clip_folder
+        elif is_language_model(folder):
+            load = load_language_model
+        encoder = load(folder, name)
+    encoder.path, encoder.heads = folder, load_heads(folder)
+    return encoder
 
 
 def takes_images(source: str) -> bool:
-    """Return whether a model that `load_encoder` knows classifies images, not texts."""
-    return source.startswith(PREFIX)
+    """Return whether a model that `load_encoder` knows classifies images, not texts.
+
+    Example:
+        >>> takes_images("minilm"), takes_images("openclip:ViT-B-32:laion2b_e16")
+        (False, True)
+    """
+    return source.startswith(PREFIX) or is_clip(Path(source).expanduser())
 
 
 def can_load(folder: Path) -> bool:
-    """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone."""
+    """Return whether `load_encoder` takes a folder, by configuration and tokenizer alone.
+
+    Example:
+        >>> can_load(load_encoder().path), can_load(Path("no-such-folder"))
+        (True, False)
+    """
+    if is_clip(folder):
+        return True
     if not configuration(folder) or not has_tokenizer(folder):
         return False
     try:

@@ -6,6 +6,7 @@ encoder has parameters, so models that are fine-tuned on different tasks can be 
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from talos.app.extras import check_installed
 from talos.app.models.base import ZeroShotEncoder
-from talos.app.models.folders import load_folder
+from talos.app.models.folders import load_folder, save_json
+from talos.files import Beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +49,7 @@ class TextEncoder(ZeroShotEncoder):
         self, transformer: nn.Module, tokenizer: "PreTrainedTokenizerBase", *, name: str
     ) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer: Any = transformer
         self.tokenizer = tokenizer
         self.name = name
 
@@ -89,9 +91,28 @@ def load_text_encoder(folder: Path, name: str, sha256: str | None = None) -> Tex
     return TextEncoder(transformer, tokenizer, name=name).eval()
 
 
-def load_minilm() -> TextEncoder:
-    """Load the all-MiniLM-L6-v2 encoder (22M parameters, D = 384) that a package carries."""
+def sentence_transformers_files(encoder: TextEncoder) -> Beside:
+    """Return what makes sentence-transformers load a folder as this encoder; nothing if it does.
+
+    Args:
+        encoder: loaded of a folder.
+    """
+    if (encoder.path / "modules.json").exists():
+        return {}
+    names = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(names.items())
+    ]
+    size = encoder.transformer.config.hidden_size
+    pooling = {"word_embedding_dimension": size, "pooling_mode_mean_tokens": True}
+    contents = {"modules.json": modules, "1_Pooling/config.json": pooling}
+    return {name: partial(save_json, content) for name, content in contents.items()}
+
+
+def minilm_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 (22M parameters, D = 384), which a package carries."""
     check_installed(MINILM_PACKAGE)
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folders = list((spec and spec.submodule_search_locations) or ())
-    return load_text_encoder(Path(folders[0], "model"), "minilm", MINILM_SHA256)
+    return Path(folders[0], "model")

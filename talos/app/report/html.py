@@ -50,13 +50,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: i
 
 
 def figure(svg: str, caption: str, label: str) -> str:
-    """Return a figure with its caption.
+    """Return a figure with its caption, in the page's colours, which differ in a dark theme.
 
     Args:
         svg: the figure's element.
         caption: text under it.
         label: a description for screen readers.
     """
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
     return (
         f'<figure role=img aria-label="{escape(label)}">{svg}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

@@ -5,7 +5,7 @@ The JSON of `talos eval`, version 1. Estimates are those of `talos.app.report.re
 schema, schema_version  "talos-eval", 1
 created, versions, model, linearized, seed  when and how it was made
 tasks      task -> data (the option --data), examples (number of test examples), fingerprint (of
-           texts or images, and labels)
+           texts or images, and labels), max_length (tokens of a text; null of images)
 vectors    list of file, task (whose own vector it is, or null), entries, metadata
 scaling_coef  of the edit: of the one vector, or of the sum of several; negative if it forgets a
            task; null without a vector

@@ -7,7 +7,7 @@ from typing import Any
 
 from talos.app.extras import import_package
 from talos.app.report.results import Results
-from talos.app.report.style import EDGE, INK, LINE, METHODS, VARIABLES
+from talos.app.report.style import EDGE, INK, LINE, METHODS
 
 __all__ = ["draw", "method_colour"]
 
@@ -71,7 +71,6 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
 def _inline(svg: str, name: str) -> str:
     """Return the SVG element alone, without prolog, metadata and namespaces.
 
-    Colours become the page's variables, which differ in a dark theme.
     Ids without a reference are removed; the others are made unique on the page.
     """
     svg = svg[svg.index("<svg") :]
@@ -85,8 +84,6 @@ def _inline(svg: str, name: str) -> str:
 
     svg = re.sub(r'\sid="([^"]*)"', keep, svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return head + ">" + rest.strip()

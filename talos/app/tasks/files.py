@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,7 +126,23 @@ def _unique(path: Path, rows: Iterator[tuple[int, str, str, str]]) -> _Found:
     return found
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """Read the texts of a file, each with its label, or with "" where the file has none.
+
+    Args:
+        path: a file as `load_file` takes it, in which labels may be missing.
+
+    Raises:
+        TalosOSError: the file cannot be read.
+        TalosValueError: it is not what its suffix says, lacks the column text or has no rows.
+    """
+    rows = [(text, label) for _, text, label, _ in _read(path, needed=("text",))]
+    if not rows:
+        raise TalosValueError(f"path must hold at least one row, got an empty {path}")
+    return rows
+
+
+def _read(path: Path, needed: Sequence[str] = COLUMNS) -> Iterator[tuple[int, str, str, str]]:
     """Yield line number, text, label and the label's text of each row."""
     if path.suffix.lower() not in SUFFIXES:
         raise TalosValueError(
@@ -147,27 +163,31 @@ def _read(path: Path) -> Iterator[tuple[int, str, str, str]]:
             f"{error.start} of {path}; save the file as UTF-8"
         ) from error
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    for line, row in read(path, decoded):
-        for column in COLUMNS:
+    for line, row in read(path, decoded, needed):
+        for column in needed:
             if not row[column].strip():
                 raise TalosValueError(
                     f"path must give each row a {column}, got an empty one in line {line} of "
                     f"{path}; fill it in or remove the row"
                 )
-        yield line, row["text"].strip(), row["label"].strip(), row.get(LABEL_TEXT, "").strip()
+        text, label, label_text = (row.get(key, "").strip() for key in (*COLUMNS, LABEL_TEXT))
+        yield line, text, label, label_text
 
 
-def _missing(path: Path, line: int, found: list[str]) -> TalosValueError:
+def _missing(path: Path, line: int, found: list[str], needed: Sequence[str]) -> TalosValueError:
     nearly = {name.strip().casefold(): name for name in found}
-    wrong = [f"{nearly[each]!r} to {each}" for each in COLUMNS if nearly.get(each, each) != each]
+    wrong = [f"{nearly[each]!r} to {each}" for each in needed if nearly.get(each, each) != each]
+    columns = f"the column{'s' * (len(needed) - 1)} {' and '.join(needed)}"
     return TalosValueError(
-        f"path must have the columns text and label, got {several(found) or 'none'} in line "
-        f"{line} of {path}; rename {' and '.join(wrong) or 'the columns'}"
+        f"path must have {columns}, got {several(found) or 'none'} in line {line} of {path}; "
+        f"rename {' and '.join(wrong) or 'the columns'}"
     )
 
 
-def _read_csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows, divided by what divides both columns in the header."""
+def _read_csv(
+    path: Path, content: str, needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows, divided by what divides the needed columns in the header."""
     if not content.strip():
         return
     limit = csv.field_size_limit(len(content))  # as it is, a text of 128 KiB is a fault
@@ -178,11 +198,11 @@ def _read_csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
             lines = io.StringIO(content, newline="")
             reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
             headers.append(list(reader.fieldnames or ()))
-            if set(COLUMNS) <= set(headers[-1]):
+            if set(needed) <= set(headers[-1]):
                 rows = [(reader.line_num, row) for row in reader]
                 break
         else:
-            raise _missing(path, 1, max(headers, key=len))
+            raise _missing(path, 1, max(headers, key=len), needed)
     except csv.Error as error:
         raise TalosValueError(
             f"path must be a CSV file, got {path} with a fault in line {reader.line_num}: {error}"
@@ -198,7 +218,9 @@ def _read_csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
         yield line, row
 
 
-def _read_jsonl(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_jsonl(
+    path: Path, content: str, needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
     # Not splitlines(): JSON texts may hold other line ends, such as U+2028, unescaped.
     for line, text in enumerate(content.split("\n"), 1):
         if not text.strip():
@@ -215,9 +237,10 @@ def _read_jsonl(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]
                 f"path must hold one JSON object per line, got {type(row).__name__} in line "
                 f"{line} of {path}"
             )
-        if not set(COLUMNS) <= set(row):
-            raise _missing(path, line, list(row))
-        label, label_text = row["label"], row.get(LABEL_TEXT) or ""
+        if not set(needed) <= set(row):
+            raise _missing(path, line, list(row), needed)
+        label, label_text = row.get("label", ""), row.get(LABEL_TEXT) or ""
+        label = "" if label is None and "label" not in needed else label
         strings = isinstance(row["text"], str) and isinstance(label_text, str)
         if not strings or isinstance(label, bool | float | list | dict | None):
             raise TalosValueError(

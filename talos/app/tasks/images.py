@@ -138,6 +138,19 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
         TalosOSError: the folder or a file in it cannot be read.
         TalosValueError: there are fewer than two subfolders, a class has fewer than three images,
             or one image is in two classes; or `seed` is not an integer.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for red, name in enumerate(("cat", "dog")):
+        ...         Path(folder, name).mkdir()
+        ...         for i in range(10):
+        ...             image = Image.new("RGB", (8, 8), (red, i, 0))
+        ...             image.save(Path(folder, name, f"{i}.png"))
+        ...     task = load_image_folder(folder)
+        >>> task.class_texts, len(task.train), len(task.validation), len(task.test)
+        (('a photo of a cat', 'a photo of a dog'), 16, 2, 2)
     """
     path = Path(path)
     try:
@@ -176,6 +189,23 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
     )
 
 
+def find_images(path: Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, sorted.
+
+    Raises:
+        TalosOSError: the folder cannot be read.
+        TalosValueError: there is none.
+    """
+    if not path.is_dir():
+        raise TalosOSError(f"path must be a folder of images, got {path}")
+    found = _images(path)
+    if not found:
+        raise TalosValueError(
+            f"path must hold images, got none in {path}; add files ({', '.join(SUFFIXES)})"
+        )
+    return found
+
+
 def load_digits(*, seed: int = 0) -> ImageTask:
     """Load scikit-learn's 1797 handwritten digits of 8 x 8 pixels, split 80/10/10.
 
@@ -188,6 +218,11 @@ def load_digits(*, seed: int = 0) -> ImageTask:
     Raises:
         TalosError: scikit-learn is not installed.
         TalosValueError: `seed` is not an integer.
+
+    Example:
+        >>> task = load_digits()
+        >>> task.class_texts[0], len(task.test)
+        ('the digit zero', 179)
     """
     import numpy as np
 

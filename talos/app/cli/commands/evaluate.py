@@ -1,9 +1,8 @@
 """`talos eval`: measure a model before and after edits."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +15,12 @@ from talos.app.cli.console import (
     print_line,
     stdout,
 )
+from talos.app.cli.eval_options import (
+    check_expansion,
+    check_options,
+    check_use,
+    parse_scale,
+)
 from talos.app.cli.forgetting import check_forget, check_sign, forgetting
 from talos.app.cli.options import (
     Batch,
@@ -25,10 +30,8 @@ from talos.app.cli.options import (
     Overwrite,
     Seed,
     as_options,
-    check_choice,
-    check_input,
 )
-from talos.app.cli.records import check_json, write_record
+from talos.app.cli.records import write_record
 from talos.app.cli.suggestions import merge_command
 from talos.errors import TalosValueError
 from talos.options import integer
@@ -141,8 +144,8 @@ def evaluate(
     sensitivity sets the weights that a vector selects to 0.
     """
     vector = vector or []
-    coef = _parse_scale(scale, len(vector))
-    _check_options(data, vector, merged, metric or [], scale, json, overwrite)
+    coef = parse_scale(scale, len(vector))
+    check_options(data, vector, merged, metric or [], scale, linearized, json, overwrite)
     replaced = {"--metric": " ".join(metric or []), "--merged": merged, "--scale": scale}
     check_forget(forget, control or [], keep, vector, replaced)
     integer("--batch-size", batch_size, 1)
@@ -150,6 +153,8 @@ def evaluate(
         integer("--max-length", max_length, 3)
     if points is not None:
         integer("--points", points, 2)
+    if forget is None:
+        check_use(scale, coef is None, points, len(vector), metric or [])
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import load_data, load_encoder
@@ -166,7 +171,7 @@ def evaluate(
             given[merged] = edit
         search = "--forget" if forget is not None else "--scale" if coef is None else None
         for path, each in given.items():
-            _check_expansion(each.metadata, linearized)
+            check_expansion(each.metadata, linearized)
             check_sign(path, each.metadata, search)
         tasks = [load_data(each) for each in data]
         one = None
@@ -180,7 +185,7 @@ def evaluate(
             )
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
-        made = {path: each.metadata for path, each in zip(vector, loaded, strict=True)}
+        made = {path: each.metadata for path, each in given.items()}
         tokens = {task.name: tokens_for(task, encoder, max_length, made.values()) for task in tasks}
         evaluation = Evaluation(
             encoder,
@@ -224,7 +229,7 @@ def evaluate(
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
             command("merge", term, "--out", "forget.safetensors"),
-            command("export", term, "--base", "BASE", "--out", "forgot"),
+            command("export", term, *_base(model, data), "--out", "forgot"),
         )
     else:
         next_step(command("inspect", vector[0]))
@@ -255,72 +260,14 @@ def _next(
         next_step(command("eval", *same, *new))
     elif len(vector) > 1:
         next_step(command("eval", *same, *own, "--json", "eval.json"))
+    elif coef:
+        term = f"{vector[0]}:{coef:g}"
+        edited = command("export", term, *_base(model, data), "--out", "edited")
+        next_step(merge_command(vector[0], coef), edited)
     else:
-        next_step(merge_command(vector[0], coef) if coef else command("inspect", *vector))
+        next_step(command("inspect", *vector))
 
 
-def _check_options(
-    data: Sequence[str],
-    vector: Sequence[Path],
-    merged: Path | None,
-    metric: Sequence[str],
-    scale: str | None,
-    json: str | None,
-    overwrite: bool,
-) -> None:
-    """Refuse options that contradict each other, before anything is loaded."""
-    if len(set(data)) < len(data):
-        raise TalosValueError(f"--data must differ, got {' '.join(data)}")
-    from talos.app.cli.measurements import MEASUREMENTS
-
-    for each in metric:
-        check_choice("--metric", each, (*MEASUREMENTS, "all"))
-    for path in vector:
-        check_input("--vector", path)
-    if scale is not None and not vector:
-        raise TalosValueError(
-            f"--vector must be given with --scale {scale}, got none; leave --scale out to "
-            "evaluate the pretrained model"
-        )
-    if merged is not None:
-        check_input("--merged", merged)
-        if len(vector) < 2:
-            raise TalosValueError(
-                "--vector must be given for each merged task with --merged, got "
-                f"{len(vector)}; to evaluate one file pass it as --vector"
-            )
-        if metric and not {"addition", "all"} & set(metric):
-            raise TalosValueError(
-                f"--metric must hold addition with --merged, got {' '.join(metric)}; add "
-                "--metric addition"
-            )
-    check_json(json, overwrite)
-
-
-def _parse_scale(scale: str | None, vectors: int) -> float | None:
-    """Read --scale: a finite number, or None for the grid."""
-    if scale is None:
-        return None if vectors > 1 else 1.0
-    if scale == "grid":
-        return None
-    try:
-        value = float(scale)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise TalosValueError(f"--scale must be a finite number or grid, got {scale}")
-    return value
-
-
-def _check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
-    """Warn if a vector's method, or one in its sum, does not fit --linearized."""
-    from talos.task_vectors.sums import origins
-
-    methods = {str(of["method"]) for of in origins(metadata) if "method" in of}
-    wrong = sorted(name for name in methods if (name == "linearized") != linearized)
-    if wrong:
-        where = "without --linearized, got it" if linearized else "with --linearized, got none"
-        note(
-            f"warning: a vector of the method {', '.join(wrong)} must be evaluated {where}; the "
-            "accuracy below is that of another function than was trained",
-        )
+def _base(model: str, data: Sequence[str]) -> list[str]:
+    """Return the options with which `talos export` writes a classifier of these tasks."""
+    return ["--base", model, *(word for each in data for word in ("--data", each))]

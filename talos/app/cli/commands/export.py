@@ -2,15 +2,18 @@
 
 import os
 import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from talos.app.cli.commands.merge import parse_term
-from talos.app.cli.console import Bars, command, next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import Bars, command, next_step, note, on_interrupt, print_line, stdout
 from talos.app.cli.options import (
     Json,
+    Length,
     Overwrite,
     as_options,
     check_choice,
@@ -19,11 +22,16 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.records import check_json, write_record
 from talos.errors import TalosOSError, TalosValueError
-from talos.options import finite
+from talos.options import finite, integer
+
+if TYPE_CHECKING:
+    from talos.app.models.heads import Head
+    from talos.files import Beside, Checkpoint
 
 __all__ = ["EXAMPLES", "export"]
 
 EXAMPLES = (
+    "talos export vector.safetensors --base minilm --data reviews.csv --out edited",
     "talos export vector.safetensors --base base --out edited",
     "talos export vector.safetensors:0.4 edit.safetensors:-0.2 --base base --out edited",
     "talos export vector.safetensors --format delta --out delta.safetensors",
@@ -45,11 +53,20 @@ def export(
         typer.Option("--out", help="The folder or file to write; a checkpoint is as its base."),
     ],
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--base",
-            help="The checkpoint that is edited: a .safetensors file, or a folder that holds one "
-            "or shards and their index. A delta needs none.",
+            help="The model that is edited, as --model of `talos train`: minilm, a folder, a name "
+            "on the Hugging Face hub, or openclip:NAME:WEIGHTS. Or a .safetensors file. A delta "
+            "needs none.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="A task, as `talos train` takes it: its labels and its head are written, too, "
+            "for `talos predict`. May be repeated.",
         ),
     ] = None,
     scale: Annotated[float, typer.Option("--scale", help="Multiplies every coefficient.")] = 1.0,
@@ -65,13 +82,17 @@ def export(
         bool,
         typer.Option("--force", metavar="", help="Edit a base with other fingerprints, too."),
     ] = False,
+    max_length: Length = None,
     json: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a base with task vectors on it as a checkpoint, for transformers, vLLM or open_clip.
 
-    The base is read and written tensor by tensor, so that a large model needs no room in memory.
-    The checkpoint appears whole or not at all.
+    With --data the folder is a classifier, for `talos predict`: beside the weights it holds the
+    labels and the head, which is made with the weights of the base, as in `talos eval`.
+
+    The base is read and written tensor by tensor, so that a large model needs no room in memory;
+    only a head needs the whole model. The checkpoint appears whole or not at all.
     """
     check_choice("--format", form, _FORMATS)
     finite("--scale", scale)
@@ -82,21 +103,26 @@ def export(
     if (base is None) != (form == "delta"):
         got = "none" if base is None else f"{base}, which a delta does not need"
         raise TalosValueError(f"--base must be given unless --format is delta, got {got}")
-    if base is not None and not base.exists():
-        raise TalosOSError(f"--base must be an existing file or folder, got {base}")
+    if data and form != "checkpoint":
+        raise TalosValueError(f"--data must be left out with --format {form}, got {data[0]}")
+    if max_length is not None:
+        integer("--max-length", max_length, 3)
+        if not data:
+            raise TalosValueError(f"--max-length must be left out without --data, got {max_length}")
+    if force and base is None:
+        raise TalosValueError("--force must be left out without --base, got it")
     if form != "checkpoint":
         check_output(out, overwrite)
     elif os.path.lexists(out) and not overwrite:
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
-    from talos.files import Checkpoint
     from talos.task_vectors import Patch, TaskVector
     from talos.tensors import readable_size
 
-    with as_options({"path": "--base"}):
-        source = None if base is None else Checkpoint(base)
+    edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
+    with as_options({"path": "--base", "--model": "--base"}):
+        source, beside, heads = _read_base(base, data or [], max_length, edit.metadata)
     words = {"path must be a readable": "--base must be a readable", "path": "--out"}
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
-        edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
         if source is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
@@ -108,6 +134,7 @@ def export(
                 scale,
                 force,
                 overwrite=overwrite,
+                beside=beside,
                 on_tensor=lambda done, total: bars.show("write", done, total, unit="tensors"),
             )
     written = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
@@ -125,17 +152,59 @@ def export(
             "files": sorted(str(path) for path in written),
             "bytes": nbytes,
             "entries": len(edit),
+            "heads": list(heads),
             "metadata": edit.metadata,
         },
     )
-    if (out / "config.json").is_file():
-        next_step(_next(out))
+    for head in heads.values():
+        note(f"{out} holds the head of {head.task}: {len(head.class_names)} labels")
+    if (out / "config.json").is_file() or heads:
+        next_step(_next(out, data or []))
 
 
-def _next(folder: Path) -> str:
-    """Return what loads the checkpoint: `talos eval`, or transformers where that does not fit."""
+def _read_base(
+    base: str | None, data: Sequence[str], max_length: int | None, metadata: Mapping[str, Any]
+) -> "tuple[Checkpoint | None, Beside, dict[str, Head]]":
+    """Return the base's checkpoint, what is written beside it, and the heads in that."""
+    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.reading import show_data, tokens_for
+    from talos.app.models import ClipEncoder, TextEncoder
+    from talos.app.models.clip import CONFIG_FILE
+    from talos.app.models.folders import save_json
+    from talos.app.models.heads import HEAD_FILE, classifier_for, head_of, load_heads, save_heads
+    from talos.app.models.text import sentence_transformers_files
+    from talos.files import Checkpoint
+
+    if base is None:
+        return None, {}, {}
+    path = Path(base).expanduser()
+    beside: dict[str, Callable[[Path], object]] = {}
+    tasks = [load_data(each) for each in data]
+    if not tasks and path.exists():
+        heads = load_heads(path)
+    else:
+        encoder = load_encoder(base, *tasks)
+        path, heads = encoder.path, dict(encoder.heads)
+        if isinstance(encoder, ClipEncoder) and not path.is_dir():
+            beside[CONFIG_FILE] = partial(save_json, encoder.config)
+        elif isinstance(encoder, TextEncoder) and tasks:
+            beside |= sentence_transformers_files(encoder)
+        for task in tasks:
+            tokens = tokens_for(task, encoder, max_length, [metadata])
+            show_data(task, encoder, tokens, {Path("the vector"): metadata})
+            classifier = classifier_for(encoder, task.class_names, task.class_texts)
+            heads[task.name] = head_of(classifier, task.name, task.class_names, tokens)
+    if heads:
+        beside[HEAD_FILE] = partial(save_heads, heads=heads)
+    return Checkpoint(path), beside, heads
+
+
+def _next(folder: Path, data: Sequence[str]) -> str:
+    """Return what uses the folder: `talos predict`, `talos eval`, or transformers for others."""
     from talos.app.models import can_load, class_name
 
+    if data:
+        return command("predict", "--model", folder, "--data", data[0])
     if can_load(folder):
         return command("eval", "--model", folder, "--data", "TASK")
     code = (

@@ -26,6 +26,7 @@ from talos.app.cli.options import (
     check_output,
 )
 from talos.app.cli.records import check_json, write_record
+from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
     from talos.masks import Mask
@@ -78,6 +79,10 @@ def extract(
     check_choice("--dtype", dtype, _DTYPES)
     if mask not in _MASKS:
         check_input("--mask", Path(mask), _MASKS)
+    elif drop:
+        raise TalosValueError(
+            f"--drop must be left out with --mask {mask}, got it; it is for a mask file"
+        )
     check_output(out, overwrite)
     check_json(json, overwrite)
     import torch

@@ -184,7 +184,7 @@ def train(
             bars.show(f"train {task.name}", step.step, step.steps, step.loss)
 
         bars.show(f"train {task.name}", 0, steps * chosen.phases)
-        with as_options({"lower lr": "lower --lr"}):
+        with as_options({"lr": "--lr"}):
             vector = fine_tune(
                 classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
             )

@@ -1,0 +1,169 @@
+"""Heads in a file beside the model: what a classifier is besides the weights of its encoder.
+
+A head is made with the weights of the base. One that is made again with edited weights is another
+classifier. So an exported model carries the heads of its base in `HEAD_FILE`, and whatever loads
+the model takes them from there.
+
+The file lies in a folder of its own: some programs read every safetensors file beside a model as a
+part of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from talos.app.models.base import Classifier, Encoder, ZeroShotEncoder
+from talos.errors import TalosValueError
+from talos.files import load_file, save_file
+
+HEAD_FILE = "talos/head.safetensors"
+"""The place of the heads in a model's folder."""
+
+_KIND = "heads"
+_DTYPES = {"zero_shot": torch.float32, "answers": torch.int64}
+_KEYS = {"task", "kind", "class_names", "class_texts", "scale", "max_length"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a task.
+
+    Attributes:
+        task: the task's name.
+        kind: "zero_shot": a unit vector of each class; "answers": the tokens of each class's text,
+            for a language model.
+        class_names: the names of the classes.
+        class_texts: the text of each class.
+        scale: the logit of a class is `scale` times the cosine of two vectors; None for answers.
+        max_length: tokens of a text that are read.
+        tensor: float32 [C, D] or int64 [C, L], padded with -100.
+    """
+
+    task: str
+    kind: Literal["zero_shot", "answers"]
+    class_names: tuple[str, ...]
+    class_texts: tuple[str, ...]
+    scale: float | None
+    max_length: int
+    tensor: Tensor = field(repr=False)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What it was made with, by the keys that the metadata of masks and vectors have."""
+        keys = ("task", "class_names", "class_texts", "max_length")
+        return {key: getattr(self, key) for key in keys}
+
+    def classifier(self, encoder: Encoder) -> Classifier:
+        """Return the classifier of an encoder with this head.
+
+        Raises:
+            TalosValueError: the encoder takes a head of the other kind.
+        """
+        if isinstance(encoder, ZeroShotEncoder) != (self.kind == "zero_shot"):
+            raise TalosValueError(
+                f"source must hold a model for its head of kind {self.kind}, got {encoder.name}, a "
+                f"{type(encoder).__name__}; export it again"
+            )
+        if isinstance(encoder, ZeroShotEncoder) and self.scale is not None:
+            encoder.scale = self.scale
+        return encoder.classifier(self.class_texts, self.tensor)
+
+
+def head_of(
+    classifier: Classifier, task: str, class_names: tuple[str, ...], max_length: int
+) -> Head:
+    """Return the head of a classifier, to save it.
+
+    Args:
+        classifier: with the weights of the base.
+        task: the task's name.
+        class_names: the names of its classes.
+        max_length: tokens of a text that are read.
+
+    Example:
+        >>> from talos.app.models import load_encoder
+        >>> classifier = load_encoder().classifier(["an animal", "a vehicle"])
+        >>> head_of(classifier, "things", ("animal", "vehicle"), 48).tensor.shape
+        torch.Size([2, 384])
+    """
+    encoder = classifier.encoder
+    scale = float(encoder.scale) if isinstance(encoder, ZeroShotEncoder) else None
+    kind: Literal["zero_shot", "answers"] = "answers" if scale is None else "zero_shot"
+    tensor = classifier.head.detach().cpu()
+    return Head(task, kind, class_names, classifier.class_texts, scale, max_length, tensor)
+
+
+def classifier_for(
+    encoder: Encoder, class_names: Sequence[str], class_texts: Sequence[str]
+) -> Classifier:
+    """Return the classifier of a task: with a head that was saved with the encoder, if one fits.
+
+    Args:
+        encoder: the encoder, which is shared and not copied.
+        class_names: of the task.
+        class_texts: of the task.
+    """
+    found = saved_head(encoder, class_names, class_texts)
+    return encoder.classifier(class_texts) if found is None else found.classifier(encoder)
+
+
+def saved_head(
+    encoder: Encoder, class_names: Sequence[str], class_texts: Sequence[str]
+) -> Head | None:
+    """Return the head of an encoder for these classes; None if none was saved with it."""
+    classes = tuple(class_names), tuple(class_texts)
+    heads = encoder.heads.values()
+    return next((h for h in heads if (h.class_names, h.class_texts) == classes), None)
+
+
+def save_heads(path: Path, heads: Mapping[str, Head]) -> None:
+    """Write heads to a file, by the names of their tasks.
+
+    Raises:
+        TalosOSError: the file cannot be written.
+    """
+    tensors = {name: head.tensor for name, head in heads.items()}
+    entries = [{key: getattr(head, key) for key in sorted(_KEYS)} for head in heads.values()]
+    save_file(path, _KIND, tensors, {"heads": entries})
+
+
+def load_heads(folder: Path) -> dict[str, Head]:
+    """Read the heads of a model's folder; none where it has no `HEAD_FILE`.
+
+    Raises:
+        TalosValueError: the file is damaged, or of another version or kind.
+        TalosOSError: it cannot be read.
+    """
+    path = folder / HEAD_FILE
+    if not path.is_file():
+        return {}
+    tensors, content = load_file(path, _KIND)
+    entries: Any = content.get("heads")
+    try:
+        heads = [_parsed(entry, tensors) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TalosValueError(f"{path}: not valid heads: {error}; export the model again") from None
+    return {head.task: head for head in heads}
+
+
+def _parsed(entry: Any, tensors: Mapping[str, Tensor]) -> Head:
+    """Return a head of a file, whose content is not trusted."""
+    if not isinstance(entry, dict) or set(entry) != _KEYS:
+        raise ValueError(f"each must have {', '.join(sorted(_KEYS))}")
+    names, texts = entry["class_names"], entry["class_texts"]
+    for words in (names, texts):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("class_names and class_texts must be lists of texts")
+    tensor, scale, length = tensors[entry["task"]], entry["scale"], entry["max_length"]
+    if tensor.dtype != _DTYPES[entry["kind"]] or tensor.dim() != 2:
+        raise ValueError(f"a head of {entry['kind']} must have the dtype of its kind")
+    if not len(names) == len(texts) == len(tensor) or type(length) is not int or length < 1:
+        raise ValueError("each must have a row for each class, and a length")
+    if isinstance(scale, float) != (entry["kind"] == "zero_shot"):
+        raise ValueError("scale must be a number for zero_shot alone")
+    own = {**entry, "class_names": tuple(names), "class_texts": tuple(texts)}
+    return Head(**own, tensor=tensor)
