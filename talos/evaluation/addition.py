@@ -4,10 +4,10 @@
     normalised(theta) = mean_t figure_t(theta) / figure_t(theta_0 + tau_t)
     theta             = theta_0 + coef * tau             tau: the sum of the vectors, or any merge
 
-The coefficient is the middle of the plateau of the normalised figure on validation examples
-(`coefficients.choose`). If it is 0, `why_zero` says so. The merged model is evaluated on test
-examples: at this coefficient, and for the intervals at those that resamples of the validation
-examples choose.
+The coefficient is chosen by the normalised figure on validation examples, as the mean of the best
+ones of resamples (`coefficients.choose`). If it is 0, `why_zero` says so. The merged model is
+evaluated on test examples: at this coefficient, and for the intervals at those that resamples of
+the validation examples choose.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
@@ -109,7 +109,7 @@ def addition(
         >>> vectors = {"left": TaskVector(mask, torch.tensor([4.0]))}
         >>> added = addition(Outcomes(model, judges, judges), vectors)
         >>> added.scaling_coef, added.absolute["value"], added.normalised["value"]
-        (0.6, 1.0, 1.0)
+        (0.55, 1.0, 1.0)
     """
     tasks = list(checked_vectors(vectors))
     numbers = scaling_coefs() if coefs is None else checked_coefs(coefs)

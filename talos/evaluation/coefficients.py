@@ -58,14 +58,15 @@ def checked_coefs(coefs: Iterable[object]) -> list[float]:
 def choose(
     coefs: Sequence[float], figures: Tensor, *, highest: bool, kept: Tensor | None = None
 ) -> Tensor:
-    """Choose a coefficient on all examples, and again in each resample of them.
+    """Choose a coefficient on all examples, and the best one in each resample of them.
 
-    Those on the plateau are candidates: their figure is at most one standard error below the best.
-    The standard error is that of the difference from the best, over the same resamples, so it is
-    paired. Of the candidates the middle one is taken, of an even number the smaller. The
-    coefficient 0 is taken if none is better than it, and only then.
+    Near the best coefficient figures hardly differ, and a few examples decide which one is the
+    best. So the one that is nearest to the mean of the resamples' best coefficients is taken
+    (bagging; Breiman 1996). The coefficient 0 is taken if no other one is better on all examples,
+    and only then.
 
-    A coefficient with an infinite figure, of a model that overflows, is never taken.
+    Of several best ones in a resample the middle one counts. A coefficient with an infinite figure,
+    of a model that overflows, is never taken.
 
     Args:
         coefs: the coefficients, `C` of them.
@@ -74,16 +75,15 @@ def choose(
         kept: bool `[1 + resamples, C]`: which ones may be taken; None: all.
 
     Returns:
-        int64 `[1 + resamples]`: a place in `coefs` for each row. A row that keeps none takes the
-        coefficient nearest to 0.
+        int64 `[1 + resamples]`: a place in `coefs` for each row.
 
     Raises:
         TalosValueError: no coefficient has finite figures.
 
     Example:
-        >>> figures = torch.tensor([[0.7, 0.8, 0.8, 0.8], [0.7, 0.8, 0.8, 0.8]]).double()
-        >>> choose([0.0, 0.2, 0.4, 0.6], figures, highest=True).tolist()
-        [2, 2]
+        >>> figures = torch.tensor([[0.8, 0.9, 0.8], [0.8, 0.9, 0.7], [0.8, 0.8, 0.9]]).double()
+        >>> choose([0.0, 0.4, 0.6], figures, highest=True).tolist()
+        [1, 1, 2]
     """
     finite = figures.isfinite().all(0)
     if not finite.any():
@@ -92,27 +92,20 @@ def choose(
             "all; take smaller coefs"
         )
     numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
-    order = numbers.abs().argsort(stable=True)  # of equal figures that of the smallest is the best
+    order = numbers.argsort(stable=True)
     order = order[finite[order]]
-    signed = (figures if highest else -figures)[:, order]
-    allowed = torch.ones_like(signed, dtype=torch.bool) if kept is None else kept[:, order].clone()
-    allowed[~allowed.any(1), 0] = True
-    least = torch.where(allowed, signed, -torch.inf)
-    top, best = least.max(1, keepdim=True)
-    covariance = signed[1:].T.cov(correction=0).reshape(len(order), len(order))
-    spread = covariance.diag()
-    error = (spread + spread[:, None] - 2 * covariance).clamp_min(0).sqrt()
-    rounding = _EQUAL * top.abs()
-    plateau = least >= top - error[best[:, 0]] - rounding
-    if (zero := numbers[order] == 0).any():
-        at = int(zero.nonzero()[0])
-        unbeaten = least[:, at] >= top[:, 0] - rounding[:, 0]
-        plateau[:, at] = False
-        plateau[unbeaten] = zero
-    ascending = numbers[order].argsort(stable=True)
-    counts = plateau[:, ascending].cumsum(1)
+    numbers = numbers[order]
+    allowed = torch.ones_like(figures, dtype=torch.bool) if kept is None else kept
+    signed = torch.where(allowed, figures if highest else -figures, -torch.inf)[:, order]
+    top = signed.amax(1, keepdim=True)
+    best = signed >= top - _EQUAL * top.abs()
+    counts = best.cumsum(1)
     middle = (counts == (counts[:, -1:] + 1) // 2).int().argmax(1)
-    return order[ascending[middle]]
+    unbeaten = best[0] & (numbers == 0)
+    others = (signed[0] > -torch.inf) & (numbers != 0)
+    away = torch.where(others, (numbers - numbers[middle[1:]].mean()).abs(), torch.inf)
+    middle[0] = unbeaten.int().argmax() if unbeaten.any() else away.argmin()
+    return order[middle]
 
 
 def why_zero(

@@ -5,11 +5,11 @@
             control(theta) >= control_share * control(theta_0)         (a higher figure is better)
             control(theta) <= control(theta_0) / control_share         (a lower one is better)
 
-on validation examples. The control is the mean of the control tasks. Where the target's figure has
-a plateau, its middle is taken (`coefficients.choose`). The coefficient 0 always keeps the control,
-so it is always tried; if it is chosen, `why_zero` says why no other one helps. The model is
-evaluated on test examples: at the chosen coefficient, and for the intervals at those that resamples
-of the validation examples choose.
+on validation examples, as the mean of the best ones of resamples (`coefficients.choose`). The
+control is the mean of the control tasks. The coefficient 0 always keeps it, so it is always tried;
+if it is chosen, `why_zero` says why no other one helps. The model is evaluated on test examples: at
+the chosen coefficient, and for the intervals at those that resamples of the validation examples
+choose.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 3.
 """

@@ -209,14 +209,14 @@ class Dial:
 def test_negation_takes_the_lowest_target_that_keeps_the_control() -> None:
     dial = Dial(target=lambda scale: 0.8 + 0.5 * scale, other=lambda scale: 0.8 + 0.101 * scale)
     forgot = negation(dial.outcomes(), dial.vector, "target")
-    assert forgot.scaling_coef == 0.45
-    assert forgot.target["value"] == pytest.approx(0.58)
+    assert forgot.scaling_coef == 0.4  # 0.45 is the largest that keeps it, but not in resamples
+    assert forgot.target["value"] == pytest.approx(0.6)
     assert forgot.control["value"] >= 0.95 * 0.8
     # Resamples choose others: each is tested once, and few are.
     tested = [(scale, task) for scale, task, split in dial.asked if scale and split == "test"]
     scales = {scale for scale, _ in tested}
     assert sorted(tested) == sorted((scale, task) for scale in scales for task in dial.curves)
-    assert -0.45 in scales
+    assert -0.4 in scales
     assert 1 < len(scales) < 10
     least = min(point.control for point in forgot.grid if point.target is not None)
     assert least >= 0.95 * 0.8 > forgot.grid[-1].control
@@ -305,49 +305,55 @@ def test_an_addition_that_leaves_the_model_alone_says_so() -> None:
     assert addition(dial.outcomes(), {"task": dial.vector}, coefs=[0.0]).why_zero is None
 
 
-def test_the_middle_of_a_plateau_is_chosen() -> None:
+def test_the_middle_of_equal_coefficients_is_chosen() -> None:
     dial = Dial(task=lambda scale: 0.5 + min(scale, 0.3))
-    added = addition(dial.outcomes(), {"task": dial.vector}, coefs=[1.0, 0.3, 0.6, 0.0, 0.1])
+    added = addition(dial.outcomes(), {"task": dial.vector}, coefs=[1.0, 0.3, 0.6, 0.0])
     assert added.scaling_coef == 0.6
     # Merged at the one coefficient that all resamples choose, and the task's own.
     assert sum(split == "test" for _, _, split in dial.asked) == 2
 
 
-def rows(*figures: float, error: float = 0.0) -> Tensor:
-    """Figures whose differences from the last one have this standard error."""
-    moved = torch.zeros(4, len(figures), dtype=torch.float64)
-    moved[1::2, :-1], moved[2::2, :-1] = error, -error
-    return torch.tensor(figures, dtype=torch.float64) + moved[[0, 1, 2, 1, 2]]
-
-
 @pytest.mark.parametrize(
-    ("figures", "error", "place"),
+    ("whole", "resamples", "place"),
     [
-        ((0.5, 0.7, 0.78, 0.79, 0.8), 0.0, 4),
-        ((0.5, 0.7, 0.78, 0.79, 0.8), 0.0101, 3),  # of 3 and 4 the smaller
-        ((0.5, 0.7, 0.78, 0.79, 0.8), 0.0201, 3),  # of 2, 3 and 4
-        ((0.79, 0.7, 0.78, 0.79, 0.8), 0.0201, 3),  # 0 is beaten, so it is no candidate
-        ((0.8, 0.7, 0.78, 0.79, 0.8), 0.0201, 0),  # nothing beats it
-        ((0.8 - 1e-12, 0.7, 0.78, 0.79, 0.8), 0.0, 0),  # but for rounding
-        ((0.8 - 1e-6, 0.7, 0.78, 0.79, 0.8), 0.0, 4),
-        ((0.5, 0.7, math.inf, 0.79, 0.8), 0.0201, 3),
+        ((5, 6, 7, 8), (1, 1, 3, 3), 2),  # between the best of the resamples
+        ((5, 6, 7, 8), (1, 1, 1, 1), 1),
+        ((5, 6, 7, 8), (0, 0, 0, 1), 1),  # 0 is beaten on all examples, so it is not taken
+        ((8, 6, 7, 5), (1, 1, 3, 3), 0),  # nothing beats 0
+        ((8 - 1e-12, 8, 7, 5), (1, 1, 1, 1), 0),  # but for rounding
+        ((8 - 1e-6, 8, 7, 5), (1, 1, 1, 1), 1),
+        ((5, 6, math.inf, 8), (1, 1, 1, 3), 1),  # what overflows is not taken
     ],
 )
-def test_what_a_plateau_is(figures: tuple[float, ...], error: float, place: int) -> None:
-    coefs = [0.0, 0.2, 0.4, 0.6, 0.8]
-    table = rows(*figures, error=error)
-    assert int(choose(coefs, table, highest=True)[0]) == place
-    assert int(choose(coefs, -table, highest=False)[0]) == place
-    back = choose(coefs[::-1], table.flip(1), highest=True)
-    assert int(back[0]) == 4 - place
+def test_the_mean_of_the_best_of_resamples_is_chosen(
+    whole: tuple[float, ...], resamples: tuple[int, ...], place: int
+) -> None:
+    coefs = [0.0, 0.2, 0.4, 0.6]
+    table = torch.zeros(1 + len(resamples), 4, dtype=torch.float64)
+    table[0] = torch.tensor(whole)
+    table[range(1, 5), list(resamples)] = 1
+    assert choose(coefs, table, highest=True).tolist() == [place, *resamples]
+    if math.isfinite(max(whole)):
+        assert choose(coefs, -table, highest=False).tolist() == [place, *resamples]
+        back = choose(coefs[::-1], table.flip(1), highest=True)
+        assert back.tolist() == [3 - each for each in (place, *resamples)]
+
+
+def test_of_equal_coefficients_the_middle_one_counts() -> None:
+    table = torch.tensor([[5, 8, 8, 8, 7], [1, 1, 1, 1, 1], [0, 0, 3, 3, 0]], dtype=torch.float64)
+    assert choose([0.0, 0.2, 0.4, 0.6, 0.8], table, highest=True).tolist() == [2, 2, 2]
+    table[2] = torch.tensor([0, 0, 0, 3, 3])
+    assert choose([0.0, 0.2, 0.4, 0.6, 0.9], table, highest=True).tolist() == [2, 2, 3]
 
 
 def test_only_what_keeps_the_control_is_chosen() -> None:
-    table = rows(0.5, 0.6, 0.7, 0.8)
+    table = torch.tensor([[0.5, 0.6, 0.7, 0.8]] * 5, dtype=torch.float64)
     kept = torch.ones_like(table, dtype=torch.bool)
-    kept[0, 3] = kept[1, 2:] = kept[2] = False
+    kept[0, 3] = kept[1, 2:] = kept[2, 1:] = False
     places = choose([0.0, 0.2, 0.4, 0.6], table, highest=True, kept=kept)
     assert places.tolist() == [2, 1, 0, 3, 3]
+    kept[3:, 2:] = False
+    assert choose([0.0, 0.2, 0.4, 0.6], table, highest=True, kept=kept).tolist()[0] == 1
     with pytest.raises(TalosValueError, match="figures must be finite at one coefficient at least"):
         choose([0.0, 0.2], torch.full((3, 2), math.inf), highest=True)
 

@@ -49,8 +49,9 @@ def test_addition_asks_no_more_than_it_must() -> None:
     calls: list[str] = []
     outcomes = counted(calls)
     addition(outcomes, VECTORS, coefs=[0.0, 0.5, 1.0])
-    # A task: zero-shot, its own vector and two merged models; then the test of the last two.
-    chosen = 4 * ["validation left", "validation right"] + 2 * ["test left", "test right"]
+    # A task: zero-shot, its own vector and two merged models; then the test of its own vector, and
+    # of the two merged models that resamples choose.
+    chosen = 4 * ["validation left", "validation right"] + 3 * ["test left", "test right"]
     assert Counter(calls) == Counter(chosen)
     calls.clear()
     addition(outcomes, VECTORS, 2 * VECTORS["left"], coefs=[0.0, 0.5])
