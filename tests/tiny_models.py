@@ -10,6 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -92,6 +95,28 @@ def save_tiny_clip(folder: Path) -> Path:
     path = folder / "tiny.safetensors"
     save_file(model.state_dict(), path)
     return path
+
+
+def save_tiny_transformers_clip(folder: Path) -> Path:
+    """Writes a CLIP of transformers with its image processor and a tokenizer of letters."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text = {"vocab_size": len(SPECIAL) + len(LETTERS), "max_position_embeddings": 24}
+    config = CLIPConfig(
+        text_config={**tower, **text, "num_attention_heads": 2, "eos_token_id": 1},
+        vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    letters = _letters()
+    letters.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    _save_tokenizer(letters, folder, pad_token="<pad>")
+    return folder
 
 
 def save_images(folder: Path, classes: dict[str, int], *, size: int = 24) -> Path:

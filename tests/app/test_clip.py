@@ -1,5 +1,6 @@
 """CLIP models of open_clip: the same logits, the visual tower trained, safetensors read."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from talos.app.models import ClipEncoder, load_clip, load_encoder
 from talos.app.tasks import load_image_folder
 from talos.errors import TalosError, TalosOSError, TalosValueError
 from talos.names import named_parameters
-from tests.tiny_models import CLIP, save_images, save_tiny_clip
+from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_transformers_clip
 
 TEXTS = ("a photo of a cat", "a photo of a dog", "a photo of the sun")
 
@@ -139,8 +140,9 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, weights: Path) -
 @pytest.mark.parametrize(
     ("source", "error", "match"),
     [
-        ("ViT-Z:openai", TalosValueError, "an architecture of open_clip, got 'ViT-Z'; known are"),
-        ("", TalosValueError, "an architecture of open_clip, got ''"),
+        ("ViT-Z:openai", TalosValueError, r"got 'ViT-Z'; the nearest are \S+, .* and \d+ more"),
+        ("", TalosValueError, "an architecture of open_clip or a .json file of one, got ''"),
+        ("none.json:w.safetensors", TalosOSError, "configuration that can be read, got none.json"),
         (
             "ViT-B-32",
             TalosValueError,
@@ -153,6 +155,38 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, weights: Path) -
 def test_a_wrong_source_is_refused(source: str, error: type[TalosError], match: str) -> None:
     with pytest.raises(error, match=match):
         load_clip(source)
+
+
+def test_weights_of_another_architecture_are_refused(weights: Path, tmp_path: Path) -> None:
+    other = save_tiny_transformers_clip(tmp_path / "other") / "model.safetensors"
+    for architecture, path in (("RN50", weights), ("ViT-B-32", weights), (CLIP, other)):
+        with pytest.raises(TalosValueError, match=f"must have the weights of {architecture}, got"):
+            load_clip(f"{architecture}:{path}")
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["bare", "as open_clip saves it"])
+def test_an_architecture_of_ones_own_is_read_from_a_file(
+    saved: bool, weights: Path, encoder: ClipEncoder, tmp_path: Path
+) -> None:
+    config = open_clip.get_model_config(CLIP)
+    path = tmp_path / "ViT-B-32.json"  # a name that open_clip has
+    own = {"model_cfg": config, "preprocess_cfg": {"mean": (0.1, 0.2, 0.3)}}
+    path.write_text(json.dumps(own if saved else config))
+    known = open_clip.get_model_config("ViT-B-32")
+    loaded = load_clip(f"openclip:{path}:{weights}")
+    assert open_clip.get_model_config("ViT-B-32") == known
+    assert loaded.name == "openclip:ViT-B-32.json:tiny.safetensors"
+    ours, theirs = loaded.clip.state_dict(), encoder.clip.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not saved or tuple(loaded.tokenizer.transforms[-1].mean) == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": {"embed_dim": 8}}'])
+def test_what_is_no_configuration_is_refused(content: str, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(TalosValueError, match=r"source must name a .*, got .*config.json"):
+        load_clip(f"{path}:{weights}")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

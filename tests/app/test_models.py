@@ -168,9 +168,13 @@ def batch_of_ids(encoder: TextEncoder, texts: list[str]) -> dict[str, torch.Tens
                 lambda f, kind=kind, name=name: edit(
                     f / "config.json", model_type=kind, architectures=[name]
                 ),
-                f"must be a text encoder or a language model, got a {name} in .*; for CLIP give",
+                f"must be a text encoder or a language model, got a {name} in .*; of other",
             )
-            for kind, name in (("clip", "CLIPModel"), ("vit", "ViTModel"), ("blip-2", "Blip2Model"))
+            for kind, name in (
+                ("siglip", "SiglipModel"),
+                ("vit", "ViTModel"),
+                ("blip-2", "Blip2Model"),
+            )
         ),
         (
             lambda f: [each.unlink() for each in f.glob("*token*")],

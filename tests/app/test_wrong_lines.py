@@ -31,6 +31,14 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("compare a.json b.json --seed 1 --seed 2", "--seed", "must be given once, got 1 and 2"),
     ("report a.json --out b.html --out c.html", "--out", "given once, got b.html and c.html"),
     ("demo --out a --out b", "--out", "must be given once, got a and b"),
+    ("demo --out d --data pets.csv", "--data", "must name at least two tasks, got pets.csv"),
+    ("demo --out d --data pets.csv --data pets.csv", "--data", "must differ"),
+    ("demo --out d --data pets.csv --data sub/pets.csv", "--data", "must have different names"),
+    ("demo --out d --density 0.1 --density 0.1", "--density", "must differ, got 0.1 0.1"),
+    ("demo --out d --density 0.1 --density 2", "--density", "must lie in (0, 1], got 2"),
+    ("demo --out d --seeds 0", "--seeds", "must be an integer of at least 1"),
+    ("demo --out d --steps 0", "--steps", "must be an integer of at least 1"),
+    ("demo --out d --max-length 2", "--max-length", "got 2"),
     # What the parser of the command line refuses
     ("bogus", "bogus", "No such command"),
     ("calibrat --data pets.csv", "calibrat", "Did you mean 'calibrate'?"),
@@ -51,6 +59,15 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("inspect", "FILE", "must be given, got none"),
     ("report", "RESULTS", "must be given, got none"),
     ("demo", "--out", "must be given, got none"),
+    ("predict --data pets.csv", "--model", "must be given, got none"),
+    ("predict --model base", "--data", "must be given, got none"),
+    ("predict --model a --model b --data pets.csv", "--model", "must be given once, got a and b"),
+    ("predict --model base --data pets.csv --batch-size 0", "--batch-size", "got 0"),
+    ("predict --model base --data pets.csv --out p.txt", "--out", "must end in .csv or .jsonl"),
+    ("predict --model base --data pets.csv --out pets.csv", "--out", "pass --overwrite"),
+    ("predict --model base --data pets.csv", "--model", "base"),
+    ("predict --model ./bse --data pets.csv", "--model", "bse"),
+    ("predict --model minilm --data pets.csv", "--model", "minilm"),
     ("report a.json b.json --out p.html", "b.json", "unexpected extra argument"),
     ("calibrate --data pets.csv --density x", "--density", "must be a valid number, got x"),
     ("calibrate --data pets.csv --rounds 1.5", "--rounds", "must be a valid integer, got 1.5"),
@@ -132,18 +149,27 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("export vector.safetensors --base ./bse --out o", "--base", "'./bse', which is no folder"),
     ("export vector.safetensors --base base --out o --max-length 9", "--max-length", "without --"),
     ("export vector.safetensors --data a --format delta --out o", "--data", "be left out with"),
-    ("predict --data pets.csv", "--model", "must be given, got none"),
-    ("predict --model base", "--data", "must be given, got none"),
-    ("predict --model base --data pets.csv", "--model", "without talos/head.safetensors"),
     ("predict --model base --data pets.csv --out o.txt", "--out", "end in .csv or .jsonl"),
-    ("predict --model base --data pets.csv --out pets.csv", "--out", "pass --overwrite"),
-    ("predict --model base --data pets.csv --batch-size 0", "--batch-size", "got 0"),
     ("extract bse base --out w.safetensors", "BASE", "bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),
     ("report rn.json --out p.html", "RESULTS", "did you mean run.json?"),
     ("merge recipes.toml", "RECIPE", "did you mean recipe.toml?"),
     ("calibrate --data pets.csv --model no/such/folder --dry-run", "--model", "is no folder"),
+    ("eval --data pets.csv --model ./bas", "--model", "is no folder; did you mean base?"),
+    ("eval --data images --model openclip:ViT-Z:w", "--model", "architecture of open_clip or a"),
+    ("eval --data images --model openclip:c.json:w", "--model", "configuration that can be read"),
+    ("eval --data images --model openclip:run.json:w", "--model", "with embed_dim, vision_cfg"),
+    ("eval --data images --model openclip:RN50", "--model", "must name weights, got 'RN50'"),
+    ("eval --data images --model openclip:RN50:w", "--model", "a pretrained tag (openai, yfcc15m"),
+    (
+        "eval --data images --model openclip:RN50:vectr.safetensors",
+        *("--model", "did you mean vector.safetensors?"),
+    ),
+    (
+        "eval --data images --model openclip:RN50:vector.safetensors",
+        *("--model", "must have the weights of RN50, got vector.safetensors"),
+    ),
     # Files that hold something else
     ("calibrate --data titled.csv --dry-run", "--data", "rename 'Text' to text"),
     ("calibrate --data ragged.tsv --dry-run", "--data", "put texts with tabs into quotes"),
@@ -239,6 +265,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("wrong")
     rows = "".join(f"{word} {i},{word}\n" for word in ("cat", "dog") for i in range(10))
     (made / "pets.csv").write_text(f"text,label\n{rows}")
+    (made / "sub").mkdir()
+    (made / "sub" / "pets.csv").write_text(f"text,label\n{rows}")
     (made / "titled.csv").write_text(f"Text,label\n{rows}")
     (made / "ragged.tsv").write_text("text\tlabel\na\tb\tc\n")
     (made / "one.jsonl").write_text('{"text": "a", "label": "cat"}\n')

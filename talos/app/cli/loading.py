@@ -1,11 +1,14 @@
 """Load models and data by the names that the options take."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from talos.app.cli.options import as_options
 from talos.app.demo.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
+from talos.app.models.clip import PREFIX
+from talos.app.models.folders import find_folder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
@@ -15,7 +18,7 @@ from talos.app.tasks.unlabelled import Rows
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["load_classifier", "load_data", "load_encoder", "load_rows"]
+__all__ = ["check_names", "load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -48,6 +51,20 @@ def load_data(data: str) -> Task | ImageTask:
     )
 
 
+def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:
+    """Return the names of the tasks.
+
+    Raises:
+        TalosValueError: two have the same name, as files of one name in two folders do.
+    """
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TalosValueError(
+            f"--data must have different names, got {', '.join(sorted(twice))} twice; rename a file"
+        )
+    return names
+
+
 def load_rows(data: str, reads: str) -> Rows:
     """Load texts or images to predict."""
     with as_options({"path": "--data"}):
@@ -60,14 +77,17 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
     Raises:
         TalosValueError: the model reads texts and a task holds images, or the other way round.
     """
-    reads = "images" if takes_images(model) else "texts"
+    with as_options({"source": "--model"}):
+        here = model == "minilm" or model.startswith(PREFIX)
+        found = model if here else str(find_folder(model)[0])  # of the hub it is downloaded
+        reads = "images" if takes_images(found) else "texts"
     for task in tasks:
         if task.reads != reads:
             raise TalosValueError(
                 f"--model must read the {task.reads} of {task.name}, got {model}, which reads "
                 f"{reads}; take "
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
-                + (" or --model openclip:NAME:WEIGHTS" if reads == "texts" else "")
+                + (" or a CLIP as --model" if reads == "texts" else "")
             )
     with as_options({"source": "--model"}):
         return load(model).to(default_device())

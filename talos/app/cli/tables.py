@@ -1,13 +1,16 @@
-"""The demo's results as a table for a terminal."""
+"""The demo's results on a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from talos.app.cli.console import table
+from talos.app.cli.console import print_line, table
+from talos.app.report.results import FIGURES, SWEEP_SCHEMA, headline
+from talos.app.report.sweep import spread
 
-__all__ = ["interval", "overview"]
+__all__ = ["interval", "overview", "show_results"]
 
 
 def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
@@ -17,10 +20,12 @@ def interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
     return f"{value} [dim]{low} to {high}[/dim]" if signed else f"{value} [dim]{low}–{high}[/dim]"
 
 
+_COLUMNS = ("alone", "added", "normalised", "target\nnegated", "control\nkept")
+
+
 def overview(results: dict[str, Any]) -> Table:
     """Return a table of means over the tasks, a row for each method."""
-    columns = ("alone", "added", "normalised", "target\nnegated", "control\nkept")
-    shown = table(["mean over the tasks"], columns)
+    shown = table(["mean over the tasks"], _COLUMNS)
     zero_shot = _mean(results["zero_shot"])
     shown.add_row("zero-shot", zero_shot, zero_shot, "", zero_shot, zero_shot)
     for method in results["methods"]:
@@ -34,6 +39,35 @@ def overview(results: dict[str, Any]) -> Table:
             _mean({task: entry["target"] for task, entry in negated.items()}),
             _mean({task: entry["control"] for task, entry in negated.items()}),
         )
+    return shown
+
+
+def show_results(console: Console, results: dict[str, Any]) -> None:
+    """Print a demo's table and its headline, or the table of a sweep."""
+    if results["schema"] == SWEEP_SCHEMA:
+        console.print("[bold]test accuracy in %, mean with lowest and highest seed[/bold]")
+        console.print(_sweep(results))
+        return
+    console.print("[bold]test accuracy in % with 95 % intervals[/bold]")
+    console.print(overview(results))
+    console.print()
+    for sentence in headline(results):
+        print_line(console, sentence)
+
+
+def _sweep(results: dict[str, Any]) -> Table:
+    """Return a table of means over tasks and seeds, a row for each method and density."""
+    titles = {method["name"]: method["title"] for method in results["methods"]}
+    shown = table(["mean over tasks and seeds", "density"], _COLUMNS)
+    zero_shot = f"{100 * results['zero_shot']:.1f}"
+    shown.add_row("zero-shot", "", zero_shot, zero_shot, "", "", zero_shot)
+    for entry in results["summary"]:
+        cells = []
+        for key in FIGURES:
+            mean, ends = spread(entry[key])
+            cells.append(f"{mean} [dim]{ends}[/dim]" if ends else mean)
+        density = "" if entry["density"] is None else f"{entry['density']:g}"
+        shown.add_row(titles[entry["method"]], density, *cells)
     return shown
 
 

@@ -1,35 +1,43 @@
 """The output folder of a demo: its check, and the removal of an earlier demo's files."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from talos.errors import TalosOSError
 
-__all__ = ["clear", "kept", "prepare"]
+__all__ = ["check", "clear", "kept", "prepare"]
 
 _PATTERNS = ("results.json", "report.html", "vectors/*.safetensors", "masks/*.safetensors")
+_ALL = (*_PATTERNS, *(f"cells/*/{pattern}" for pattern in _PATTERNS))  # of a sweep, too
 
 
-def prepare(out: Path, overwrite: bool) -> Path:
-    """Make the folder and its subfolders; they must hold no file unless `overwrite` is set.
+def check(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be used; it must hold no file unless `overwrite` is set.
+
+    Raises:
+        TalosOSError: it is a file, or holds files.
+    """
+    if out.exists() and not out.is_dir():
+        raise TalosOSError(f"out must be a folder, got the file {out}")
+    if not overwrite and any(not path.is_dir() for path in out.rglob("*")):
+        raise TalosOSError(
+            f"out must be an empty or new folder, got {out} with files in it; pass --overwrite "
+            "to replace an earlier demo's files"
+        )
+
+
+def prepare(out: Path, overwrite: bool, folders: Sequence[str] = ("vectors", "masks")) -> Path:
+    """Check the folder, and make it and its subfolders.
 
     Raises:
         TalosOSError: it is a file, holds files, or cannot be written.
     """
-    if out.exists() and not out.is_dir():
-        raise TalosOSError(f"out must be a folder, got the file {out}")
+    check(out, overwrite)
     try:
-        filled = any(not path.is_dir() for path in out.rglob("*"))
-        if filled and not overwrite:
-            raise TalosOSError(
-                f"out must be an empty or new folder, got {out} with files in it; pass --overwrite "
-                "to replace an earlier demo's files"
-            )
-        for folder in (out, out / "vectors", out / "masks"):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("", *folders):
+            (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if isinstance(error, TalosOSError):
-            raise
         raise TalosOSError(f"out must be writable, got {out} ({error.strerror})") from error
     if not os.access(out, os.W_OK):
         raise TalosOSError(f"out must be writable, got {out}")
@@ -59,4 +67,4 @@ def kept(out: Path) -> str:
 
 
 def _files(out: Path) -> list[Path]:
-    return [path for pattern in _PATTERNS for path in sorted(out.glob(pattern))]
+    return [path for pattern in _ALL for path in sorted(out.glob(pattern))]

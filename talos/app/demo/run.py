@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from talos.app.demo.summary import Measured, summarise
 from talos.app.models import Encoder, load_encoder
 from talos.app.provenance import base_of, made_with
 from talos.app.report import save_results, write_report
-from talos.app.tasks import Task
+from talos.app.tasks import ImageTask, Task
 from talos.evaluation import (
     Negation,
     Outcomes,
@@ -43,6 +43,7 @@ def run_demo(
     overwrite: bool = False,
     on_progress: OnProgress = lambda progress: None,
     encoder: Encoder | None = None,
+    tasks: Sequence[Task | ImageTask] | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write `results.json`, `report.html`, `vectors/` and `masks/`.
 
@@ -54,6 +55,7 @@ def run_demo(
         overwrite: replace the files of an earlier demo in the folder; other files stay.
         on_progress: called with a `Progress` at every step.
         encoder: use this encoder instead of `settings.model`; its weights are restored.
+        tasks: use these tasks instead of built-in ones of the names in `settings.tasks`.
 
     Returns:
         The results, see `talos.app.report.results`.
@@ -64,7 +66,7 @@ def run_demo(
         TalosRuntimeError: a package of the `demo` extra is missing.
     """
     folder = prepare(Path(out), overwrite)
-    return _Demo(settings, folder, on_progress).run(encoder)
+    return _Demo(settings, folder, on_progress).run(encoder, tasks)
 
 
 class _Demo:
@@ -100,11 +102,13 @@ class _Demo:
         seconds = round(time.perf_counter() - start, 3)
         self.phases.append({"phase": name, "method": method, "task": task, "seconds": seconds})
 
-    def run(self, encoder: Encoder | None) -> dict[str, Any]:
+    def run(
+        self, encoder: Encoder | None, tasks: Sequence[Task | ImageTask] | None
+    ) -> dict[str, Any]:
         """Run all phases in order."""
         settings = self.settings
         with self.phase("load") as tick:
-            tasks = load_tasks(settings)
+            tasks = load_tasks(settings) if tasks is None else tasks
             encoder = encoder or load_encoder(settings.model).to(default_device())
             tick()
         clear(self.out)
@@ -156,13 +160,13 @@ class _Demo:
         """Return the seconds since the start."""
         return round(time.perf_counter() - self.start, 3)
 
-    def calibrate(self, models: TaskModels, task: Task) -> Mask:
+    def calibrate(self, models: TaskModels, task: Task | ImageTask) -> Mask:
         """Find the least sensitive entries for one task, and save the mask."""
         settings = self.settings
         batches = training_batches(
             task,
             models.encoder,
-            count=settings.samples,
+            count=min(settings.samples, len(task.train)),
             batch_size=settings.calibration_batch_size,
             max_length=settings.max_length,
             seed=settings.seed,
@@ -184,7 +188,9 @@ class _Demo:
         self.note_file(path, "mask", None, task.name, mask.nnz)
         return mask
 
-    def train(self, models: TaskModels, task: Task, method: str, mask: Mask | None) -> TaskVector:
+    def train(
+        self, models: TaskModels, task: Task | ImageTask, method: str, mask: Mask | None
+    ) -> TaskVector:
         """Fine-tune on one task and save its vector; the weights stay tuned."""
         settings = self.settings
         batches = training_batches(

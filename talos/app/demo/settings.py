@@ -29,13 +29,14 @@ class DemoSettings:
     """Everything that decides the demo's numbers.
 
     Attributes:
-        model: a model of texts, as `talos.app.models.load_encoder` takes it.
-        tasks: names of built-in tasks; empty for the first `task_count` of those available.
+        model: as `talos.app.models.load_encoder` takes it; without `tasks` it must read texts.
+        tasks: names of tasks, built-in ones if `run_demo` is given no others; empty for the first
+            `task_count` of those available.
         task_count: number of tasks where none are named.
         seed: of the calibration's labels, the batches and the bootstrap.
         density: fraction of the weights that the sparse methods train.
         rounds: calibration rounds.
-        samples: calibration samples.
+        samples: calibration samples, of a smaller task all there are.
         steps: training steps of each method; LoTA takes them twice.
         batch_size: examples per training step.
         max_length: tokens per text.
@@ -76,10 +77,10 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot run, before anything is loaded."""
-        if takes_images(self.model):
+        if takes_images(self.model) and not self.tasks:
             raise TalosValueError(
                 f"model must read texts, got {self.model}, which reads images; take minilm or a "
-                "folder"
+                "folder, or tasks of images"
             )
         for name in ("density", "control_share"):
             fraction(name, getattr(self, name))
@@ -91,9 +92,9 @@ class DemoSettings:
         ):
             integer(name, getattr(self, name), 1)
         if (len(self.tasks) or self.task_count) < 2:
+            given = ", ".join(self.tasks) or self.task_count
             raise TalosValueError(
-                f"tasks must name at least two tasks, got {self.tasks or self.task_count}; "
-                "addition and negation need at least two"
+                f"tasks must name at least two tasks, got {given}; addition and negation need them"
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise TalosValueError(f"tasks must differ, got {', '.join(self.tasks)}")
@@ -107,6 +108,7 @@ class DemoSettings:
                 "masks are part of the report"
             )
         integer("grid", self.grid, 2)
+        integer("max_length", self.max_length, 3)
 
     def rate(self, method: str) -> float:
         """Return the peak learning rate of a method."""

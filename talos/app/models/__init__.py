@@ -7,6 +7,7 @@ from talos.app.models.base import (
     ZeroShotEncoder,
 )
 from talos.app.models.clip import ClipEncoder, load_clip
+from talos.app.models.clip_transformers import TransformersClipEncoder
 from talos.app.models.folders import class_name
 from talos.app.models.language import AnswerClassifier, LanguageModel
 from talos.app.models.load import can_load, load_encoder, takes_images
@@ -19,6 +20,7 @@ __all__ = [
     "Encoder",
     "LanguageModel",
     "TextEncoder",
+    "TransformersClipEncoder",
     "ZeroShotClassifier",
     "ZeroShotEncoder",
     "can_load",

@@ -4,6 +4,9 @@ Only the visual tower is trainable, as in the paper's runs. The text tower makes
 task once, from its class texts, and is frozen with everything else.
 """
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +17,7 @@ from torch import Tensor
 from talos.app.extras import import_package
 from talos.app.models.base import ZeroShotEncoder
 from talos.app.models.folders import first_line
+from talos.app.nearest import beside, did_you_mean, several
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
 
@@ -25,6 +29,7 @@ _PREPROCESSING = {
     "interpolation": "image_interpolation",
     "resize_mode": "image_resize_mode",
 }
+_KEYS = ("embed_dim", "vision_cfg", "text_cfg")
 
 
 class ClipEncoder(ZeroShotEncoder):
@@ -91,9 +96,10 @@ def load_clip(source: str) -> ClipEncoder:
 
     Args:
         source: "NAME:WEIGHTS", or the same after "openclip:". NAME is an architecture of
-            open_clip. WEIGHTS is one of its pretrained tags, which is downloaded from the Hugging
-            Face hub, or the path of a .safetensors file. OpenAI's own weights in a file belong to
-            the architectures that end in -quickgelu.
+            open_clip, or a .json file of one, as open_clip keeps and saves them. WEIGHTS is one of
+            its pretrained tags, which is downloaded from the Hugging Face hub, or the path of a
+            .safetensors file. OpenAI's own weights in a file belong to the architectures that end
+            in -quickgelu.
 
     Returns:
         The encoder.
@@ -104,24 +110,27 @@ def load_clip(source: str) -> ClipEncoder:
         TalosValueError: the architecture or tag is unknown, the file is not a safetensors file, or
             its weights do not fit the architecture.
     """
-    architecture, _, weights = source.removeprefix(PREFIX).partition(":")
+    named, _, weights = source.removeprefix(PREFIX).partition(":")
     open_clip = import_package("open_clip")
+    architecture, options = named, dict[str, Any]()
+    if named.endswith(".json"):
+        architecture, preprocessing = _own_architecture(Path(named).expanduser())
+        options = _preprocessing(preprocessing)
     if architecture not in open_clip.list_models():
         raise TalosValueError(
-            f"source must name an architecture of open_clip, got {architecture!r}; known are "
-            f"{', '.join(open_clip.list_models())}"
+            f"source must name an architecture of open_clip or a .json file of one, got "
+            f"{architecture!r}; the nearest are {several(open_clip.list_models(), architecture)}"
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not weights:
         raise TalosValueError(
-            f"source must name weights, got {architecture!r} without; append :TAG (of "
+            f"source must name weights, got {named!r} without; append :TAG (of "
             f"{', '.join(tags) or 'which it has none'}) or :FILE.safetensors"
         )
-    options: dict[str, Any] = {}
     if weights in tags:
         tag = open_clip.get_pretrained_cfg(architecture, weights)
         path = _download(f"{architecture}:{weights}", tag)
-        options = {ours: tag[key] for key, ours in _PREPROCESSING.items() if key in tag}
+        options = _preprocessing(tag)
         options["force_quick_gelu"] = bool(tag.get("quick_gelu", False))
     else:
         path = _local(weights, tags)
@@ -131,11 +140,11 @@ def load_clip(source: str) -> ClipEncoder:
             architecture, pretrained=str(path), **options
         )
         tokenize = open_clip.get_tokenizer(architecture)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except Exception as error:  # weights that do not fit end in an AssertionError, too
         raise TalosValueError(
-            f"source must have the weights of {architecture}, got {path}: {error!s:.300}"
+            f"source must have the weights of {named}, got {path}: {error!s:.200}"
         ) from error
-    name = f"{PREFIX}{architecture}:{weights if weights in tags else path.name}"
+    name = f"{PREFIX}{Path(named).name}:{weights if weights in tags else path.name}"
     encoder = ClipEncoder(clip.float(), transform, tokenize, name=name).eval()
     architecture_config = dict(open_clip.get_model_config(architecture))
     if options.get("force_quick_gelu"):
@@ -169,11 +178,43 @@ def load_clip_folder(folder: Path, name: str) -> ClipEncoder:
     try:
         clip, _, transform = open_clip.create_model_and_transforms(where)
         tokenize = open_clip.get_tokenizer(where)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `load_clip`
         raise TalosValueError(
             f"source must be a folder that open_clip can load, got {folder}: {error!s:.300}"
         ) from error
     return ClipEncoder(clip.float(), transform, tokenize, name=name).eval()
+
+
+def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
+    """Return how images are prepared, as `create_model_and_transforms` takes it."""
+    return {ours: config[key] for key, ours in _PREPROCESSING.items() if key in config}
+
+
+def _own_architecture(path: Path) -> tuple[str, dict[str, Any]]:
+    """Make the architecture of a file known to open_clip; return its name and preprocessing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TalosOSError(
+            f"source must name a configuration that can be read, got {path} ({error.strerror})"
+            f"{did_you_mean(str(path), beside(path))}"
+        ) from error
+    except ValueError as error:
+        raise TalosValueError(f"source must name a JSON file, got {path}: {error}") from error
+    config = content.get("model_cfg", content) if isinstance(content, dict) else None
+    if not isinstance(config, dict) or not config.keys() >= set(_KEYS):
+        raise TalosValueError(
+            f"source must name a model configuration of open_clip, with {', '.join(_KEYS)}, got "
+            f"{path} without; `open_clip.get_model_config(NAME)` shows one"
+        )
+    text = json.dumps(config, sort_keys=True)
+    # open_clip calls an architecture as its file; the digest keeps its own ones as they are.
+    name = f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{name}.json")
+        file.write_text(text, encoding="utf-8")
+        import_package("open_clip").add_model_config(file)
+    return name, content.get("preprocess_cfg", {})
 
 
 def _local(weights: str, tags: Sequence[str]) -> Path:
@@ -186,7 +227,10 @@ def _local(weights: str, tags: Sequence[str]) -> Path:
             "with safetensors.torch.save_file"
         )
     if not path.is_file():
-        raise TalosOSError(f"source must name an existing file, got {path}; check the path")
+        near = did_you_mean(str(path), beside(path))
+        raise TalosOSError(
+            f"source must name an existing file, got {path}{near or '; check the path'}"
+        )
     return path
 
 

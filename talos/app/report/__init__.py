@@ -9,6 +9,7 @@ from talos.app.report.page import render, write_report
 from talos.app.report.results import (
     SCHEMA,
     SCHEMA_VERSION,
+    SWEEP_SCHEMA,
     headline,
     load_results,
     save_results,
@@ -17,6 +18,7 @@ from talos.app.report.results import (
 __all__ = [
     "SCHEMA",
     "SCHEMA_VERSION",
+    "SWEEP_SCHEMA",
     "headline",
     "load_results",
     "render",

@@ -2,9 +2,10 @@
 
 import os
 
-from talos.app.report import accuracies, artefacts
+from talos.app.report import accuracies, artefacts, sweep
 from talos.app.report.html import escape
 from talos.app.report.results import (
+    SWEEP_SCHEMA,
     Results,
     check_results,
     headline,
@@ -38,6 +39,18 @@ def render(results: Results) -> str:
         TalosRuntimeError: matplotlib is missing.
     """
     check_results(results)
+    title, body = (sweep.content if results["schema"] == SWEEP_SCHEMA else _content)(results)
+    return (
+        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
+        '<meta name=color-scheme content="light dark">\n'
+        f"<title>talos demo: {escape(title)}</title>\n<style>{CSS}</style>\n"
+        "</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _content(results: Results) -> tuple[str, list[str]]:
+    """Return the title of a demo's page and the HTML of its sections."""
     count = len(results["tasks"])
     first, *others = headline(results)
     body = [
@@ -59,14 +72,7 @@ def render(results: Results) -> str:
         artefacts.next_steps(results),
         artefacts.made(results),
     ]
-    return (
-        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
-        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        '<meta name=color-scheme content="light dark">\n'
-        f"<title>talos demo: {count} tasks</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return f"{count} tasks", body
 
 
 def _tiles(results: Results) -> str:

@@ -25,6 +25,16 @@ mask_iou   matrix
 files      list of path, kind (mask, vector), method, task, bytes, entries
 timings    total (seconds), phases: list of phase, method, task, seconds
 
+A sweep, schema "talos-demo-sweep", version 1, is a run of the demo for each density and seed; each
+is whole in a folder of its own. It has created, machine, versions, settings, tasks, methods (name,
+title) as above, and
+
+zero_shot  mean accuracy of the pretrained model over the tasks, on test data
+cells      list of density, seed, folder, figures: method -> `FIGURES`, means over the tasks
+summary    list of density (null for a method without one), method, seeds (how many), and for each
+           of `FIGURES` mean, low (the lowest seed), high
+timings    total (seconds)
+
 Everything but `created`, `machine` and `timings` repeats exactly for the same seed on the same
 machine.
 """
@@ -39,8 +49,10 @@ from talos.files import atomic_write
 from talos.tensors import readable_size
 
 __all__ = [
+    "FIGURES",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "SWEEP_SCHEMA",
     "Results",
     "check_results",
     "headline",
@@ -52,7 +64,10 @@ __all__ = [
 ]
 
 SCHEMA = "talos-demo"
+SWEEP_SCHEMA = "talos-demo-sweep"
 SCHEMA_VERSION = 1
+FIGURES = ("alone", "added", "normalised", "target", "control")
+"""The figures of a cell: single tasks, merged, merged over single, and two of the negations."""
 
 Results = dict[str, Any]
 
@@ -75,6 +90,10 @@ _KEYS = (
     "mask_iou",
     "files",
     "timings",
+)
+_SWEEP_KEYS = (
+    *("created", "machine", "versions", "settings", "tasks", "methods"),
+    *("zero_shot", "cells", "summary", "timings"),
 )
 
 
@@ -139,7 +158,9 @@ def check_results(results: Any, where: str = "results") -> None:
     Raises:
         TalosValueError: another schema or version, or a missing key.
     """
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+    keys = {SCHEMA: _KEYS, SWEEP_SCHEMA: _SWEEP_KEYS}
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema not in keys:
         raise TalosValueError(
             f"{where} must be a results.json of `talos demo` (schema {SCHEMA!r}), got another file"
         )
@@ -148,7 +169,7 @@ def check_results(results: Any, where: str = "results") -> None:
             f"{where} must have schema_version {SCHEMA_VERSION}, got "
             f"{results.get('schema_version')!r}; make it again with this version's `talos demo`"
         )
-    missing = [key for key in _KEYS if key not in results]
+    missing = [key for key in keys[schema] if key not in results]
     if missing:
         raise TalosValueError(
             f"{where} must hold {', '.join(missing)}, got a file without; run `talos demo` again"

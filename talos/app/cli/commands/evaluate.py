@@ -32,8 +32,7 @@ from talos.app.cli.options import (
     as_options,
 )
 from talos.app.cli.records import write_record
-from talos.app.cli.suggestions import merge_command
-from talos.errors import TalosValueError
+from talos.app.cli.suggestions import merge_command, train_longer
 from talos.options import integer
 
 __all__ = ["EXAMPLES", "evaluate", "facts"]
@@ -157,7 +156,7 @@ def evaluate(
         check_use(scale, coef is None, points, len(vector), metric or [])
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
-    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
     from talos.task_vectors import TaskVector
 
@@ -177,12 +176,7 @@ def evaluate(
         one = None
         if forget is not None:
             one = forgetting(forget, control or [], keep, data, tasks, load_data)
-        names = [task.name for task in tasks]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise TalosValueError(
-                f"--data must have different names, got {', '.join(sorted(twice))} twice; "
-                "rename a file"
-            )
+        names = check_names(tasks)
         vectors = pair(names, loaded, None if one is None else one.target)
         encoder = load_encoder(model, *tasks)
         made = {path: each.metadata for path, each in given.items()}
@@ -223,8 +217,12 @@ def evaluate(
         note(f"{name} was left out: {lack}")
     if record is not None:
         write_record(json, "eval", record)
-    if one is None:
-        _next(model, data, vector, merged, json, evaluation.chosen)
+    if one is None and json not in (None, "-"):
+        next_step(command("compare", json, "OTHER.json"))
+    elif one is None and evaluation.chosen == 0 and len(vector) == 1:
+        next_step(train_longer(model, data[0], loaded[0].metadata))
+    elif one is None:
+        _next(model, data, vector, merged, evaluation.chosen, linearized)
     elif evaluation.chosen:
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
@@ -232,7 +230,7 @@ def evaluate(
             command("export", term, *_base(model, data), "--out", "forgot"),
         )
     else:
-        next_step(command("inspect", vector[0]))
+        next_step(train_longer(model, data[0], loaded[0].metadata))
 
 
 def facts() -> dict[str, str]:
@@ -247,17 +245,17 @@ def _next(
     data: Sequence[str],
     vector: Sequence[Path],
     merged: Path | None,
-    json: str | None,
     coef: float | None,
+    linearized: bool,
 ) -> None:
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
-    if json not in (None, "-"):
-        next_step(command("compare", json, "OTHER.json"))
-    elif not vector:
-        new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(command("eval", *same, *new))
+    own += ["--linearized"] * linearized
+    if not vector:
+        next_step(
+            command("calibrate", "--model", model, "--data", data[0], "--out", "mask.safetensors")
+        )
     elif len(vector) > 1:
         next_step(command("eval", *same, *own, "--json", "eval.json"))
     elif coef:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import next_step, on_interrupt, print_line, stdout
+from talos.app.cli.console import next_step, on_interrupt, stdout
 from talos.app.cli.options import Overwrite, check_input, check_output
 
 __all__ = ["EXAMPLES", "report"]
@@ -18,15 +18,14 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Make the HTML report of a demo again from its results.json."""
+    """Make the HTML report of a demo again from its results.json, which holds all figures."""
     check_input("RESULTS", results)
     check_output(out, overwrite, ".html")
-    from talos.app.report import headline, load_results, write_report
+    from talos.app.cli.tables import show_results
+    from talos.app.report import load_results, write_report
 
     loaded = load_results(results)
     with on_interrupt("nothing was written"):
         write_report(loaded, out)
-    console = stdout()
-    for sentence in headline(loaded):
-        print_line(console, sentence)
+    show_results(stdout(), loaded)
     next_step(f"open {out} in a browser")
