@@ -390,6 +390,23 @@ def run_of(answers: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
     }
 
 
+def test_a_comparison_says_what_is_linearized_and_cuts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a_long_name_of_a_run_" * 3
+    paths = [tmp_path / f"{name}{i}.json" for i in range(2)]
+    known = {"model": "tiny", "tasks": {"a": {"examples": 3, "fingerprint": "a", "data": "a.csv"}}}
+    answers = {"a": torch.tensor([True, False, True])}
+    for path, linearized in zip(paths, (False, True), strict=True):
+        path.write_text(json.dumps(run_of(answers, **known, linearized=linearized)))
+    assert main(["compare", *map(str, paths[::-1])]) == 0
+    shown, err = capsys.readouterr()
+    assert f"{name}1 (linearized) " in shown
+    assert re.search(rf"{name}0 +66.7", shown)
+    assert "…" not in shown
+    assert "--data a.csv --linearized --vector" in err
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

@@ -218,7 +218,7 @@ def evaluate(
     if record is not None:
         write_record(json, "eval", record)
     if one is None:
-        _next(model, data, vector, merged, json, evaluation.chosen)
+        _next(model, data, vector, merged, linearized, json, evaluation.chosen)
     elif evaluation.chosen:
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
@@ -241,10 +241,12 @@ def _next(
     data: Sequence[str],
     vector: Sequence[Path],
     merged: Path | None,
+    linearized: bool,
     json: str | None,
     coef: float | None,
 ) -> None:
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
+    same += ["--linearized"] if linearized else []
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
     if json not in (None, "-"):
