@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import gettempdir
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ def pretrain(model: nn.Module, steps: int, draw: Callable[[Tensor], Batch]) -> N
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tunes a small GPT on Python's help.")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of what is saved")
+    out = Path(gettempdir())
+    parser.add_argument("--out", type=Path, default=out, help="folder of what is saved")
     parser.add_argument("--init", type=Path, help="a state_dict to begin with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of autocast; float32 turns it off")

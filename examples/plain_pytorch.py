@@ -8,6 +8,7 @@ The second task trains a tenth of the weights and leaves a small file, which edi
 import copy
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from sklearn.datasets import load_digits
@@ -49,7 +50,7 @@ optimizer = talos.SparseAdam(model, mask, lr=3e-2)
 train(optimizer, mirrored, epochs=15)
 print("fine-tuned:", accuracies(model))
 
-path = Path(*sys.argv[1:]) / "mirrored.safetensors"
+path = Path(*sys.argv[1:] or [gettempdir()]) / "mirrored.safetensors"
 optimizer.task_vector().save(path, torch.bfloat16)
 dense = sum(weight.nbytes for weight in model.parameters())
 print(f"{path.name}: {path.stat().st_size:,} bytes, the model {dense:,}")

@@ -95,7 +95,7 @@ def differences(
             if of.get("data", task.fingerprint()) != task.fingerprint():
                 found.append(
                     f"the test examples of {name} are not those of when {file} was made; it may "
-                    "have been trained on some of them"
+                    "have been made with some of them"
                 )
     if task.reads == "texts":
         found += [

@@ -306,6 +306,9 @@ class SparseAdam(torch.optim.Optimizer):
     ) -> Tensor:
         """Scale the gradients so that the norm over the selected entries is at most `max_norm`.
 
+        That norm is much smaller than the one over whole tensors, which
+        `torch.nn.utils.clip_grad_norm_` takes of dense gradients: see docs/trainers.md.
+
         Args:
             max_norm: the largest allowed norm; infinity only computes the norm.
             error_if_nonfinite: raise if the norm is NaN or infinite; waits for the device.

@@ -227,6 +227,22 @@ def test_one_vector_at_its_coefficient_is_compared(
     ]
 
 
+def test_a_grid_shows_every_task(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.json"
+    asked = ["--scale", "grid", "--points", "3", "--json", str(path)]
+    assert main(["eval", *options(folder, "pets"), *asked]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"scale +{' +'.join(WORDS)} +absolute", shown)
+    for point in json.loads(path.read_text())["metrics"]["accuracy"]["grid"]:
+        coef = point["scaling_coef"]
+        wanted = {task: share(right(folder, task, "validation", (coef, "pets"))) for task in WORDS}
+        assert point["tasks"] == pytest.approx(wanted)
+        cells = " +".join(f"{100 * each:.1f}" for each in (*wanted.values(), point["absolute"]))
+        assert re.search(rf"{coef:.2f} +{cells}", shown)
+
+
 def test_a_merge_is_measured_instead_of_the_sum(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

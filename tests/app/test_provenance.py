@@ -150,7 +150,7 @@ def test_a_mask_of_other_weights_is_refused(made: Path, tmp_path: Path, capsys: 
         ),
         (
             [f"meow {i},{('cat', 'dog')[i % 2]}" for i in range(62)],
-            "it may have been trained on some of them",
+            "it may have been made with some of them",
         ),
     ],
     ids=["labels", "label texts", "rows"],
@@ -220,3 +220,13 @@ def test_a_merge_with_linearized_vectors_is_said(tmp_path: Path, capsys: Capture
         assert (
             "those of talos without it; no evaluation fits their merge" in capsys.readouterr().err
         )
+
+
+def test_an_export_of_a_linearized_vector_is_said(tmp_path: Path, capsys: Capture) -> None:
+    vector, out = str(tmp_path / "v.safetensors"), str(tmp_path / "delta.safetensors")
+    mask = Mask.from_dense({"w": torch.ones(2) > 0})
+    for method, said in (("talos", False), ("linearized", True)):
+        TaskVector(mask, torch.ones(2), metadata={"method": method}).save(vector, overwrite=True)
+        exported = ["--format", "delta", "--out", out, "--overwrite"]
+        assert main(["export", vector, *exported]) == 0
+        assert ("is another function than was trained" in capsys.readouterr().err) == said

@@ -211,3 +211,21 @@ def test_a_label_with_two_texts_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label,label_text", "a,0,bad", "b,1,good", "c,0,poor")
     with pytest.raises(TalosValueError, match=r"one label_text, got 'bad' and 'poor' .* line 4"):
         load_file(path)
+
+
+def test_labels_that_are_all_but_equal_are_said(
+    model: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert dry_run(model, pets(tmp_path / "pets.csv", labels=("Tame_cat", "tame cat"))) == 0
+    line = "warning: labels of pets.csv are all but equal: Tame_cat and tame cat"
+    assert line in capsys.readouterr().err
+
+
+def test_a_label_with_too_many_tokens_is_refused(
+    model: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert dry_run(model, pets(tmp_path / "pets.csv", labels=("cat", "d" + "o" * 61 + "g"))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "the labels of --data must have at most 64 tokens each, got more in 'dooo" in err
+    assert "describe the class in fewer words" in err

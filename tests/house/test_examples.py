@@ -21,6 +21,7 @@ README = (ROOT / "examples" / "README.md").read_text()
 NANOGPT = (ROOT / "examples" / "nanogpt.py").read_text()
 # A changed line of nanogpt.py and the comment above it with the line that stood there.
 CHANGED = re.compile(r"^( *)# was: (.+)\n.+\n", re.MULTILINE)
+TEMPORARY = "temporary"
 SMALL = ["--width=32", "--layers=1", "--block=32", "--pretrain=100", "--steps=60"]
 
 
@@ -47,6 +48,8 @@ def run(command: list[str], folder: Path) -> str:
         (folder / "examples").symlink_to(ROOT / "examples")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env["TMPDIR"] = str(folder / TEMPORARY)
+    Path(env["TMPDIR"]).mkdir(exist_ok=True)
     done = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
     )
@@ -85,7 +88,8 @@ def test_plain_pytorch_learns_the_mirrored_digits(tmp_path: Path) -> None:
     assert before < half < after
     assert taken_off == [digits, before]
     assert 6 * file < model
-    path = tmp_path / "mirrored.safetensors"
+    assert {each.name for each in tmp_path.iterdir()} == {"examples", TEMPORARY}
+    path = tmp_path / TEMPORARY / "mirrored.safetensors"
     assert path.stat().st_size == file
     vector = talos.TaskVector.load(path)
     assert vector.mask.density == pytest.approx(0.1, abs=1e-3)
@@ -103,6 +107,7 @@ def test_plain_pytorch_is_about_thirty_lines() -> None:
 @pytest.mark.slow
 def test_nanogpt_learns_prose(tmp_path: Path) -> None:
     printed = run_block("nanogpt.py", tmp_path, *SMALL)
+    assert {each.name for each in tmp_path.iterdir()} == {"examples", TEMPORARY}
     for before, after in losses(printed).values():
         assert after < before - 0.02
 
@@ -120,12 +125,12 @@ def test_nanogpt_is_an_adamw_trainer_but_for_three_lines(tmp_path: Path) -> None
     assert "talos" not in names
     (tmp_path / "ordinary.py").write_text(ordinary)
     for before, after in losses(
-        run(["python", "ordinary.py", *SMALL, "--lr=3e-3"], tmp_path)
+        run(["python", "ordinary.py", *SMALL, "--lr=3e-3", "--out=."], tmp_path)
     ).values():
         assert after < before - 0.02
 
     # What it saved is the model that the sparse form begins with, here with a GradScaler.
-    sparse = ["examples/nanogpt.py", *SMALL, "--init=model.pt", "--dtype=float16"]
+    sparse = ["examples/nanogpt.py", *SMALL, "--init=model.pt", "--dtype=float16", "--out=."]
     printed = run(["python", "-c", KEEP_THE_MODEL, *sparse], tmp_path)
     before, after = losses(printed)["training"]
     assert after < before

@@ -8,6 +8,7 @@ from typing import Any
 from talos.app.cli.console import note
 from talos.app.cli.options import check_choice, check_input
 from talos.app.cli.records import check_json
+from talos.app.cli.suggestions import methods_of
 from talos.errors import TalosValueError
 
 __all__ = ["check_expansion", "check_options", "check_use", "parse_scale"]
@@ -95,10 +96,7 @@ def parse_scale(scale: str | None, vectors: int) -> float | None:
 
 def check_expansion(metadata: Mapping[str, Any], linearized: bool) -> None:
     """Warn if a vector's method, or one in its sum, does not fit --linearized."""
-    from talos.task_vectors.sums import origins
-
-    methods = {str(of["method"]) for of in origins(metadata) if "method" in of}
-    wrong = sorted(name for name in methods if (name == "linearized") != linearized)
+    wrong = sorted(name for name in methods_of(metadata) if (name == "linearized") != linearized)
     if wrong:
         where = "without --linearized, got it" if linearized else "with --linearized, got none"
         note(

@@ -188,6 +188,8 @@ def show_data(
             f"{', '.join(encoder.heads)}); one is made with its edited weights, which is not that "
             f"of the base; export the model with --data {task.source or task.name}, too"
         )
+    if alike := _alike(task):
+        note(f"warning: labels of {task.source or task.name} are all but equal: {alike}")
     if isinstance(task, ImageTask):
         note(summary(task, None, max_length))
         return
@@ -253,6 +255,17 @@ def _longer(counts: TokenCounts, max_length: int, encoder: Encoder, task: Task) 
     kept = _percent(1 - counts.cut(wanted))
     limit = f", the most that {encoder.name} takes," if limited else ""
     return f"{lead}; --max-length {wanted}{limit} keeps {kept} of them whole"
+
+
+def _alike(task: Task | ImageTask) -> str:
+    """Return labels whose texts differ in nothing but case and spaces, as "Cat and cat"."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name, text in zip(task.class_names, task.class_texts, strict=True):
+        known = first.setdefault(" ".join(text.casefold().split()), name)
+        if known != name:
+            pairs.append(f"{known} and {name}")
+    return ", ".join(pairs[:3])
 
 
 def _quoted(counts: TokenCounts) -> str:

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.cli.console import command
+from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosError
 
 __all__ = [
     "after_vector",
+    "data_options",
     "expansion",
     "merge_command",
+    "methods_of",
     "model_option",
     "of_model",
     "subtracts",
+    "train_longer",
 ]
 
 
@@ -36,20 +40,45 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
 
     made = origins(metadata)
     if made and all("extracted" in of for of in made):
-        return command("export", file, "--base", "BASE", "--out", "edited")
+        bases = {str(of["extracted"].get("base", "BASE")) for of in made}
+        base = bases.pop() if len(bases) == 1 else "BASE"
+        return command("export", file, "--base", base, "--out", "edited")
     scale = "1" if subtracts(metadata) else "grid"
     return command(
-        *("eval", *model, "--data", "TASK", "--vector", file, "--scale", scale),
+        *("eval", *model, *data_options(metadata), "--vector", file, "--scale", scale),
         *expansion(metadata),
     )
 
 
-def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return --linearized for a vector of this metadata if all behind it were trained so."""
+def data_options(metadata: Mapping[str, Any]) -> list[str]:
+    """Return --data of each built-in task behind a file; of other data only the name is known."""
     from talos.task_vectors.sums import origins
 
-    methods = {of.get("method") for of in origins(metadata)}
-    return ("--linearized",) if methods == {"linearized"} else ()
+    known = {*(source.name for source in SOURCES), "digits"}
+    tasks = [of["task"] for of in origins(metadata) if of.get("task") in known]
+    return [word for task in dict.fromkeys(tasks) or ["TASK"] for word in ("--data", task)]
+
+
+def train_longer(model: str, data: str, metadata: Mapping[str, Any]) -> str:
+    """Return the command that trains a vector of this metadata again, with twice the steps."""
+    mask = ("--mask", "mask.safetensors") if metadata.get("method", "talos") == "talos" else ()
+    method = () if mask else ("--method", metadata["method"])
+    steps = metadata.get("steps")
+    steps = 2 * steps if isinstance(steps, int) else 200
+    words = ("--model", model, "--data", data, *mask, *method, "--steps", steps)
+    return command("train", *words, "--out", "longer.safetensors")
+
+
+def expansion(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return --linearized for a vector of this metadata if all behind it were trained so."""
+    return ("--linearized",) if methods_of(metadata) == {"linearized"} else ()
+
+
+def methods_of(metadata: Mapping[str, Any]) -> set[str]:
+    """Return the methods by which the vectors behind a vector were trained, where it tells."""
+    from talos.task_vectors.sums import origins
+
+    return {str(of["method"]) for of in origins(metadata) if "method" in of}
 
 
 def model_option(metadata: Mapping[str, Any]) -> tuple[str, ...]:

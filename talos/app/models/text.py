@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from talos.app.extras import check_installed
 from talos.app.models.base import ZeroShotEncoder
 from talos.app.models.folders import load_folder, save_json
+from talos.errors import TalosValueError
 from talos.files import Beside
 
 if TYPE_CHECKING:
@@ -70,14 +71,22 @@ class TextEncoder(ZeroShotEncoder):
         return nn.functional.normalize(mean, dim=-1)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """Return the unit vectors of a few texts, float32 [len(texts), D]."""
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=_TOKENS_OF_A_CLASS,
-            return_tensors="pt",
-        ).to(self.device)
+        """Return the unit vectors of a few texts, float32 [len(texts), D].
+
+        Raises:
+            TalosValueError: a text has more tokens than a class may have.
+        """
+        most = min(_TOKENS_OF_A_CLASS, self.most_tokens(texts) or _TOKENS_OF_A_CLASS)
+        lengths = {"truncation": True, "max_length": most + 1}
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", **lengths)
+        encoded = encoded.to(self.device)
+        sizes = encoded["attention_mask"].sum(1).tolist()
+        if max(sizes) > most:
+            text = texts[sizes.index(max(sizes))]
+            raise TalosValueError(
+                f"class_texts must have at most {most} tokens each, got more in {text!r:.80}; "
+                "describe the class in fewer words"
+            )
         vectors: Tensor = self(encoded["input_ids"], encoded["attention_mask"])
         return vectors
 

@@ -32,7 +32,7 @@ from talos.app.cli.options import (
     as_options,
 )
 from talos.app.cli.records import write_record
-from talos.app.cli.suggestions import merge_command
+from talos.app.cli.suggestions import merge_command, train_longer
 from talos.options import integer
 
 __all__ = ["EXAMPLES", "evaluate", "facts"]
@@ -217,8 +217,12 @@ def evaluate(
         note(f"{name} was left out: {lack}")
     if record is not None:
         write_record(json, "eval", record)
-    if one is None:
-        _next(model, data, vector, merged, linearized, json, evaluation.chosen)
+    if one is None and json not in (None, "-"):
+        next_step(command("compare", json, "OTHER.json"))
+    elif one is None and evaluation.chosen == 0 and len(vector) == 1:
+        next_step(train_longer(model, data[0], loaded[0].metadata))
+    elif one is None:
+        _next(model, data, vector, merged, evaluation.chosen, linearized)
     elif evaluation.chosen:
         term = f"{vector[0]}:{evaluation.chosen:g}"
         next_step(
@@ -226,7 +230,7 @@ def evaluate(
             command("export", term, *_base(model, data), "--out", "forgot"),
         )
     else:
-        next_step(command("inspect", vector[0]))
+        next_step(train_longer(model, data[0], loaded[0].metadata))
 
 
 def facts() -> dict[str, str]:
@@ -241,19 +245,17 @@ def _next(
     data: Sequence[str],
     vector: Sequence[Path],
     merged: Path | None,
-    linearized: bool,
-    json: str | None,
     coef: float | None,
+    linearized: bool,
 ) -> None:
     same = ["--model", model, *(word for each in data for word in ("--data", each))]
-    same += ["--linearized"] if linearized else []
     own: list[object] = [word for each in vector for word in ("--vector", each)]
     own += [] if merged is None else ["--merged", merged]
-    if json not in (None, "-"):
-        next_step(command("compare", json, "OTHER.json"))
-    elif not vector:
-        new = ("--vector", "vector.safetensors", "--scale", "grid")
-        next_step(command("eval", *same, *new))
+    own += ["--linearized"] * linearized
+    if not vector:
+        next_step(
+            command("calibrate", "--model", model, "--data", data[0], "--out", "mask.safetensors")
+        )
     elif len(vector) > 1:
         next_step(command("eval", *same, *own, "--json", "eval.json"))
     elif coef:

@@ -21,6 +21,7 @@ from talos.app.cli.options import (
     check_output,
 )
 from talos.app.cli.records import check_json, write_record
+from talos.app.cli.suggestions import methods_of
 from talos.errors import TalosOSError, TalosValueError
 from talos.options import finite, integer
 
@@ -156,6 +157,11 @@ def export(
             "metadata": edit.metadata,
         },
     )
+    if "linearized" in methods_of(edit.metadata):
+        note(
+            "warning: a vector of the method linearized is exact in the model's first-order "
+            f"expansion only; {out} is another function than was trained"
+        )
     for head in heads.values():
         note(f"{out} holds the head of {head.task}: {len(head.class_names)} labels")
     if (out / "config.json").is_file() or heads:

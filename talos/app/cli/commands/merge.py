@@ -28,7 +28,7 @@ from talos.app.cli.options import (
 )
 from talos.app.cli.recipes import Output, Recipe, check_recipe_base, read_recipe
 from talos.app.cli.records import check_json, write_record
-from talos.app.cli.suggestions import after_vector, model_option
+from talos.app.cli.suggestions import after_vector, methods_of, model_option
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -272,9 +272,7 @@ def _keeps_all(merge: "Merge", vectors: "Sequence[TaskVector]") -> str | None:
 
 def _mixes(metadata: Mapping[str, Any]) -> str | None:
     """Return a warning if vectors of the method linearized are merged with others."""
-    from talos.task_vectors.sums import origins
-
-    others = {str(of["method"]) for of in origins(metadata) if "method" in of}
+    others = methods_of(metadata)
     if "linearized" not in others or len(others) == 1:
         return None
     return (
