@@ -165,15 +165,18 @@ def _accuracy(subject: Subject) -> Figures:
 
 
 def _search(subject: Subject, edit: TaskVector) -> Figures:
-    """Return the mean validation accuracy at each coefficient, and the best coefficient."""
-    coefs, means = subject.coefs, []
+    """Return the validation accuracies at each coefficient, and the best coefficient."""
+    coefs = subject.coefs
+    means: list[float] = []
+    grid: list[Figures] = []
     with subject.outcomes.resident(edit):
         for coef in subject.bars.each("grid", coefs):
             figures = subject.outcomes.figures(subject.outcomes.of("validation", edit, coef))
             means.append(fmean(figures.values()))
+            grid.append({"scaling_coef": coef, "absolute": means[-1], "tasks": figures})
     place = best_place(coefs, means, highest=True)
     return {
-        "grid": [{"scaling_coef": c, "absolute": m} for c, m in zip(coefs, means, strict=True)],
+        "grid": grid,
         "scaling_coef": coefs[place],
         "why_zero": why_zero(coefs, means, place, highest=True),
     }
