@@ -153,7 +153,8 @@ def negation(
         kept = outcomes.table("control", controls, over_tasks)
         floor = share * kept[:, :1]  # the first coefficient is 0
         kept = kept >= floor if higher else kept <= floor
-        kept[0] = torch.tensor([point.target is not None for point in grid])
+        as_found = [point.target is not None for point in grid]
+        kept[0] = torch.tensor(as_found, dtype=torch.bool, device="cpu")
         some = kept.any(0).nonzero()[:, 0].tolist()  # in a resample another one may keep it
         tried = [grid[i].scaling_coef for i in some]
         targets = [outcomes.of("validation", vector, -coef, [target]) for coef in tried]

@@ -140,6 +140,20 @@ def test_the_page_of_a_sweep_is_made_again(
         assert re.search(rf"\) +{density} +{100 * row['alone']['mean']:.1f} ", shown) or not density
 
 
+def test_the_runs_of_a_sweep_are_compared(
+    swept: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = swept
+    assert main(["compare", str(out / "results.json"), "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    means = {row["run"]: row["accuracy"]["value"] for row in rows if row["task"] is None}
+    assert means == {
+        f"{Path(cell['folder']).name} {method}": figures["added"]
+        for cell in results["cells"]
+        for method, figures in cell["figures"].items()
+    }
+
+
 def test_an_earlier_sweep_is_replaced(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     old = out / "cells" / "density-0.5-seed-9"

@@ -175,7 +175,10 @@ def _search(subject: Subject, edit: TaskVector) -> tuple[Figures, dict[str, Pick
         picked = outcomes.picked(edit, coefs, places, outcomes.tasks)
     means, place = table[0].tolist(), int(places[0])
     figures = {
-        "grid": [{"scaling_coef": c, "absolute": m} for c, m in zip(coefs, means, strict=True)],
+        "grid": [
+            {"scaling_coef": coef, "absolute": mean, "tasks": outcomes.figures(each)}
+            for coef, mean, each in zip(coefs, means, found, strict=True)
+        ],
         "scaling_coef": coefs[place],
         "why_zero": why_zero(coefs, means, place, highest=True),
     }

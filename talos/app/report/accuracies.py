@@ -110,8 +110,8 @@ def negation(results: Results) -> str:
         "Negation: forgetting one task",
         "base − scaling coefficient × task vector. The control is the mean of the other tasks. Of "
         f"the coefficients that keep {share} % of its pretrained validation accuracy, the one with "
-        "the lowest accuracy on the target is taken. Target: lower is better. Control: "
-        "higher is better. Test accuracy, before and after.",
+        "the lowest accuracy on the target is taken. Target: lower is better. Control: higher is "
+        "better. Test accuracy, before and after.",
         table(
             (
                 "task forgotten, method",

@@ -53,5 +53,6 @@ def compare(
     first = next((run for run in loaded if run.model is not None), loaded[0])
     same = [] if first.model in (None, "minilm") else ["--model", first.model]
     same += [word for each in first.data or ["TASK"] for word in ("--data", each)]
+    same += ["--linearized"] if first.linearized else []
     other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
     next_step(command("eval", *same, *other))
