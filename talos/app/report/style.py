@@ -70,6 +70,7 @@ td .method{white-space:nowrap}
 gap:1.5rem 2rem;align-items:start;margin-top:1rem}
 .pair>*,.grid>*{min-width:0}
 figure{margin:0}
+.wide+figure{margin-top:1.2rem}
 figure svg{display:block;width:100%;height:auto;max-width:520px}
 figure svg text{font-family:inherit!important}
 figcaption{color:var(--soft);font-size:.85rem;margin-top:.3rem}
