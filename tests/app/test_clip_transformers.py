@@ -101,6 +101,15 @@ def test_from_calibration_to_evaluation(
     assert TaskVector.load(vector).values.abs().max() > 0
     assert main(["eval", *common, "--vector", str(vector)]) == 0
     assert "edited" in capsys.readouterr().out
+    edited, rows = tmp_path / "edited", tmp_path / "rows.csv"
+    written = ["--base", str(folder), "--data", str(images), "--out", str(edited)]
+    assert main(["export", str(vector), *written]) == 0
+    before, after = (CLIPModel.from_pretrained(each).state_dict() for each in (folder, edited))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
+    assert main(["predict", "--model", str(edited), "--data", str(images), "--out", str(rows)]) == 0
+    assert len(rows.read_text().splitlines()) == 61
 
 
 def test_texts_are_refused(
