@@ -67,7 +67,8 @@ def linked(pages: list[Path]) -> set[Path]:
 def reference(name: str) -> str:
     """Return the page of a module: its docstring, then each of its public names."""
     module = importlib.import_module(name)
-    parts = [f"# {name}\n", f"::: {name}", "    options:", "      members: []\n"]
+    parts = [f"# {name}\n", f"::: {name}", "    options:", "      members: []"]
+    parts += ["      show_root_heading: false\n", "Every example below runs as a test.\n"]
     parts += [f"::: {name}.{each}\n" for each in public(module)]
     return "\n".join(parts)
 

@@ -151,6 +151,7 @@ def test_training_is_that_of_dense_tensors_or_refused(model: Odd, seed: int) -> 
     }
     oracle = torch.optim.AdamW(wide.values(), lr=0.1, weight_decay=0.0)
     steps(model, optimizer, 2, seed)
+    optimizer.release()
     resumed = SparseAdam(model, mask, lr=0.1)
     resumed.load_state_dict(optimizer.state_dict())
     steps(model, resumed, 2, seed + 1)

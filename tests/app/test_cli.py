@@ -436,7 +436,7 @@ def test_from_calibration_to_evaluation(
         "pets",
         "pretrained",
         "edited",
-        "mean validation accuracy",
+        "validation accuracy, %",
         "0.05",
     ):
         assert word in text, word
@@ -555,7 +555,7 @@ def test_clip_from_calibration_to_training(
     assert TaskVector.load(vector).mask == Mask.load(mask)
     assert TaskVector.load(vector).values.abs().max() > 0
     assert main(["eval", *common, "--vector", str(vector), "--scale", "grid"]) == 0
-    assert "mean validation accuracy" in capsys.readouterr().out
+    assert "validation accuracy, %" in capsys.readouterr().out
     digits = ["--model", common[1], "--data", "digits", "--samples", "16", "--rounds", "1"]
     assert main(["calibrate", *digits, "--out", str(mask), "--overwrite"]) == 0
     assert Mask.load(mask).metadata["task"] == "digits"

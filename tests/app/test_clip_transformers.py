@@ -15,7 +15,7 @@ from talos.masks import Mask
 from talos.task_vectors import TaskVector
 from tests.tiny_models import save_images, save_tiny_transformers_clip
 
-TEXTS = ("a photo of a cat", "a photo of a dog", "a photo of the sun and the moon")
+TEXTS = ("a photo of a cat", "a photo of a dog", "a photo of the sun")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,15 @@ def test_from_calibration_to_evaluation(
     assert TaskVector.load(vector).values.abs().max() > 0
     assert main(["eval", *common, "--vector", str(vector)]) == 0
     assert "edited" in capsys.readouterr().out
+    edited, rows = tmp_path / "edited", tmp_path / "rows.csv"
+    written = ["--base", str(folder), "--data", str(images), "--out", str(edited)]
+    assert main(["export", str(vector), *written]) == 0
+    before, after = (CLIPModel.from_pretrained(each).state_dict() for each in (folder, edited))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
+    assert main(["predict", "--model", str(edited), "--data", str(images), "--out", str(rows)]) == 0
+    assert len(rows.read_text().splitlines()) == 61
 
 
 def test_texts_are_refused(
@@ -111,3 +120,9 @@ def test_texts_are_refused(
     assert main(["calibrate", "--model", str(folder), "--data", str(data), "--dry-run"]) == 2
     expected = rf"--model must read the texts of pets, got {folder}, which reads images"
     assert expected in capsys.readouterr().err
+
+
+def test_a_class_with_too_many_tokens_is_refused(encoder: TransformersClipEncoder) -> None:
+    most = encoder.clip.config.text_config.max_position_embeddings
+    with pytest.raises(TalosValueError, match=f"class_texts must have at most {most} tokens each"):
+        encoder.classifier(["a", "a b " * most])

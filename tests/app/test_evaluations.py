@@ -227,6 +227,22 @@ def test_one_vector_at_its_coefficient_is_compared(
     ]
 
 
+def test_a_grid_shows_every_task(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.json"
+    asked = ["--scale", "grid", "--points", "3", "--json", str(path)]
+    assert main(["eval", *options(folder, "pets"), *asked]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"scale +{' +'.join(WORDS)} +absolute", shown)
+    for point in json.loads(path.read_text())["metrics"]["accuracy"]["grid"]:
+        coef = point["scaling_coef"]
+        wanted = {task: share(right(folder, task, "validation", (coef, "pets"))) for task in WORDS}
+        assert point["tasks"] == pytest.approx(wanted)
+        cells = " +".join(f"{100 * each:.1f}" for each in (*wanted.values(), point["absolute"]))
+        assert re.search(rf"{coef:.2f} +{cells}", shown)
+
+
 def test_a_merge_is_measured_instead_of_the_sum(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -388,6 +404,23 @@ def run_of(answers: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
         "outcomes": {"pretrained": {task: to_hex(each) for task, each in answers.items()}},
         **changes,
     }
+
+
+def test_a_comparison_says_what_is_linearized_and_cuts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a_long_name_of_a_run_" * 3
+    paths = [tmp_path / f"{name}{i}.json" for i in range(2)]
+    known = {"model": "tiny", "tasks": {"a": {"examples": 3, "fingerprint": "a", "data": "a.csv"}}}
+    answers = {"a": torch.tensor([True, False, True])}
+    for path, linearized in zip(paths, (False, True), strict=True):
+        path.write_text(json.dumps(run_of(answers, **known, linearized=linearized)))
+    assert main(["compare", *map(str, paths[::-1])]) == 0
+    shown, err = capsys.readouterr()
+    assert f"{name}1 (linearized) " in shown
+    assert re.search(rf"{name}0 +66.7", shown)
+    assert "…" not in shown
+    assert "--data a.csv --linearized --vector" in err
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,27 @@ def test_the_page_of_a_sweep_is_made_again(
     assert page == (out / "report.html").read_text()
     assert "2 tasks, 2 densities, 2 seeds" in page
     assert page.count("<svg") == 1
+    assert "<td>density</td><td>0.3, 0.1</td>" in page
     for cell in results["cells"]:
         assert f'href="{cell["folder"]}/report.html"' in page
     shown = capsys.readouterr().out
     for row in results["summary"]:
         density = "" if row["density"] is None else f"{row['density']:g}"
         assert re.search(rf"\) +{density} +{100 * row['alone']['mean']:.1f} ", shown) or not density
+
+
+def test_the_runs_of_a_sweep_are_compared(
+    swept: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = swept
+    assert main(["compare", str(out / "results.json"), "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    means = {row["run"]: row["accuracy"]["value"] for row in rows if row["task"] is None}
+    assert means == {
+        f"{Path(cell['folder']).name} {method}": figures["added"]
+        for cell in results["cells"]
+        for method, figures in cell["figures"].items()
+    }
 
 
 def test_an_earlier_sweep_is_replaced(folder: Path, tmp_path: Path) -> None:

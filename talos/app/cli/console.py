@@ -49,14 +49,14 @@ def on_interrupt(message: str | Callable[[], str]) -> Iterator[None]:
 
 
 def stdout(json: str | None = None) -> Console:
-    """Return a console for results; without a terminal it is 100 columns wide.
+    """Return a console for results; without a terminal it is wide enough for any table.
 
     Args:
         json: the option --json; a console for "-" prints nothing, because the JSON is on stdout.
     """
     console = Console(highlight=False, quiet=json == "-")
     if not console.is_terminal:
-        console.width = max(console.width, 100)
+        console.width = max(console.width, 200)
     return console
 
 

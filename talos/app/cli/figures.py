@@ -18,7 +18,7 @@ Figures = dict[str, Any]
 
 def _accuracy(figures: Figures) -> Iterator[Titled]:
     if "grid" in figures:
-        yield _grid(figures, ["absolute"], "mean validation accuracy, %")
+        yield _grid(figures, ["absolute"], "validation accuracy, %")
     kind = next(
         (k for k in ("edited", "single") for e in figures["tasks"].values() if k in e), None
     )
@@ -121,12 +121,15 @@ def _iou(figures: Figures) -> Iterator[Titled]:
 
 
 def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
-    """Return the points of a search, with a mark at the one that was taken."""
-    shown = table([], ["scale", *keys])
+    """Return the points of a search, of several tasks each, with a mark at the one taken."""
+    tasks = list(figures["grid"][0].get("tasks", ()))
+    tasks = tasks if len(tasks) > 1 else []
+    shown = table([], ["scale", *map(escape, tasks), *keys])
     for point in figures["grid"]:
         mark = " ◂" if point["scaling_coef"] == figures["scaling_coef"] else ""
         cells = ["" if point[key] is None else f"{100 * point[key]:.1f}" for key in keys]
-        shown.add_row(f"{point['scaling_coef']:.2f}", *cells[:-1], f"{cells[-1]}{mark}")
+        own = [f"{100 * point['tasks'][task]:.1f}" for task in tasks]
+        shown.add_row(f"{point['scaling_coef']:.2f}", *own, *cells[:-1], f"{cells[-1]}{mark}")
     return title, shown
 
 
@@ -155,8 +158,6 @@ def comparison(rows: Sequence[Row]) -> Table:
     normalised = any(row.normalised is not None for row in rows)
     columns = ["scale", "accuracy", "difference", *(["normalised", "difference"] * normalised)]
     shown = table(["task", "edit"], columns)
-    for column in shown.columns:
-        column.no_wrap = True
     shown.columns[1].overflow = "fold"
     before: str | None = ""
     for row in rows:

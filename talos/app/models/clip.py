@@ -125,7 +125,7 @@ def load_clip(source: str) -> ClipEncoder:
     if not weights:
         raise TalosValueError(
             f"source must name weights, got {named!r} without; append :TAG (of "
-            f"{', '.join(tags) or 'which it has none'}) or :FILE.safetensors"
+            f"{several(tags) or 'which it has none'}) or :FILE.safetensors"
         )
     if weights in tags:
         tag = open_clip.get_pretrained_cfg(architecture, weights)
@@ -222,7 +222,7 @@ def _local(weights: str, tags: Sequence[str]) -> Path:
     path = Path(weights).expanduser()
     if path.suffix != ".safetensors":
         raise TalosValueError(
-            f"source must name a pretrained tag ({', '.join(tags) or 'there is none'}) or a "
+            f"source must name a pretrained tag ({several(tags) or 'there is none'}) or a "
             f".safetensors file, got {weights!r}; pickled weights are never loaded: convert them "
             "with safetensors.torch.save_file"
         )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talos.app.report.results import SCHEMA, check_results, read_json
+from talos.app.report.results import SCHEMA, SWEEP_SCHEMA, check_results, read_json
 from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Estimate
 
@@ -60,8 +60,10 @@ class Run:
         normalised: estimate of the normalised accuracy, where there are no answers.
         method: of a demo.
         scaling_coef: of the edit, where there is one.
+        linearized: whether the model's first-order expansion was evaluated.
         model: the option --model, where it is known.
         data: the options --data, where they are known.
+        max_length: tokens of a text of each task, where they are known.
     """
 
     path: Path
@@ -73,20 +75,25 @@ class Run:
     normalised: Estimate | None = None
     method: str | None = None
     scaling_coef: float | None = None
+    linearized: bool = False
     model: str | None = None
     data: list[str] = field(default_factory=list)
+    max_length: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The file, of a demo with the method."""
-        return str(self.path) if self.method is None else f"{self.path} {self.method}"
+        """The file, with the method of a demo, or with what was evaluated if it is an expansion."""
+        return self._named(str(self.path))
 
     @property
     def short_name(self) -> str:
-        """The file without folder and suffix; of a demo its folder and the method."""
-        if self.method is None:
-            return self.path.stem
-        return f"{self.path.absolute().parent.name} {self.method}"
+        """The same, the file without folder and suffix; of a demo its folder."""
+        folder = self.path.absolute().parent.name
+        return self._named(self.path.stem if self.method is None else folder)
+
+    def _named(self, name: str) -> str:
+        kind = "(linearized)" if self.linearized else self.method
+        return name if kind is None else f"{name} {kind}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,8 @@ def from_hex(digits: str, count: int) -> Tensor:
 def load_runs(path: Path) -> list[Run]:
     """Read the edits of a file: one of `talos eval`, one for each method of `talos demo`.
 
+    Of a demo with several densities or seeds, the edits of all its runs.
+
     Raises:
         TalosOSError: the file cannot be read.
         TalosValueError: it is something else, of another version, or damaged.
@@ -155,6 +164,11 @@ def load_runs(path: Path) -> list[Run]:
         check_results(results, str(path))
         with _undamaged(path, "the accuracies of each method", "talos demo"):
             return list(_methods(results, path))
+    if schema == SWEEP_SCHEMA:
+        check_results(results, str(path))
+        with _undamaged(path, "the folder of each run", "talos demo"):
+            files = [path.parent / cell["folder"] / "results.json" for cell in results["cells"]]
+        return [run for file in files for run in load_runs(file)]
     if schema != EVAL_SCHEMA:
         raise TalosValueError(f"{path} must be {_WHAT}, got another file")
     if results.get("schema_version") != EVAL_SCHEMA_VERSION:
@@ -277,8 +291,12 @@ def _read_run(results: Mapping[str, Any], path: Path) -> Run:
         single=answers.get("single"),
         fingerprints={task: str(each["fingerprint"]) for task, each in tasks.items()},
         scaling_coef=results.get("scaling_coef"),
+        linearized=bool(results.get("linearized")),
         model=results.get("model"),
         data=[str(each["data"]) for each in tasks.values() if "data" in each],
+        max_length={
+            task: int(each["max_length"]) for task, each in tasks.items() if each.get("max_length")
+        },
     )
 
 

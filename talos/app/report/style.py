@@ -70,6 +70,7 @@ td .method{white-space:nowrap}
 gap:1.5rem 2rem;align-items:start;margin-top:1rem}
 .pair>*,.grid>*{min-width:0}
 figure{margin:0}
+.wide+figure{margin-top:1.2rem}
 figure svg{display:block;width:100%;height:auto;max-width:520px}
 figure svg text{font-family:inherit!important}
 figcaption{color:var(--soft);font-size:.85rem;margin-top:.3rem}
@@ -79,7 +80,10 @@ padding:.65rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.86re
 @media(max-width:560px){main{padding:1.2rem .9rem 3rem}table{font-size:.86rem}
 td small{display:block}th,td{padding:.42rem .55rem}
 .many::before{content:"scroll \\2192";position:sticky;left:0;display:block;width:fit-content;
-padding:.3rem .55rem 0;color:var(--soft);font-size:.8rem}}
+padding:.3rem .55rem 0;color:var(--soft);font-size:.8rem}
+@supports(animation-timeline:scroll()){.many::before{font-size:0;padding:0;
+animation:says linear both;animation-timeline:scroll(nearest inline)}}}
+@keyframes says{from,to{font-size:.8rem;padding:.3rem .55rem 0}}
 @media print{section{break-inside:avoid}}
 """
 )

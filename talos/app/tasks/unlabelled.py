@@ -66,7 +66,7 @@ def split_of(task: Task | ImageTask, split: str) -> Rows:
 
 
 def load_rows(path: str | Path, reads: str) -> Rows:
-    r"""Load texts of a .csv or .jsonl file with the column text, or the images of a folder.
+    r"""Load texts of a .csv, .tsv or .jsonl file with the column text, or the images of a folder.
 
     The label of a text is in the column label, if there is one. That of an image is the subfolder
     of `path` that it lies in.

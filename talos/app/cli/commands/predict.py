@@ -41,8 +41,8 @@ def predict(
         str,
         typer.Option(
             "--data",
-            help="A .csv or .jsonl file with the column text; a column label may be there or not. "
-            "For CLIP a folder of images.",
+            help="A .csv, .tsv or .jsonl file with the column text; a column label may be there or "
+            "not. For CLIP a folder of images.",
         ),
     ],
     out: Annotated[
