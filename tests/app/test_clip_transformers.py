@@ -15,7 +15,7 @@ from talos.masks import Mask
 from talos.task_vectors import TaskVector
 from tests.tiny_models import save_images, save_tiny_transformers_clip
 
-TEXTS = ("a photo of a cat", "a photo of a dog", "a photo of the sun and the moon")
+TEXTS = ("a photo of a cat", "a photo of a dog", "a photo of the sun")
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +120,9 @@ def test_texts_are_refused(
     assert main(["calibrate", "--model", str(folder), "--data", str(data), "--dry-run"]) == 2
     expected = rf"--model must read the texts of pets, got {folder}, which reads images"
     assert expected in capsys.readouterr().err
+
+
+def test_a_class_with_too_many_tokens_is_refused(encoder: TransformersClipEncoder) -> None:
+    most = encoder.clip.config.text_config.max_position_embeddings
+    with pytest.raises(TalosValueError, match=f"class_texts must have at most {most} tokens each"):
+        encoder.classifier(["a", "a b " * most])

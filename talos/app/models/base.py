@@ -192,3 +192,25 @@ def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:
             f"class_texts must be at least two texts that are not empty, got {class_texts!r:.80}"
         )
     return tuple(class_texts)
+
+
+def class_tokens(tokenizer: Any, texts: list[str], most: int) -> Any:
+    """Tokenise the texts of classes: `input_ids` and `attention_mask`, int64 [len(texts), T].
+
+    Args:
+        tokenizer: of transformers.
+        texts: the texts.
+        most: the tokens that a text may have.
+
+    Raises:
+        TalosValueError: one has more.
+    """
+    lengths = {"truncation": True, "max_length": most + 1}
+    encoded = tokenizer(texts, padding=True, return_tensors="pt", **lengths)
+    sizes = encoded["attention_mask"].sum(1).tolist()
+    if max(sizes) > most:
+        raise TalosValueError(
+            f"class_texts must have at most {most} tokens each, got more in "
+            f"{texts[sizes.index(max(sizes))]!r:.80}; describe the class in fewer words"
+        )
+    return encoded

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from talos.app.extras import import_package
-from talos.app.models.base import ZeroShotEncoder
+from talos.app.models.base import ZeroShotEncoder, class_tokens
 from talos.app.models.folders import configuration, load_folder, quiet
 from talos.errors import TalosValueError
 
@@ -67,13 +67,8 @@ class TransformersClipEncoder(ZeroShotEncoder):
 
     def embed(self, texts: list[str]) -> Tensor:
         """Return the unit vectors of a few texts, float32 [len(texts), D]."""
-        encoded = self.text_tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.device)
+        most = self.clip.config.text_config.max_position_embeddings
+        encoded = class_tokens(self.text_tokenizer, texts, most).to(self.device)
         return _unit(
             self.clip.get_text_features(
                 input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]

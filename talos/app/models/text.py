@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from talos.app.extras import check_installed
-from talos.app.models.base import ZeroShotEncoder
+from talos.app.models.base import ZeroShotEncoder, class_tokens
 from talos.app.models.folders import load_folder, save_json
-from talos.errors import TalosValueError
 from talos.files import Beside
 
 if TYPE_CHECKING:
@@ -77,16 +76,7 @@ class TextEncoder(ZeroShotEncoder):
             TalosValueError: a text has more tokens than a class may have.
         """
         most = min(_TOKENS_OF_A_CLASS, self.most_tokens(texts) or _TOKENS_OF_A_CLASS)
-        lengths = {"truncation": True, "max_length": most + 1}
-        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", **lengths)
-        encoded = encoded.to(self.device)
-        sizes = encoded["attention_mask"].sum(1).tolist()
-        if max(sizes) > most:
-            text = texts[sizes.index(max(sizes))]
-            raise TalosValueError(
-                f"class_texts must have at most {most} tokens each, got more in {text!r:.80}; "
-                "describe the class in fewer words"
-            )
+        encoded = class_tokens(self.tokenizer, texts, most).to(self.device)
         vectors: Tensor = self(encoded["input_ids"], encoded["attention_mask"])
         return vectors
 
