@@ -4,8 +4,10 @@
     normalised(theta) = mean_t figure_t(theta) / figure_t(theta_0 + tau_t)
     theta             = theta_0 + coef * tau             tau: the sum of the vectors, or any merge
 
-The coefficient is the one with the best normalised figure on validation examples; of equal ones
-the smallest. If it is 0, `why_zero` says so. The merged model is evaluated once on test examples.
+The coefficient is chosen by the normalised figure on validation examples, as the mean of the best
+ones of resamples (`coefficients.choose`). If it is 0, `why_zero` says so. The merged model is
+evaluated on test examples: at this coefficient, and for the intervals at those that resamples of
+the validation examples choose.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089.
 """
@@ -16,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs, why_zero
-from talos.evaluation.intervals import Estimate
+from talos.evaluation.coefficients import checked_coefs, choose, scaling_coefs, why_zero
+from talos.evaluation.intervals import Estimate, Picked, over_tasks
 from talos.evaluation.judging import Metric
 from talos.evaluation.outcomes import Outcomes, checked_vectors
 from talos.task_vectors import TaskVector
@@ -55,7 +57,7 @@ class Addition:
         absolute: mean figure of the tasks on test examples.
         normalised: mean ratio to the single-task models on test examples.
         tasks: the figure of each task on test examples.
-        outcomes: the merged model's outcomes of each task on test examples, `[n]`.
+        picked: the merged model's outcomes of each task on test examples.
     """
 
     grid: list[AdditionPoint] = field(repr=False)
@@ -64,7 +66,12 @@ class Addition:
     absolute: Estimate
     normalised: Estimate
     tasks: dict[str, Estimate]
-    outcomes: dict[str, Tensor] = field(repr=False)
+    picked: dict[str, Picked] = field(repr=False)
+
+    @property
+    def outcomes(self) -> dict[str, Tensor]:
+        """The merged model's outcomes of each task on test examples, `[n]`."""
+        return {task: each.taken for task, each in self.picked.items()}
 
 
 def addition(
@@ -102,35 +109,45 @@ def addition(
         >>> vectors = {"left": TaskVector(mask, torch.tensor([4.0]))}
         >>> added = addition(Outcomes(model, judges, judges), vectors)
         >>> added.scaling_coef, added.absolute["value"], added.normalised["value"]
-        (0.25, 1.0, 1.0)
+        (0.55, 1.0, 1.0)
     """
     tasks = list(checked_vectors(vectors))
     numbers = scaling_coefs() if coefs is None else checked_coefs(coefs)
     if merged is None:
         merged = TaskVector.combine((1.0, vector) for vector in vectors.values())
-    alone = outcomes.figures(outcomes.of_each(vectors, "validation"))
-    grid = []
+    alone = outcomes.of_each(vectors, "validation")
+    figures_alone = outcomes.figures(alone)
+    grid, found = [], []
     with outcomes.resident(merged):
         for coef in numbers:
-            figures = outcomes.figures(outcomes.of("validation", merged, coef, tasks))
-            point = _point(outcomes.metric, coef, figures, alone)
+            found.append(outcomes.of("validation", merged, coef, tasks))
+            figures = outcomes.figures(found[-1])
+            point = _point(outcomes.metric, coef, figures, figures_alone)
             grid.append(point)
             if on_point is not None:
                 on_point(point)
-        normalised = [point.normalised for point in grid]
         highest = outcomes.metric.better == "higher"
-        place = best_place(numbers, normalised, highest=highest)
-        found = outcomes.of("test", merged, numbers[place], tasks)
+        ratio = outcomes.metric.ratio
+        table = outcomes.table(
+            "validation",
+            [*found, alone],
+            lambda figures: over_tasks(
+                {task: ratio(each[:, :-1], each[:, -1:]) for task, each in figures.items()}
+            ),
+        )
+        places = choose(numbers, table, highest=highest)
+        picked = outcomes.picked(merged, numbers, places, tasks)
+    normalised, place = [point.normalised for point in grid], int(places[0])
     single = outcomes.of_each(vectors, "test")
     bootstrap = outcomes.bootstrap
     return Addition(
         grid=grid,
         scaling_coef=numbers[place],
         why_zero=why_zero(numbers, normalised, place, highest=highest, fails=_FAILS),
-        absolute=bootstrap.mean(found),
-        normalised=bootstrap.normalised(found, single),
-        tasks={task: bootstrap.mean({task: found[task]}) for task in tasks},
-        outcomes=found,
+        absolute=bootstrap.mean(picked),
+        normalised=bootstrap.normalised(picked, single),
+        tasks={task: bootstrap.mean({task: picked[task]}) for task in tasks},
+        picked=picked,
     )
 
 

@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
+import torch
+from torch import Tensor
+
 from talos.errors import TalosTypeError, TalosValueError
 from talos.options import as_real, integer
 
-__all__ = ["best_place", "checked_coefs", "scaling_coefs", "why_zero"]
+__all__ = ["checked_coefs", "choose", "scaling_coefs", "why_zero"]
 
 # Figures that differ by less than this share are equal: they differ by rounding.
 _EQUAL = 1e-9
@@ -52,36 +55,57 @@ def checked_coefs(coefs: Iterable[object]) -> list[float]:
     return numbers
 
 
-def best_place(coefs: Sequence[float], figures: Sequence[float], *, highest: bool) -> int:
-    """Return the place of the best figure; of several equal ones that of the smallest coefficient.
+def choose(
+    coefs: Sequence[float], figures: Tensor, *, highest: bool, kept: Tensor | None = None
+) -> Tensor:
+    """Choose a coefficient on all examples, and the best one in each resample of them.
 
-    The smallest coefficient moves the weights least. Figures are equal if they differ by 1e-9 of
-    the best one, which is rounding. An infinite figure, of a model that overflows, is never best.
+    Near the best coefficient figures hardly differ, and a few examples decide which one is the
+    best. So the one that is nearest to the mean of the resamples' best coefficients is taken
+    (bagging; Breiman 1996). The coefficient 0 is taken if no other one is better on all examples,
+    and only then.
+
+    Of several best ones in a resample the middle one counts. A coefficient with an infinite figure,
+    of a model that overflows, is never taken.
 
     Args:
-        coefs: the coefficients.
-        figures: a figure of each.
+        coefs: the coefficients, `C` of them.
+        figures: float64 `[1 + resamples, C]`: on all examples, then in each resample.
         highest: the best figure is the highest one; False: the lowest.
+        kept: bool `[1 + resamples, C]`: which ones may be taken; None: all.
 
     Returns:
-        An index into both.
+        int64 `[1 + resamples]`: a place in `coefs` for each row.
 
     Raises:
-        TalosValueError: no figure is finite.
+        TalosValueError: no coefficient has finite figures.
 
     Example:
-        >>> best_place([0.0, 0.5, 1.0], [0.7, 0.8, 0.8], highest=True)
-        1
+        >>> figures = torch.tensor([[0.8, 0.9, 0.8], [0.8, 0.9, 0.7], [0.8, 0.8, 0.9]]).double()
+        >>> choose([0.0, 0.4, 0.6], figures, highest=True).tolist()
+        [1, 1, 2]
     """
-    signed = {i: each if highest else -each for i, each in enumerate(figures) if isfinite(each)}
-    if not signed:
+    finite = figures.isfinite().all(0)
+    if not finite.any():
         raise TalosValueError(
-            f"figures must be finite at one coefficient at least, got {figures[0]} at all; take "
-            "smaller coefs"
+            f"figures must be finite at one coefficient at least, got {float(figures[0, 0])} at "
+            "all; take smaller coefs"
         )
-    top = max(signed.values())
-    equal = [i for i, each in signed.items() if each >= top - _EQUAL * abs(top)]
-    return min(equal, key=lambda i: abs(coefs[i]))
+    numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
+    order = numbers.argsort(stable=True)
+    order = order[finite[order]]
+    numbers = numbers[order]
+    allowed = torch.ones_like(figures, dtype=torch.bool) if kept is None else kept
+    signed = torch.where(allowed, figures if highest else -figures, -torch.inf)[:, order]
+    top = signed.amax(1, keepdim=True)
+    best = signed >= top - _EQUAL * top.abs()
+    counts = best.cumsum(1)
+    middle = (counts == (counts[:, -1:] + 1) // 2).int().argmax(1)
+    unbeaten = best[0] & (numbers == 0)
+    others = (signed[0] > -torch.inf) & (numbers != 0)
+    away = torch.where(others, (numbers - numbers[middle[1:]].mean()).abs(), torch.inf)
+    middle[0] = unbeaten.int().argmax() if unbeaten.any() else away.argmin()
+    return order[middle]
 
 
 def why_zero(
@@ -98,7 +122,7 @@ def why_zero(
         coefs: the coefficients.
         figures: a figure of each.
         place: of the coefficient that was taken.
-        highest: as of `best_place`.
+        highest: as of `choose`.
         fails: what no coefficient does.
 
     Returns:
@@ -111,9 +135,7 @@ def why_zero(
     others = [i for i, coef in enumerate(coefs) if coef != 0]
     if coefs[place] != 0 or not others:
         return None
-    near = others[
-        best_place([coefs[i] for i in others], [figures[i] for i in others], highest=highest)
-    ]
+    near = max(others, key=lambda i: figures[i] if highest else -figures[i])
     return (
         f"no coefficient {fails}: {coefs[near]:g} comes nearest, with {figures[near]:.4g} beside "
         f"{figures[place]:.4g}"

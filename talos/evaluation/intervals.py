@@ -2,8 +2,9 @@
 
 An estimate is a statistic of figures, with its 2.5 % and 97.5 % quantiles over resamples. In a
 resample every task's examples are drawn with replacement, the same draw for all models: so
-differences between models are paired. The draws of a task depend on the seed and its name alone, so
-other tasks do not change its interval.
+differences between models are paired. A model that was chosen on other examples is
+chosen again in each resample (`Picked`). The draws of a task depend on the seed and its name
+alone, so other tasks do not change its interval.
 
 A model that answers all n examples of a task right (or wrong) gives the same figure in every
 resample. Its accuracy is then drawn as U^(1/n) (or 1 - U^(1/n)), with U uniform in (0, 1) and the
@@ -13,7 +14,8 @@ example differ by 0, with an interval of no width.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -23,13 +25,34 @@ from talos.errors import TalosValueError
 from talos.evaluation.judging import ACCURACY, Metric
 from talos.options import integer
 
-__all__ = ["Bootstrap", "Estimate"]
+__all__ = ["Bootstrap", "Estimate", "Model", "Picked", "Statistic", "over_tasks"]
 
 # Entries of one gather of resampled outcomes, 8 bytes each: 2 MB.
 _CHUNK = 1 << 18
 
+
+@dataclass(frozen=True)
+class Picked:
+    """The outcomes of a model that was chosen, and of those that resamples choose.
+
+    So an interval holds the uncertainty of the choice.
+
+    Attributes:
+        taken: `[n]`, of the chosen one.
+        tried: `[k, n]`, of all that a resample chooses.
+        picks: int64 `[resamples]`: the row of `tried` that each resample chooses.
+    """
+
+    taken: Tensor
+    tried: Tensor
+    picks: Tensor
+
+
+Model = Tensor | Picked
+"""Outcomes `[n]` of a model, or of one that was chosen."""
+
 Statistic = Callable[[Mapping[str, Tensor]], Tensor]
-Outcomes = Mapping[str, Tensor]
+Outcomes = Mapping[str, Model]
 
 
 class Estimate(TypedDict):
@@ -56,6 +79,7 @@ class Bootstrap:
         resamples: number of resamples.
         seed: of the draws.
         metric: reduces outcomes to figures.
+        split: a word for the examples; those of another split are drawn independently.
 
     Raises:
         TalosValueError: a task has no example, or `resamples` is below 1.
@@ -74,19 +98,22 @@ class Bootstrap:
         resamples: int = 2000,
         seed: int = 0,
         metric: Metric = ACCURACY,
+        split: str = "",
     ) -> None:
         self.metric = metric
+        self._split = split
         self._resamples = integer("resamples", resamples, 1)
         self._examples = {
             task: integer(f"examples of {task}", n, 1) for task, n in examples.items()
         }
         self._seed = integer("seed", seed, 0)
 
-    def __call__(self, outcomes: Mapping[str, Sequence[Tensor]], statistic: Statistic) -> Estimate:
+    def __call__(self, outcomes: Mapping[str, Sequence[Model]], statistic: Statistic) -> Estimate:
         """Estimate a statistic of figures.
 
         Args:
-            outcomes: for each task one `[n]` per model, the same examples in the same order.
+            outcomes: for each task one `[n]` per model, the same examples in the same order. Or a
+                `Picked`.
             statistic: takes for each task the models' figures, float64 `[..., models]`, and
                 returns `[...]`.
 
@@ -98,25 +125,38 @@ class Bootstrap:
                 or the metric is not defined for a resample.
         """
         self._check(outcomes)
-        rows = {
-            task: torch.stack([each.double() for each in models])
-            for task, models in outcomes.items()
-        }
-        value = float(statistic({task: self.metric.figures(each) for task, each in rows.items()}))
-        ends = {task: [self._end(each) for each in models] for task, models in outcomes.items()}
-        resampled = statistic(
-            {task: self._resampled(task, rows[task], ends[task]) for task in rows}
-        )
+        models = {task: [self._picked(each) for each in own] for task, own in outcomes.items()}
+        taken = {task: torch.stack([m.taken.double() for m in own]) for task, own in models.items()}
+        value = float(statistic({task: self.metric.figures(each) for task, each in taken.items()}))
+        resampled = statistic({task: self._resampled(task, own) for task, own in models.items()})
         limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
         low, high = resampled.quantile(limits).tolist()
-        if any(end is not None for each in ends.values() for end in each):
-            low, high = min(low, value), max(high, value)
         return {
             "value": value,
-            "low": low,
-            "high": high,
-            "n": sum(self._examples[task] for task in rows),
+            "low": min(low, value),
+            "high": max(high, value),
+            "n": sum(self._examples[task] for task in models),
         }
+
+    def table(self, outcomes: Mapping[str, Tensor], statistic: Statistic) -> Tensor:
+        """Return a statistic on all examples and in each resample, to choose a model by.
+
+        Args:
+            outcomes: `[models, n]` of each task.
+            statistic: takes for each task the models' figures, float64 `[..., models]`, and
+                returns `[..., k]`.
+
+        Returns:
+            float64 `[1 + resamples, k]`.
+        """
+        self._check(outcomes)
+        whole, drawn = {}, {}
+        for task, rows in outcomes.items():
+            draws = self._draws(task, self._generator(task))
+            whole[task] = self.metric.figures(rows)[None]
+            parts = [torch.stack([self.metric.figures(row[d]) for row in rows], -1) for d in draws]
+            drawn[task] = torch.cat(parts)
+        return torch.cat([statistic(whole), statistic(drawn)])
 
     def mean(self, outcomes: Outcomes) -> Estimate:
         """Estimate a model's mean figure over tasks; of one task, its figure.
@@ -127,7 +167,8 @@ class Bootstrap:
         Returns:
             The estimate.
         """
-        return self({task: [each] for task, each in outcomes.items()}, _mean)
+        models = {task: [each] for task, each in outcomes.items()}
+        return self(models, lambda figures: over_tasks(figures)[..., 0])
 
     def gain(self, after: Outcomes, before: Outcomes) -> Estimate:
         """Estimate the mean over tasks of the figure after minus the figure before, paired.
@@ -140,7 +181,10 @@ class Bootstrap:
             The estimate.
         """
         pairs = {task: [after[task], before[task]] for task in after}
-        return self(pairs, lambda each: _over_tasks(f[..., 0] - f[..., 1] for f in each.values()))
+        return self(
+            pairs,
+            lambda figures: over_tasks({t: f[..., 0] - f[..., 1] for t, f in figures.items()}),
+        )
 
     def normalised(self, merged: Outcomes, single: Outcomes) -> Estimate:
         """Estimate mean_t figure_t(merged) / figure_t(single).
@@ -171,11 +215,12 @@ class Bootstrap:
         return self(models, lambda each: self._normalised(each, 0) - self._normalised(each, 2))
 
     def _normalised(self, figures: Mapping[str, Tensor], at: int) -> Tensor:
-        return _over_tasks(
-            self.metric.ratio(each[..., at], each[..., at + 1]) for each in figures.values()
+        ratio = self.metric.ratio
+        return over_tasks(
+            {t: ratio(each[..., at], each[..., at + 1]) for t, each in figures.items()}
         )
 
-    def _check(self, outcomes: Mapping[str, Sequence[Tensor]]) -> None:
+    def _check(self, outcomes: Mapping[str, Iterable[Model]]) -> None:
         if not outcomes:
             raise TalosValueError("outcomes must be of at least one task, got none")
         for task, models in outcomes.items():
@@ -184,14 +229,22 @@ class Bootstrap:
                     f"outcomes must be of the tasks {', '.join(self._examples)}, got {task}"
                 )
             for each in models:
-                if each.shape != (self._examples[task],):
+                shape = each.taken.shape if isinstance(each, Picked) else each.shape
+                if shape != (self._examples[task],):
                     raise TalosValueError(
                         f"outcomes of {task} must be [{self._examples[task]}], one for each "
-                        f"example, got {list(each.shape)}"
+                        f"example, got {list(shape)}"
                     )
 
+    def _picked(self, model: Model) -> Picked:
+        if isinstance(model, Picked):
+            return model
+        once = torch.zeros(self._resamples, dtype=torch.int64, device="cpu")
+        return Picked(model, model[None], once)
+
     def _generator(self, task: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed} {task}".encode()).digest()
+        key = f"{self._seed} {self._split} {task}" if self._split else f"{self._seed} {task}"
+        digest = hashlib.sha256(key.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _draws(self, task: str, generator: torch.Generator) -> Iterator[Tensor]:
@@ -209,32 +262,29 @@ class Bootstrap:
         first = bool(outcomes[0])
         return first if bool((outcomes == first).all()) else None
 
-    def _resampled(self, task: str, rows: Tensor, ends: Sequence[bool | None]) -> Tensor:
-        """Return the models' figures in each resample, float64 [resamples, models].
-
-        Args:
-            task: the task.
-            rows: float64 [models, n].
-            ends: for each model whether all its answers are right or wrong.
-        """
+    def _resampled(self, task: str, models: Sequence[Picked]) -> Tensor:
+        """Return the models' figures in each resample, float64 [resamples, models]."""
         generator = self._generator(task)
-        parts = [
-            torch.stack([self.metric.figures(row[part]) for row in rows], dim=-1)
-            for part in self._draws(task, generator)
-        ]
-        figures = torch.cat(parts)
+        rows = [model.tried.double() for model in models]
+        parts: list[list[Tensor]] = [[] for _ in models]
+        start = 0
+        for draw in self._draws(task, generator):
+            for model, tried, done in zip(models, rows, parts, strict=True):
+                picks = model.picks[start : start + len(draw), None]
+                done.append(self.metric.figures(tried[picks, draw]))
+            start += len(draw)
+        figures = torch.stack([torch.cat(done) for done in parts], dim=-1)
         count = self._resamples
         ranks = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
-        right = ((ranks + 0.5) / count) ** (1 / self._examples[task])
-        for place, end in enumerate(ends):
-            if end is not None:
-                figures[:, place] = right if end else 1 - right
+        right = ((ranks.double() + 0.5) / count) ** (1 / self._examples[task])
+        for place, model in enumerate(models):
+            for row, each in enumerate(model.tried):
+                if (end := self._end(each)) is not None:
+                    at = model.picks == row
+                    figures[at, place] = right[at] if end else 1 - right[at]
         return figures
 
 
-def _mean(figures: Mapping[str, Tensor]) -> Tensor:
-    return _over_tasks(each[..., 0] for each in figures.values())
-
-
-def _over_tasks(figures: Iterator[Tensor]) -> Tensor:
-    return torch.stack(list(figures)).mean(0)
+def over_tasks(figures: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over the tasks."""
+    return torch.stack(list(figures.values())).mean(0)

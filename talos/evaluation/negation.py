@@ -5,9 +5,11 @@
             control(theta) >= control_share * control(theta_0)         (a higher figure is better)
             control(theta) <= control(theta_0) / control_share         (a lower one is better)
 
-on validation examples. The control is the mean of the control tasks. The coefficient 0 always keeps
-it, so it is always tried; if it is chosen, `why_zero` says why no other one helps. Of equally good
-coefficients the smallest is chosen. The chosen model is evaluated once on test examples.
+on validation examples, as the mean of the best ones of resamples (`coefficients.choose`). The
+control is the mean of the control tasks. The coefficient 0 always keeps it, so it is always tried;
+if it is chosen, `why_zero` says why no other one helps. The model is evaluated on test examples: at
+the chosen coefficient, and for the intervals at those that resamples of the validation examples
+choose.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 3.
 """
@@ -15,9 +17,12 @@ Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.0
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from talos.errors import TalosTypeError, TalosValueError
-from talos.evaluation.coefficients import best_place, checked_coefs, scaling_coefs, why_zero
-from talos.evaluation.intervals import Estimate
+from talos.evaluation.coefficients import checked_coefs, choose, scaling_coefs, why_zero
+from talos.evaluation.intervals import Estimate, over_tasks
 from talos.evaluation.outcomes import Outcomes
 from talos.options import fraction
 from talos.task_vectors import TaskVector
@@ -113,7 +118,7 @@ def negation(
         >>> vector = TaskVector(mask, torch.tensor([-4.0]))
         >>> forgot = negation(Outcomes(model, judges, judges), vector, "left")
         >>> forgot.scaling_coef, forgot.target["value"], forgot.control["value"]
-        (0.3, 0.0, 1.0)
+        (0.65, 0.0, 1.0)
     """
     others = _controls(outcomes, target, control)
     control_share = fraction("control_share", control_share)
@@ -128,32 +133,41 @@ def negation(
             "be kept; take a metric such as an accuracy or a perplexity"
         )
     grid: list[NegationPoint] = []
-    kept: list[tuple[float, float]] = []
+    controls: list[dict[str, Tensor]] = []
     broken = 0
+    share = control_share if higher else 1 / control_share
     with outcomes.resident(vector):
         for coef in numbers:
             reached = None
+            controls.append(outcomes.of("control", vector, -coef, others))
             figure = _mean(outcomes, vector, -coef, others)
-            share = control_share if higher else 1 / control_share
             if figure >= share * pretrained if higher else figure <= share * pretrained:
                 found = outcomes.of("validation", vector, -coef, [target])
                 reached = outcomes.metric.figure(found[target])
-                kept.append((coef, reached))
             broken = broken + 1 if reached is None else 0
             grid.append(NegationPoint(coef, reached, figure))
             if on_point is not None:
                 on_point(grid[-1])
             if broken == _GIVE_UP:
                 break
-        place = best_place(*zip(*kept, strict=True), highest=not higher)
-        chosen = kept[place][0]
-        test = outcomes.of("test", vector, -chosen, [target, *others])
+        kept = outcomes.table("control", controls, over_tasks)
+        floor = share * kept[:, :1]  # the first coefficient is 0
+        kept = kept >= floor if higher else kept <= floor
+        as_found = [point.target is not None for point in grid]
+        kept[0] = torch.tensor(as_found, dtype=torch.bool, device="cpu")
+        some = kept.any(0).nonzero()[:, 0].tolist()  # in a resample another one may keep it
+        tried = [grid[i].scaling_coef for i in some]
+        targets = [outcomes.of("validation", vector, -coef, [target]) for coef in tried]
+        table = outcomes.table("validation", targets, over_tasks)
+        places = choose(tried, table, highest=not higher, kept=kept[:, some])
+        test = outcomes.picked(vector, [-coef for coef in tried], places, [target, *others])
+    chosen = tried[int(places[0])]
     before = outcomes.of("test", tasks=[target, *others])
     mean = outcomes.bootstrap.mean
     return Negation(
         grid=grid,
         scaling_coef=chosen,
-        why_zero=_why_zero(grid, kept, place, control_share, higher),
+        why_zero=_why_zero(grid, control_share, higher) if chosen == 0 else None,
         target=mean({target: test[target]}),
         control=mean({task: test[task] for task in others}),
         target_zero_shot=mean({target: before[target]}),
@@ -161,25 +175,17 @@ def negation(
     )
 
 
-def _why_zero(
-    grid: Sequence[NegationPoint],
-    kept: Sequence[tuple[float, float]],
-    place: int,
-    share: float,
-    higher: bool,
-) -> str | None:
-    """Say which condition no coefficient meets, if 0 was taken."""
+def _why_zero(grid: Sequence[NegationPoint], share: float, higher: bool) -> str | None:
+    """Say which condition no coefficient meets."""
+    kept = [(point.scaling_coef, point.target) for point in grid if point.target is not None]
     coefs, figures = zip(*kept, strict=True)
-    if coefs[place] != 0:
-        return None
+    place = coefs.index(0)
     keeps, change = f"keeps {100 * share:g} % of the control", "lowers" if higher else "raises"
     broken = [point for point in grid if point.target is None]
     if not broken:
         fails = f"{change} the target's figure"
         return why_zero(coefs, figures, place, highest=not higher, fails=fails)
-    near = broken[
-        best_place([p.scaling_coef for p in broken], [p.control for p in broken], highest=higher)
-    ]
+    near = max(broken, key=lambda point: point.control if higher else -point.control)
     came = f"with {near.control:.4g} beside {grid[0].control:.4g}"
     if len(kept) == 1:
         return f"no coefficient but 0 {keeps}: {near.scaling_coef:g} comes nearest, {came}"

@@ -7,16 +7,17 @@ task's own vector. So they take an `Outcomes` and not a model with its judges.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.evaluation.intervals import Bootstrap
+from talos.evaluation.intervals import Bootstrap, Picked, Statistic
 from talos.evaluation.judging import ACCURACY, Judge, Metric, Models, ask
 from talos.names import check_module
 from talos.options import as_real
@@ -37,6 +38,7 @@ Split = Literal["test", "validation", "control"]
 
 _Key = tuple[float, int, str]  # coefficient, the judge's id, task
 _EDIT = "edit"
+_FEWEST = 0.05  # of the resamples: a coefficient that fewer choose is not evaluated
 
 
 class Outcomes:
@@ -122,6 +124,61 @@ class Outcomes:
             for task in self.tasks
         }
         return Bootstrap(examples, resamples=self._resamples, seed=self._seed, metric=self.metric)
+
+    def table(
+        self, split: Split, found: Sequence[Mapping[str, Tensor]], statistic: Statistic
+    ) -> Tensor:
+        """Return a statistic of several models' figures, and its values in resamples.
+
+        Args:
+            split: the examples that the outcomes are of.
+            found: outcomes of each model, as `of` returns them.
+            statistic: as of `Bootstrap.table`.
+
+        Returns:
+            float64 `[1 + resamples, k]`, for `choose`.
+        """
+        rows = {task: torch.stack([each[task] for each in found]) for task in found[0]}
+        bootstrap = Bootstrap(
+            {task: each.shape[1] for task, each in rows.items()},
+            resamples=self._resamples,
+            seed=self._seed,
+            metric=self.metric,
+            split=split,
+        )
+        return bootstrap.table(rows, statistic)
+
+    def picked(
+        self, vector: TaskVector, coefs: Sequence[float], places: Tensor, tasks: Iterable[str]
+    ) -> dict[str, Picked]:
+        """Return the test outcomes at a chosen coefficient, with those that resamples choose.
+
+        Coefficients that fewer than 5 % of the resamples choose are not evaluated: the nearest one
+        that is takes their place.
+
+        Args:
+            vector: the edit.
+            coefs: the coefficients.
+            places: int64 `[1 + resamples]`, as of `choose`.
+            tasks: the tasks.
+
+        Returns:
+            The outcomes of each task.
+        """
+        shares = places[1:].bincount(minlength=len(coefs)) / max(1, len(places) - 1)
+        used = [i for i in range(len(coefs)) if i == int(places[0]) or shares[i] >= _FEWEST]
+        numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
+        rows = (numbers[:, None] - numbers[used]).abs().argmin(1)
+        tasks = list(tasks)
+        found = [self.of("test", vector, coefs[i], tasks) for i in used]
+        return {
+            task: Picked(
+                found[used.index(int(places[0]))][task],
+                torch.stack([each[task] for each in found]),
+                rows[places[1:]],
+            )
+            for task in tasks
+        }
 
     def of(
         self,

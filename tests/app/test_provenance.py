@@ -230,3 +230,20 @@ def test_an_export_of_a_linearized_vector_is_said(tmp_path: Path, capsys: Captur
         exported = ["--format", "delta", "--out", out, "--overwrite"]
         assert main(["export", vector, *exported]) == 0
         assert ("is another function than was trained" in capsys.readouterr().err) == said
+
+
+def test_runs_that_read_other_texts_are_said(made: Path, tmp_path: Path, capsys: Capture) -> None:
+    files = []
+    for tokens in ("16", "20"):
+        files.append(str(tmp_path / f"{tokens}.json"))
+        assert main(["eval", *words(made), "--max-length", tokens, "--json", files[-1]]) == 0
+    capsys.readouterr()
+    assert main(["compare", files[0], files[0]]) == 0
+    assert "warning" not in capsys.readouterr().err
+    record = json.loads(Path(files[1]).read_text())
+    Path(files[1]).write_text(json.dumps(record | {"model": "other"}))
+    assert main(["compare", *files]) == 0
+    err = capsys.readouterr().err
+    expected = f"cut at different lengths: 16 tokens in {files[0]}, 20 tokens in {files[1]}"
+    assert f"warning: the texts of pets were {expected}" in err
+    assert "warning: the runs are of different models: " in err

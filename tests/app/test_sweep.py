@@ -132,6 +132,7 @@ def test_the_page_of_a_sweep_is_made_again(
     assert page == (out / "report.html").read_text()
     assert "2 tasks, 2 densities, 2 seeds" in page
     assert page.count("<svg") == 1
+    assert "<td>density</td><td>0.3, 0.1</td>" in page
     for cell in results["cells"]:
         assert f'href="{cell["folder"]}/report.html"' in page
     shown = capsys.readouterr().out

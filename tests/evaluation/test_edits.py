@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation import (
+    Estimate,
     Judge,
     Metric,
     Outcomes,
@@ -22,7 +23,7 @@ from talos.evaluation import (
     right_answers,
     scaling_coefs,
 )
-from talos.evaluation.coefficients import best_place
+from talos.evaluation.coefficients import choose
 from talos.masks import Mask
 from talos.names import named_parameters
 from talos.task_vectors import TaskVector
@@ -85,7 +86,7 @@ def test_any_merge_can_be_added() -> None:
     merged = 2 * VECTORS["left"]
     added = addition(outcomes(), VECTORS, merged, coefs=[0.5])
     assert "grid" not in repr(added)
-    assert "outcomes" not in repr(added)
+    assert "picked" not in repr(added)
     assert added.grid[0].tasks == accuracies([(1.0, VECTORS["left"])], VALIDATION)
 
 
@@ -208,11 +209,57 @@ class Dial:
 def test_negation_takes_the_lowest_target_that_keeps_the_control() -> None:
     dial = Dial(target=lambda scale: 0.8 + 0.5 * scale, other=lambda scale: 0.8 + 0.101 * scale)
     forgot = negation(dial.outcomes(), dial.vector, "target")
-    assert forgot.scaling_coef == 0.45
-    assert forgot.target["value"] == pytest.approx(0.58)
+    assert forgot.scaling_coef == 0.4  # 0.45 is the largest that keeps it, but not in resamples
+    assert forgot.target["value"] == pytest.approx(0.6)
     assert forgot.control["value"] >= 0.95 * 0.8
-    tested = [asked for asked in dial.asked if asked[0] and asked[2] == "test"]
-    assert tested == [(-0.45, "target", "test"), (-0.45, "other", "test")]
+    # Resamples choose others: each is tested once, and few are.
+    tested = [(scale, task) for scale, task, split in dial.asked if scale and split == "test"]
+    scales = {scale for scale, _ in tested}
+    assert sorted(tested) == sorted((scale, task) for scale in scales for task in dial.curves)
+    assert -0.4 in scales
+    assert 1 < len(scales) < 10
+    least = min(point.control for point in forgot.grid if point.target is not None)
+    assert least >= 0.95 * 0.8 > forgot.grid[-1].control
+
+
+COEFS_OF_CURVE = [i / 10 for i in range(11)]
+
+
+def curve(scale: float) -> float:
+    return 0.9 - 0.9 * (scale - 0.5) ** 2
+
+
+def chosen_by_chance(seed: int) -> tuple[float, Estimate, Estimate]:
+    """Choose on 40 rows; return the true figure, its estimate, and one that ignores the choice."""
+    draw = torch.Generator().manual_seed(seed)
+    answers = {}
+    for split, rows in (("validation", 40), ("test", 1500)):
+        shared = torch.rand(rows, 1, generator=draw).expand(rows, 11)
+        own = torch.rand(rows, 11, generator=draw)
+        level = torch.where(torch.rand(rows, 1, generator=draw) < 0.5, shared, own)
+        answers[split] = level < torch.tensor([curve(scale) for scale in COEFS_OF_CURVE])
+    dial = Dial()
+
+    def judge(split: str) -> Any:
+        return lambda model: answers[split][:, round(10 * float(model.weight))]
+
+    outcomes = Outcomes(
+        dial.model, {"task": judge("test")}, {"task": judge("validation")}, resamples=200
+    )
+    added = addition(outcomes, {"task": dial.vector}, coefs=COEFS_OF_CURVE)
+    return curve(added.scaling_coef), added.absolute, outcomes.bootstrap.mean(added.outcomes)
+
+
+def test_an_interval_holds_the_choice_of_the_coefficient() -> None:
+    found = [chosen_by_chance(seed) for seed in range(100)]
+    expected = sum(true for true, _, _ in found) / len(found)
+
+    def coverage(which: int) -> float:
+        return sum(each[which]["low"] <= expected <= each[which]["high"] for each in found) / 100
+
+    assert coverage(1) >= 0.95 > 0.9 > coverage(2)
+    assert sum(each["low"] <= true <= each["high"] for true, each, _ in found) >= 95
+    assert all(each["value"] == plain["value"] for _, each, plain in found)
 
 
 def test_negation_gives_up_past_a_broken_control() -> None:
@@ -258,15 +305,57 @@ def test_an_addition_that_leaves_the_model_alone_says_so() -> None:
     assert addition(dial.outcomes(), {"task": dial.vector}, coefs=[0.0]).why_zero is None
 
 
-def test_the_smallest_coefficient_of_a_plateau_is_chosen() -> None:
+def test_the_middle_of_equal_coefficients_is_chosen() -> None:
     dial = Dial(task=lambda scale: 0.5 + min(scale, 0.3))
     added = addition(dial.outcomes(), {"task": dial.vector}, coefs=[1.0, 0.3, 0.6, 0.0])
-    assert added.scaling_coef == 0.3
-    assert sum(split == "test" for _, _, split in dial.asked) == 2  # merged, and the task's own
-    third = 1 / 3
-    assert best_place([0.4, 0.2], [third, third * (1 - 1e-12)], highest=True) == 1
-    assert best_place([0.4, 0.2], [third, third * (1 - 1e-6)], highest=True) == 0
-    assert best_place([0.4, -0.2], [0.5, 0.5], highest=False) == 1
+    assert added.scaling_coef == 0.6
+    # Merged at the one coefficient that all resamples choose, and the task's own.
+    assert sum(split == "test" for _, _, split in dial.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "resamples", "place"),
+    [
+        ((5, 6, 7, 8), (1, 1, 3, 3), 2),  # between the best of the resamples
+        ((5, 6, 7, 8), (1, 1, 1, 1), 1),
+        ((5, 6, 7, 8), (0, 0, 0, 1), 1),  # 0 is beaten on all examples, so it is not taken
+        ((8, 6, 7, 5), (1, 1, 3, 3), 0),  # nothing beats 0
+        ((8 - 1e-12, 8, 7, 5), (1, 1, 1, 1), 0),  # but for rounding
+        ((8 - 1e-6, 8, 7, 5), (1, 1, 1, 1), 1),
+        ((5, 6, math.inf, 8), (1, 1, 1, 3), 1),  # what overflows is not taken
+    ],
+)
+def test_the_mean_of_the_best_of_resamples_is_chosen(
+    whole: tuple[float, ...], resamples: tuple[int, ...], place: int
+) -> None:
+    coefs = [0.0, 0.2, 0.4, 0.6]
+    table = torch.zeros(1 + len(resamples), 4, dtype=torch.float64)
+    table[0] = torch.tensor(whole)
+    table[range(1, 5), list(resamples)] = 1
+    assert choose(coefs, table, highest=True).tolist() == [place, *resamples]
+    if math.isfinite(max(whole)):
+        assert choose(coefs, -table, highest=False).tolist() == [place, *resamples]
+        back = choose(coefs[::-1], table.flip(1), highest=True)
+        assert back.tolist() == [3 - each for each in (place, *resamples)]
+
+
+def test_of_equal_coefficients_the_middle_one_counts() -> None:
+    table = torch.tensor([[5, 8, 8, 8, 7], [1, 1, 1, 1, 1], [0, 0, 3, 3, 0]], dtype=torch.float64)
+    assert choose([0.0, 0.2, 0.4, 0.6, 0.8], table, highest=True).tolist() == [2, 2, 2]
+    table[2] = torch.tensor([0, 0, 0, 3, 3])
+    assert choose([0.0, 0.2, 0.4, 0.6, 0.9], table, highest=True).tolist() == [2, 2, 3]
+
+
+def test_only_what_keeps_the_control_is_chosen() -> None:
+    table = torch.tensor([[0.5, 0.6, 0.7, 0.8]] * 5, dtype=torch.float64)
+    kept = torch.ones_like(table, dtype=torch.bool)
+    kept[0, 3] = kept[1, 2:] = kept[2, 1:] = False
+    places = choose([0.0, 0.2, 0.4, 0.6], table, highest=True, kept=kept)
+    assert places.tolist() == [2, 1, 0, 3, 3]
+    kept[3:, 2:] = False
+    assert choose([0.0, 0.2, 0.4, 0.6], table, highest=True, kept=kept).tolist()[0] == 1
+    with pytest.raises(TalosValueError, match="figures must be finite at one coefficient at least"):
+        choose([0.0, 0.2], torch.full((3, 2), math.inf), highest=True)
 
 
 @pytest.mark.parametrize(

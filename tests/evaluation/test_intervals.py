@@ -11,6 +11,7 @@ from torch import Tensor
 from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Metric
 from talos.evaluation import intervals as module
+from talos.evaluation.intervals import Picked
 
 
 def test_intervals_agree_with_the_binomial() -> None:
@@ -53,6 +54,39 @@ def test_an_interval_of_means_and_ratios_has_a_width_at_the_ends() -> None:
     ratio = bootstrap.normalised(right, part)
     assert ratio["value"] == pytest.approx(4 / 3)
     assert ratio["low"] < ratio["value"] < ratio["high"]
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 100])
+def test_a_resample_picks_its_own_model(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    tried = torch.rand(3, 30)
+    bootstrap = Bootstrap({"a": 30}, resamples=60)
+    picks = torch.arange(60) % 3
+    seen = {}
+
+    def kept(name: str) -> Callable[[Any], Tensor]:
+        def statistic(figures: Any) -> Tensor:
+            seen[name] = figures["a"]
+            return figures["a"].mean(-1)
+
+        return statistic
+
+    bootstrap({"a": list(tried)}, kept("each"))
+    picked = bootstrap({"a": [Picked(tried[1], tried, picks)]}, kept("picked"))
+    assert torch.equal(seen["picked"][:, 0], seen["each"][torch.arange(60), picks])
+    assert picked["value"] == pytest.approx(float(tried[1].mean()))
+    assert picked["low"] <= picked["value"] <= picked["high"]
+    once = Picked(tried[1], tried[1:2], torch.zeros(60, dtype=torch.int64))
+    assert bootstrap.mean({"a": once}) == bootstrap.mean({"a": tried[1]})
+
+
+def test_picked_answers_that_are_all_right_have_a_width() -> None:
+    tried = torch.stack([torch.ones(30), torch.arange(30) < 20]) > 0
+    picks = torch.arange(2000) % 2
+    found = Bootstrap({"a": 30}).mean({"a": Picked(tried[0], tried, picks)})
+    right, part = (Bootstrap({"a": 30}).mean({"a": each}) for each in tried)
+    assert (found["value"], found["high"]) == (1, 1)
+    assert part["low"] - 0.02 < found["low"] < right["low"]
 
 
 def test_numbers_that_are_no_answers_are_resampled_as_they_are() -> None:

@@ -49,8 +49,9 @@ def test_addition_asks_no_more_than_it_must() -> None:
     calls: list[str] = []
     outcomes = counted(calls)
     addition(outcomes, VECTORS, coefs=[0.0, 0.5, 1.0])
-    # A task: zero-shot, its own vector and two merged models; then the test of the last two.
-    chosen = 4 * ["validation left", "validation right"] + 2 * ["test left", "test right"]
+    # A task: zero-shot, its own vector and two merged models; then the test of its own vector, and
+    # of the two merged models that resamples choose.
+    chosen = 4 * ["validation left", "validation right"] + 3 * ["test left", "test right"]
     assert Counter(calls) == Counter(chosen)
     calls.clear()
     addition(outcomes, VECTORS, 2 * VECTORS["left"], coefs=[0.0, 0.5])
@@ -82,6 +83,19 @@ def test_a_judge_of_two_splits_is_asked_once() -> None:
     judged = judges(TEST, right_answers, calls)
     negation(Outcomes(MODELS, judged, judged), VECTORS["left"], "left", coefs=[0.5])
     assert Counter(calls) == dict.fromkeys(TASKS, 2)
+
+
+def test_coefficients_that_few_resamples_choose_are_not_evaluated() -> None:
+    calls: list[str] = []
+    outcomes = counted(calls)
+    coefs = [0.0, 0.4, 0.5, 0.8]
+    places = torch.tensor([2] + 96 * [1] + 4 * [3])
+    picked = outcomes.picked(VECTORS["left"], coefs, places, ["left"])["left"]
+    assert calls == 2 * ["test left"]  # 0.4 and 0.5, and 0.5 for 0.8
+    assert picked.picks.tolist() == 96 * [0] + 4 * [1]
+    for row, coef in zip(picked.tried, coefs[1:3], strict=True):
+        assert torch.equal(row, outcomes.of("test", VECTORS["left"], coef)["left"])
+    assert torch.equal(picked.taken, picked.tried[1])
 
 
 def test_another_vector_inside_of_a_search_is_refused() -> None:

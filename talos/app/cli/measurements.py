@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +21,8 @@ from talos.evaluation import (
     scaling_coefs,
     sensitivity_transfer,
 )
-from talos.evaluation.coefficients import best_place, why_zero
+from talos.evaluation.coefficients import choose, why_zero
+from talos.evaluation.intervals import Model, Picked, over_tasks
 from talos.task_vectors import TaskVector
 
 __all__ = ["MEASUREMENTS", "Figures", "Measurement", "Subject"]
@@ -88,7 +88,7 @@ class Subject:
             found |= self.outcomes.of("test", vector, coef, [task])
         return found
 
-    def accuracies(self, outcomes: Mapping[str, Tensor]) -> dict[str, Estimate]:
+    def accuracies(self, outcomes: Mapping[str, Model]) -> dict[str, Estimate]:
         """Estimate the accuracy on each task."""
         mean = self.outcomes.bootstrap.mean
         return {task: mean({task: each}) for task, each in outcomes.items()}
@@ -141,18 +141,19 @@ class Measurement:
 
 def _accuracy(subject: Subject) -> Figures:
     before = subject.before
-    after: dict[str, Tensor] = {}
+    after: Mapping[str, Model] = {}
     figures: Figures = {}
     kind = "single" if len(subject.vectors) > 1 else "edited"
     if kind == "single":
         figures["scaling_coef"], after = 1.0, subject.single
     elif subject.edit is not None:
-        subject.chosen = subject.coef
-        if subject.chosen is None:
-            figures |= _search(subject, subject.edit)
-            subject.chosen = figures["scaling_coef"]
-        figures["scaling_coef"] = subject.chosen
-        after = subject.edited = subject.answers("edited", subject.edit, subject.chosen)
+        if subject.coef is None:
+            figures, picked = _search(subject, subject.edit)
+            after, subject.edited = picked, {task: each.taken for task, each in picked.items()}
+        else:
+            figures = {"scaling_coef": subject.coef}
+            after = subject.edited = subject.answers("edited", subject.edit, subject.coef)
+        subject.chosen = figures["scaling_coef"]
     gain = subject.outcomes.bootstrap.gain
     tasks: dict[str, dict[str, Estimate]] = {}
     for task, accuracy in subject.accuracies(before).items():
@@ -164,22 +165,24 @@ def _accuracy(subject: Subject) -> Figures:
     return {**figures, "tasks": tasks}
 
 
-def _search(subject: Subject, edit: TaskVector) -> Figures:
-    """Return the validation accuracies at each coefficient, and the best coefficient."""
-    coefs = subject.coefs
-    means: list[float] = []
-    grid: list[Figures] = []
-    with subject.outcomes.resident(edit):
-        for coef in subject.bars.each("grid", coefs):
-            figures = subject.outcomes.figures(subject.outcomes.of("validation", edit, coef))
-            means.append(fmean(figures.values()))
-            grid.append({"scaling_coef": coef, "absolute": means[-1], "tasks": figures})
-    place = best_place(coefs, means, highest=True)
-    return {
-        "grid": grid,
+def _search(subject: Subject, edit: TaskVector) -> tuple[Figures, dict[str, Picked]]:
+    """Choose a coefficient by the mean validation accuracy; return it and the right answers."""
+    outcomes, coefs = subject.outcomes, subject.coefs
+    with outcomes.resident(edit):
+        found = [outcomes.of("validation", edit, c) for c in subject.bars.each("grid", coefs)]
+        table = outcomes.table("validation", found, over_tasks)
+        places = choose(coefs, table, highest=True)
+        picked = outcomes.picked(edit, coefs, places, outcomes.tasks)
+    means, place = table[0].tolist(), int(places[0])
+    figures = {
+        "grid": [
+            {"scaling_coef": coef, "absolute": mean, "tasks": outcomes.figures(each)}
+            for coef, mean, each in zip(coefs, means, found, strict=True)
+        ],
         "scaling_coef": coefs[place],
         "why_zero": why_zero(coefs, means, place, highest=True),
     }
+    return figures, picked
 
 
 def _addition(subject: Subject) -> Figures:

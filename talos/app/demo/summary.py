@@ -65,7 +65,7 @@ def summarise(
     parameters = sum(p.numel() for p in named_parameters(models.model).values())
     maskable = sum(each.numel for each in select_parameters(models.model).values())
     methods = settings.methods
-    pairs = [(each.addition.outcomes, each.single) for each in measured.values()]
+    pairs = [(each.addition.picked, each.single) for each in measured.values()]
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -111,7 +111,7 @@ def _accuracies(bootstrap: Bootstrap, outcomes: Mapping[str, Tensor]) -> dict[st
 
 def _addition(added: Addition) -> dict[str, Any]:
     entry = asdict(added)
-    del entry["outcomes"]
+    del entry["picked"]
     return entry
 
 

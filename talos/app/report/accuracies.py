@@ -24,8 +24,9 @@ def tasks(results: Results) -> str:
         )
     return section(
         "The tasks",
-        "Texts are classified by comparing their embedding with the embeddings of the class texts "
-        "(a frozen zero-shot head). Scaling coefficients are chosen on validation examples. All "
+        "Texts or images are classified by comparing their embedding with the embeddings of the "
+        "class texts (a frozen zero-shot head); a language model chooses among the class texts. "
+        "Scaling coefficients are chosen on validation examples. All "
         "numbers in the tables below are measured on test examples.",
         table(
             ("task", "what it asks", "classes", "train", "validation", "test"), rows, text_columns=2

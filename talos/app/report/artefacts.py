@@ -15,7 +15,7 @@ from talos.app.report.style import GREY, INK
 from talos.app.report.svg import method_colour
 from talos.tensors import readable_size
 
-__all__ = ["files", "made", "masks", "next_steps", "timings"]
+__all__ = ["files", "made", "masks", "next_steps", "setting_rows", "timings"]
 
 
 def masks(results: Results) -> str:
@@ -159,7 +159,6 @@ def next_steps(results: Results) -> str:
 
 def made(results: Results) -> str:
     """Return the section with settings, versions and losses."""
-    settings = [(key, value) for key, value in results["settings"].items() if key != "model"]
     facts = [
         ("model", f"{results['model']['source']}, {results['model']['parameters']:,} entries"),
         ("maskable", f"{results['model']['maskable']:,} entries may be selected"),
@@ -167,12 +166,8 @@ def made(results: Results) -> str:
             (f"{m['title']}", ", ".join(f"{k} {v}" for k, v in m["settings"].items()))
             for m in results["methods"]
         ),
-        *((key.replace("_", " "), value) for key, value in settings),
-        *((f"{key}", value) for key, value in results["versions"].items()),
-        *((f"machine: {key}", value) for key, value in results["machine"].items()),
-        ("made", results["created"]),
     ]
-    rows = [(escape(key), escape(_plain(value))) for key, value in facts]
+    rows = [*((escape(key), escape(value)) for key, value in facts), *setting_rows(results)]
     losses = []
     for method in results["methods"]:
         for task in results["tasks"]:
@@ -193,6 +188,17 @@ def made(results: Results) -> str:
         table(("task and method", "steps", "first loss", "last loss"), losses),
         "</div>",
     )
+
+
+def setting_rows(results: Results) -> list[tuple[str, str]]:
+    """Return rows of a table: settings, versions, machine and time, as HTML."""
+    facts = [
+        *((k.replace("_", " "), each) for k, each in results["settings"].items() if k != "model"),
+        *results["versions"].items(),
+        *((f"machine: {key}", value) for key, value in results["machine"].items()),
+        ("made", results["created"]),
+    ]
+    return [(escape(key), escape(_plain(value))) for key, value in facts]
 
 
 def _seconds(results: Results) -> str:

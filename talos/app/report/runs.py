@@ -63,6 +63,7 @@ class Run:
         linearized: whether the model's first-order expansion was evaluated.
         model: the option --model, where it is known.
         data: the options --data, where they are known.
+        max_length: tokens of a text of each task, where they are known.
     """
 
     path: Path
@@ -77,6 +78,7 @@ class Run:
     linearized: bool = False
     model: str | None = None
     data: list[str] = field(default_factory=list)
+    max_length: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -292,6 +294,9 @@ def _read_run(results: Mapping[str, Any], path: Path) -> Run:
         linearized=bool(results.get("linearized")),
         model=results.get("model"),
         data=[str(each["data"]) for each in tasks.values() if "data" in each],
+        max_length={
+            task: int(each["max_length"]) for task, each in tasks.items() if each.get("max_length")
+        },
     )
 
 

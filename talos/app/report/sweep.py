@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from talos.app.report.accuracies import tasks
+from talos.app.report.artefacts import setting_rows
 from talos.app.report.html import escape, figure, method_label, section, table
 from talos.app.report.results import FIGURES, Results, percent
 from talos.app.report.style import GREY
@@ -40,6 +41,7 @@ def content(results: Results) -> tuple[str, list[str]]:
         tasks(results),
         _seeds_and_densities(results, densities),
         _cells(results),
+        _made(results),
     ]
 
 
@@ -54,12 +56,13 @@ def _seeds_and_densities(results: Results, densities: list[float]) -> str:
     columns = ("alone", "added", "normalised", "target negated", "control kept")
     pictures = ""
     if len(densities) > 1:
-        pictures = figure(
+        drawn = figure(
             _curve(results),
             "Test accuracy of the model with all task vectors added, mean over the tasks. Bars "
             "reach from the lowest to the highest seed. Dashed: the pretrained model.",
             "accuracy of the merged model against the density",
         )
+        pictures = f"<div class=grid>{drawn}</div>"
     return section(
         "Seeds and densities",
         "Test accuracy in per cent, mean over the tasks and the seeds, with the lowest and the "
@@ -88,6 +91,15 @@ def _cells(results: Results) -> str:
         "Each has a report, task vectors and masks of its own. A method without a density was run "
         "at the first density only.",
         table(("report", "density", "seed", *labels), rows),
+    )
+
+
+def _made(results: Results) -> str:
+    model = ("model", escape(results["settings"]["model"]))
+    return section(
+        "Settings",
+        "The same seed on the same machine gives the same numbers.",
+        table(("setting", "value"), [model, *setting_rows(results)], text_columns=2),
     )
 
 

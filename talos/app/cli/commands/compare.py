@@ -1,14 +1,18 @@
 """`talos compare`: several edits in one table."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from talos.app.cli.console import command, next_step, note, print_line, stdout
 from talos.app.cli.options import Json, Overwrite, Seed, check_input
 from talos.app.cli.records import check_json, write_record
+
+if TYPE_CHECKING:
+    from talos.app.report.runs import Run
 
 __all__ = ["EXAMPLES", "compare"]
 
@@ -47,6 +51,8 @@ def compare(
     console.print(comparison(rows))
     print_line(console, "% with 95 % intervals; differences are from the first edit, paired")
     write_record(json, "compare", {"seed": seed, "rows": [asdict(row) for row in rows]})
+    for line in _differences(loaded):
+        note(f"warning: {line}")
     without = [run.name for run in loaded if run.outcomes is None]
     if without:
         note(f"without answers, so without differences: {', '.join(without)}")
@@ -56,3 +62,18 @@ def compare(
     same += ["--linearized"] if first.linearized else []
     other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
     next_step(command("eval", *same, *other))
+
+
+def _differences(runs: "Sequence[Run]") -> list[str]:
+    """Return what differs between runs beside their edits: the model, the tokens of a text."""
+    found = []
+    models = {run.model: run.name for run in runs if run.model is not None}
+    if len(models) > 1:
+        listed = ", ".join(f"{model} in {name}" for model, name in models.items())
+        found.append(f"the runs are of different models: {listed}")
+    for task in runs[0].tasks:
+        lengths = {run.max_length[task]: run.name for run in runs if task in run.max_length}
+        if len(lengths) > 1:
+            listed = ", ".join(f"{tokens} tokens in {name}" for tokens, name in lengths.items())
+            found.append(f"the texts of {task} were cut at different lengths: {listed}")
+    return found
