@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from talos.app.models import Encoder
+from talos.app.nearest import several
 from talos.app.tasks import ImageTask, Task
 from talos.masks import Mask
 from talos.names import match_tensors, named_parameters
@@ -113,4 +114,4 @@ def _lengths(task: str, made: Iterable[Mapping[str, Any]]) -> set[int]:
 
 def _few(names: object) -> str:
     shown = [str(name) for name in names] if isinstance(names, list) else [str(names)]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+    return several(shown)

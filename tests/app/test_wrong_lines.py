@@ -8,6 +8,8 @@ import torch
 
 from talos.app.cli import main
 from talos.app.cli.app import app
+from talos.app.cli.options import as_options
+from talos.errors import TalosOSError, TalosValueError
 from talos.masks import Mask
 from talos.task_vectors import TaskVector
 from tests.tiny_models import save_images
@@ -133,6 +135,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("demo --out new --methods l_lora", "--methods", "begin with talos, got l_lora"),
     ("demo --out new --methods talos,talos", "--methods", "must differ"),
     ("demo --out new --model openclip:a:b", "--model", "must read texts, got openclip:a:b"),
+    ("demo --out new --model clip", "--model", "must read texts, got clip, which reads images"),
     # Files that are not there
     ("calibrate --data pets --dry-run", "--data", "got pets; did you mean pets.csv?"),
     ("calibrate --data pest.csv --dry-run", "--data", "got pest.csv; did you mean pets.csv?"),
@@ -281,6 +284,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in save_images(made / "broken", {"a": 3, "b": 3}).rglob("000.png"):
         (file.parent / "0.png").write_bytes(file.read_bytes()[:-400])
     (made / "base").mkdir()
+    (made / "clip").mkdir()
+    (made / "clip" / "config.json").write_text('{"model_type": "clip"}')
     return made
 
 
@@ -315,3 +320,28 @@ def test_the_table_holds_a_hundred_lines_and_every_command() -> None:
     assert len({line for line, _, _ in LINES}) == len(LINES) >= 100
     commands = {each.name for each in app.registered_commands}
     assert commands <= {line.split()[0] for line, _, _ in LINES}
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("path must be a file, got path must", "--out must be a file, got path must"),
+        ("path: must hold a mask", "path: must hold a mask"),
+        ("paths must differ, got my path must", "paths must differ, got my path must"),
+        ("a.csv must differ; pass strict=False to drop", "a.csv must differ; pass --drop to drop"),
+        (
+            "base must fit, got a; take b, or pass force=True to edit",
+            "base must fit, got a; take b",
+        ),
+        (
+            "out must not exist, got x; pass overwrite=True to replace it",
+            "out must not exist, got x",
+        ),
+    ],
+)
+def test_options_take_the_place_of_arguments_at_the_beginning(message: str, shown: str) -> None:
+    words = {"path": "--out", "strict": "--drop", "force": "", "overwrite": ""}
+    for kind in (TalosValueError, TalosOSError):
+        with pytest.raises(kind) as caught, as_options(words):
+            raise kind(message)
+        assert str(caught.value) == shown

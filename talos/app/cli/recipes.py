@@ -1,6 +1,5 @@
 """Recipes of merges: a TOML file that names vectors, method, settings and outputs."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.options import as_options
+from talos.app.nearest import did_you_mean
 from talos.errors import TalosOSError, TalosValueError
 
 if TYPE_CHECKING:
@@ -202,6 +202,6 @@ def _hint(where: str, unknown: Sequence[str]) -> str:
     for key in unknown:
         if where == "the recipe" and key in settings:
             return f"; put {key} under [settings]"
-        if near := difflib.get_close_matches(key, _KEYS[where], n=1):
-            return f"; did you mean {near[0]}?"
+        if near := did_you_mean(key, _KEYS[where]):
+            return near
     return ""

@@ -75,7 +75,7 @@ def load_file(
     if unknown := [label for label in class_texts or () if label not in counts]:
         raise TalosValueError(
             f"class_texts must name labels of {path}, got {unknown[0]!r}; its labels are "
-            f"{', '.join(sorted(counts)):.200}"
+            f"{several(sorted(counts), unknown[0])}"
         )
     texts = found.label_texts | dict(class_texts or {})
     whole = all(label.lstrip("-").isdecimal() for label in counts)

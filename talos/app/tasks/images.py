@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talos.app.extras import import_package
+from talos.app.nearest import several
 from talos.app.tasks.splits import MIN_CLASS, SPLITS, split_classes, words
 from talos.app.tasks.task import Collate, LabelledSplits
 from talos.errors import TalosOSError, TalosValueError
@@ -174,7 +175,7 @@ def load_image_folder(path: str | Path, *, seed: int = 0) -> ImageTask:
     if small:
         raise TalosValueError(
             f"path must hold at least {MIN_CLASS} different images of each class, one for each "
-            f"split, got {', '.join(small)} in {path}; add images ({', '.join(SUFFIXES)})"
+            f"split, got {several(small)} in {path}; add images ({', '.join(SUFFIXES)})"
         )
     classes = [[ImageExample(file, label) for file in files] for label, files in enumerate(images)]
     names = tuple(folder.name for folder in folders)
