@@ -207,6 +207,23 @@ def test_predictions_are_those_that_eval_judges(
     assert accuracy_of_eval(capsys, "--model", exported, *words) == [right / 12]
 
 
+def test_each_command_names_the_next(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, data, vector = home / "base", home / "pets.csv", home / "vector.safetensors"
+    run("eval", "--model", base, "--data", data, "--vector", vector)
+    export = f"talos export {vector}:1 --base {base} --data {data} --out edited"
+    assert export in capsys.readouterr().err
+    run(*export.split()[1:])
+    predict = f"talos predict --model edited --data {data}"
+    assert predict in capsys.readouterr().err
+    run(*predict.split()[1:])
+    capsys.readouterr()
+    run("eval", "--model", base, "--data", data, "--vector", vector, "--linearized")
+    assert "talos export" not in capsys.readouterr().err
+
+
 def test_unlabelled_rows_keep_their_order(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,7 +261,7 @@ def _next(
     elif coef:
         term = f"{vector[0]}:{coef:g}"
         edited = command("export", term, *_base(model, data), "--out", "edited")
-        next_step(merge_command(vector[0], coef), edited)
+        next_step(merge_command(vector[0], coef), *([] if linearized else [edited]))
     else:
         next_step(command("inspect", *vector))
 
