@@ -18,7 +18,7 @@ from talos.app.tasks.unlabelled import Rows
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["check_names", "load_classifier", "load_data", "load_encoder", "load_rows"]
+__all__ = ["check_names", "find_model", "load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -71,16 +71,20 @@ def load_rows(data: str, reads: str) -> Rows:
         return read_rows(data, reads)
 
 
+def find_model(model: str) -> str:
+    """Find a model, and download one of the hub; return what it reads, texts or images."""
+    with as_options({"source": "--model"}):
+        here = model == "minilm" or model.startswith(PREFIX)
+        return "images" if takes_images(model if here else str(find_folder(model)[0])) else "texts"
+
+
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
     """Load a model to the GPU, or to the CPU where there is none.
 
     Raises:
         TalosValueError: the model reads texts and a task holds images, or the other way round.
     """
-    with as_options({"source": "--model"}):
-        here = model == "minilm" or model.startswith(PREFIX)
-        found = model if here else str(find_folder(model)[0])  # of the hub it is downloaded
-        reads = "images" if takes_images(found) else "texts"
+    reads = find_model(model)
     for task in tasks:
         if task.reads != reads:
             raise TalosValueError(
