@@ -25,6 +25,7 @@ from talos.errors import TalosValueError
 from talos.task_vectors import TaskVector
 from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
+from tests.house.test_pages import ROOT, blocks_of, commands_of
 from tests.tiny import save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
 
@@ -51,6 +52,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(home / "pets.csv", rows)
     train(home, ["--model", str(home / "base"), "--data", str(home / "pets.csv")])
     return home
+
+
+def run_page(text: str, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    """Runs the blocks of a page as they are; `minilm` is the model in `base`."""
+    monkeypatch.setattr("talos.app.models.load.minilm_folder", lambda: base)
+    monkeypatch.setattr("talos.app.models.load.MINILM_SHA256", None)
+    for block in blocks_of(text):
+        if block.language == "python":
+            exec(compile(block.code, "page", "exec"), {})
+        for words in commands_of(block.code) if block.language == "bash" else ():
+            assert words[0] == "talos"
+            run(*words[1:])
 
 
 def train(home: Path, common: list[str]) -> None:
@@ -164,15 +177,15 @@ def test_predictions_are_those_that_eval_judges(
     home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = load_data(str(home / "pets.csv"))
-    texts = [example.text for example in task.test]
-    labels = [task.class_names[example.label] for example in task.test]
-    data = write_rows(tmp_path / "test.csv", dict(zip(texts, labels, strict=True)))
     capsys.readouterr()
-    run("predict", "--model", exported, "--data", data)
+    run("predict", "--model", exported, "--data", home / "pets.csv", "--split", "test")
     captured = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(captured.out)))
-    assert [row["text"] for row in rows] == texts
-    assert [row["label"] for row in rows] == labels
+    assert [row["text"] for row in rows] == [example.text for example in task.test]
+    assert [row["label"] for row in rows] == [task.class_names[each.label] for each in task.test]
+    again = write_rows(tmp_path / "again.csv", {row["text"]: row["label"] for row in rows})
+    run("predict", "--model", exported, "--data", again)
+    assert capsys.readouterr().out == captured.out
     logits = edited_logits(home, str(home / "base"), home / "pets.csv", "test")
     for row, each in zip(rows, logits.double().softmax(1), strict=True):
         assert row["prediction"] == task.class_names[each.argmax()]
@@ -214,7 +227,7 @@ def test_other_libraries_load_the_folder(exported: Path) -> None:
 
 
 def test_a_head_is_kept_when_the_folder_is_edited_again(
-    home: Path, exported: Path, tmp_path: Path
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = tmp_path / "again"
     vector = f"{home}/vector.safetensors:0.5"
@@ -227,6 +240,9 @@ def test_a_head_is_kept_when_the_folder_is_edited_again(
     words = ["--data", home / "pets.csv", "--data", signs]
     run("export", vector, "--base", home / "base", *words, "--out", tmp_path / "two")
     assert list(load_heads(tmp_path / "two")) == ["pets", "signs"]
+    assert f"talos predict --model {tmp_path / 'two'} --data {home / 'pets.csv'} --task pets" in (
+        capsys.readouterr().err
+    )
     run("predict", "--model", tmp_path / "two", "--data", signs, "--task", "signs")
     assert main(["predict", "--model", str(tmp_path / "two"), "--data", str(signs)]) == 2
 
@@ -277,6 +293,8 @@ def test_clip_goes_into_production(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert {row["image"].split("/")[0] for row in rows} == {"dark", "light"}
     assert re.search(r"\d+ of 80 labels were predicted", captured.err)
+    run("predict", "--model", tmp_path / "out", "--data", images, "--split", "test")
+    assert re.search(r"\d+ of 8 labels were predicted", capsys.readouterr().err)
 
 
 def test_the_dtype_of_the_base_is_kept(home: Path, tmp_path: Path) -> None:
@@ -340,3 +358,36 @@ def test_refusals(
         ),
     ):
         refused(words, capsys, message, tmp_path)
+
+
+def test_the_readmes_section_runs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Into production\n(.*?)^## ", page, re.M | re.S)
+    assert section is not None
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("reviews.csv", "pets.csv"), ("vector.safetensors",) * 2):
+        Path(name).write_bytes((home / source).read_bytes())
+    Path("new.csv").write_text("text\nmeow\nwoof\n")
+    run_page(section[1], monkeypatch, home / "base")
+    assert len(Path("predictions.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_walk_ends_in_predictions_that_equal_evals(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page((ROOT / "docs" / "walk.md").read_text(), monkeypatch, home / "base")
+    right, count = re.findall(r"(\d+) of (30) labels were predicted", capsys.readouterr().err)[0]
+    data = ("--data", "tickets.csv", "--json", "-")
+    for words in (("--model", "edited"), ("--vector", "edit.safetensors")):
+        run("eval", *words, *data)
+        figures = json.loads(capsys.readouterr().out)["metrics"]["accuracy"]["tasks"]["tickets"]
+        value = figures["edited" if "--vector" in words else "pretrained"]["value"]
+        assert value == int(right) / int(count)

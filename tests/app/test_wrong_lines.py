@@ -167,7 +167,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("export vector.safetensors --base ./bse --out o", "--base", "'./bse', which is no folder"),
     ("export vector.safetensors --base base --out o --max-length 9", "--max-length", "without --"),
     ("export vector.safetensors --data a --format delta --out o", "--data", "be left out with"),
-    ("predict --model base --data pets.csv --out o.txt", "--out", "end in .csv or .jsonl"),
+    ("predict --model base --data pets.csv --split tst", "--split", "did you mean test?"),
     ("extract bse base --out w.safetensors", "BASE", "bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),

@@ -14,7 +14,7 @@ from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.standard_library import SOURCES
-from talos.app.tasks.unlabelled import Rows
+from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
@@ -65,10 +65,18 @@ def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:
     return names
 
 
-def load_rows(data: str, reads: str) -> Rows:
-    """Load texts or images to predict."""
+def load_rows(data: str, model: str, split: str | None = None) -> Rows:
+    """Load what a model is to predict: all of a file or a folder, or a split of a task.
+
+    Raises:
+        TalosValueError: the model reads texts and the task holds images, or the other way round.
+    """
+    if split is not None:
+        task = load_data(data)
+        _check_reads(model, [task])
+        return split_of(task, split)
     with as_options({"path": "--data"}):
-        return read_rows(data, reads)
+        return read_rows(data, find_model(model))
 
 
 def find_model(model: str) -> str:
@@ -84,6 +92,13 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
     Raises:
         TalosValueError: the model reads texts and a task holds images, or the other way round.
     """
+    _check_reads(model, tasks)
+    with as_options({"source": "--model"}):
+        return load(model).to(default_device())
+
+
+def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
+    """Refuse tasks whose examples a model does not read."""
     reads = find_model(model)
     for task in tasks:
         if task.reads != reads:
@@ -93,8 +108,6 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
                 + (" or a CLIP as --model" if reads == "texts" else "")
             )
-    with as_options({"source": "--model"}):
-        return load(model).to(default_device())
 
 
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:

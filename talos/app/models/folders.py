@@ -182,7 +182,7 @@ def _download(name: str, remedy: str) -> Path:
     transformers = import_package("transformers")
     from huggingface_hub import snapshot_download
 
-    patterns = ["model*.safetensors*", "*.json", "*.txt", "*.model"]
+    patterns = ["model*.safetensors*", "talos/*.safetensors", "*.json", "*.txt", "*.model"]
     try:
         with quiet(transformers):
             return Path(snapshot_download(name, allow_patterns=patterns))

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from talos.app.tasks.files import read_texts
 from talos.app.tasks.images import ImageExample, ImageTask, find_images
 from talos.app.tasks.task import Example, Task
 
-__all__ = ["Rows", "load_rows"]
+__all__ = ["Rows", "load_rows", "split_of"]
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,18 @@ class Rows:
     """Texts or images in the order of a file or folder.
 
     Attributes:
-        path: the file or folder.
+        source: the name of the file, the folder or the task.
         reads: "texts" or "images".
         names: the texts, or the places of the images in the folder.
         labels: the label of each; "" where the data has none.
+        inputs: the texts, or the images as an `ImageExample` takes them.
     """
 
-    path: Path
+    source: str
     reads: str
     names: Sequence[str]
     labels: Sequence[str]
+    inputs: Sequence[Any]
 
     def task(self, class_names: tuple[str, ...], class_texts: tuple[str, ...]) -> Task | ImageTask:
         """Return a task of these classes whose test examples are the rows.
@@ -33,16 +36,33 @@ class Rows:
         A row whose label is unknown, or is none of the classes, counts as one of the first class.
         """
         numbers = {name: number for number, name in enumerate(class_names)}
-        labels = [numbers.get(label, 0) for label in self.labels]
-        name, source = self.path.stem, self.path.name
+        rows = [
+            (each, numbers.get(label, 0))
+            for each, label in zip(self.inputs, self.labels, strict=True)
+        ]
+        about = (self.source, "", class_names, class_texts)
         if self.reads == "images":
-            images = [
-                ImageExample(self.path / own, label)
-                for own, label in zip(self.names, labels, strict=True)
-            ]
-            return ImageTask(name, "", class_names, class_texts, [], [], images, source=source)
-        texts = [Example(text, label) for text, label in zip(self.names, labels, strict=True)]
-        return Task(name, "", class_names, class_texts, [], [], texts, source=source)
+            return ImageTask(*about, [], [], [ImageExample(*row) for row in rows], source=about[0])
+        return Task(*about, [], [], [Example(*row) for row in rows], source=about[0])
+
+
+def split_of(task: Task | ImageTask, split: str) -> Rows:
+    """Return the rows of a split of a task, with their labels.
+
+    Args:
+        task: the task.
+        split: "train", "validation" or "test".
+
+    Raises:
+        TalosValueError: there is no such split.
+    """
+    labels = [task.class_names[each.label] for each in task.examples(split)]
+    if isinstance(task, Task):
+        texts = [each.text for each in task.examples(split)]
+        return Rows(task.source or task.name, task.reads, texts, labels, texts)
+    images = [each.image for each in task.examples(split)]
+    names = [str(image) if isinstance(image, Path) else str(i) for i, image in enumerate(images)]
+    return Rows(task.source or task.name, task.reads, names, labels, images)
 
 
 def load_rows(path: str | Path, reads: str) -> Rows:
@@ -71,6 +91,7 @@ def load_rows(path: str | Path, reads: str) -> Rows:
     if reads == "images":
         names = [str(image.relative_to(path)) for image in find_images(path)]
         folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
-        return Rows(path, reads, names, folders)
+        return Rows(path.name, reads, names, folders, [path / name for name in names])
     rows = read_texts(path)
-    return Rows(path, reads, [text for text, _ in rows], [label for _, label in rows])
+    texts, labels = [text for text, _ in rows], [label for _, label in rows]
+    return Rows(path.name, reads, texts, labels, texts)

@@ -165,14 +165,14 @@ def export(
     for head in heads.values():
         note(f"{out} holds the head of {head.task}: {len(head.class_names)} labels")
     if (out / "config.json").is_file() or heads:
-        next_step(_next(out, data or []))
+        next_step(_next(out, data or [], list(heads)))
 
 
 def _read_base(
     base: str | None, data: Sequence[str], max_length: int | None, metadata: Mapping[str, Any]
 ) -> "tuple[Checkpoint | None, Beside, dict[str, Head]]":
     """Return the base's checkpoint, what is written beside it, and the heads in that."""
-    from talos.app.cli.loading import load_data, load_encoder
+    from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
     from talos.app.models import ClipEncoder, TextEncoder
     from talos.app.models.clip import CONFIG_FILE
@@ -186,11 +186,12 @@ def _read_base(
     path = Path(base).expanduser()
     beside: dict[str, Callable[[Path], object]] = {}
     tasks = [load_data(each) for each in data]
+    check_names(tasks)
     if not tasks and path.exists():
         heads = load_heads(path)
     else:
         encoder = load_encoder(base, *tasks)
-        path, heads = encoder.path, dict(encoder.heads)
+        path, heads = encoder.path, {}
         if isinstance(encoder, ClipEncoder) and not path.is_dir():
             beside[CONFIG_FILE] = partial(save_json, encoder.config)
         elif isinstance(encoder, TextEncoder) and tasks:
@@ -200,17 +201,19 @@ def _read_base(
             show_data(task, encoder, tokens, {Path("the vector"): metadata})
             classifier = classifier_for(encoder, task.class_names, task.class_texts)
             heads[task.name] = head_of(classifier, task.name, task.class_names, tokens)
+        heads = {**heads, **{k: head for k, head in encoder.heads.items() if k not in heads}}
     if heads:
         beside[HEAD_FILE] = partial(save_heads, heads=heads)
     return Checkpoint(path), beside, heads
 
 
-def _next(folder: Path, data: Sequence[str]) -> str:
+def _next(folder: Path, data: Sequence[str], heads: Sequence[str]) -> str:
     """Return what uses the folder: `talos predict`, `talos eval`, or transformers for others."""
     from talos.app.models import can_load, class_name
 
     if data:
-        return command("predict", "--model", folder, "--data", data[0])
+        task = ("--task", heads[0]) if len(heads) > 1 else ()
+        return command("predict", "--model", folder, "--data", data[0], *task)
     if can_load(folder):
         return command("eval", "--model", folder, "--data", "TASK")
     code = (

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from talos.app.cli.console import Bars, command, note, on_interrupt, print_line, stdout
-from talos.app.cli.options import Batch, Overwrite, check_output
+from talos.app.cli.options import Batch, Overwrite, check_choice, check_output
+from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 from talos.options import integer
 
@@ -25,6 +26,7 @@ __all__ = ["EXAMPLES", "predict"]
 EXAMPLES = (
     "talos predict --model edited --data reviews.csv",
     "talos predict --model edited --data reviews.jsonl --out predictions.jsonl",
+    "talos predict --model edited --data reviews.csv --split test",
     "talos predict --model edited --data photos --task pets --out predictions.csv",
 )
 _SUFFIXES = (".csv", ".jsonl")
@@ -51,6 +53,14 @@ def predict(
         str | None,
         typer.Option("--task", help="The task to answer, where the model has heads of several."),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            help="Only a split of the data, as `talos eval` makes it: train, validation or test. "
+            "Then --data is a task, as `talos train` takes it.",
+        ),
+    ] = None,
     batch_size: Batch = 128,
     overwrite: Overwrite = False,
 ) -> None:
@@ -61,6 +71,8 @@ def predict(
     one, the prediction, its probability, and the probability of each label. Rows keep their order.
     """
     integer("--batch-size", batch_size, 1)
+    if split is not None:
+        check_choice("--split", split, SPLITS)
     if out is not None:
         if out.suffix.lower() not in _SUFFIXES:
             raise TalosValueError(f"--out must end in {' or '.join(_SUFFIXES)}, got {out}")
@@ -68,12 +80,11 @@ def predict(
     from talos.app.cli.loading import load_encoder, load_rows
     from talos.app.cli.reading import show_rows
     from talos.app.demo.judge import logits_of
-    from talos.app.models import takes_images
     from talos.files import atomic_write
 
     with on_interrupt("nothing was written"), Bars() as bars:
         found = _saved_heads(model)
-        rows = load_rows(data, "images" if takes_images(model) else "texts")
+        rows = load_rows(data, model, split)
         encoder = load_encoder(model)
         head = _chosen(found or encoder.heads, task, model)
         asked = rows.task(head.class_names, head.class_texts)
@@ -170,6 +181,6 @@ def _compare(rows: "Rows", answers: Sequence[Mapping[str, Any]], head: "Head") -
     others = {label for label in rows.labels if label} - set(head.class_names)
     if others and rows.reads == "texts":
         note(
-            f"warning: {len(others)} labels of {rows.path.name} are none of {head.task}'s, as "
+            f"warning: {len(others)} labels of {rows.source} are none of {head.task}'s, as "
             f"{sorted(others)[0]}; its labels are {', '.join(head.class_names[:5])}"
         )
