@@ -291,6 +291,17 @@ def test_charts_that_are_compared_share_their_axes() -> None:
 
 
 @pytest.mark.slow
+def test_a_search_that_ends_in_no_edit_is_explained() -> None:
+    results = synthetic()
+    method = results["methods"][0]["name"]
+    results["addition"][method]["why_zero"] = "no coefficient beats it"
+    results["negation"][method][TASKS[1]]["why_zero"] = "no coefficient keeps 95 % & more"
+    text = report.render(results)
+    assert f"<p>{results['methods'][0]['title']}: no coefficient beats it.</p>" in text
+    assert text.count("no coefficient keeps 95 % &amp; more.") == 1
+    assert "no coefficient" not in report.render(synthetic())
+
+
 def test_the_page_repeats(page: tuple[Page, str]) -> None:
     assert report.render(synthetic()) == page[1]
 

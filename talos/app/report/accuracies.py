@@ -1,5 +1,7 @@
 """The sections on accuracy: tasks, single tasks, addition, negation, interference."""
 
+from collections.abc import Iterable
+
 from talos.app.report import charts, heatmaps
 from talos.app.report.html import escape, estimate, figure, method_label, section, table
 from talos.app.report.results import Results, percent
@@ -78,6 +80,7 @@ def addition(results: Results) -> str:
             "accuracy of the merged model against the scaling coefficient",
         ),
         "</div>",
+        _why_zero((method["title"], each) for method, each in zip(methods, added, strict=True)),
     )
 
 
@@ -124,6 +127,11 @@ def negation(results: Results) -> str:
             ),
             rows,
         ),
+        _why_zero(
+            (f"{task['name']}, {m['title']}", results["negation"][m["name"]][task["name"]])
+            for task in results["tasks"]
+            for m in methods
+        ),
         f"<div class=grid>{pictures}</div>",
     )
 
@@ -155,6 +163,12 @@ def interference(results: Results) -> str:
         "less means harm.",
         f"<div class=grid>{pictures}</div>",
     )
+
+
+def _why_zero(searches: Iterable[tuple[str, Results]]) -> str:
+    """Return a line for each search that ended in no edit."""
+    found = [f"{name}: {each['why_zero']}." for name, each in searches if each.get("why_zero")]
+    return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
 def _mean(estimates: dict[str, dict[str, float]]) -> str:
