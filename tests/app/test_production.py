@@ -27,7 +27,14 @@ from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
 from tests.house.test_pages import ROOT, blocks_of, commands_of
 from tests.tiny import save_tiny_encoder
-from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
+from tests.tiny_models import (
+    CLIP,
+    save_images,
+    save_tiny_clip,
+    save_tiny_gpt2,
+    save_tiny_t5,
+    save_tiny_transformers_clip,
+)
 
 
 def run(*words: object) -> None:
@@ -295,6 +302,20 @@ def test_clip_goes_into_production(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.search(r"\d+ of 80 labels were predicted", captured.err)
     run("predict", "--model", tmp_path / "out", "--data", images, "--split", "test")
     assert re.search(r"\d+ of 8 labels were predicted", capsys.readouterr().err)
+
+
+def test_a_clip_of_transformers_goes_into_production(tmp_path: Path) -> None:
+    folder = save_tiny_transformers_clip(tmp_path / "clip")
+    images = save_images(tmp_path / "bright", {"dark": 40, "light": 40})
+    train(tmp_path, ["--model", str(folder), "--data", str(images)])
+    words = ["--base", folder, "--data", images, "--out", tmp_path / "out"]
+    run("export", tmp_path / "vector.safetensors", *words)
+    encoder = load_encoder(tmp_path / "out")
+    logits = logits_of(encoder.heads["bright"].classifier(encoder), load_data(str(images)), "test")
+    assert_bit_equal(logits, edited_logits(tmp_path, str(folder), images, "test"))
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    for name, each in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert_bit_equal(model.state_dict()[name], each)
 
 
 def test_the_dtype_of_the_base_is_kept(home: Path, tmp_path: Path) -> None:

@@ -600,3 +600,21 @@ def test_overwriting_loses_no_other_file(tmp_path: Path, base: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TalosOSError, match="out must be a folder, got"):
         vector.export(base, tmp_path / "file", overwrite=True)
+
+
+def test_other_files_are_written_beside_the_weights(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, tmp_path / "base.safetensors")
+    vector = TaskVector(Mask.from_dense({"w": torch.ones(3) > 0}), torch.ones(3))
+    beside = {"own/a.json": lambda path: path.write_text("new")}
+    for out, base in (("one", "base.safetensors"), ("two", "one")):  # a file, then a folder
+        vector.export(tmp_path / base, tmp_path / out, beside=beside)
+        assert (tmp_path / out / "own" / "a.json").read_text() == "new"
+    assert Checkpoint(tmp_path / "two" / "model.safetensors")["w"].tolist() == [2, 2, 2]
+    vector.export(tmp_path / "one", tmp_path / "two", beside=beside, overwrite=True)
+    with pytest.raises(TalosOSError, match=r"with 1 others: own/a\.json"):
+        vector.export(
+            tmp_path / "base.safetensors",
+            tmp_path / "two",
+            beside={"b.json": lambda path: path.write_text("")},
+            overwrite=True,
+        )
