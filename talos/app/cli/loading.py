@@ -18,7 +18,7 @@ from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
 
-__all__ = ["check_names", "load_classifier", "load_data", "load_encoder", "load_rows"]
+__all__ = ["check_names", "find_model", "load_classifier", "load_data", "load_encoder", "load_rows"]
 
 
 def load_data(data: str) -> Task | ImageTask:
@@ -76,7 +76,14 @@ def load_rows(data: str, model: str, split: str | None = None) -> Rows:
         _check_reads(model, [task])
         return split_of(task, split)
     with as_options({"path": "--data"}):
-        return read_rows(data, "images" if takes_images(model) else "texts")
+        return read_rows(data, find_model(model))
+
+
+def find_model(model: str) -> str:
+    """Find a model, and download one of the hub; return what it reads, texts or images."""
+    with as_options({"source": "--model"}):
+        here = model == "minilm" or model.startswith(PREFIX)
+        return "images" if takes_images(model if here else str(find_folder(model)[0])) else "texts"
 
 
 def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
@@ -92,10 +99,7 @@ def load_encoder(model: str, *tasks: Task | ImageTask) -> Encoder:
 
 def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
     """Refuse tasks whose examples a model does not read."""
-    with as_options({"source": "--model"}):
-        here = model == "minilm" or model.startswith(PREFIX)
-        found = model if here else str(find_folder(model)[0])  # of the hub it is downloaded
-        reads = "images" if takes_images(found) else "texts"
+    reads = find_model(model)
     for task in tasks:
         if task.reads != reads:
             raise TalosValueError(

@@ -25,17 +25,8 @@ EXAMPLES = (
     "talos demo --data a.csv --data b.csv --steps 200 --out study",
     "talos demo --data a.csv --data b.csv --density 0.05 --density 0.1 --seeds 3 --out study",
 )
-# The arguments of `DemoSettings` in the place of which messages name options.
-_OPTIONS = {
-    "tasks must name": "--data must name",
-    "tasks": "--data",
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in ("methods", "steps", "density", "max_length", "model")
-    },
-    "densities": "--density",
-    "out": "--out",
-}
+# What messages name otherwise than the options are named.
+_OPTIONS = {"tasks": "--data", "densities": "--density", "source": "--model"}
 
 
 def demo(
@@ -94,6 +85,7 @@ def demo(
     and ranges over the seeds.
     """
     integer("--seeds", seeds, 1)
+    from talos.app.cli.loading import find_model
     from talos.app.cli.tables import show_results
     from talos.app.demo import DemoSettings, Progress, kept, run_demo, run_sweep
     from talos.app.demo.folder import check
@@ -116,6 +108,7 @@ def demo(
             raise TalosValueError(f"density must differ, got {' '.join(map(str, densities))}")
         check(out, overwrite)
     check_installed("transformers", "matplotlib")
+    find_model(model)
     with as_options(_OPTIONS), on_interrupt(lambda: kept(out)), Bars() as bars:
 
         def show(progress: Progress) -> None:
