@@ -62,8 +62,8 @@ def choose(
 
     Near the best coefficient figures hardly differ, and a few examples decide which one is the
     best. So the one that is nearest to the mean of the resamples' best coefficients is taken
-    (bagging; Breiman 1996). The coefficient 0 is taken if no other one is better on all examples,
-    and only then.
+    (bagging; Breiman 1996), of those that are better on all examples than the coefficient 0. That
+    one is taken if no other one is better, and only then.
 
     Of several best ones in a resample the middle one counts. A coefficient with an infinite figure,
     of a model that overflows, is never taken.
@@ -101,8 +101,9 @@ def choose(
     best = signed >= top - _EQUAL * top.abs()
     counts = best.cumsum(1)
     middle = (counts == (counts[:, -1:] + 1) // 2).int().argmax(1)
-    unbeaten = best[0] & (numbers == 0)
-    others = (signed[0] > -torch.inf) & (numbers != 0)
+    zero = numbers == 0
+    unbeaten = best[0] & zero
+    others = signed[0] > (signed[0][zero].max() if zero.any() else -torch.inf)
     away = torch.where(others, (numbers - numbers[middle[1:]].mean()).abs(), torch.inf)
     middle[0] = unbeaten.int().argmax() if unbeaten.any() else away.argmin()
     return order[middle]

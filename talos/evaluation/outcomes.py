@@ -38,7 +38,7 @@ Split = Literal["test", "validation", "control"]
 
 _Key = tuple[float, int, str]  # coefficient, the judge's id, task
 _EDIT = "edit"
-_FEWEST = 0.05  # of the resamples: a coefficient that fewer choose is not evaluated
+_QUANTILES = 20  # of the coefficients that resamples choose
 
 
 class Outcomes:
@@ -153,8 +153,8 @@ class Outcomes:
     ) -> dict[str, Picked]:
         """Return the test outcomes at a chosen coefficient, with those that resamples choose.
 
-        Coefficients that fewer than 5 % of the resamples choose are not evaluated: the nearest one
-        that is takes their place.
+        At most 21 coefficients are evaluated: the chosen one and 20 quantiles of what the resamples
+        choose, so each that 5 % choose is among them. The nearest one stands for any other.
 
         Args:
             vector: the edit.
@@ -165,9 +165,11 @@ class Outcomes:
         Returns:
             The outcomes of each task.
         """
-        shares = places[1:].bincount(minlength=len(coefs)) / max(1, len(places) - 1)
-        used = [i for i in range(len(coefs)) if i == int(places[0]) or shares[i] >= _FEWEST]
         numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
+        ordered = places[1:][numbers[places[1:]].argsort()]
+        middles = (torch.arange(_QUANTILES, device="cpu") + 0.5) / _QUANTILES  # of equal shares
+        shares = ordered[(middles * len(ordered)).long()]
+        used = sorted({int(places[0]), *shares.tolist()})
         rows = (numbers[:, None] - numbers[used]).abs().argmin(1)
         tasks = list(tasks)
         found = [self.of("test", vector, coefs[i], tasks) for i in used]

@@ -359,6 +359,7 @@ def of_vector(folder: Path, task: str, split: str, vector: TaskVector, coef: flo
         ),
         ("--forget pets --vector {v} --control nowhere", "--control must be a built-in task"),
         ("--forget pets --vector {n}", "--vector must be the vector of the task to forget, got .*"),
+        ("--metric negation --vector {n}", "--vector must be the vector of the task to forget, .*"),
         ("--scale grid --vector {n}", "--scale must be a number for .*n.safetensors, .*--forget"),
     ],
 )

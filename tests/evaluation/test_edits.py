@@ -346,6 +346,13 @@ def test_of_equal_coefficients_the_middle_one_counts() -> None:
     assert choose([0.0, 0.2, 0.4, 0.6, 0.9], table, highest=True).tolist() == [2, 2, 3]
 
 
+def test_no_coefficient_between_two_good_ones_is_chosen() -> None:
+    table = torch.tensor([[0.7, 0.8, 0.4, 0.8, 0.2]] * 3, dtype=torch.float64)
+    table[1, 1] = table[2, 3] = 1  # the mean of the best ones is 0.5, which is worse than 0
+    for each, highest in ((table, True), (-table, False)):
+        assert choose([0.0, 0.25, 0.5, 0.75, 1.0], each, highest=highest)[0] in (1, 3)
+
+
 def test_only_what_keeps_the_control_is_chosen() -> None:
     table = torch.tensor([[0.5, 0.6, 0.7, 0.8]] * 5, dtype=torch.float64)
     kept = torch.ones_like(table, dtype=torch.bool)

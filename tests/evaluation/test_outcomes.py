@@ -85,17 +85,27 @@ def test_a_judge_of_two_splits_is_asked_once() -> None:
     assert Counter(calls) == dict.fromkeys(TASKS, 2)
 
 
-def test_coefficients_that_few_resamples_choose_are_not_evaluated() -> None:
+def test_quantiles_of_what_resamples_choose_are_evaluated() -> None:
     calls: list[str] = []
     outcomes = counted(calls)
     coefs = [0.0, 0.4, 0.5, 0.8]
-    places = torch.tensor([2] + 96 * [1] + 4 * [3])
+    places = torch.tensor([2] + 98 * [1] + 2 * [3])
     picked = outcomes.picked(VECTORS["left"], coefs, places, ["left"])["left"]
     assert calls == 2 * ["test left"]  # 0.4 and 0.5, and 0.5 for 0.8
-    assert picked.picks.tolist() == 96 * [0] + 4 * [1]
+    assert picked.picks.tolist() == 98 * [0] + 2 * [1]
     for row, coef in zip(picked.tried, coefs[1:3], strict=True):
         assert torch.equal(row, outcomes.of("test", VECTORS["left"], coef)["left"])
     assert torch.equal(picked.taken, picked.tried[1])
+
+
+def test_a_fine_grid_leaves_no_choice_out_of_the_interval() -> None:
+    calls: list[str] = []
+    coefs = [i / 100 for i in range(101)]
+    places = torch.cat([torch.tensor([50]), torch.arange(101).repeat(20)])  # each 1 %
+    picked = counted(calls).picked(VECTORS["left"], coefs, places, ["left"])["left"]
+    assert len(calls) == len(picked.tried) == 21
+    assert picked.picks.bincount().min() >= 20
+    assert picked.picks.bincount().max() <= 140
 
 
 def test_another_vector_inside_of_a_search_is_refused() -> None:

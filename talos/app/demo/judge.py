@@ -57,9 +57,7 @@ class TaskModels:
     ) -> Outcomes:
         """Return the outcomes of the classifiers, in the order of the examples.
 
-        Texts are judged the shortest first, which needs little padding. The control of negation
-        takes a part of the validation examples, so that all control tasks together cost as much as
-        the target.
+        Texts are judged the shortest first, which needs little padding.
 
         Args:
             max_length: tokens per text, of all tasks or for each.
@@ -83,7 +81,6 @@ class TaskModels:
             self.classifiers,
             self._judges(judge, test),
             self._judges(judge, validation),
-            self._judges(judge, validation, stride=max(1, len(self.tasks) - 1)),
             resamples=resamples,
             seed=seed,
         )
@@ -92,10 +89,9 @@ class TaskModels:
         self,
         judge: Callable[[Iterable[Batch]], Judge],
         batches: Mapping[str, Batches],
-        stride: int = 1,
     ) -> dict[str, Judge]:
         return {
-            task: _in_order(judge, each.shortest_first(stride), self.device)
+            task: _in_order(judge, each.shortest_first(), self.device)
             for task, each in batches.items()
         }
 

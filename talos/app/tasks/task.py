@@ -70,18 +70,14 @@ class Batches:
         """Set the epoch, which decides the order of the next iterations."""
         self.epoch = epoch
 
-    def shortest_first(self, stride: int = 1) -> "Batches":
+    def shortest_first(self) -> "Batches":
         """Return batches of similar length, which need little padding, shortest first.
-
-        Args:
-            stride: take only every `stride`-th example of the sorted ones.
 
         Returns:
             The batches, in an order that no seed changes.
         """
         places = range(len(self.labels)) if self.chosen is None else self.chosen
-        ordered = sorted(places, key=lambda place: self.lengths[place])
-        return replace(self, chosen=ordered[::stride])
+        return replace(self, chosen=sorted(places, key=lambda place: self.lengths[place]))
 
     def first(self, count: int) -> "Batches":
         """Return batches of the first `count` examples of this epoch's order."""

@@ -168,7 +168,8 @@ def evaluate(
         given = dict(zip(vector, loaded, strict=True))
         if merged is not None and edit is not None:
             given[merged] = edit
-        search = "--forget" if forget is not None else "--scale" if coef is None else None
+        negates = forget is not None or "negation" in (metric or [])
+        search = "--forget" if negates else "--scale" if coef is None else None
         for path, each in given.items():
             check_expansion(each.metadata, linearized)
             check_sign(path, each.metadata, search)
