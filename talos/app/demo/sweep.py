@@ -110,8 +110,8 @@ def run_sweep(
         ],
         "timings": {"total": round(time.perf_counter() - start, 3)},
     }
-    write_report(swept, folder / "report.html")
     save_results(swept, folder / "results.json")
+    write_report(swept, folder / "report.html")
     return swept
 
 
