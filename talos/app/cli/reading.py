@@ -17,7 +17,15 @@ from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
-__all__ = ["TokenCounts", "count_tokens", "show_data", "show_other_tasks", "show_rows", "summary", "tokens_for"]
+__all__ = [
+    "TokenCounts",
+    "count_tokens",
+    "show_data",
+    "show_other_tasks",
+    "show_rows",
+    "summary",
+    "tokens_for",
+]
 
 _SAMPLE = 1000  # texts that are tokenised to describe a task
 _WHOLE = 2**30  # a length that cuts nothing; with None transformers warns of long texts
@@ -217,8 +225,8 @@ def show_other_tasks(
     for file, metadata in made.items():
         if others := other_tasks(names, metadata):
             note(
-                f"warning: {file} was made for {several(others)}, not for {several(names)}; whether "
-                "it was made with rows of this data is not known"
+                f"warning: {file} was made for {several(others)}, not for {several(names)}; "
+                "whether it was made with rows of this data is not known"
             )
 
 
