@@ -167,8 +167,8 @@ class Outcomes:
         """
         numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
         ordered = places[1:][numbers[places[1:]].argsort()]
-        middles = (torch.arange(_QUANTILES, device="cpu") + 0.5) / _QUANTILES  # of equal shares
-        shares = ordered[(middles * len(ordered)).long()]
+        parts = torch.arange(_QUANTILES, dtype=torch.float32, device="cpu")
+        shares = ordered[((parts + 0.5) / _QUANTILES * len(ordered)).long()]
         used = sorted({int(places[0]), *shares.tolist()})
         rows = (numbers[:, None] - numbers[used]).abs().argmin(1)
         tasks = list(tasks)

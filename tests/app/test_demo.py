@@ -131,7 +131,8 @@ def test_every_phase_reports_progress(
     phases = sum(method.phases for method in METHODS.values())
     assert len(trained) == phases * len(TASKS) * TINY["steps"]
     assert all(p.loss is not None and p.loss > 0 for p in trained)
-    assert {p.phase for p in seen} == {phase["phase"] for phase in results["timings"]["phases"]}
+    timed = {phase["phase"] for phase in results["timings"]["phases"]}
+    assert {p.phase for p in seen} == timed | {"report"}
 
 
 def test_the_same_seed_repeats_and_the_encoder_is_left_alone(
@@ -232,6 +233,18 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path.write_text("text")
     with pytest.raises(TalosOSError, match="got the file"):
         run_demo(DemoSettings(), path, overwrite=True)
+
+
+def test_the_results_are_kept_if_the_page_cannot_be_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("talos.app.demo.run.write_report", fails)
+    with pytest.raises(RuntimeError, match="no page"):
+        run_demo(DemoSettings(model=str(model), methods=PLAIN, **TINY), tmp_path)
+    assert load_results(tmp_path / "results.json")["tasks"]
 
 
 def test_kept_counts_what_is_there(tmp_path: Path) -> None:

@@ -224,6 +224,13 @@ def test_each_command_names_the_next(
     assert "talos export" not in capsys.readouterr().err
 
 
+def test_a_suffix_in_capitals_is_the_same_form(exported: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "new.csv", tmp_path / "out.JSONL"
+    data.write_text("text\nmeow\n")
+    run("predict", "--model", exported, "--data", data, "--out", out)
+    assert json.loads(out.read_text())["text"] == "meow"
+
+
 def test_unlabelled_rows_keep_their_order(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,8 +324,15 @@ def test_clip_goes_into_production(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert {row["image"].split("/")[0] for row in rows} == {"dark", "light"}
     assert re.search(r"\d+ of 80 labels were predicted", captured.err)
+    names = {row["image"] for row in rows}
     run("predict", "--model", tmp_path / "out", "--data", images, "--split", "test")
-    assert re.search(r"\d+ of 8 labels were predicted", capsys.readouterr().err)
+    captured = capsys.readouterr()
+    assert re.search(r"\d+ of 8 labels were predicted", captured.err)
+    assert {row["image"] for row in csv.DictReader(io.StringIO(captured.out))} < names
+    broken = images / "light" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:-400])
+    words = ["predict", "--model", str(tmp_path / "out"), "--data", str(images)]
+    refused(words, capsys, "--data must hold images that can be read, got .*000.png", tmp_path)
 
 
 def test_a_clip_of_transformers_goes_into_production(tmp_path: Path) -> None:

@@ -239,6 +239,12 @@ def test_user_strings_are_escaped(page: tuple[Page, str]) -> None:
     assert "A CPU &lt;4&gt;" in text
 
 
+def test_names_may_hold_dollar_signs() -> None:
+    results = synthetic()
+    text = json.dumps(results).replace(results["tasks"][0]["name"], "a$_$")
+    assert "a$_$" in report.render(json.loads(text))
+
+
 def test_a_phone_and_a_dark_theme_are_served(page: tuple[Page, str]) -> None:
     parser, text = page
     contents = [

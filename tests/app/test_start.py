@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,19 @@ sys.exit(main(["train", "--data", "a", "--out", "v.safetensors"]))
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
     assert stderr == "\ninterrupted: nothing was written\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(">/dev/full", "must be writable, got No space left on device"), (">&-", "must be open")],
+)
+def test_results_that_cannot_be_printed_are_an_error(target: str, message: str) -> None:
+    line = f"{sys.executable} -m talos.app.cli --version {target}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: stdout {message}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_dir_shows_what_is_public() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from talos.app.cli import main
-from talos.app.demo import DemoSettings, run_sweep
+from talos.app.demo import DemoSettings, run_sweep, sweep
 from talos.app.report import load_results
 from talos.app.report.results import FIGURES
 from talos.app.tasks import load_file
@@ -153,6 +153,27 @@ def test_the_runs_of_a_sweep_are_compared(
         for cell in results["cells"]
         for method, figures in cell["figures"].items()
     }
+
+
+def test_densities_that_are_almost_equal_have_their_own_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    folders: list[Path] = []
+
+    def run(settings: DemoSettings, out: Path, **options: object) -> dict[str, object]:
+        folders.append(out)
+        if len(folders) == 2:
+            raise Enough
+        return {}
+
+    monkeypatch.setattr(sweep, "run_demo", run)
+    monkeypatch.setattr(sweep, "_figures", lambda *_: {})
+    with pytest.raises(Enough):
+        sweep.run_sweep(DemoSettings(), tmp_path, [0.1, 0.1000001], [0])
+    assert folders[0] != folders[1]
 
 
 def test_an_earlier_sweep_is_replaced(folder: Path, tmp_path: Path) -> None:

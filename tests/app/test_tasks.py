@@ -512,6 +512,16 @@ def test_load_file_reads_long_texts_and_leaves_the_limit_of_csv(tmp_path):
         ("a.csv", b"text|label\na|b\n", "got text.label in line 1 of .*; rename the columns"),
         ("a.tsv", b"text\tlabel\na\tb\tc\n", "put texts with tabs into quotes"),
         ("a.csv", b"text,label\n" + b"".join(b"%d,%d\n" % (i, i) for i in range(300)), "295 more"),
+        ("a.csv", b"text\na\n", "got text in line 1 of .*; add the column label"),
+        ("a.jsonl", b'{"label": "a"}\n', "got label in line 1 of .*; add the column text"),
+        ("a.csv", b"text,text,label\na,b,c\n", "the column text once, got it 2 times in line 1"),
+        ("a.csv", b"\r\n \n\na,b\n", "got a, b in line 4 of .*; rename the columns"),
+        ("a.csv", b"\n\ntext,label\na,x\n,y\n", "got an empty one in line 5"),
+        (
+            "a.jsonl",
+            b'{"text": "a\\ud800", "label": "b"}\n',
+            r"valid Unicode, got '\\ud800' in line 1",
+        ),
         ("a.csv", b"", "path must hold at least one row, got an empty"),
         ("a.csv", b"text,label\n", "path must hold at least one row, got an empty"),
         ("a.jsonl", b"\n\n", "path must hold at least one row, got an empty"),
@@ -525,7 +535,7 @@ def test_load_file_reads_long_texts_and_leaves_the_limit_of_csv(tmp_path):
         ),
         ("a.csv", b"text,label\na,x\nb,y\na,y\n", "got 'x' in line 2 and 'y' in line 4"),
         ("a.csv", b"text,label\na,x\n,y\n", "give each row a text, got an empty one in line 3"),
-        ("a.csv", b"text,label\na,b,c\n", "must have 2 columns in each row"),
+        ("a.csv", b"text,label\na,b,c\n", "as many columns in each row as in its header, 2, got"),
         ("a.csv", b'text,label\n"a,b\n', "must be a CSV file"),
         ("a.csv", b"text,label\n\xff,b\n", "must hold UTF-8 text, got byte 0xff at position 11"),
         ("a.jsonl", b'{"text": \n', "one JSON object per line, got a fault in line 1"),
@@ -539,6 +549,18 @@ def test_load_file_refuses(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TalosValueError, match=match):
         load_file(tmp_path / name)
+
+
+def test_labels_like_numbers_are_read_as_they_are(tmp_path):
+    """Two signs make no number, and Python reads none of thousands of digits."""
+    for labels in (("--5", "3"), ("1" * 5000, "2")):
+        path = write(
+            tmp_path / "a.csv", [(f"{label} {i}", label) for label in labels for i in "abc"]
+        )
+        assert load_file(path).class_names == tuple(sorted(labels))
+    path = write(tmp_path / "a.csv", [(f"{n} {i}", n) for n in ("10", "-5", "9") for i in "abc"])
+    task = load_file(path)
+    assert task.class_names == task.class_texts == ("-5", "9", "10")
 
 
 def test_load_file_refuses_a_missing_file_and_wrong_arguments(tmp_path):

@@ -25,7 +25,7 @@ from talos.app.cli.commands import (
 )
 from talos.app.cli.console import Interrupted
 from talos.app.cli.parsing import Command, usage_message
-from talos.errors import TalosError
+from talos.errors import TalosError, TalosOSError
 
 __all__ = ["app", "main"]
 
@@ -121,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         talos 0...
         0
     """
+    if sys.stdout is None:  # it was closed; its number would be that of the next file
+        return _fail(TalosOSError("stdout must be open, got none; redirect it to /dev/null"))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -139,10 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\ninterrupted: {interrupted}\n")
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("\ninterrupted: nothing was written\n")
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has left; Python's own flush at exit must not fail.
+    except OSError as error:
+        if error.filename is not None:  # not of stdout
+            raise
+        # Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe (`| head`) has left
+            return 1
+        return _fail(TalosOSError(f"stdout must be writable, got {error.strerror}"))
     return _CTRL_C
 
 

@@ -74,7 +74,7 @@ def load_rows(data: str, model: str, split: str | None = None) -> Rows:
     if split is not None:
         task = load_data(data)
         _check_reads(model, [task])
-        return split_of(task, split)
+        return split_of(task, split, data)
     with as_options({"path": "--data"}):
         return read_rows(data, find_model(model))
 

@@ -250,6 +250,8 @@ def _longer(counts: TokenCounts, max_length: int, encoder: Encoder, task: Task) 
     limited = most is not None and wanted > most
     wanted = min(wanted, most or wanted)
     lead = f"{_percent(counts.cut(max_length))} of the texts of {task.source} are cut"
+    if counts.cut(wanted) == counts.cut(max_length) and wanted > max_length:
+        return f"{lead} as at {wanted} tokens, the most that {encoder.name} takes; shorten them"
     if wanted <= max_length:
         return f"{lead} at {max_length} tokens, the most that {encoder.name} takes; shorten them"
     kept = _percent(1 - counts.cut(wanted))

@@ -149,11 +149,10 @@ class _Demo:
             training=self.training,
             files=self.files,
         )
-        results["timings"] = {"total": self.seconds(), "phases": self.phases}
+        results["timings"] = {"total": self.seconds(), "phases": list(self.phases)}
+        save_results(results, self.out / "results.json")  # whatever becomes of the page
         with self.phase("report"):
             write_report(results, self.out / "report.html")
-        results["timings"]["total"] = self.seconds()
-        save_results(results, self.out / "results.json")
         return results
 
     def seconds(self) -> float:

@@ -72,7 +72,7 @@ def run_sweep(
         methods = [name for name in settings.methods if place == 0 or _takes_density(name)]
         for seed in seeds:
             own = replace(settings, density=density, seed=seed, methods=tuple(methods))
-            cell = f"cells/density-{density:g}-seed-{seed}"
+            cell = f"cells/density-{density}-seed-{seed}"
             results = run_demo(
                 own,
                 folder / cell,
@@ -110,8 +110,8 @@ def run_sweep(
         ],
         "timings": {"total": round(time.perf_counter() - start, 3)},
     }
-    write_report(swept, folder / "report.html")
     save_results(swept, folder / "results.json")
+    write_report(swept, folder / "report.html")
     return swept
 
 

@@ -112,10 +112,11 @@ def negation(results: Results) -> str:
     )
     return section(
         "Negation: forgetting one task",
-        "base − scaling coefficient × task vector. The control is the mean of the other tasks. Of "
-        f"the coefficients that keep {share} % of its pretrained validation accuracy, the one with "
-        "the lowest accuracy on the target is taken. Target: lower is better. Control: higher is "
-        "better. Test accuracy, before and after.",
+        "base − scaling coefficient × task vector. The control is the mean of the other tasks. The "
+        f"coefficient keeps {share} % of its pretrained validation accuracy. Of those that do, it "
+        "is the nearest to the mean of the best ones of resamples, where the best one has the "
+        "lowest accuracy on the target. Target: lower is better. Control: higher is better. Test "
+        "accuracy, before and after.",
         table(
             (
                 "task forgotten, method",

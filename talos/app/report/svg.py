@@ -51,6 +51,7 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
         "xtick.color": INK,
         "ytick.color": INK,
         "text.color": INK,
+        "text.parse_math": False,  # names of files may hold dollar signs
         "grid.color": LINE,
         "legend.frameon": False,
     }

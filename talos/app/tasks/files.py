@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from talos.errors import TalosOSError, TalosValueError
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 COLUMNS = ("text", "label")
 LABEL_TEXT = "label_text"  # a column that may be left out
+_WHOLE = re.compile(r"-?\d{1,600}")  # Python reads no number of thousands of digits
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -78,7 +80,7 @@ def load_file(
             f"{several(sorted(counts), unknown[0])}"
         )
     texts = found.label_texts | dict(class_texts or {})
-    whole = all(label.lstrip("-").isdecimal() for label in counts)
+    whole = all(_WHOLE.fullmatch(label) for label in counts)
     names = sorted(counts, key=lambda label: (int(label) if whole else 0, label))
     classes = [
         [Example(text, label) for text, found in rows.items() if found == name]
@@ -171,17 +173,36 @@ def _read(path: Path, needed: Sequence[str] = COLUMNS) -> Iterator[tuple[int, st
                     f"{path}; fill it in or remove the row"
                 )
         text, label, label_text = (row.get(key, "").strip() for key in (*COLUMNS, LABEL_TEXT))
+        try:
+            f"{text}{label}{label_text}".encode()
+        except UnicodeEncodeError as error:  # "\\ud800" in JSON is half a character
+            raise TalosValueError(
+                f"path must hold valid Unicode, got {error.object[error.start]!a} in line {line} "
+                f"of {path}; replace it"
+            ) from error
         yield line, text, label, label_text
 
 
 def _missing(path: Path, line: int, found: list[str], needed: Sequence[str]) -> TalosValueError:
     nearly = {name.strip().casefold(): name for name in found}
     wrong = [f"{nearly[each]!r} to {each}" for each in needed if nearly.get(each, each) != each]
+    absent = [each for each in needed if each not in found]
+    remedy = "rename the columns" if len(absent) == len(needed) else f"add the column {absent[0]}"
+    remedy = f"rename {' and '.join(wrong)}" if wrong else remedy
     columns = f"the column{'s' * (len(needed) - 1)} {' and '.join(needed)}"
     return TalosValueError(
         f"path must have {columns}, got {several(found) or 'none'} in line {line} of {path}; "
-        f"rename {' and '.join(wrong) or 'the columns'}"
+        f"{remedy}"
     )
+
+
+def _check_once(path: Path, line: int, found: list[str]) -> None:
+    """Refuse a header that names a column twice, which of two would be a guess."""
+    if twice := [each for each in (*COLUMNS, LABEL_TEXT) if found.count(each) > 1]:
+        raise TalosValueError(
+            f"path must have the column {twice[0]} once, got it {found.count(twice[0])} times in "
+            f"line {line} of {path}; rename the others"
+        )
 
 
 def _read_csv(
@@ -190,6 +211,9 @@ def _read_csv(
     """Yield the rows, divided by what divides the needed columns in the header."""
     if not content.strip():
         return
+    blank = re.match(r"(?: *\r?\n)*", content)
+    first = 1 + (blank[0].count("\n") if blank else 0)
+    content = content[blank.end() if blank else 0 :]
     limit = csv.field_size_limit(len(content))  # as it is, a text of 128 KiB is a fault
     headers: list[list[str]] = []
     try:
@@ -199,21 +223,24 @@ def _read_csv(
             reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
             headers.append(list(reader.fieldnames or ()))
             if set(needed) <= set(headers[-1]):
-                rows = [(reader.line_num, row) for row in reader]
+                _check_once(path, first, headers[-1])
+                rows = [(reader.line_num + first - 1, row) for row in reader]
                 break
         else:
-            raise _missing(path, 1, max(headers, key=len), needed)
+            raise _missing(path, first, max(headers, key=len), needed)
     except csv.Error as error:
         raise TalosValueError(
-            f"path must be a CSV file, got {path} with a fault in line {reader.line_num}: {error}"
+            f"path must be a CSV file, got {path} with a fault in line "
+            f"{reader.line_num + first - 1}: {error}"
         ) from error
     finally:
         csv.field_size_limit(limit)
     for line, row in rows:
         if None in row or None in row.values():
             raise TalosValueError(
-                f"path must have {len(headers[-1])} columns in each row, got another number in "
-                f"line {line} of {path}; put texts with {_DELIMITERS[delimiter]} into quotes"
+                f"path must have as many columns in each row as in its header, {len(headers[-1])}, "
+                f"got another number in line {line} of {path}; put texts with "
+                f"{_DELIMITERS[delimiter]} into quotes"
             )
         yield line, row
 

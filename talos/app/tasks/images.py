@@ -87,18 +87,13 @@ class ImageTask(LabelledSplits[ImageExample]):
     reads = "images"
 
     def check(self) -> None:
-        """Read each image once, all of it, on several threads.
+        """Read each image once; see `check_images`.
 
         Raises:
             TalosValueError: one cannot be read, or has too many pixels.
         """
-        pillow = import_package("PIL.Image")
         images = [each.image for split in SPLITS for each in self.examples(split)]
-        files = [each for each in images if isinstance(each, Path)]
-        with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            for _ in threads.map(partial(_read, use=_decode), files):
-                pass
+        check_images([each for each in images if isinstance(each, Path)])
 
     def _content(self, example: ImageExample) -> bytes:
         image = example.image
@@ -109,6 +104,19 @@ class ImageTask(LabelledSplits[ImageExample]):
     ) -> tuple[Collate, Sequence[int]]:
         examples = self.examples(split)
         return partial(_stacked, examples, tokenizer), [0] * len(examples)
+
+
+def check_images(files: Sequence[Path]) -> None:
+    """Read each image once, all of it, on several threads.
+
+    Raises:
+        TalosValueError: one cannot be read, or has too many pixels.
+    """
+    pillow = import_package("PIL.Image")
+    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+        warnings.simplefilter("error", pillow.DecompressionBombWarning)
+        for _ in threads.map(partial(_read, use=_decode), files):
+            pass
 
 
 def _stacked(

@@ -138,8 +138,13 @@ def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], l
 
 
 def words(name: str) -> str:
-    """Return a name with spaces for underscores and hyphens."""
-    return name.replace("_", " ").replace("-", " ")
+    """Return a name with spaces for underscores and hyphens; a number keeps its sign.
+
+    Example:
+        >>> words("sci-fi_film"), words("-5")
+        ('sci fi film', '-5')
+    """
+    return re.sub(r"_|-(?!\d)|(?<=\S)-", " ", name)
 
 
 def _generator(seed: int) -> random.Random:

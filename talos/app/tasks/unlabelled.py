@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.tasks.files import read_texts
-from talos.app.tasks.images import ImageExample, ImageTask, find_images
+from talos.app.tasks.images import ImageExample, ImageTask, check_images, find_images
 from talos.app.tasks.task import Example, Task
 
 __all__ = ["Rows", "load_rows", "split_of"]
@@ -46,12 +46,13 @@ class Rows:
         return Task(*about, [], [], [Example(*row) for row in rows], source=about[0])
 
 
-def split_of(task: Task | ImageTask, split: str) -> Rows:
+def split_of(task: Task | ImageTask, split: str, folder: str | Path = "") -> Rows:
     """Return the rows of a split of a task, with their labels.
 
     Args:
         task: the task.
         split: "train", "validation" or "test".
+        folder: that of the images, which their names leave out.
 
     Raises:
         TalosValueError: there is no such split.
@@ -61,7 +62,10 @@ def split_of(task: Task | ImageTask, split: str) -> Rows:
         texts = [each.text for each in task.examples(split)]
         return Rows(task.source or task.name, task.reads, texts, labels, texts)
     images = [each.image for each in task.examples(split)]
-    names = [str(image) if isinstance(image, Path) else str(i) for i, image in enumerate(images)]
+    names = [
+        str(image.relative_to(folder)) if isinstance(image, Path) else str(place)
+        for place, image in enumerate(images)
+    ]
     return Rows(task.source or task.name, task.reads, names, labels, images)
 
 
@@ -77,7 +81,8 @@ def load_rows(path: str | Path, reads: str) -> Rows:
 
     Raises:
         TalosOSError: the file or folder cannot be read.
-        TalosValueError: the file is not what its suffix says, lacks the column text, or is empty.
+        TalosValueError: the file is not what its suffix says, lacks the column text, or is empty;
+            or an image cannot be read.
 
     Example:
         >>> import tempfile
@@ -89,9 +94,11 @@ def load_rows(path: str | Path, reads: str) -> Rows:
     """
     path = Path(path)
     if reads == "images":
-        names = [str(image.relative_to(path)) for image in find_images(path)]
+        files = find_images(path)
+        check_images(files)
+        names = [str(image.relative_to(path)) for image in files]
         folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
-        return Rows(path.name, reads, names, folders, [path / name for name in names])
+        return Rows(path.name, reads, names, folders, files)
     rows = read_texts(path)
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     return Rows(path.name, reads, texts, labels, texts)

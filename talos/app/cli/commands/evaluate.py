@@ -104,9 +104,9 @@ def evaluate(
         str | None,
         typer.Option(
             "--scale",
-            help="The scaling coefficient, or grid: try several from 0 to 1 and take the one with "
-            "the highest mean accuracy, of several vectors normalised. By default 1 for one "
-            "vector, grid for several.",
+            help="The scaling coefficient, or grid: try several from 0 to 1 and take the mean of "
+            "the best ones of resamples, by mean accuracy, of several vectors normalised. By "
+            "default 1 for one vector, grid for several.",
         ),
     ] = None,
     points: Annotated[

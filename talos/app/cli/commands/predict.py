@@ -77,6 +77,7 @@ def predict(
         if out.suffix.lower() not in _SUFFIXES:
             raise TalosValueError(f"--out must end in {' or '.join(_SUFFIXES)}, got {out}")
         check_output(out, overwrite, out.suffix)
+    lines = out is not None and out.suffix.lower() == ".jsonl"
     from talos.app.cli.loading import load_encoder, load_rows
     from talos.app.cli.reading import show_rows
     from talos.app.demo.judge import logits_of
@@ -105,7 +106,7 @@ def predict(
                 "again with a smaller coefficient"
             )
         answers = [_answer(rows, place, head, each) for place, each in enumerate(shares)]
-        text = _jsonl(answers) if out is not None and out.suffix == ".jsonl" else _csv(answers)
+        text = _jsonl(answers) if lines else _csv(answers)
         if out is not None:
             atomic_write(out, lambda new: new.write_bytes(text.encode()))
     if out is None:
