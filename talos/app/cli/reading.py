@@ -195,7 +195,7 @@ def show_data(
         note(
             f"warning: {encoder.name} holds no head of the labels of {task.name} (it holds "
             f"{', '.join(encoder.heads)}); one is made with its edited weights, which is not that "
-            f"of the base; export the model with --data {task.source or task.name}, too"
+            f"of the base; export the base again with --data {task.source or task.name}, too"
         )
     if alike := _alike(task):
         note(f"warning: labels of {task.source or task.name} are all but equal: {alike}")
