@@ -32,7 +32,11 @@ def unedited(results: Results) -> list[str]:
     found = []
     for entry in results["summary"]:
         name, density = entry["method"], entry["density"]
-        none = [name in cell.get("unedited", ()) for cell in results["cells"] if _of(cell, name, density)]
+        none = [
+            name in cell.get("unedited", ())
+            for cell in results["cells"]
+            if _of(cell, name, density)
+        ]
         if any(none):
             at = "" if density is None else f" at density {density:g}"
             found.append(
