@@ -434,7 +434,7 @@ def test_from_calibration_to_evaluation(
     assert "talos train" in err  # the vector does not help
     for word in (
         "pets",
-        "pretrained",
+        "before",
         "edited",
         "validation accuracy, %",
         "0.05",

@@ -109,6 +109,7 @@ def test_every_metric_is_that_of_copies(
     for word in ("normalised", "negation", "disentanglement error", "expansion", "by chance"):
         assert word in shown, word
     assert err.rstrip().endswith(f"talos compare {path} OTHER.json")
+    assert not re.search("pretrained(?! model)", shown)  # the model may be an edited one
     run = json.loads(path.read_text())
     metrics, tasks = run["metrics"], list(WORDS)
     coefs = [0.0, 0.5, 1.0]
@@ -148,7 +149,7 @@ def test_every_metric_is_that_of_copies(
         terms = ((-found["scaling_coef"], target),)
         assert found["target"]["value"] == share(test[target, terms])
         assert found["control"]["value"] == share(test[control, terms])
-        assert (f"{target}: no coefficient " in shown) == (found["scaling_coef"] == 0)
+        assert (f"{target}, subtracted: no coefficient " in shown) == (found["scaling_coef"] == 0)
         assert (found["why_zero"] is None) == (found["scaling_coef"] != 0)
     assert "left out" not in shown
     check_disentanglement(folder, metrics["disentanglement"], coefs)
@@ -243,6 +244,51 @@ def test_a_grid_shows_every_task(
         assert re.search(rf"{coef:.2f} +{cells}", shown)
 
 
+@pytest.mark.parametrize("scale", ["0.25", "0"])
+def test_the_sum_that_was_measured_is_made_by_the_commands_proposed_next(
+    folder: Path, capsys: pytest.CaptureFixture[str], scale: str
+) -> None:
+    assert main(["eval", *options(folder, *WORDS), "--scale", scale]) == 0
+    proposed = capsys.readouterr().err.split("next\n")[1]
+    files = [folder / f"{task}.safetensors" for task in WORDS]
+    if scale == "0":
+        assert proposed.split() == ["talos", "inspect", *map(str, files)]
+        return
+    terms = " ".join(f"{file}:0.25" for file in files)
+    data = " ".join(f"--data {folder / task}.csv" for task in WORDS)
+    assert proposed.splitlines() == [
+        f"  talos merge {terms} --out edit.safetensors",
+        f"  talos export {terms} --base {folder / 'model'} {data} --out edited",
+    ]
+
+
+def test_a_sum_belongs_to_the_task_that_it_was_made_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for task in ("signs", "pets"):
+        files += ["--vector", str(tmp_path / f"half-{task}.safetensors")]
+        (0.5 * TaskVector.load(folder / f"{task}.safetensors")).save(files[-1])
+    assert main(["eval", *options(folder), *files, "--metric", "accuracy", "--json", "-"]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert [each["task"] for each in run["vectors"]] == ["signs", "pets"]
+    for task in WORDS:
+        expected = share(right(folder, task, "test", (0.5, task)))
+        assert run["metrics"]["accuracy"]["tasks"][task]["single"]["value"] == expected
+
+
+def test_a_vector_that_subtracts_is_not_negated_with_all_metrics(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    negated = tmp_path / "n.safetensors"
+    (-0.5 * TaskVector.load(folder / "pets.safetensors")).save(negated)
+    asked = ["--vector", str(negated), "--metric", "all", "--points", "2"]
+    assert main(["eval", *options(folder), *asked]) == 0
+    shown, err = capsys.readouterr()
+    assert "negation was left out: --vector must be that of a task" in err
+    assert "negation" not in shown
+
+
 def test_a_merge_is_measured_instead_of_the_sum(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +323,7 @@ def test_a_search_that_ends_in_no_edit_says_so() -> None:
         assert list(NOTES[metric](reason)) == ["no coefficient helps"]
         assert not list(NOTES[metric](nothing))
     found = list(NOTES["negation"]({"pets": reason, "signs": nothing}))
-    assert found == ["pets: no coefficient helps"]
+    assert found == ["pets, subtracted: no coefficient helps"]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +346,7 @@ def test_a_task_is_forgotten_with_a_control(
     common = ["eval", "--model", str(folder / "model"), "--max-length", "16", "--points", "6"]
     asked = ["--vector", str(forgettable), "--keep", "0.5", "--forget", "pets", "--data", pets]
     assert main([*common, *asked, "--control", signs, "--json", str(path)]) == 0
-    shown = capsys.readouterr().err
+    out, shown = capsys.readouterr()
     run = json.loads(path.read_text())
     (found,) = run["metrics"].values()
     tried = found["pets"]["grid"]
@@ -316,11 +362,14 @@ def test_a_task_is_forgotten_with_a_control(
             assert point["target"] == share(after)
     coef = found["pets"]["scaling_coef"]
     assert 0 < coef == -run["scaling_coef"]
+    assert re.search(rf"\n +{-coef:.2f} .*◂", out)
+    assert re.search(rf"\n *pets +{-coef:.2f} ", out)
+    assert re.search(r"\n +0.00 ", out)
     assert list(run["tasks"]) == ["pets", "signs"]  # the control was added to the data
     for task in WORDS:
         answers = of_vector(folder, task, "test", vector, -coef)
         assert torch.equal(from_hex(run["outcomes"]["edited"][task], len(answers)), answers)
-    assert f"talos merge {forgettable}:{-coef:g} --out forget.safetensors" in shown
+    assert f"talos merge {forgettable}:{-coef:g} --out edit.safetensors" in shown
     assert f"talos export {forgettable}:{-coef:g} --base {folder / 'model'} --data" in shown
     every = ["--data", pets, "--data", signs, "--vector", str(forgettable), "--json", "-"]
     assert main([*common, *every, "--forget", pets, "--keep", "0.5"]) == 0
@@ -361,6 +410,13 @@ def of_vector(folder: Path, task: str, split: str, vector: TaskVector, coef: flo
         ("--forget pets --vector {n}", "--vector must be the vector of the task to forget, got .*"),
         ("--metric negation --vector {n}", "--vector must be the vector of the task to forget, .*"),
         ("--scale grid --vector {n}", "--scale must be a number for .*n.safetensors, .*--forget"),
+        ("--forget signs --vector {s}", "--forget must be the task of the vector, pets, got signs"),
+        ("--forget pets --vector {b}", "--forget must be the .*, pets and signs, got pets"),
+        ("--data {f}/../{name}/pets.csv", "--data must differ"),
+        (
+            "--forget pets --vector {v} --control {f}/../{name}/pets.csv",
+            "--control must be a task other than pets",
+        ),
     ],
 )
 def test_what_cannot_be_forgotten_is_refused(
@@ -373,7 +429,12 @@ def test_what_cannot_be_forgotten_is_refused(
     vector = folder / "pets.safetensors"
     negated = tmp_path / "n.safetensors"
     (-0.6 * TaskVector.load(vector)).save(negated)
-    words = asked.format(v=vector, n=negated).split()
+    single, both = tmp_path / "s.safetensors", tmp_path / "b.safetensors"
+    loaded = TaskVector.load(vector)
+    (0.5 * loaded).save(single)
+    (loaded + TaskVector.load(folder / "signs.safetensors")).save(both)
+    names = {"v": vector, "n": negated, "s": single, "b": both, "f": folder, "name": folder.name}
+    words = asked.format(**names).split()
     assert main(["eval", *options(folder), *words]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err), err

@@ -58,7 +58,18 @@ def test_a_vector_is_followed_by_its_own_model_base_and_tasks() -> None:
     assert after_vector(file, extracted, ()) == (
         "talos export v.safetensors --base bert --out edited"
     )
-    assert "--mask mask.safetensors --steps 200" in train_longer("minilm", "a.csv", {})
+    assert "--mask MASK.safetensors --steps 200" in str(train_longer("minilm", "a.csv", {}))
+    for untrained in (both, extracted):
+        assert train_longer("minilm", "a.csv", untrained) is None
+
+
+def test_the_own_tasks_of_a_merge_are_named_where_their_files_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    parts = [{"scale": 0.5, "of": {"task": task}} for task in ("pets", "away", "code_package")]
+    merge = after_vector(Path("v.safetensors"), {"sum": parts}, ())
+    assert "eval --data pets.csv --data TASK --data code_package --vector" in merge
 
 
 def test_a_vector_of_another_base_is_refused_before_any_figure(

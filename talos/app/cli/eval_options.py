@@ -1,6 +1,7 @@
 """The options of `talos eval`: how they are read, and which contradict each other."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def check_options(
     overwrite: bool,
 ) -> None:
     """Refuse options that contradict each other, before anything is loaded."""
-    if len(set(data)) < len(data):
+    if len({os.path.realpath(each) for each in data}) < len(data):
         raise TalosValueError(f"--data must differ, got {' '.join(data)}")
     from talos.app.cli.measurements import MEASUREMENTS
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from talos.app.cli.console import Bars
 from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
-from talos.app.cli.suggestions import of_model
+from talos.app.cli.suggestions import of_model, subtracts
 from talos.app.demo.judge import TaskModels
 from talos.app.models import Encoder
 from talos.app.report.runs import to_hex
@@ -19,6 +19,7 @@ from talos.evaluation import Judge, Outcomes, predictions, right_answers
 from talos.task_vectors import TaskVector
 from talos.task_vectors.editing import check_base, touched_weights
 from talos.task_vectors.fingerprints import base_fingerprints
+from talos.task_vectors.sums import origins
 
 __all__ = ["Evaluation", "pair"]
 
@@ -26,7 +27,7 @@ __all__ = ["Evaluation", "pair"]
 def pair(
     tasks: Sequence[str], vectors: Sequence[TaskVector], forget: str | None = None
 ) -> dict[str, TaskVector]:
-    """Return the vector of each task: of the task that its metadata names, or of its place.
+    """Return the vector of each task: of a task that it was made from, or of its place.
 
     Args:
         tasks: the names.
@@ -35,7 +36,7 @@ def pair(
 
     Raises:
         TalosValueError: there are more vectors than tasks, or two of one task. Or the vector
-            belongs to another task than the one to forget.
+            was made from another task than the one to forget.
 
     Example:
         >>> import torch
@@ -53,13 +54,16 @@ def pair(
         )
     found: dict[str, TaskVector] = {}
     for place, vector in enumerate(vectors):
-        named = vector.metadata.get("task")
-        task = str(named) if named in tasks else forget or tasks[place]
-        if forget not in (None, task):
+        made = [of.get("task") for of in origins(vector.metadata)]
+        own = [task for task in tasks if task in made]
+        task = forget or tasks[place]
+        if forget is not None and own not in ([], [forget]):
             raise TalosValueError(
-                f"--forget must be the task of the vector, {task}, got {forget}; pass the vector "
-                f"of {forget}"
+                f"--forget must be the task of the vector, {' and '.join(own)}, got {forget}; pass "
+                f"the vector of {forget}"
             )
+        if own and task not in own:
+            task = own[0]
         if task in found:
             raise TalosValueError(
                 f"--vector must be given once for each task, got two of {task}; give the vectors "
@@ -157,6 +161,8 @@ class Evaluation:
         }
         if self._linearized:
             lacks["linearity"] = "--linearized must be left out, got it"
+        if any(subtracts(vector.metadata) for vector in vectors.values()):
+            lacks["negation"] = "--vector must be that of a task, got one that subtracts a vector"
         for name in metrics:
             if name != "all" and (lack := lacks[name]) is not None:
                 raise TalosValueError(f"{lack}; or leave out --metric {name}")

@@ -23,7 +23,8 @@ def _accuracy(figures: Figures) -> Iterator[Titled]:
         (k for k in ("edited", "single") for e in figures["tasks"].values() if k in e), None
     )
     after = [] if kind is None else ["alone" if kind == "single" else kind, "difference"]
-    shown = table(["task"], ["examples", "pretrained", *after])
+    first = "accuracy" if kind is None else "before"  # the model may be an edited one
+    shown = table(["task"], ["examples", first, *after])
     for task, each in figures["tasks"].items():
         row = [escape(task), f"{each['pretrained']['n']:,}", interval(each["pretrained"])]
         if kind in each:
@@ -48,13 +49,13 @@ def _addition(figures: Figures) -> Iterator[Titled]:
 def _negation(figures: Figures) -> Iterator[Titled]:
     if len(figures) == 1:
         (each,) = figures.values()
-        yield _grid(each, ["control", "target"], "negation, validation examples, %")
+        yield _grid(each, ["control", "target"], "negation, validation examples, %", -1)
     columns = ["scale", "target before", "target after", "control before", "control after"]
     shown = table(["task to forget"], columns)
     for task, each in figures.items():
         shown.add_row(
             escape(task),
-            f"{each['scaling_coef']:.2f}",
+            _scale(-each["scaling_coef"]),
             f"{100 * each['target_zero_shot']['value']:.1f}",
             interval(each["target"]),
             f"{100 * each['control_zero_shot']['value']:.1f}",
@@ -73,7 +74,7 @@ def _why_zeros(figures: Figures) -> Iterator[str]:
     """Yield a line for each task of which the search chose 0."""
     for task, each in figures.items():
         for line in _why_zero(each):
-            yield f"{task}: {line}"
+            yield f"{task}, subtracted: {line}"
 
 
 def _ratios(title: str) -> Callable[[Figures], Iterator[Titled]]:
@@ -120,7 +121,7 @@ def _iou(figures: Figures) -> Iterator[Titled]:
     yield "intersection over union of the masks (by chance)", shown
 
 
-def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
+def _grid(figures: Figures, keys: Sequence[str], title: str, sign: int = 1) -> Titled:
     """Return the points of a search, of several tasks each, with a mark at the one taken."""
     tasks = list(figures["grid"][0].get("tasks", ()))
     tasks = tasks if len(tasks) > 1 else []
@@ -129,19 +130,24 @@ def _grid(figures: Figures, keys: Sequence[str], title: str) -> Titled:
         mark = " ◂" if point["scaling_coef"] == figures["scaling_coef"] else ""
         cells = ["" if point[key] is None else f"{100 * point[key]:.1f}" for key in keys]
         own = [f"{100 * point['tasks'][task]:.1f}" for task in tasks]
-        shown.add_row(f"{point['scaling_coef']:.2f}", *own, *cells[:-1], f"{cells[-1]}{mark}")
+        scale = _scale(sign * point["scaling_coef"])
+        shown.add_row(scale, *own, *cells[:-1], f"{cells[-1]}{mark}")
     return title, shown
+
+
+def _scale(coef: float) -> str:
+    return f"{coef + 0.0:.2f}"  # no -0.00 for 0
 
 
 TABLES: dict[str, Callable[[Figures], Iterator[Titled]]] = {
     "accuracy": _accuracy,
     "addition": _addition,
     "negation": _negation,
-    "interference": _ratios("interference: accuracy with the vector, % of the pretrained one"),
+    "interference": _ratios("interference: accuracy with the vector, % of that before"),
     "disentanglement": _disentanglement,
     "linearity": _linearity,
     "iou": _iou,
-    "sensitivity": _ratios("sensitivity: accuracy without its weights, % of the pretrained one"),
+    "sensitivity": _ratios("sensitivity: accuracy without its weights, % of that before"),
 }
 """What draws the figures of each metric."""
 

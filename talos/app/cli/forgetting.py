@@ -1,5 +1,6 @@
 """`talos eval --forget`: which task is forgotten, and which ones are kept."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,10 @@ def forgetting(
     """
 
     def named(option: str) -> str | None:
-        pairs = zip(data, tasks, strict=True)
-        return next((task.name for given, task in pairs if option in (given, task.name)), None)
+        pairs = list(zip(data, tasks, strict=True))
+        paths = {os.path.realpath(given): task.name for given, task in pairs}
+        names = {task.name: task.name for _, task in pairs}
+        return names.get(option) or paths.get(os.path.realpath(option))
 
     target = named(forget)
     if target is None:

@@ -1,11 +1,13 @@
 """What to run next with a file, and which model it belongs to: from its metadata."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from talos.app.cli.console import command
+from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosError
 
@@ -22,10 +24,12 @@ __all__ = [
 ]
 
 
-def merge_command(vector: Path, coefficient: float) -> str:
-    """Return a command that merges a vector with another one, into a new file."""
+def merge_command(
+    vector: Path, coefficient: float, others: Sequence[str] = ("SECOND.safetensors:0.5",)
+) -> str:
+    """Return a command that merges a vector with other terms, into a new file."""
     out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
-    return command("merge", f"{vector}:{coefficient:g}", "SECOND.safetensors:0.5", "--out", out)
+    return command("merge", f"{vector}:{coefficient:g}", *others, "--out", out)
 
 
 def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]) -> str:
@@ -45,23 +49,29 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
         return command("export", file, "--base", base, "--out", "edited")
     scale = "1" if subtracts(metadata) else "grid"
     return command(
-        *("eval", *model, *data_options(metadata), "--vector", file, "--scale", scale),
+        *("eval", *model, *data_options(of.get("task") for of in made)),
+        *("--vector", file, "--scale", scale),
         *expansion(metadata),
     )
 
 
-def data_options(metadata: Mapping[str, Any]) -> list[str]:
-    """Return --data of each built-in task behind a file; of other data only the name is known."""
+def data_options(tasks: Iterable[object]) -> list[str]:
+    """Return --data of each task: built in, or a file of its name here; others only have names."""
+    known = [*(source.name for source in SOURCES), "digits"]
+    found = []
+    for task in filter(None, tasks):
+        files = [f"{task}{end}" for end in SUFFIXES]
+        found.append(str(task) if task in known else next(filter(os.path.isfile, files), "TASK"))
+    return [word for each in dict.fromkeys(found) or ["TASK"] for word in ("--data", each)]
+
+
+def train_longer(model: str, data: str, metadata: Mapping[str, Any]) -> str | None:
+    """Return the command that trains a vector with twice the steps; None: it was not trained."""
     from talos.task_vectors.sums import origins
 
-    known = {*(source.name for source in SOURCES), "digits"}
-    tasks = [of["task"] for of in origins(metadata) if of.get("task") in known]
-    return [word for task in dict.fromkeys(tasks) or ["TASK"] for word in ("--data", task)]
-
-
-def train_longer(model: str, data: str, metadata: Mapping[str, Any]) -> str:
-    """Return the command that trains a vector of this metadata again, with twice the steps."""
-    mask = ("--mask", "mask.safetensors") if metadata.get("method", "talos") == "talos" else ()
+    if origins(metadata) != [metadata] or "extracted" in metadata:
+        return None
+    mask = ("--mask", "MASK.safetensors") if metadata.get("method", "talos") == "talos" else ()
     method = () if mask else ("--method", metadata["method"])
     steps = metadata.get("steps")
     steps = 2 * steps if isinstance(steps, int) else 200

@@ -1,8 +1,8 @@
 """`talos eval`: measure a model before and after edits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,6 +34,9 @@ from talos.app.cli.options import (
 from talos.app.cli.records import write_record
 from talos.app.cli.suggestions import merge_command, train_longer
 from talos.options import integer
+
+if TYPE_CHECKING:
+    from talos.task_vectors import TaskVector
 
 __all__ = ["EXAMPLES", "evaluate", "facts"]
 
@@ -220,18 +223,10 @@ def evaluate(
         write_record(json, "eval", record)
     if one is None and json not in (None, "-"):
         next_step(command("compare", json, "OTHER.json"))
-    elif one is None and evaluation.chosen == 0 and len(vector) == 1:
-        next_step(train_longer(model, data[0], loaded[0].metadata))
-    elif one is None:
-        _next(model, data, vector, merged, evaluation.chosen, linearized)
-    elif evaluation.chosen:
-        term = f"{vector[0]}:{evaluation.chosen:g}"
-        next_step(
-            command("merge", term, "--out", "forget.safetensors"),
-            command("export", term, *_base(model, data), "--out", "forgot"),
-        )
     else:
-        next_step(train_longer(model, data[0], loaded[0].metadata))
+        sources = dict(zip(names, data, strict=True))
+        edits = list(files.values()) if merged is None else [merged]
+        next_step(*_next(model, sources, vectors, edits, evaluation.chosen, linearized))
 
 
 def facts() -> dict[str, str]:
@@ -243,30 +238,35 @@ def facts() -> dict[str, str]:
 
 def _next(
     model: str,
-    data: Sequence[str],
-    vector: Sequence[Path],
-    merged: Path | None,
+    data: Mapping[str, str],
+    vectors: "Mapping[str, TaskVector]",
+    files: Sequence[Path],
     coef: float | None,
     linearized: bool,
-) -> None:
-    same = ["--model", model, *(word for each in data for word in ("--data", each))]
-    own: list[object] = [word for each in vector for word in ("--vector", each)]
-    own += [] if merged is None else ["--merged", merged]
-    own += ["--linearized"] * linearized
-    if not vector:
-        next_step(
-            command("calibrate", "--model", model, "--data", data[0], "--out", "mask.safetensors")
-        )
-    elif len(vector) > 1:
-        next_step(command("eval", *same, *own, "--json", "eval.json"))
-    elif coef:
-        term = f"{vector[0]}:{coef:g}"
-        edited = command("export", term, *_base(model, data), "--out", "edited")
-        next_step(merge_command(vector[0], coef), *([] if linearized else [edited]))
-    else:
-        next_step(command("inspect", *vector))
+) -> list[str]:
+    """Return the commands that make the edit with the coefficient, or look for a better one.
 
-
-def _base(model: str, data: Sequence[str]) -> list[str]:
-    """Return the options with which `talos export` writes a classifier of these tasks."""
-    return ["--base", model, *(word for each in data for word in ("--data", each))]
+    Args:
+        model: --model.
+        data: --data of each task.
+        vectors: of the tasks.
+        files: that make the edit: one, or those of the vectors that are added.
+        coef: the coefficient of the edit; None: none was measured.
+        linearized: whether the expansion was measured.
+    """
+    if not vectors:
+        same = ("--model", model, "--data", next(iter(data.values())))
+        return [command("calibrate", *same, "--out", "mask.safetensors")]
+    if coef:
+        first, *others = files
+        terms = [f"{file}:{coef:g}" for file in files]
+        words = [word for each in data.values() for word in ("--data", each)]
+        export = command("export", *terms, "--base", model, *words, "--out", "edited")
+        alone = not others and coef > 0
+        merge = merge_command(first, coef) if alone else merge_command(first, coef, terms[1:])
+        return [merge, *([] if linearized else [export])]
+    if coef == 0 and len(vectors) == 1:
+        ((task, vector),) = vectors.items()
+        line = train_longer(model, data[task], vector.metadata)
+        return [line or command("inspect", *files)]
+    return [command("inspect", *files)]
