@@ -6,20 +6,22 @@ called "module" keeps its name.
 
 A class of your own that only wraps a model says so in its attribute `talos_wraps`: the name of the
 attribute that holds the model. Its weights then have the model's own names, so that a mask or a
-vector of the wrapper fits the model alone. `talos` still calls the wrapper.
+vector of the wrapper fits the model alone. The names of the wrapper's `state_dict` are found, too.
+`talos` still calls the wrapper.
 """
 
 import difflib
 import os
 import re
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint
-from talos.tensors import place
+from talos.tensors import first_names, place
 
 __all__ = [
     "check_module",
@@ -35,6 +37,8 @@ __all__ = [
     "unwrapped",
     "with_nearest",
 ]
+
+T = TypeVar("T", bound=Tensor)
 
 # Where a wrapper is defined, its class, and its attribute for the wrapped module. A wrapper whose
 # home was never imported wraps nothing, so nothing is imported here.
@@ -79,7 +83,15 @@ def _wrapped_attribute(module: nn.Module, wrappers: Mapping[type, str]) -> str |
 
 def _hidden_name(module: nn.Module, wrappers: Mapping[type, str]) -> str | None:
     """Return the attribute that is left out of names; None if there is none."""
-    return _wrapped_attribute(module, wrappers) or getattr(type(module), "talos_wraps", None)
+    if (found := _wrapped_attribute(module, wrappers)) is not None:
+        return found
+    name: object = getattr(type(module), "talos_wraps", None)
+    if name is not None and not (isinstance(name, str) and name in module._modules):
+        raise TalosValueError(
+            f"talos_wraps must name a module that {type(module).__name__} holds "
+            f"({', '.join(module._modules) or 'it holds none'}), got {name!r}"
+        )
+    return name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -106,7 +118,15 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Raises:
         TalosTypeError: `model` is no module.
+        TalosValueError: the `talos_wraps` of a class names none of its modules.
     """
+    return _walk(model, _hidden_name)
+
+
+def _walk(
+    model: nn.Module, hidden_name: Callable[[nn.Module, Mapping[type, str]], str | None]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module once, by a name without what `hidden_name` returns."""
     check_module(model)
     seen: set[int] = set()
     wrappers = _wrappers()
@@ -117,7 +137,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        hidden = _hidden_name(module, wrappers)
+        hidden = hidden_name(module, wrappers)
         for name, child in reversed(module._modules.items()):
             if child is not None:
                 own = path if name == hidden else f"{path}.{name}" if path else name
@@ -132,14 +152,16 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
     Args:
         model: any module.
-        remove_duplicate: False: a tied parameter comes under every one of its names.
+        remove_duplicate: False: a tied parameter comes under every one of its names, and one of a
+            class with `talos_wraps` under that in its `state_dict`, too.
 
     Returns:
         Name and parameter in the order of `model.named_parameters()`.
 
     Raises:
         TalosTypeError: `model` is no module.
-        TalosValueError: a wrapper and what it wraps have two parameters of one name.
+        TalosValueError: a wrapper and what it wraps have two parameters of one name, or the
+            `talos_wraps` of a class names none of its modules.
 
     Example:
         >>> model = nn.DataParallel(nn.Sequential(nn.Linear(2, 3)))
@@ -154,31 +176,44 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
         >>> list(named_parameters(Wrapper(nn.Linear(2, 3))))
         ['weight', 'bias']
     """
-    found: dict[str, nn.Parameter] = {}
-    seen: set[Hashable] = set()
-    for module_name, module in named_modules(model):
-        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            where = place(param)
-            if not remove_duplicate or where not in seen:
-                seen.add(where)
-                full = f"{module_name}.{name}" if module_name else name
-                if full in found:
-                    raise TalosValueError(
-                        f"model must give each parameter a name of its own, got two of {full}; "
-                        f"rename that of {type(module).__name__}, or drop talos_wraps"
-                    )
-                found[full] = param
-    return found
+    found = _named(model, lambda module: module._parameters, every=not remove_duplicate)
+    if not remove_duplicate:
+        return found
+    return {name: found[name] for name in dict.fromkeys(first_names(found).values())}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of a model by names without wrappers, under every one of their names."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in named_modules(model)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
+    return _named(model, lambda module: module._buffers, every=True)
+
+
+def _named(
+    model: nn.Module, own: Callable[[nn.Module], Mapping[str, T | None]], *, every: bool
+) -> dict[str, T]:
+    """Return what modules hold themselves by name, with `every` by those of state dicts, too."""
+    found: dict[str, T] = {}
+    for full, each, kind in _held(named_modules(model), own):
+        if full in found and place(found[full]) != place(each):
+            raise TalosValueError(
+                f"model must give each tensor a name of its own, got two of {full}; "
+                f"rename that of {kind}, or drop talos_wraps"
+            )
+        found[full] = each
+    if every:  # the parts of torch's own wrappers need no name, `resolve_names` leaves them out
+        for full, each, _ in _held(_walk(model, _wrapped_attribute), own):
+            found.setdefault(full, each)
+    return found
+
+
+def _held(
+    modules: Iterable[tuple[str, nn.Module]],
+    own: Callable[[nn.Module], Mapping[str, T | None]],
+) -> Iterator[tuple[str, T, str]]:
+    """Yield what modules hold themselves, with its name and the class that holds it."""
+    for path, module in modules:
+        for name, each in own(module).items():
+            if each is not None:
+                yield f"{path}.{name}" if path else name, each, type(module).__name__
 
 
 def named_tensors(

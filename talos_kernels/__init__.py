@@ -8,6 +8,8 @@ import importlib.util
 
 import torch
 
+# An attribute even if the file was loaded alone before, as talos.errors does.
+from . import errors as errors
 from ._ops import compiled_library, use_compiled_cuda
 from .add_delta import add_delta_, revert_delta_
 from .errors import (

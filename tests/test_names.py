@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import talos
 from talos.errors import TalosTypeError, TalosValueError
 from talos.methods import LinearizedModel
-from talos.names import named_parameters
+from talos.names import named_buffers, named_parameters
 from talos.params import select_parameters
 
 MASK = talos.Mask.from_dense({"weight": torch.ones(3, 4) > 0})
@@ -104,3 +104,51 @@ def test_two_parameters_of_one_name_are_refused() -> None:
 
     with pytest.raises(TalosValueError, match="got two of weight; rename that of Linear, or drop"):
         named_parameters(Own(nn.Linear(4, 3)))
+
+
+def test_two_buffers_of_one_name_are_refused() -> None:
+    class Own(Doubled):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__(inner)
+            self.register_buffer("running_mean", torch.ones(3))
+
+    with pytest.raises(TalosValueError, match="got two of running_mean; rename that of BatchNorm"):
+        named_buffers(Own(nn.BatchNorm1d(3)))
+
+
+@pytest.mark.parametrize("named", ["inne", ["inner"], "inner.0", "calls"])
+def test_a_wrapper_that_names_none_of_its_modules_is_refused(named: object) -> None:
+    model = type("Own", (Doubled,), {"talos_wraps": named})(nn.Linear(4, 3))
+    with pytest.raises(TalosValueError, match=r"talos_wraps must name a module .* \(inner\), got"):
+        named_parameters(model)
+
+
+def test_a_wrapper_fits_its_own_state_dict() -> None:
+    """As it fits what it wraps, on either side and on both."""
+    base = Doubled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for param in tuned.parameters():
+            param += 0.5
+    wrapped = tuned.state_dict()
+    others = (tuned, wrapped, tuned.inner, tuned.inner.state_dict())
+    pairs: list[tuple[Any, Any]] = [(base, other) for other in others]
+    pairs += [(base.state_dict(), tuned), (base.state_dict(), wrapped), (base.inner, tuned)]
+    for one, other in pairs:
+        vector = talos.TaskVector.from_models(one, other)
+        edited = copy.deepcopy(base)
+        vector.apply_(edited)
+        for name, each in edited.state_dict().items():
+            torch.testing.assert_close(each, wrapped[name])
+        assert sum(map(len, talos.Patch.from_models(one, other).positions.values())) == 29
+    for name in ("0.weight", "inner.0.weight"):
+        talos.SparseAdam(base, talos.Mask.from_dense({name: torch.ones(3, 4) > 0})).release()
+
+
+def test_a_moved_buffer_of_a_wrapper_is_named_once() -> None:
+    base = Doubled(nn.BatchNorm1d(3))
+    tuned = copy.deepcopy(base)
+    tuned.inner.running_mean += 1
+    with pytest.warns(UserWarning, match="running_mean") as caught:
+        talos.TaskVector.from_models(base, tuned)
+    assert str(caught[0].message).count("running_mean") == 1

@@ -120,7 +120,7 @@ def translated(theirs: NamedTensors, ours: NamedTensors) -> dict[str, str]:
 
 def moved(ours: NamedTensors, theirs: NamedTensors) -> list[str]:
     """Return the names of buffers and integers that differ; a state dict holds some buffers."""
-    names = [*(ours.buffers or theirs.buffers), *ours.integers]
+    names = dict.fromkeys(first_names(ours.buffers or theirs.buffers).values()) | ours.integers
     one, other = (resolve_names(names, each.every) for each in (ours, theirs))
     return [
         name

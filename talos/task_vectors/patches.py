@@ -111,7 +111,8 @@ class Patch:
         ours, theirs = named_tensors("base", base), named_tensors("tuned", tuned)
         known, first = resolve_names(theirs, ours), _first_names(base, ours)
         there, firsts = {first[own] for own in known.values()}, _first_names(tuned, theirs)
-        extra = [name for name in theirs if name not in known and firsts[name] not in known]
+        found = {firsts[name] for name in known}
+        extra = [name for name in theirs if firsts[name] not in found]
         _refuse_lacking("base", extra, ours)
         _refuse_lacking("tuned", [name for name in ours if first[name] not in there], theirs)
         parts, sources = _Parts(), dict[str, str]()

@@ -431,6 +431,32 @@ def test_a_full_disk_is_told_by_the_option(
     assert f"error: {option} must be writable, got {file} (No space" in capsys.readouterr().err
 
 
+def test_an_edited_base_makes_no_new_head(
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signs = {f"{s} {i}": s for s in ("plus", "minus") for i in range(9)}
+    words = ["export", home / "vector.safetensors", "--base", exported, "--force"]
+    words += ["--data", write_rows(tmp_path / "signs.csv", signs), "--out", tmp_path / "again"]
+    message = r"--base must be a model before any edit .*signs.*heads of pets and holds no head"
+    refused([str(word) for word in words], capsys, message, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_model_that_gives_no_numbers_predicts_nothing(
+    suffix: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vector = f"{home}/vector.safetensors:1e38"
+    words = ["--base", home / "base", "--data", home / "pets.csv", "--out", tmp_path / "wide"]
+    run("export", vector, *words)
+    words = ["predict", "--model", str(tmp_path / "wide"), "--data", str(home / "pets.csv")]
+    out = tmp_path / f"p.{suffix}"
+    capsys.readouterr()
+    assert main([*words, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, out.exists()) == ("", False)
+    assert "error: --model must give numbers as logits, got NaN" in captured.err
+
+
 def test_refusals(
     home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

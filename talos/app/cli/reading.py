@@ -11,12 +11,21 @@ from typing import Any
 from talos.app.cli.console import note
 from talos.app.models import Encoder
 from talos.app.models.heads import saved_head
-from talos.app.provenance import USUAL_LENGTH, differences, tokens_of
+from talos.app.nearest import several
+from talos.app.provenance import USUAL_LENGTH, differences, other_tasks, tokens_of
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
-__all__ = ["TokenCounts", "count_tokens", "show_data", "show_rows", "summary", "tokens_for"]
+__all__ = [
+    "TokenCounts",
+    "count_tokens",
+    "show_data",
+    "show_other_tasks",
+    "show_rows",
+    "summary",
+    "tokens_for",
+]
 
 _SAMPLE = 1000  # texts that are tokenised to describe a task
 _WHOLE = 2**30  # a length that cuts nothing; with None transformers warns of long texts
@@ -186,7 +195,7 @@ def show_data(
         note(
             f"warning: {encoder.name} holds no head of the labels of {task.name} (it holds "
             f"{', '.join(encoder.heads)}); one is made with its edited weights, which is not that "
-            f"of the base; export the model with --data {task.source or task.name}, too"
+            f"of the base; export the base again with --data {task.source or task.name}, too"
         )
     if alike := _alike(task):
         note(f"warning: labels of {task.source or task.name} are all but equal: {alike}")
@@ -206,6 +215,19 @@ def show_data(
             "class; write what each means into a third column label_text, one row of each label "
             "is enough",
         )
+
+
+def show_other_tasks(
+    tasks: Iterable[Task | ImageTask], made: Mapping[Path, Mapping[str, Any]]
+) -> None:
+    """Warn on stderr of masks and vectors that were made for none of the tasks at hand."""
+    names = [task.name for task in tasks]
+    for file, metadata in made.items():
+        if others := other_tasks(names, metadata):
+            note(
+                f"warning: {file} was made for {several(others)}, not for {several(names)}; "
+                "whether it was made with rows of this data is not known"
+            )
 
 
 def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None:

@@ -179,7 +179,14 @@ def _read_base(
     from talos.app.models import ClipEncoder, TextEncoder
     from talos.app.models.clip import CONFIG_FILE
     from talos.app.models.folders import save_json
-    from talos.app.models.heads import HEAD_FILE, classifier_for, head_of, load_heads, save_heads
+    from talos.app.models.heads import (
+        HEAD_FILE,
+        classifier_for,
+        head_of,
+        load_heads,
+        save_heads,
+        saved_head,
+    )
     from talos.app.models.text import sentence_transformers_files
     from talos.files import Checkpoint
     from talos.files.checked import check_name
@@ -201,6 +208,13 @@ def _read_base(
         elif isinstance(encoder, TextEncoder) and tasks:
             beside |= sentence_transformers_files(encoder)
         for task in tasks:
+            if encoder.heads and saved_head(encoder, task.class_names, task.class_texts) is None:
+                raise TalosValueError(
+                    f"--base must be a model before any edit with --data {task.source or task.name}"
+                    f", got {base}, which was exported with the heads of "
+                    f"{', '.join(encoder.heads)} and holds no head of these labels; take the base "
+                    "that it was made of, and --data of every task"
+                )
             tokens = tokens_for(task, encoder, max_length, [metadata])
             show_data(task, encoder, tokens, {Path("the vector"): metadata})
             classifier = classifier_for(encoder, task.class_names, task.class_texts)

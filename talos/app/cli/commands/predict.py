@@ -100,7 +100,13 @@ def predict(
             max_length=head.max_length,
         )
         bars.show("predict", len(rows.names), len(rows.names))
-        answers = [_answer(rows, place, head, each) for place, each in enumerate(logits)]
+        shares = logits.double().softmax(1)
+        if bool(shares.isnan().any()):
+            raise TalosValueError(
+                f"--model must give numbers as logits, got NaN or infinity of {model}; export it "
+                "again with a smaller coefficient"
+            )
+        answers = [_answer(rows, place, head, each) for place, each in enumerate(shares)]
         text = _jsonl(answers) if lines else _csv(answers)
         if out is not None:
             atomic_write(out, lambda new: new.write_bytes(text.encode()))
@@ -142,10 +148,9 @@ def _chosen(heads: "Mapping[str, Head]", task: str | None, model: str) -> "Head"
     return heads[task]
 
 
-def _answer(rows: "Rows", place: int, head: "Head", logits: "Tensor") -> dict[str, Any]:
-    """Return a row of the output."""
-    each = logits.double().softmax(0).tolist()
-    best = int(logits.argmax())
+def _answer(rows: "Rows", place: int, head: "Head", shares: "Tensor") -> dict[str, Any]:
+    """Return a row of the output, from the probabilities of the labels."""
+    each, best = shares.tolist(), int(shares.argmax())
     key = "image" if rows.reads == "images" else "text"
     return {
         key: rows.names[place],
