@@ -239,11 +239,18 @@ def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None
         max_length: the tokens of a text that are kept.
 
     Raises:
-        TalosValueError: the tokenizer knows less than half of the texts.
+        TalosValueError: the tokenizer knows less than half of the texts, or the model has fewer
+            positions.
     """
     if isinstance(task, ImageTask):
         note(f"{task.source}: {len(task.test):,} images")
         return
+    most = encoder.most_tokens(task.class_texts)
+    if most is not None and max_length > most:
+        raise TalosValueError(
+            f"--model must take the {max_length:,} tokens of its head, got {encoder.name}, which "
+            f"takes {most:,}; export it again"
+        )
     cut = _percent(_known_tokens(task, encoder).cut(max_length))
     note(f"{task.source}: {len(task.test):,} rows; {cut} of the texts cut at {max_length} tokens")
 
