@@ -220,6 +220,8 @@ def test_each_command_names_the_next(
     run(*export.split()[1:])
     predict = f"talos predict --model edited --data {data}"
     assert predict in capsys.readouterr().err
+    run("eval", "--model", "edited", "--data", data)
+    assert f"{predict} --task pets\n" in capsys.readouterr().err
     run(*predict.split()[1:])
     capsys.readouterr()
     run("eval", "--model", base, "--data", data, "--vector", vector, "--linearized")
