@@ -85,10 +85,14 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data pets.csv --out m.safetensors --samples 999", "--samples", "at most 16"),
     ("calibrate --data pets.csv --out m.safetensors --batch-size 0", "--batch-size", "got 0"),
     ("calibrate --data pets.csv --out m.safetensors --max-length 2", "--max-length", "got 2"),
-    ("calibrate --data pets.csv --out m.safetensors --draws 0", "--draws", "at least 1, got 0"),
+    (
+        "calibrate --data pets.csv --out m.safetensors --draws 0",
+        "--draws",
+        "at least 1 and below a billion, got 0",
+    ),
     (
         f"calibrate --data pets.csv --out m.safetensors --draws {'9' * 5000}",
-        *("--draws", "below a billion and at least 1, got 999"),
+        *("--draws", "at least 1 and below a billion, got 999"),
     ),
     (
         "demo --out new --seed 18446744073709551615 --seeds 2",
