@@ -18,7 +18,7 @@ from talos.names import match_tensors, named_parameters
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.sums import origins
 
-__all__ = ["USUAL_LENGTH", "base_of", "differences", "made_with", "tokens_of"]
+__all__ = ["USUAL_LENGTH", "base_of", "differences", "made_with", "other_tasks", "tokens_of"]
 
 USUAL_LENGTH = 48  # tokens of a text
 
@@ -105,6 +105,21 @@ def differences(
             for length in sorted(_lengths(task.name, [metadata]) - {max_length})
         ]
     return list(dict.fromkeys(found))
+
+
+def other_tasks(tasks: Iterable[str], metadata: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that a file was made for, if none of them is at hand.
+
+    Args:
+        tasks: the names of those at hand.
+        metadata: of the file.
+
+    Example:
+        >>> other_tasks(["b"], {"task": "a"}), other_tasks(["a", "b"], {"task": "a"})
+        (['a'], [])
+    """
+    made = dict.fromkeys(str(of["task"]) for of in origins(metadata) if "task" in of)
+    return [] if set(made) & set(tasks) else list(made)
 
 
 def _lengths(task: str, made: Iterable[Mapping[str, Any]]) -> set[int]:

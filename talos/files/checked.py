@@ -208,7 +208,8 @@ def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
     if found != kind:
         loader = _LOADERS.get(found) if isinstance(found, str) else None
         remedy = f"load it with {loader}" if loader else "fetch it again"
-        raise TalosValueError(f"{path}: must hold a {kind}, got a {found}; {remedy}")
+        wanted, got = (each if each == "heads" else f"a {each}" for each in (kind, found))
+        raise TalosValueError(f"{path}: must hold {wanted}, got {got}; {remedy}")
     if not intact:
         raise TalosValueError(
             f"{path}: the checksum of its metadata does not fit, it is damaged or was edited; "

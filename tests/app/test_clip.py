@@ -189,6 +189,17 @@ def test_what_is_no_configuration_is_refused(content: str, weights: Path, tmp_pa
         load_clip(f"{path}:{weights}")
 
 
+def test_a_configuration_that_makes_no_model_is_told_from_wrong_weights(
+    weights: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**open_clip.get_model_config(CLIP), "vision_cfg": 3}))
+    with pytest.raises(
+        TalosValueError, match=r"source must name a configuration .* got .*bad.json"
+    ):
+        load_clip(f"{path}:{weights}")
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(TalosError, match=r'pip install "talos-sparse\[clip\]"'):

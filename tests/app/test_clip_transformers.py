@@ -83,6 +83,10 @@ def test_a_folder_without_a_processor_or_with_one_tower_is_refused(tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     config["projection_dim"] = 8
     (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TalosValueError, match=r"shapes of its configuration, got .*projection"):
+        load_encoder(folder)
+    config["text_config"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(TalosValueError, match="source must be a folder that transformers can load"):
         load_encoder(folder)
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from talos.app.demo.judge import logits_of
 from talos.app.models import load_encoder
 from talos.app.models.heads import HEAD_FILE, load_heads, save_heads
 from talos.errors import TalosValueError
+from talos.masks import Mask
 from talos.task_vectors import TaskVector
 from tests.app.test_cli import refused
 from tests.cases import assert_bit_equal
@@ -369,13 +371,64 @@ def test_a_damaged_head_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(TalosValueError, match="checksum of its data does not fit"):
         load_heads(tmp_path)
     [head] = load_heads(exported).values()
-    for wrong in ({"kind": "answers"}, {"scale": None}, {"class_names": ("cat",)}):
+    answers = {"kind": "answers", "scale": None}
+    for wrong in (
+        *({"kind": "answers"}, {"scale": None}, {"scale": -1.0}, {"max_length": 2}),
+        *({"class_names": ("cat",)}, {"class_names": ("cat", "cat", "dog")}),
+        *(
+            answers | {"tensor": torch.tensor([[1, 2], [1, -100], ids])}
+            for ids in ([-100, 1], [-7, 1])
+        ),
+    ):
         save_heads(path, {"pets": replace(head, **wrong)})
         with pytest.raises(TalosValueError, match="not valid heads"):
             load_heads(tmp_path)
     save_file({"pets": head.tensor}, path)
     with pytest.raises(TalosValueError, match="that talos did not write"):
         load_heads(tmp_path)
+
+
+def test_a_head_of_another_model_is_refused(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [head] = load_heads(exported).values()
+    out, data = tmp_path / "out", tmp_path / "a.csv"
+    shutil.copytree(exported, out)
+    data.write_text("text\nmeow\n")
+    ids = torch.tensor([[1], [2], [3]])
+    for wrong, message in (
+        ({"tensor": head.tensor[:, 1:]}, "--model must be the model that its head of pets was"),
+        ({"tensor": ids, "kind": "answers", "scale": None}, "--model must be the model that its"),
+        ({"max_length": 10**9}, "--model must take the 1,000,000,000 tokens of its head, got out"),
+    ):
+        save_heads(out / HEAD_FILE, {"pets": replace(head, **wrong)})
+        refused(["predict", "--model", str(out), "--data", str(data)], capsys, message, tmp_path)
+    model = load_encoder(save_tiny_gpt2(tmp_path / "gpt2"))
+    assert model.takes(ids)
+    assert not model.takes(ids + 10**6)
+    Mask.from_dense({"w": torch.ones(2) > 0}).save(out / HEAD_FILE)
+    with pytest.raises(TalosValueError, match="must hold heads, got a mask"):
+        load_heads(out)
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_a_full_disk_is_told_by_the_option(
+    option: str,
+    home: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("talos.files.atomic._workplace", full)
+    command = ["predict"] if option == "--out" else ["eval"]
+    words = ["--model", str(exported), "--data", str(home / "pets.csv")]
+    file = str(tmp_path / ("p.csv" if option == "--out" else "p.json"))
+    assert main([*command, *words, option, file]) == 2
+    assert f"error: {option} must be writable, got {file} (No space" in capsys.readouterr().err
 
 
 def test_an_edited_base_makes_no_new_head(
@@ -415,6 +468,8 @@ def test_refusals(
     model = ["predict", "--model", str(exported)]
     empty = tmp_path / "empty.csv"
     empty.write_text("text\n")
+    unnamed = tmp_path / "__metadata__.csv"
+    unnamed.write_bytes(Path(data).read_bytes())
     other = tmp_path / "other.csv"
     other.write_text("texts\nmeow\n")
     for words, message in (
@@ -433,6 +488,27 @@ def test_refusals(
         (
             ["export", vector, "--format", "delta", "--data", data, "--out", "d.safetensors"],
             "--data must be left out with --format delta",
+        ),
+        (
+            [
+                "export",
+                vector,
+                "--base",
+                base,
+                "--data",
+                data,
+                "--out",
+                str(empty.parent / "o.safetensors"),
+            ],
+            "--out must name a folder, as the base is one, got the file .*o.safetensors",
+        ),
+        (
+            ["export", vector, "--base", f"{base}/model.safetensors", "--data", data, "--out", "o"],
+            "--base must be .*model.safetensors', which is a file; pass the folder",
+        ),
+        (
+            ["export", vector, "--base", base, "--data", str(unnamed), "--out", "o"],
+            "--data must have names in valid Unicode and none '__metadata__'",
         ),
     ):
         refused(words, capsys, message, tmp_path)

@@ -166,6 +166,19 @@ def test_data_that_changed_are_said(
     assert line in capsys.readouterr().err
 
 
+def test_files_of_another_task_are_said(made: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = tmp_path / "animals.csv"
+    data.write_bytes((made / "pets.csv").read_bytes())
+    vector, mask = made / "vector.safetensors", made / "mask.safetensors"
+    assert main(["eval", *words(made, data), "--vector", str(vector)]) == 0
+    assert f"warning: {vector} was made for pets, not for animals;" in capsys.readouterr().err
+    assert train(made, tmp_path, "--mask", str(mask), data=data) == 0
+    assert f"warning: {mask} was made for pets, not for animals;" in capsys.readouterr().err
+    both = ["--data", str(made / "pets.csv")]
+    assert main(["eval", *words(made, data), *both, "--vector", str(vector)]) == 0
+    assert "was made for" not in capsys.readouterr().err
+
+
 def test_a_file_without_metadata_differs_in_nothing(made: Path) -> None:
     task = load_data(str(made / "pets.csv"))
     facts: dict[str, Any] = made_with(task, load_encoder(str(made / "tiny")), 32)

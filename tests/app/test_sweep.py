@@ -155,6 +155,17 @@ def test_the_runs_of_a_sweep_are_compared(
     }
 
 
+def test_a_changed_file_is_no_traceback(
+    swept: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [{key: each[key] for key in each if key != "density"} for each in swept[1]["cells"]]
+    changed = tmp_path / "results.json"
+    changed.write_text(json.dumps({**swept[1], "cells": cells}))
+    assert main(["report", str(changed), "--out", str(tmp_path / "page.html")]) == 2
+    assert "error: RESULTS must be as `talos demo` wrote it, got " in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_densities_that_are_almost_equal_have_their_own_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +195,7 @@ def test_an_earlier_sweep_is_replaced(folder: Path, tmp_path: Path) -> None:
     words = ["--quick", "--steps", 1, "--seeds", 2, "--methods", "talos", "--out", out]
     assert main(options(folder, *words)) == 2
     assert main(options(folder, *words, "--overwrite")) == 0
-    assert not (old / "results.json").exists()
+    assert not old.exists()
     assert [cell["seed"] for cell in load_results(out / "results.json")["cells"]] == [0, 1]
 
 

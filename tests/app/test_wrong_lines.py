@@ -86,6 +86,17 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data pets.csv --out m.safetensors --batch-size 0", "--batch-size", "got 0"),
     ("calibrate --data pets.csv --out m.safetensors --max-length 2", "--max-length", "got 2"),
     ("calibrate --data pets.csv --out m.safetensors --draws 0", "--draws", "at least 1, got 0"),
+    (
+        f"calibrate --data pets.csv --out m.safetensors --draws {'9' * 5000}",
+        *("--draws", "below a billion and at least 1, got 999"),
+    ),
+    (
+        "demo --out new --seed 18446744073709551615 --seeds 2",
+        *(
+            "--seed",
+            "must be at most 18446744073709551614 with --seeds 2, got 18446744073709551615",
+        ),
+    ),
     ("train --data pets.csv --out v.safetensors --steps 0", "--steps", "at least 1, got 0"),
     ("train --data pets.csv --out v.safetensors --lr -1", "--lr", "positive and finite, got -1"),
     ("train --data pets.csv --out v.safetensors --lr inf", "--lr", "positive and finite, got inf"),

@@ -67,7 +67,11 @@ class Command(TyperCommand):
 
     def _as_options(self) -> AbstractContextManager[None]:
         own = {param.name: _shown(param) for param in self.params if param.name is not None}
-        return as_options({**_NO_OPTIONS, **own})
+        model = own.get("model", own.get("base"))
+        library = {"source": model} if model else {}
+        if "out" in own:
+            library["path must be writable,"] = f"{own['out']} must be writable,"
+        return as_options({**_NO_OPTIONS, **library, **own})
 
 
 def usage_message(error: typer.TyperException) -> str:

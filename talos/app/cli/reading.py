@@ -11,12 +11,21 @@ from typing import Any
 from talos.app.cli.console import note
 from talos.app.models import Encoder
 from talos.app.models.heads import saved_head
-from talos.app.provenance import USUAL_LENGTH, differences, tokens_of
+from talos.app.nearest import several
+from talos.app.provenance import USUAL_LENGTH, differences, other_tasks, tokens_of
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
-__all__ = ["TokenCounts", "count_tokens", "show_data", "show_rows", "summary", "tokens_for"]
+__all__ = [
+    "TokenCounts",
+    "count_tokens",
+    "show_data",
+    "show_other_tasks",
+    "show_rows",
+    "summary",
+    "tokens_for",
+]
 
 _SAMPLE = 1000  # texts that are tokenised to describe a task
 _WHOLE = 2**30  # a length that cuts nothing; with None transformers warns of long texts
@@ -208,6 +217,19 @@ def show_data(
         )
 
 
+def show_other_tasks(
+    tasks: Iterable[Task | ImageTask], made: Mapping[Path, Mapping[str, Any]]
+) -> None:
+    """Warn on stderr of masks and vectors that were made for none of the tasks at hand."""
+    names = [task.name for task in tasks]
+    for file, metadata in made.items():
+        if others := other_tasks(names, metadata):
+            note(
+                f"warning: {file} was made for {several(others)}, not for {several(names)}; "
+                "whether it was made with rows of this data is not known"
+            )
+
+
 def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None:
     """Print on stderr what was read to predict, and a warning of texts that are not understood.
 
@@ -217,11 +239,18 @@ def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None
         max_length: the tokens of a text that are kept.
 
     Raises:
-        TalosValueError: the tokenizer knows less than half of the texts.
+        TalosValueError: the tokenizer knows less than half of the texts, or the model has fewer
+            positions.
     """
     if isinstance(task, ImageTask):
         note(f"{task.source}: {len(task.test):,} images")
         return
+    most = encoder.most_tokens(task.class_texts)
+    if most is not None and max_length > most:
+        raise TalosValueError(
+            f"--model must take the {max_length:,} tokens of its head, got {encoder.name}, which "
+            f"takes {most:,}; export it again"
+        )
     cut = _percent(_known_tokens(task, encoder).cut(max_length))
     note(f"{task.source}: {len(task.test):,} rows; {cut} of the texts cut at {max_length} tokens")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from talos.app.cli.console import note
-from talos.app.cli.options import check_output
+from talos.app.cli.options import as_options, check_output
 
 if TYPE_CHECKING:
     from talos.masks.table import MaskTable, MaskTableRow
@@ -54,7 +54,8 @@ def write_record(json: str | None, command: str, figures: Mapping[str, Any]) -> 
     if json == "-":
         typer.echo(json_text(record), nl=False)
     else:
-        write_json(record, json)
+        with as_options({"path": "--json"}):
+            write_json(record, json)
         note(f"{json}: the figures as JSON")
 
 

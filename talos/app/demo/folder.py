@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from talos.errors import TalosOSError
@@ -45,7 +46,7 @@ def prepare(out: Path, overwrite: bool, folders: Sequence[str] = ("vectors", "ma
 
 
 def clear(out: Path) -> None:
-    """Remove the files of an earlier demo.
+    """Remove the files of an earlier demo, and the folders of its runs.
 
     Raises:
         TalosOSError: a file cannot be removed.
@@ -55,6 +56,9 @@ def clear(out: Path) -> None:
             path.unlink()
         except OSError as error:
             raise TalosOSError(f"out must be writable, got {path} ({error.strerror})") from error
+    for folder in (*out.glob("cells/*/*"), *out.glob("cells/*"), out / "cells"):
+        with suppress(OSError):  # it is none, or holds other files
+            folder.rmdir()
 
 
 def kept(out: Path) -> str:

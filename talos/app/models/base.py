@@ -46,6 +46,14 @@ class Encoder(nn.Module, ABC):
                 of them with the present weights.
         """
 
+    @abstractmethod
+    def takes(self, head: Tensor) -> bool:
+        """Return whether this model can have made a head: by its kind and size.
+
+        Args:
+            head: `Classifier.head`.
+        """
+
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
@@ -102,6 +110,10 @@ class ZeroShotEncoder(Encoder):
 
     inputs: ClassVar[tuple[str, ...]]
     scale: float
+
+    def takes(self, head: Tensor) -> bool:
+        """Return whether these are unit vectors of the model's size."""
+        return head.is_floating_point() and head.shape[1] == self.encode(["a"]).shape[1]
 
     @abstractmethod
     def embed(self, texts: list[str]) -> Tensor:

@@ -141,6 +141,7 @@ def load_clip(source: str) -> ClipEncoder:
         )
         tokenize = open_clip.get_tokenizer(architecture)
     except Exception as error:  # weights that do not fit end in an AssertionError, too
+        _check_architecture(architecture, named)
         raise TalosValueError(
             f"source must have the weights of {named}, got {path}: {error!s:.200}"
         ) from error
@@ -215,6 +216,17 @@ def _own_architecture(path: Path) -> tuple[str, dict[str, Any]]:
         file.write_text(text, encoding="utf-8")
         import_package("open_clip").add_model_config(file)
     return name, content.get("preprocess_cfg", {})
+
+
+def _check_architecture(architecture: str, named: str) -> None:
+    """Refuse a configuration that makes no model, with any weights."""
+    try:
+        import_package("open_clip").create_model(architecture)
+    except Exception as error:  # a configuration may end in any error
+        raise TalosValueError(
+            f"source must name a configuration of open_clip that makes a model, got {named}: "
+            f"{error!s:.200}"
+        ) from error
 
 
 def _local(weights: str, tags: Sequence[str]) -> Path:

@@ -34,6 +34,11 @@ def find_folder(source: str | Path) -> tuple[Path, str]:
     if str(source) and folder.is_dir():
         return folder, folder.resolve().name
     near = did_you_mean(str(source), ["minilm", *beside(folder)])
+    if folder.is_file():
+        raise TalosOSError(
+            f"source must be 'minilm', a folder or the name of a model on the hub, got "
+            f"{str(source)!r}, which is a file; pass the folder of the whole model"
+        )
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise TalosOSError(
             f"source must be 'minilm', a folder or the name of a model on the hub, got "
@@ -83,7 +88,7 @@ def takes_texts(folder: Path, auto: str) -> bool:
             if type(config) not in models:
                 return False
             model = models[type(config)]
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError):
+    except Exception:  # a configuration may end in any error, by version
         return True
     if auto != "AutoModel":
         return True
@@ -142,14 +147,22 @@ def load_folder(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, with their names
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
+    except Exception as error:  # a configuration may end in any error, by version
         raise TalosValueError(
-            f"source must be a folder that transformers can load, got {folder}: {error}"
+            f"source must be a folder that transformers can load, got {folder}: {error!s:.300}"
         ) from error
+    if others := report["mismatched_keys"]:
+        name, found, wanted = sorted(others)[0]
+        raise TalosValueError(
+            f"source must have weights of the shapes of its configuration, got {folder} with "
+            f"{name} of {list(found)} in place of {list(wanted)}; save the model again with "
+            "save_pretrained"
+        )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise TalosValueError(

@@ -8,6 +8,7 @@ The file lies in a folder of its own: some programs read every safetensors file 
 part of it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +62,12 @@ class Head:
         """Return the classifier of an encoder with this head.
 
         Raises:
-            TalosValueError: the encoder takes a head of the other kind.
+            TalosValueError: the encoder takes a head of another kind or size.
         """
-        if isinstance(encoder, ZeroShotEncoder) != (self.kind == "zero_shot"):
+        if not encoder.takes(self.tensor):
             raise TalosValueError(
-                f"source must hold a model for its head of kind {self.kind}, got {encoder.name}, a "
-                f"{type(encoder).__name__}; export it again"
+                f"source must be the model that its head of {self.task} was made for, got "
+                f"{encoder.name}, which takes heads of another kind or size; export it again"
             )
         if isinstance(encoder, ZeroShotEncoder) and self.scale is not None:
             encoder.scale = self.scale
@@ -161,9 +162,18 @@ def _parsed(entry: Any, tensors: Mapping[str, Tensor]) -> Head:
     tensor, scale, length = tensors[entry["task"]], entry["scale"], entry["max_length"]
     if tensor.dtype != _DTYPES[entry["kind"]] or tensor.dim() != 2:
         raise ValueError(f"a head of {entry['kind']} must have the dtype of its kind")
-    if not len(names) == len(texts) == len(tensor) or type(length) is not int or length < 1:
-        raise ValueError("each must have a row for each class, and a length")
-    if isinstance(scale, float) != (entry["kind"] == "zero_shot"):
-        raise ValueError("scale must be a number for zero_shot alone")
+    if not len(set(names)) == len(names) == len(texts) == len(tensor):
+        raise ValueError("each must have a row for each class, and each class another name")
+    if type(length) is not int or length < 3:
+        raise ValueError("max_length must be an integer of at least 3")
+    positive = isinstance(scale, float) and 0 < scale < math.inf
+    if positive != (entry["kind"] == "zero_shot") or not (positive or scale is None):
+        raise ValueError("scale must be a positive number for zero_shot alone")
+    padding = tensor == -100
+    inside = (padding[:, :-1] & ~padding[:, 1:]).any()
+    if entry["kind"] == "answers" and (
+        inside or padding[:, 0].any() or (tensor < 0).logical_xor(padding).any()
+    ):
+        raise ValueError("answers must be tokens, with padding behind them")
     own = {**entry, "class_names": tuple(names), "class_texts": tuple(texts)}
     return Head(**own, tensor=tensor)

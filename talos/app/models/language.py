@@ -56,6 +56,11 @@ class LanguageModel(Encoder):
         """
         return AnswerClassifier(self, class_texts, head)
 
+    def takes(self, head: Tensor) -> bool:
+        """Return whether these are tokens of the model's vocabulary."""
+        size = len(self.model.get_input_embeddings().weight)
+        return not head.is_floating_point() and int(head.max()) < size
+
     def most_tokens(self, class_texts: Sequence[str]) -> int | None:
         """Return how many tokens of a text fit, before the answers of a decoder; None: any number.
 

@@ -146,8 +146,10 @@ def calibrate(
     check_choice("--parity", parity, ("paper", "released"))
     if parity == "released" and target == "log_prob":
         raise TalosValueError("--target must be logit with --parity released, got log_prob")
-    if draws != "exact" and not (draws.isdecimal() and int(draws) > 0):
-        raise TalosValueError(f"--draws must be exact or at least 1, got {draws}")
+    if draws != "exact" and not (draws.isdecimal() and len(draws) < 10 and int(draws) > 0):
+        raise TalosValueError(
+            f"--draws must be exact or below a billion and at least 1, got {draws:.20}"
+        )
     if labels == "importance" and (draws == "exact" or target == "logit" or parity == "released"):
         raise TalosValueError(
             "--labels must be sampled with --draws exact, --target logit and --parity released, "

@@ -85,6 +85,10 @@ def demo(
     and ranges over the seeds.
     """
     integer("--seeds", seeds, 1)
+    if seed + seeds > 2**64:
+        raise TalosValueError(
+            f"--seed must be at most {2**64 - seeds} with --seeds {seeds}, got {seed}"
+        )
     from talos.app.cli.loading import find_model
     from talos.app.cli.tables import show_results
     from talos.app.demo import DemoSettings, Progress, kept, run_demo, run_sweep

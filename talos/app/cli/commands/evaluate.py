@@ -160,7 +160,7 @@ def evaluate(
     from talos.app.cli.evaluations import Evaluation, pair
     from talos.app.cli.figures import NOTES, TABLES
     from talos.app.cli.loading import check_names, load_data, load_encoder
-    from talos.app.cli.reading import show_data, tokens_for
+    from talos.app.cli.reading import show_data, show_other_tasks, tokens_for
     from talos.task_vectors import TaskVector
 
     with on_interrupt("nothing was written"), Bars() as bars:
@@ -204,6 +204,7 @@ def evaluate(
         chosen = evaluation.choose(metric or [] if one is None else ["negation"])
         for task in tasks:
             show_data(task, encoder, tokens[task.name], made)
+        show_other_tasks(tasks, made)
         found = evaluation.run(chosen)
         files = dict(zip(vectors, vector, strict=True))
         record = None if json is None else evaluation.record(found, model, data, files, merged)

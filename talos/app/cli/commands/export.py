@@ -114,13 +114,15 @@ def export(
         raise TalosValueError("--force must be left out without --base, got it")
     if form != "checkpoint":
         check_output(out, overwrite)
+    elif out.suffix == ".safetensors" and (data or not Path(base or "").expanduser().is_file()):
+        raise TalosValueError(f"--out must name a folder, as the base is one, got the file {out}")
     elif os.path.lexists(out) and not overwrite:
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
     from talos.task_vectors import Patch, TaskVector
     from talos.tensors import readable_size
 
     edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
-    with as_options({"path": "--base", "--model": "--base"}):
+    with as_options({"path": "--base", "--model": "--base", "tensors": "--data"}):
         source, beside, heads = _read_base(base, data or [], max_length, edit.metadata)
     words = {"path must be a readable": "--base must be a readable", "path": "--out"}
     with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
@@ -187,13 +189,15 @@ def _read_base(
     )
     from talos.app.models.text import sentence_transformers_files
     from talos.files import Checkpoint
+    from talos.files.checked import check_name
 
     if base is None:
         return None, {}, {}
     path = Path(base).expanduser()
     beside: dict[str, Callable[[Path], object]] = {}
     tasks = [load_data(each) for each in data]
-    check_names(tasks)
+    for name in check_names(tasks):
+        check_name(name)
     if not tasks and path.exists():
         heads = load_heads(path)
     else:

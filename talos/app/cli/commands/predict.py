@@ -89,10 +89,11 @@ def predict(
         encoder = load_encoder(model)
         head = _chosen(found or encoder.heads, task, model)
         asked = rows.task(head.class_names, head.class_texts)
+        classifier = head.classifier(encoder)
         show_rows(asked, encoder, head.max_length)
         bars.show("predict", 0, len(rows.names))
         logits = logits_of(
-            head.classifier(encoder),
+            classifier,
             asked,
             "test",
             batch_size=batch_size,
@@ -183,10 +184,11 @@ def _compare(rows: "Rows", answers: Sequence[Mapping[str, Any]], head: "Head") -
     if labelled:
         right = sum(each["label"] == each["prediction"] for each in labelled)
         share = 100 * right / len(labelled)
-        note(f"{right:,} of {len(labelled):,} labels were predicted: {share:.1f} %")
+        were = "label was" if len(labelled) == 1 else "labels were"
+        note(f"{right:,} of {len(labelled):,} {were} predicted: {share:.1f} %")
     others = {label for label in rows.labels if label} - set(head.class_names)
     if others and rows.reads == "texts":
         note(
-            f"warning: {len(others)} labels of {rows.source} are none of {head.task}'s, as "
-            f"{sorted(others)[0]}; its labels are {', '.join(head.class_names[:5])}"
+            f"warning: {rows.source} holds labels that are none of {head.task}'s ({len(others)}), "
+            f"as {sorted(others)[0]}; its labels are {', '.join(head.class_names[:5])}"
         )

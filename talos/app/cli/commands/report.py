@@ -7,6 +7,7 @@ import typer
 
 from talos.app.cli.console import next_step, on_interrupt, stdout
 from talos.app.cli.options import Overwrite, check_input, check_output
+from talos.errors import TalosValueError
 
 __all__ = ["EXAMPLES", "report"]
 
@@ -25,7 +26,13 @@ def report(
     from talos.app.report import load_results, write_report
 
     loaded = load_results(results)
-    with on_interrupt("nothing was written"):
-        write_report(loaded, out)
-    show_results(stdout(), loaded)
+    try:
+        with on_interrupt("nothing was written"):
+            write_report(loaded, out)
+        show_results(stdout(), loaded)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise TalosValueError(
+            f"RESULTS must be as `talos demo` wrote it, got {results} with another structure "
+            f"({error!r:.100}); run `talos demo` again"
+        ) from error
     next_step(f"open {out} in a browser")

@@ -138,7 +138,7 @@ def train(
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
-    from talos.app.cli.reading import show_data, tokens_for
+    from talos.app.cli.reading import show_data, show_other_tasks, tokens_for
     from talos.app.demo.judge import training_batches
     from talos.app.provenance import made_with
     from talos.masks import Mask
@@ -168,6 +168,7 @@ def train(
             made_before = {mask: selected.metadata}
         tokens = tokens_for(task, classifier.encoder, max_length, made_before.values())
         show_data(task, classifier.encoder, tokens, made_before)
+        show_other_tasks([task], made_before)
         batches = training_batches(
             task,
             classifier.encoder,
