@@ -526,10 +526,14 @@ def test_the_methods_of_a_demo_have_estimates_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(synthetic()))
+    results = synthetic()
+    results["settings"]["model"] = "tiny"
+    path.write_text(json.dumps(results))
     assert main(["compare", str(path)]) == 0
-    shown = capsys.readouterr().err
+    out, shown = capsys.readouterr()
     assert "without answers, so without differences" in shown
+    assert "talos eval --model tiny --data TASK --vector" in shown
+    assert re.search(r"mean +\S+ talos +0.65 ", out)
     rows = compare(load_runs(path))
     added = synthetic()["addition"]
     assert [row.accuracy for row in rows[:2]] == [each["absolute"] for each in added.values()]

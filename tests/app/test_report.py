@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from talos.app import report
+from talos.app.cli.commands.demo import _next
 from talos.errors import TalosOSError, TalosValueError
 
 KINDS = ("query", "key", "value", "attention out", "mlp in", "mlp out", "norm", "bias")
@@ -327,6 +328,29 @@ def test_headline_is_honest(low: float, high: float, said: str) -> None:
     assert said in text
     assert "95.4 %" in text
     assert "93.7 %" in text
+
+
+def test_a_demo_that_ends_in_no_edit_says_so_and_proposes_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = Path("out")
+    _next(out, synthetic(), "minilm", None)
+    assert "talos merge" in capsys.readouterr().err
+    assert "talos merge" in report.render(synthetic())
+    results = synthetic()
+    results["addition"]["talos"]["scaling_coef"] = 0.0
+    results["negation"]["nonlinear"][TASKS[1]]["scaling_coef"] = 0.0
+    said = report.headline(results)[1:3]
+    assert said == [
+        "With TaLoS (sparse) no sum of the vectors was better on validation data: its merged "
+        "model is the pretrained one.",
+        f"With non-linear fine-tuning nothing was subtracted to forget {TASKS[1]}.",
+    ]
+    _next(out, results, "minilm", None)
+    err = capsys.readouterr().err
+    assert "talos inspect" in err
+    assert "talos merge" not in err
+    assert "talos merge" not in report.render(results)
 
 
 def test_one_method_alone_renders() -> None:

@@ -70,8 +70,11 @@ def test_own_tasks_may_be_small_and_have_one_step(
     assert "TaLoS (sparse)" in shown
     assert "next" not in shown
     assert re.search(r"pets.csv: 6 rows.*2 train, 2 validation, 2 test", err)
-    assert f"--data {folder / 'pets.csv'} --data {folder / 'signs.csv'}" in err
     results = load_results(out / "results.json")
+    edited = results["addition"]["talos"]["scaling_coef"] != 0
+    own = f"talos eval --model {folder / 'model'} --data {folder / 'pets.csv'} --data {folder}"
+    assert (own in err) == edited
+    assert ("its merged model is the pretrained one" in " ".join(shown.split())) != edited
     assert [task["name"] for task in results["tasks"]] == ["pets", "signs"]
     assert results["tasks"][0]["examples"] == {"train": 2, "validation": 2, "test": 2}
     mask = Mask.load(out / "masks" / "pets.safetensors")
@@ -141,6 +144,30 @@ def test_the_page_of_a_sweep_is_made_again(
         assert re.search(rf"\) +{density} +{100 * row['alone']['mean']:.1f} ", shown) or not density
 
 
+def test_a_sweep_counts_the_runs_without_an_edit(
+    swept: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = swept
+    for cell in results["cells"]:
+        added = load_results(out / cell["folder"] / "results.json")["addition"]
+        assert cell["unedited"] == [name for name in added if added[name]["scaling_coef"] == 0]
+    cells = [
+        cell | {"unedited": ["talos"] if cell["seed"] == 4 and cell["density"] == 0.1 else []}
+        for cell in results["cells"]
+    ]
+    path, page = tmp_path / "results.json", tmp_path / "page.html"
+    path.write_text(json.dumps(results | {"cells": cells}))
+    assert main(["report", str(path), "--out", str(page)]) == 0
+    line = (
+        "TaLoS (sparse) at density 0.1: no sum of the vectors was better on validation data in 1 "
+        "of 2 runs, whose merged model is the pretrained one."
+    )
+    shown = capsys.readouterr().out
+    assert line in shown
+    assert shown.count("no sum of the vectors") == 1
+    assert f"<p>{line}</p>" in page.read_text()
+
+
 def test_the_runs_of_a_sweep_are_compared(
     swept: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +205,7 @@ def test_densities_that_are_almost_equal_have_their_own_folders(
         folders.append(out)
         if len(folders) == 2:
             raise Enough
-        return {}
+        return {"addition": {name: {"scaling_coef": 0.5} for name in settings.methods}}
 
     monkeypatch.setattr(sweep, "run_demo", run)
     monkeypatch.setattr(sweep, "_figures", lambda *_: {})

@@ -31,7 +31,7 @@ def _accuracy(figures: Figures) -> Iterator[Titled]:
             row += [interval(each[kind]), interval(each["difference"], signed=True)]
         shown.add_row(*row)
     own = " with each task's own vector" if kind == "single" else ""
-    at = f" at {figures['scaling_coef']:.2f}" if "scaling_coef" in figures else ""
+    at = f" at {_scale(figures['scaling_coef'])}" if "scaling_coef" in figures else ""
     yield f"accuracy{own}{at}, % with 95 % intervals", shown
 
 
@@ -168,7 +168,7 @@ def comparison(rows: Sequence[Row]) -> Table:
     before: str | None = ""
     for row in rows:
         task = "mean" if row.task is None else escape(row.task)
-        scale = "" if row.scaling_coef is None else f"{row.scaling_coef:.2f}"
+        scale = "" if row.scaling_coef is None else _scale(row.scaling_coef)
         cells = [scale, interval(row.accuracy), _signed(row.difference)]
         if normalised:
             own = "" if row.normalised is None else interval(row.normalised)

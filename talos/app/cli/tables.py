@@ -8,7 +8,7 @@ from rich.table import Table
 
 from talos.app.cli.console import print_line, table
 from talos.app.report.results import FIGURES, SWEEP_SCHEMA, headline
-from talos.app.report.sweep import spread
+from talos.app.report.sweep import spread, unedited
 
 __all__ = ["interval", "overview", "show_results"]
 
@@ -47,6 +47,8 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
     if results["schema"] == SWEEP_SCHEMA:
         console.print("[bold]test accuracy in %, mean with lowest and highest seed[/bold]")
         console.print(_sweep(results))
+        for sentence in unedited(results):
+            print_line(console, sentence)
         return
     console.print("[bold]test accuracy in % with 95 % intervals[/bold]")
     console.print(overview(results))

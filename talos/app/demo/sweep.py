@@ -83,7 +83,16 @@ def run_sweep(
             )
             first = first or results
             figures = {name: _figures(results, name) for name in methods}
-            cells.append({"density": density, "seed": seed, "folder": cell, "figures": figures})
+            added = results["addition"]
+            cells.append(
+                {
+                    "density": density,
+                    "seed": seed,
+                    "folder": cell,
+                    "figures": figures,
+                    "unedited": [name for name in methods if added[name]["scaling_coef"] == 0],
+                }
+            )
     assert first is not None
     swept = {
         "schema": SWEEP_SCHEMA,

@@ -127,13 +127,12 @@ def next_steps(results: Results) -> str:
     """Return the section with commands that continue from here."""
     names = [task["name"] for task in results["tasks"]]
     first = results["methods"][0]["name"]
+    edited = results["addition"][first]["scaling_coef"] != 0
     files = {f["task"]: f["path"] for f in results["files"] if f["method"] == first}
     masks = {f["task"]: f["path"] for f in results["files"] if f["kind"] == "mask"}
     one, two = names[0], names[-1]
     source = results["model"]["source"]
-    lines = [
-        ("inspect a vector", f"talos inspect {files.get(one, 'vector.safetensors')}"),
-        ("inspect a mask", f"talos inspect {masks.get(one, 'mask.safetensors')}"),
+    edit = [
         (
             "combine: add one task, forget another",
             f"talos merge {files.get(one, 'a.safetensors')}:0.6 "
@@ -143,6 +142,11 @@ def next_steps(results: Results) -> str:
             "measure the edit",
             f"talos eval --model {source} --data {one} --data {two} --vector edit.safetensors",
         ),
+    ]
+    lines = [
+        ("inspect a vector", f"talos inspect {files.get(one, 'vector.safetensors')}"),
+        ("inspect a mask", f"talos inspect {masks.get(one, 'mask.safetensors')}"),
+        *(edit if edited else []),
         (
             "your own texts (a CSV or JSON Lines file with the columns text and label)",
             f"talos calibrate --model {source} --data mine.csv --out mask.safetensors\n"

@@ -30,7 +30,8 @@ is whole in a folder of its own. It has created, machine, versions, settings, ta
 title) as above, and
 
 zero_shot  mean accuracy of the pretrained model over the tasks, on test data
-cells      list of density, seed, folder, figures: method -> `FIGURES`, means over the tasks
+cells      list of density, seed, folder, figures: method -> `FIGURES`, means over the tasks;
+           unedited: the methods whose merged model is the pretrained one
 summary    list of density (null for a method without one), method, seeds (how many), and for each
            of `FIGURES` mean, low (the lowest seed), high
 timings    total (seconds)
@@ -221,7 +222,8 @@ def headline(results: Results) -> list[str]:
     """Summarise the results, whichever method is better.
 
     Returns:
-        Two to four sentences: addition with its paired difference, accuracies, negation, sizes.
+        Two sentences or more: addition with its paired difference, what ended in no edit,
+        accuracies, negation, sizes.
     """
     methods = results["methods"]
     first = methods[0]
@@ -248,7 +250,7 @@ def headline(results: Results) -> list[str]:
             text += f", in favour of {other['title']}."
         else:
             text += ", not distinguishable from zero on these test sets."
-        sentences.append(text)
+        sentences += [text, *_no_edits(results)]
         alone = [_mean(results["single"][method["name"]]) for method in (first, other)]
         sentences.append(
             f"The single-task models reach {percent(alone[0])} % and {percent(alone[1])} % on "
@@ -264,7 +266,7 @@ def headline(results: Results) -> list[str]:
             f"other tasks lose {100 * costs[0]:.1f} and {100 * costs[1]:.1f} points."
         )
     else:
-        sentences.append(text + ".")
+        sentences += [text + ".", *_no_edits(results)]
     size = vector_bytes(results, first["name"])
     if size:
         dense = results["model"]["dense_bytes"]
@@ -273,6 +275,22 @@ def headline(results: Results) -> list[str]:
             f"{readable_size(dense)}: {dense / size:.0f} times as much."
         )
     return sentences
+
+
+def _no_edits(results: Results) -> list[str]:
+    """Say which searches chose the coefficient 0."""
+    found = []
+    for method in results["methods"]:
+        name, title = method["name"], method["title"]
+        left = [task for task, e in results["negation"][name].items() if e["scaling_coef"] == 0]
+        if results["addition"][name]["scaling_coef"] == 0:
+            found.append(
+                f"With {title} no sum of the vectors was better on validation data: its merged "
+                "model is the pretrained one."
+            )
+        if left:
+            found.append(f"With {title} nothing was subtracted to forget {', '.join(left)}.")
+    return found
 
 
 def _mean_drop(results: Results, method: str, which: str) -> float:

@@ -313,6 +313,8 @@ def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
             },
             normalised=_read_estimate(added["normalised"]),
             method=str(method["name"]),
+            scaling_coef=float(added["scaling_coef"]),
+            model=results["settings"].get("model"),
         )
 
 

@@ -10,7 +10,7 @@ from talos.app.report.results import FIGURES, Results, percent
 from talos.app.report.style import GREY
 from talos.app.report.svg import draw, method_colour
 
-__all__ = ["content", "spread"]
+__all__ = ["content", "spread", "unedited"]
 
 
 def spread(entry: dict[str, Any]) -> tuple[str, str]:
@@ -24,6 +24,30 @@ def spread(entry: dict[str, Any]) -> tuple[str, str]:
     """
     low, high = percent(entry["low"]), percent(entry["high"])
     return percent(entry["mean"]), "" if low == high else f"{low}–{high}"
+
+
+def unedited(results: Results) -> list[str]:
+    """Say which runs ended in no edit, a sentence for each method and density."""
+    titles = {method["name"]: method["title"] for method in results["methods"]}
+    found = []
+    for entry in results["summary"]:
+        name, density = entry["method"], entry["density"]
+        none = [
+            name in cell.get("unedited", ())
+            for cell in results["cells"]
+            if _of(cell, name, density)
+        ]
+        if any(none):
+            at = "" if density is None else f" at density {density:g}"
+            found.append(
+                f"{titles[name]}{at}: no sum of the vectors was better on validation data in "
+                f"{sum(none)} of {len(none)} runs, whose merged model is the pretrained one."
+            )
+    return found
+
+
+def _of(cell: dict[str, Any], method: str, density: float | None) -> bool:
+    return method in cell["figures"] and density in (None, cell["density"])
 
 
 def content(results: Results) -> tuple[str, list[str]]:
@@ -71,6 +95,7 @@ def _seeds_and_densities(results: Results, densities: list[float]) -> str:
         "and the mean of the others, after negation. The splits of the data are the same for all "
         "seeds.",
         table(("method", "density", *columns), rows),
+        *(f"<p>{escape(line)}</p>" for line in unedited(results)),
         pictures,
     )
 

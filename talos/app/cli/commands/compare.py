@@ -10,6 +10,7 @@ import typer
 from talos.app.cli.console import command, next_step, note, print_line, stdout
 from talos.app.cli.options import Json, Overwrite, Seed, check_input
 from talos.app.cli.records import check_json, write_record
+from talos.app.cli.suggestions import data_options
 
 if TYPE_CHECKING:
     from talos.app.report.runs import Run
@@ -58,7 +59,8 @@ def compare(
         note(f"without answers, so without differences: {', '.join(without)}")
     first = next((run for run in loaded if run.model is not None), loaded[0])
     same = [] if first.model in (None, "minilm") else ["--model", first.model]
-    same += [word for each in first.data or ["TASK"] for word in ("--data", each)]
+    data = [word for each in first.data for word in ("--data", each)]
+    same += data or data_options(first.tasks)
     same += ["--linearized"] if first.linearized else []
     other = ("--vector", "OTHER.safetensors", "--scale", "grid", "--json", "other.json")
     next_step(command("eval", *same, *other))

@@ -155,14 +155,22 @@ def _own_tasks(
 
 def _next(out: Path, results: dict[str, Any], model: str, data: Sequence[str] | None) -> None:
     names = [task["name"] for task in results["tasks"]]
-    folder = out / results["cells"][0]["folder"] if "cells" in results else out
-    first, second = (folder / "vectors" / f"talos-{name}.safetensors" for name in names[:2])
+    method = results["methods"][0]["name"]
+    if "cells" in results:
+        folder = out / results["cells"][0]["folder"]
+        edited = method not in results["cells"][0]["unedited"]
+    else:
+        folder, edited = out, results["addition"][method]["scaling_coef"] != 0
+    first, second = (folder / "vectors" / f"{method}-{name}.safetensors" for name in names[:2])
     tasks = [word for each in list(data or names)[:2] for word in ("--data", each)]
+    edit = (
+        command("merge", f"{first}:0.6", f"{second}:-0.4", "--out", "edit.safetensors"),
+        command("eval", "--model", model, *tasks, "--vector", "edit.safetensors"),
+    )
     next_step(
         f"open {out / 'report.html'} in a browser",
         command("inspect", first, second),
-        command("merge", f"{first}:0.6", f"{second}:-0.4", "--out", "edit.safetensors"),
-        command("eval", "--model", model, *tasks, "--vector", "edit.safetensors"),
+        *(edit if edited else ()),
     )
 
 
