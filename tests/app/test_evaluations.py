@@ -289,6 +289,19 @@ def test_a_vector_that_subtracts_is_not_negated_with_all_metrics(
     assert "negation" not in shown
 
 
+def test_a_control_that_is_only_guessed_is_doubted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {task: share(right(folder, task, "validation")) > 0.5 for task in WORDS}
+    assert set(known.values()) == {True, False}
+    asked = ["--metric", "negation", "--points", "2"]
+    assert main(["eval", *options(folder, *WORDS), *asked]) == 0
+    err = capsys.readouterr().err
+    for target, control in (WORDS, tuple(WORDS)[::-1]):
+        doubted = f"warning: the control of {target} ({control}) has " in err
+        assert doubted != known[control]
+
+
 def test_a_merge_is_measured_instead_of_the_sum(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,10 +220,25 @@ def test_each_command_names_the_next(
     run(*export.split()[1:])
     predict = f"talos predict --model edited --data {data}"
     assert predict in capsys.readouterr().err
+    run("eval", "--model", "edited", "--data", data)
+    assert f"{predict} --task pets\n" in capsys.readouterr().err
     run(*predict.split()[1:])
     capsys.readouterr()
     run("eval", "--model", base, "--data", data, "--vector", vector, "--linearized")
     assert "talos export" not in capsys.readouterr().err
+
+
+def test_a_label_that_is_not_needed_may_be_anything(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "new.jsonl"
+    labels: tuple[object, ...] = (None, 0.5, True, "cat")
+    data.write_text("".join(json.dumps({"text": "meow", "label": each}) + "\n" for each in labels))
+    run("predict", "--model", exported, "--data", data)
+    captured = capsys.readouterr()
+    rows = csv.DictReader(io.StringIO(captured.out))
+    assert [row["label"] for row in rows] == ["", "0.5", "True", "cat"]
+    assert "of 1 label was predicted" in captured.err
 
 
 def test_a_suffix_in_capitals_is_the_same_form(exported: Path, tmp_path: Path) -> None:
@@ -278,6 +293,23 @@ def test_a_head_is_kept_when_the_folder_is_edited_again(
     )
     run("predict", "--model", tmp_path / "two", "--data", signs, "--task", "signs")
     assert main(["predict", "--model", str(tmp_path / "two"), "--data", str(signs)]) == 2
+
+
+def test_eval_says_that_a_head_was_made_with_other_rows_or_tokens(
+    home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("eval", "--model", exported, "--data", home / "pets.csv")
+    assert "warning" not in capsys.readouterr().err
+    run("eval", "--model", exported, "--data", home / "pets.csv", "--max-length", "20")
+    assert "warning: out was made with 48 tokens of a text of pets, got 20;" in (
+        capsys.readouterr().err
+    )
+    lines = (home / "pets.csv").read_text().splitlines()
+    (tmp_path / "pets.csv").write_text("\n".join(lines[:-9]) + "\n")
+    run("eval", "--model", exported, "--data", tmp_path / "pets.csv")
+    assert "warning: the test examples of pets.csv are not those of when out was made" in (
+        capsys.readouterr().err
+    )
 
 
 def test_eval_says_if_no_head_fits(
@@ -501,6 +533,10 @@ def test_refusals(
                 str(empty.parent / "o.safetensors"),
             ],
             "--out must name a folder, as the base is one, got the file .*o.safetensors",
+        ),
+        (
+            ["export", vector, "--base", base, "--data", "no.csv", "--out", "no/such/x"],
+            "--out must lie in an existing folder, got no/such/x; make no/such",
         ),
         (
             ["export", vector, "--base", f"{base}/model.safetensors", "--data", data, "--out", "o"],

@@ -184,6 +184,9 @@ def test_labels_that_are_numbers_are_said(model: str, tmp_path: Path, capsys: Ca
     err = capsys.readouterr().err
     assert "warning: the labels of stars.csv are numbers (0, 1)" in err
     assert "a third column label_text" in err
+    rows = ["text,label,label_text", "bad,0,a bad film", *(f"text {i},{i % 2}," for i in range(9))]
+    assert dry_run(model, write(tmp_path / "half.csv", *rows)) == 0
+    assert "warning: some labels of half.csv are numbers (1), which" in capsys.readouterr().err
     rows = ["text,label,label_text", "bad,0,a bad film", "good,1,a good film"]
     rows += [f"text {i},{i % 2}," for i in range(20)]
     data = write(tmp_path / "described.csv", *rows)

@@ -326,6 +326,13 @@ def test_headline_is_honest(low: float, high: float, said: str) -> None:
     results["addition_difference"] = {"value": (low + high) / 2, "low": low, "high": high, "n": 9}
     text = " ".join(report.headline(results))
     assert said in text
+    forgot = [
+        [each[which]["value"] - each[f"{which}_zero_shot"]["value"] for each in own.values()]
+        for which in ("target", "control")
+        for own in results["negation"].values()
+    ]
+    changes = [f"by {100 * sum(each) / len(each):+.1f} " for each in forgot[:3]]
+    assert all(each in text for each in changes), changes
     assert "95.4 %" in text
     assert "93.7 %" in text
 

@@ -136,6 +136,7 @@ def test_the_page_of_a_sweep_is_made_again(
     assert "2 tasks, 2 densities, 2 seeds" in page
     assert page.count("<svg") == 1
     assert "<td>density</td><td>0.3, 0.1</td>" in page
+    assert "<td>sizes</td>" not in page  # own tasks have others
     for cell in results["cells"]:
         assert f'href="{cell["folder"]}/report.html"' in page
     shown = capsys.readouterr().out

@@ -1,7 +1,8 @@
 """One run of `talos eval`: the model with its tasks and vectors, and what is written of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -179,6 +180,20 @@ class Evaluation:
     def run(self, metrics: Sequence[str]) -> dict[str, Figures]:
         """Measure; return the figures of each metric."""
         return {name: MEASUREMENTS[name].measure(self._subject) for name in metrics}
+
+    def doubts(self, found: Mapping[str, Figures]) -> Iterator[str]:
+        """Yield a warning for each negation whose control was only guessed before the edit."""
+        one = self._subject.forgetting
+        for task, each in found.get("negation", {}).items():
+            kept = [t for t in self._tasks if (t.name in one.control if one else t.name != task)]
+            guess = fmean(1 / len(control.class_names) for control in kept)
+            before = each["grid"][0]["control"]
+            if before <= guess:
+                yield (
+                    f"warning: the control of {task} ({', '.join(each.name for each in kept)}) has "
+                    f"{100 * before:.1f} % before the edit on validation examples, no more than by "
+                    "guessing: to keep a share of that means little; pass another --control"
+                )
 
     def record(
         self,

@@ -191,10 +191,12 @@ def show_data(
     Raises:
         TalosValueError: the tokenizer knows less than half of the texts.
     """
-    for file, metadata in made.items():
+    head = saved_head(encoder, task.class_names, task.class_texts)
+    own = [] if head is None else [(encoder.name, head.made)]
+    for file, metadata in (*made.items(), *own):
         for line in differences(task, max_length, file, metadata):
             note(f"warning: {line}")
-    if encoder.heads and saved_head(encoder, task.class_names, task.class_texts) is None:
+    if encoder.heads and head is None:
         note(
             f"warning: {encoder.name} holds no head of the labels of {task.name} (it holds "
             f"{', '.join(encoder.heads)}); one is made with its edited weights, which is not that "
@@ -213,12 +215,12 @@ def show_data(
     if counts.cut(max_length) > _CUT_SHARE:
         line, longer = _longer(counts, max_length, encoder, task)
         note(f"warning: {line}")
-    if all(_is_number(text) for text in task.class_texts):
-        numbers = ", ".join(task.class_texts[:3])
+    if numbers := [text for text in task.class_texts if _is_number(text)]:
+        which = "the labels" if len(numbers) == len(task.class_texts) else "some labels"
         note(
-            f"warning: the labels of {task.source} are numbers ({numbers}), which describe no "
-            "class; write what each means into a third column label_text, one row of each label "
-            "is enough",
+            f"warning: {which} of {task.source} are numbers ({', '.join(numbers[:3])}), which "
+            "describe no class; write what each means into a third column label_text, one row of "
+            "each label is enough",
         )
     return longer
 

@@ -26,7 +26,7 @@ HEAD_FILE = "talos/head.safetensors"
 
 _KIND = "heads"
 _DTYPES = {"zero_shot": torch.float32, "answers": torch.int64}
-_KEYS = {"task", "kind", "class_names", "class_texts", "scale", "max_length"}
+_KEYS = {"task", "kind", "class_names", "class_texts", "scale", "max_length", "data"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Head:
         class_texts: the text of each class.
         scale: the logit of a class is `scale` times the cosine of two vectors; None for answers.
         max_length: tokens of a text that are read.
+        data: the fingerprint of the task's test examples.
         tensor: float32 [C, D] or int64 [C, L], padded with -100.
     """
 
@@ -50,13 +51,15 @@ class Head:
     class_texts: tuple[str, ...]
     scale: float | None
     max_length: int
+    data: str
     tensor: Tensor = field(repr=False)
 
     @property
     def made(self) -> dict[str, Any]:
         """What it was made with, by the keys that the metadata of masks and vectors have."""
-        keys = ("task", "class_names", "class_texts", "max_length")
-        return {key: getattr(self, key) for key in keys}
+        keys = ("task", "class_names", "class_texts", "max_length", "data")
+        made = {key: getattr(self, key) for key in keys}
+        return {key: list(each) if isinstance(each, tuple) else each for key, each in made.items()}
 
     def classifier(self, encoder: Encoder) -> Classifier:
         """Return the classifier of an encoder with this head.
@@ -75,7 +78,7 @@ class Head:
 
 
 def head_of(
-    classifier: Classifier, task: str, class_names: tuple[str, ...], max_length: int
+    classifier: Classifier, task: str, class_names: tuple[str, ...], max_length: int, data: str
 ) -> Head:
     """Return the head of a classifier, to save it.
 
@@ -84,18 +87,19 @@ def head_of(
         task: the task's name.
         class_names: the names of its classes.
         max_length: tokens of a text that are read.
+        data: the fingerprint of its test examples.
 
     Example:
         >>> from talos.app.models import load_encoder
         >>> classifier = load_encoder().classifier(["an animal", "a vehicle"])
-        >>> head_of(classifier, "things", ("animal", "vehicle"), 48).tensor.shape
+        >>> head_of(classifier, "things", ("animal", "vehicle"), 48, "").tensor.shape
         torch.Size([2, 384])
     """
     encoder = classifier.encoder
     scale = float(encoder.scale) if isinstance(encoder, ZeroShotEncoder) else None
     kind: Literal["zero_shot", "answers"] = "answers" if scale is None else "zero_shot"
     tensor = classifier.head.detach().cpu()
-    return Head(task, kind, class_names, classifier.class_texts, scale, max_length, tensor)
+    return Head(task, kind, class_names, classifier.class_texts, scale, max_length, data, tensor)
 
 
 def classifier_for(
@@ -164,6 +168,8 @@ def _parsed(entry: Any, tensors: Mapping[str, Tensor]) -> Head:
         raise ValueError(f"a head of {entry['kind']} must have the dtype of its kind")
     if not len(set(names)) == len(names) == len(texts) == len(tensor):
         raise ValueError("each must have a row for each class, and each class another name")
+    if not isinstance(entry["data"], str):
+        raise ValueError("data must be a text")
     if type(length) is not int or length < 3:
         raise ValueError("max_length must be an integer of at least 3")
     positive = isinstance(scale, float) and 0 < scale < math.inf

@@ -195,9 +195,13 @@ def made(results: Results) -> str:
 
 
 def setting_rows(results: Results) -> list[tuple[str, str]]:
-    """Return rows of a table: settings, versions, machine and time, as HTML."""
+    """Return rows of a table: settings, versions, machine and time, as HTML.
+
+    The sizes are those asked for of built-in tasks; the table of tasks has what was used.
+    """
+    shown = {k: each for k, each in results["settings"].items() if k not in ("model", "sizes")}
     facts = [
-        *((k.replace("_", " "), each) for k, each in results["settings"].items() if k != "model"),
+        *((k.replace("_", " "), each) for k, each in shown.items()),
         *results["versions"].items(),
         *((f"machine: {key}", value) for key, value in results["machine"].items()),
         ("made", results["created"]),

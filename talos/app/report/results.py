@@ -258,12 +258,15 @@ def headline(results: Results) -> list[str]:
             f"{percent(rival['absolute']['value'])} %, the pretrained one "
             f"{percent(_mean(results['zero_shot']))} %."
         )
-        drops = [_mean_drop(results, method["name"], "target") for method in (first, other)]
-        costs = [_mean_drop(results, method["name"], "control") for method in (first, other)]
+        names = [method["name"] for method in (first, other)]
+        target, control = (
+            [_mean_change(results, name, which) for name in names]
+            for which in ("target", "control")
+        )
         sentences.append(
-            f"Negation lowers the accuracy on the task to forget by {100 * drops[0]:.1f} points on "
-            f"average with {first['title']}, by {100 * drops[1]:.1f} with {other['title']}. The "
-            f"other tasks lose {100 * costs[0]:.1f} and {100 * costs[1]:.1f} points."
+            f"Negation changes the accuracy on the task to forget by {target[0]:+.1f} points "
+            f"on average with {first['title']}, by {target[1]:+.1f} with {other['title']}, "
+            f"that on the other tasks by {control[0]:+.1f} and {control[1]:+.1f}."
         )
     else:
         sentences += [text + ".", *_no_edits(results)]
@@ -293,10 +296,10 @@ def _no_edits(results: Results) -> list[str]:
     return found
 
 
-def _mean_drop(results: Results, method: str, which: str) -> float:
+def _mean_change(results: Results, method: str, which: str) -> float:
     entries = results["negation"][method].values()
-    drops = [entry[f"{which}_zero_shot"]["value"] - entry[which]["value"] for entry in entries]
-    return float(sum(drops) / len(drops))
+    found = [entry[which]["value"] - entry[f"{which}_zero_shot"]["value"] for entry in entries]
+    return 100 * float(sum(found) / len(found))
 
 
 def _mean(estimates: dict[str, dict[str, float]]) -> float:

@@ -267,7 +267,8 @@ def _read_jsonl(
         if not set(needed) <= set(row):
             raise _missing(path, line, list(row), needed)
         label, label_text = row.get("label", ""), row.get(LABEL_TEXT) or ""
-        label = "" if label is None and "label" not in needed else label
+        if "label" not in needed:  # then it may be anything
+            label = "" if label is None else str(label)
         strings = isinstance(row["text"], str) and isinstance(label_text, str)
         if not strings or isinstance(label, bool | float | list | dict | None):
             raise TalosValueError(

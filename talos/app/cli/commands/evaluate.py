@@ -36,6 +36,7 @@ from talos.app.cli.suggestions import merge_command, train_longer
 from talos.options import integer
 
 if TYPE_CHECKING:
+    from talos.app.models import Encoder
     from talos.task_vectors import TaskVector
 
 __all__ = ["EXAMPLES", "evaluate", "facts"]
@@ -136,8 +137,8 @@ def evaluate(
 ) -> None:
     """Measure a model with and without task vectors, with 95 % intervals.
 
-    Scaling coefficients are chosen on the validation examples of the tasks. The chosen one is
-    evaluated once on the test examples. `talos compare` compares the files of --json.
+    Scaling coefficients are chosen on the validation examples of the tasks; the figures of the
+    chosen one are those of the test examples. `talos compare` compares the files of --json.
 
     addition merges the vectors into one model. negation forgets the task of each vector and keeps
     the others as its control; --forget does so for one task. interference is what each vector does
@@ -218,6 +219,8 @@ def evaluate(
         if name in NOTES:
             for line in NOTES[name](figures):
                 print_line(console, line)
+    for line in evaluation.doubts(found):
+        note(line)
     for name, lack in evaluation.left_out.items():
         note(f"{name} was left out: {lack}")
     if record is not None:
@@ -227,7 +230,7 @@ def evaluate(
     else:
         sources = dict(zip(names, data, strict=True))
         edits = list(files.values()) if merged is None else [merged]
-        next_step(*_next(model, sources, vectors, edits, evaluation.chosen, linearized))
+        next_step(*_next(encoder, model, sources, vectors, edits, evaluation.chosen, linearized))
 
 
 def facts() -> dict[str, str]:
@@ -238,6 +241,7 @@ def facts() -> dict[str, str]:
 
 
 def _next(
+    encoder: "Encoder",
     model: str,
     data: Mapping[str, str],
     vectors: "Mapping[str, TaskVector]",
@@ -248,6 +252,7 @@ def _next(
     """Return the commands that make the edit with the coefficient, or look for a better one.
 
     Args:
+        encoder: the model.
         model: --model.
         data: --data of each task.
         vectors: of the tasks.
@@ -256,15 +261,18 @@ def _next(
         linearized: whether the expansion was measured.
     """
     if not vectors:
-        same = ("--model", model, "--data", next(iter(data.values())))
+        task, first = next(iter(data.items()))
+        same = ("--model", model, "--data", first)
+        if task in encoder.heads:
+            return [command("predict", *same, "--task", task)]
         return [command("calibrate", *same, "--out", "mask.safetensors")]
     if coef:
-        first, *others = files
+        one, *others = files
         terms = [f"{file}:{coef:g}" for file in files]
         words = [word for each in data.values() for word in ("--data", each)]
         export = command("export", *terms, "--base", model, *words, "--out", "edited")
         alone = not others and coef > 0
-        merge = merge_command(first, coef) if alone else merge_command(first, coef, terms[1:])
+        merge = merge_command(one, coef) if alone else merge_command(one, coef, terms[1:])
         return [merge, *([] if linearized else [export])]
     if coef == 0 and len(vectors) == 1:
         ((task, vector),) = vectors.items()

@@ -118,6 +118,8 @@ def export(
         raise TalosValueError(f"--out must name a folder, as the base is one, got the file {out}")
     elif os.path.lexists(out) and not overwrite:
         raise TalosOSError(f"--out must not exist, got {out}; pass --overwrite to replace it")
+    elif not out.absolute().parent.is_dir():
+        raise TalosOSError(f"--out must lie in an existing folder, got {out}; make {out.parent}")
     from talos.task_vectors import Patch, TaskVector
     from talos.tensors import readable_size
 
@@ -218,7 +220,9 @@ def _read_base(
             tokens = tokens_for(task, encoder, max_length, [metadata])
             show_data(task, encoder, tokens, {Path("the vector"): metadata})
             classifier = classifier_for(encoder, task.class_names, task.class_texts)
-            heads[task.name] = head_of(classifier, task.name, task.class_names, tokens)
+            heads[task.name] = head_of(
+                classifier, task.name, task.class_names, tokens, task.fingerprint()
+            )
         heads = {**heads, **{k: head for k, head in encoder.heads.items() if k not in heads}}
     if heads:
         beside[HEAD_FILE] = partial(save_heads, heads=heads)
