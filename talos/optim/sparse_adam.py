@@ -42,7 +42,7 @@ from talos.optim.param_groups import (
     unselected,
 )
 from talos.optim.states import Saved, State, StateReader, checked_state, foreign
-from talos.optim.watching import hold, let_go, warn_of_no_gradient
+from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
 from talos.params import check_one_memory
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
@@ -202,6 +202,7 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        note_step(self, stacklevel=4)
         checked = self._checked()  # completes groups that other code made
         for group in self.param_groups:
             check_hyperparameters(group)
@@ -213,7 +214,7 @@ class SparseAdam(torch.optim.Optimizer):
             pairs = zip(self._buckets, checked, strict=True)
             self._trained = any(g is not bucket.absent for bucket, grads in pairs for g in grads)
             if not self._trained and self._stepped:
-                warn_of_no_gradient(stacklevel=3)
+                warn_of_no_gradient(stacklevel=4)
                 self._trained = True  # warn once
         self._stepped = True
         return loss

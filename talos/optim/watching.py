@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from talos.masks import Mask
 
-__all__ = ["hold", "let_go", "warn_of_no_gradient"]
+__all__ = ["hold", "let_go", "note_step", "warn_of_no_gradient"]
 
 
 def warn_of_no_gradient(stacklevel: int) -> None:
@@ -38,12 +38,16 @@ class _Held:
         mask: the entries that it trains.
         frozen: names of the parameters that it froze, by identity.
         seen: the optimizers that were compared with it; each is warned of once.
+        rivals: the optimizers that train entries of it, with the names of the parameters.
+        stepped: those of them that made a step since it is at work.
     """
 
     names: Mapping[Tensor, str]
     mask: Mask
     frozen: Mapping[int, str]
     seen: "weakref.WeakSet[torch.optim.Optimizer]"
+    rivals: "weakref.WeakKeyDictionary[torch.optim.Optimizer, str]"
+    stepped: "weakref.WeakSet[torch.optim.Optimizer]"
 
 
 _held = weakref.WeakKeyDictionary[torch.optim.Optimizer, _Held]()
@@ -58,9 +62,10 @@ def hold(
     mask: Mask,
     frozen: Mapping[str, Tensor],
 ) -> None:
-    """Warn if another optimizer at work trains the same entries; watch the frozen parameters.
+    """Note what an optimizer trains and freezes.
 
-    From then on another optimizer that steps a frozen parameter is warned of.
+    From then on another optimizer that steps a frozen parameter is warned of, and `note_step` warns
+    of one that trains the same entries.
 
     Args:
         owner: the optimizer.
@@ -68,6 +73,11 @@ def hold(
         mask: the entries that it trains.
         frozen: the parameters that it froze, by name.
     """
+    by_identity = {id(param): name for name, param in frozen.items()}
+    own = _Held(
+        *(names, mask, by_identity, weakref.WeakSet([owner])),
+        *(weakref.WeakKeyDictionary(), weakref.WeakSet()),
+    )
     for other, held in list(_held.items()):
         shared = [
             name
@@ -76,15 +86,35 @@ def hold(
             if _overlap(mask, name, held.mask, held.names[param])
         ]
         if shared:
-            warnings.warn(
-                f"another SparseAdam trains entries of {_some(shared)}, and both would step them; "
-                "call release() of the first one before you make the next",
-                stacklevel=4,
-            )
-    by_identity = {id(param): name for name, param in frozen.items()}
-    _held[owner] = _Held(names, mask, by_identity, weakref.WeakSet([owner]))
+            own.rivals[other] = held.rivals[owner] = _some(shared)
+            held.stepped.discard(owner)
+    _held[owner] = own
     if frozen and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_look))
+
+
+def note_step(owner: torch.optim.Optimizer, stacklevel: int) -> None:
+    """Warn once of two optimizers at work that both step the same entries.
+
+    An optimizer that is never stepped again does no harm, as the old one in a notebook.
+
+    Args:
+        owner: the optimizer that makes a step.
+        stacklevel: as of `warnings.warn`, from the caller of this function.
+    """
+    if (own := _held.get(owner)) is None:
+        return
+    for other, shared in list(own.rivals.items()):
+        if (held := _held.get(other)) is None:  # it was released
+            continue
+        held.stepped.add(owner)
+        if other in own.stepped:
+            del own.rivals[other], held.rivals[owner]
+            warnings.warn(
+                f"another SparseAdam trains entries of {shared}, and both step them; call "
+                "release() of the one that is done",
+                stacklevel=stacklevel + 1,
+            )
 
 
 def let_go(owner: torch.optim.Optimizer) -> None:

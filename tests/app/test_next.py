@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from talos.app.cli import main
+from talos.app.cli.console import command
 from talos.app.cli.suggestions import after_vector, model_option, train_longer
 from talos.masks import Mask
 from talos.task_vectors import TaskVector
@@ -42,6 +43,24 @@ def test_eval_proposes_a_mask_first_and_more_steps_where_a_vector_does_not_help(
     record = "--scale 0 --json e.json --overwrite"
     assert main(f"eval {same} --vector v.safetensors {record}".split()) == 0
     assert proposed(capsys.readouterr().err) == ["talos compare e.json OTHER.json"]
+
+
+def test_an_out_that_is_proposed_is_not_there_yet(
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = ["--model", str(folder / "tiny"), "--data", str(folder / "pets.csv")]
+    for name in ("mask", "mask-2", "mask-3"):
+        for words in (["calibrate", *same, "--dry-run"], ["eval", *same]):
+            assert main(words) == 0
+            [line] = proposed(capsys.readouterr().err)
+            assert line.endswith(f" --out {name}.safetensors")
+        Path(f"{name}.safetensors").touch()
+    Path("edited").mkdir()
+    assert command("export", "v", "--out", "edited") == "talos export v --out edited-2"
 
 
 def test_a_vector_is_followed_by_its_own_model_base_and_tasks() -> None:

@@ -46,7 +46,7 @@ def test_each_reason_is_given() -> None:
     assert found["query.weight"] == (16, SCORED, "")
     assert found["attention.in_proj_weight"] == (48, SCORED, "")
     assert found["vector"] == (4, LEFT_OUT, "no linear, patch or norm layer")
-    assert found["norm.weight"] == (4, FROZEN, "requires_grad=False")
+    assert found["norm.weight"] == (4, FROZEN, "no command trains it")
     assert found["head.bias"] == (3, LEFT_OUT, "head")
     untied = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
     assert fates(untied, "maskable")["0.weight"] == (6, LEFT_OUT, "embedding")

@@ -43,7 +43,7 @@ def test_each_command_says_what_was_read(model: str, tmp_path: Path, capsys: Cap
     mask, vector = str(tmp_path / "mask.safetensors"), str(tmp_path / "vector.safetensors")
     line = (
         "pets.csv: 62 rows, 2 labels (cat 30, dog 30); 48 train, 6 validation, 6 test; "
-        "2 repeats dropped; 0 % of the texts cut at 48 tokens (median 8)\n"
+        "2 repeats dropped\n"
     )
     common = ["--model", model, "--data", data]
     few = ["--samples", "8", "--rounds", "1"]
@@ -81,11 +81,17 @@ def test_texts_that_are_cut_are_said_with_the_length_that_keeps_them(
     data = pets(tmp_path / "long.csv", more=" purr" * 6)
     assert dry_run(model, data, "--max-length", "16") == 0
     err = capsys.readouterr().err
+    assert err.endswith("--max-length 16 --out mask.safetensors\n")
     assert "100 % of the texts cut at 16 tokens (median 32)" in err
     warning = "warning: 100 % of the texts of long.csv are cut; --max-length 32 keeps 100 % of them"
     assert warning in err
     assert dry_run(model, data, "--max-length", "32") == 0
     assert "warning" not in capsys.readouterr().err
+    longer = pets(tmp_path / "longer.csv", more=" purr" * 12)
+    assert dry_run(model, longer) == 0
+    err = capsys.readouterr().err
+    assert "--max-length 56 keeps 100 % of them whole" in err
+    assert err.endswith("--max-length 56 --out mask.safetensors\n")
 
 
 def test_texts_longer_than_the_model_takes_are_said(

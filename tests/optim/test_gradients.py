@@ -418,7 +418,6 @@ def test_a_forgotten_optimizer_stops_compacting() -> None:
     assert type(model.weight.grad) is Tensor
 
 
-@pytest.mark.filterwarnings("ignore:another SparseAdam trains entries of")
 def test_another_optimizers_compact_gradient_is_refused() -> None:
     model = nn.Linear(8, 4)
     first, second = (SparseAdam(model, random_mask(model, d, ".")) for d in (0.3, 0.6))

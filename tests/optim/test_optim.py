@@ -25,7 +25,6 @@ from talos.optim import SparseAdam
 from tests.cases import assert_bit_equal
 
 # These load a state into a second optimizer of a model whose first one is still there.
-pytestmark = pytest.mark.filterwarnings("ignore:another SparseAdam trains entries of")
 
 STEPS = 40
 SHAPES = {"embed": (50, 7), "weight": (97, 31), "bias": (31,), "scale": (1,)}

@@ -1,9 +1,12 @@
 """The output of the command line: results on stdout; progress, notes and next steps on stderr."""
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -30,6 +33,7 @@ __all__ = [
     "print_line",
     "stdout",
     "table",
+    "unused",
 ]
 
 T = TypeVar("T")
@@ -66,8 +70,21 @@ def print_line(console: Console, text: str) -> None:
 
 
 def command(*words: object) -> str:
-    """Return a command line of `talos`, quoted for a shell."""
-    return shlex.join(["talos", *map(str, words)])
+    """Return a command line of `talos`, quoted for a shell; its --out is a file that is not there.
+
+    Example:
+        >>> command("inspect", "a mask.safetensors")
+        "talos inspect 'a mask.safetensors'"
+    """
+    after_out = zip(words, ("", *words), strict=False)
+    new = [unused(Path(str(word))) if before == "--out" else word for word, before in after_out]
+    return shlex.join(["talos", *map(str, new)])
+
+
+def unused(path: Path) -> Path:
+    """Return a path where nothing is yet: this one, or with the first number that is free."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(each for each in chain([path], numbered) if not os.path.lexists(each))
 
 
 def note(text: str) -> None:

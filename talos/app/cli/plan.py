@@ -71,7 +71,7 @@ def shares(model: nn.Module, params: str) -> list[Share]:
             numel -= scored
             reason = "rows of values"
         elif not param.requires_grad:
-            found.append(Share(name, numel, numel * size, FROZEN, "requires_grad=False"))
+            found.append(Share(name, numel, numel * size, FROZEN, "no command trains it"))
             numel = 0
         else:
             reason = _reason(name, uses[id(param)], params)

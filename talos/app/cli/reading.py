@@ -120,9 +120,9 @@ at 8 tokens (median 3)'
     ]
     if task.repeats:
         parts.append(f"{task.repeats:,} repeat{'s' if task.repeats > 1 else ''} dropped")
-    if counts is not None:
-        share, middle = _percent(counts.cut(max_length)), median_low(counts.lengths)
-        parts.append(f"{share} of the texts cut at {max_length} tokens (median {middle})")
+    if counts is not None and (share := counts.cut(max_length)):
+        middle = f"(median {median_low(counts.lengths)})"
+        parts.append(f"{_percent(share)} of the texts cut at {max_length} tokens {middle}")
     return "; ".join(parts)
 
 
@@ -176,7 +176,7 @@ def show_data(
     encoder: Encoder,
     max_length: int,
     made: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
-) -> None:
+) -> int | None:
     """Print on stderr what was read, and warnings of what does not fit the model or a file.
 
     Args:
@@ -184,6 +184,9 @@ def show_data(
         encoder: the model.
         max_length: the tokens of a text that are kept.
         made: the masks or vectors at hand, with their metadata.
+
+    Returns:
+        The length that cuts less, if it is told.
 
     Raises:
         TalosValueError: the tokenizer knows less than half of the texts.
@@ -203,13 +206,15 @@ def show_data(
         note(f"warning: labels of {task.source or task.name} are all but equal: {alike}")
     if isinstance(task, ImageTask):
         note(summary(task, None, max_length))
-        return
+        return None
     counts = _known_tokens(task, encoder)
     note(summary(task, counts, max_length))
     if not task.source:
-        return
+        return None
+    longer = None
     if counts.cut(max_length) > _CUT_SHARE:
-        note(f"warning: {_longer(counts, max_length, encoder, task)}")
+        line, longer = _longer(counts, max_length, encoder, task)
+        note(f"warning: {line}")
     if numbers := [text for text in task.class_texts if _is_number(text)]:
         which = "the labels" if len(numbers) == len(task.class_texts) else "some labels"
         note(
@@ -217,6 +222,7 @@ def show_data(
             "describe no class; write what each means into a third column label_text, one row of "
             "each label is enough",
         )
+    return longer
 
 
 def show_other_tasks(
@@ -253,8 +259,9 @@ def show_rows(task: Task | ImageTask, encoder: Encoder, max_length: int) -> None
             f"--model must take the {max_length:,} tokens of its head, got {encoder.name}, which "
             f"takes {most:,}; export it again"
         )
-    cut = _percent(_known_tokens(task, encoder).cut(max_length))
-    note(f"{task.source}: {len(task.test):,} rows; {cut} of the texts cut at {max_length} tokens")
+    cut = _known_tokens(task, encoder).cut(max_length)
+    line = f"; {_percent(cut)} of the texts cut at {max_length} tokens" if cut else ""
+    note(f"{task.source}: {len(task.test):,} rows{line}")
 
 
 def _known_tokens(task: Task, encoder: Encoder) -> TokenCounts:
@@ -275,19 +282,23 @@ def _known_tokens(task: Task, encoder: Encoder) -> TokenCounts:
     return counts
 
 
-def _longer(counts: TokenCounts, max_length: int, encoder: Encoder, task: Task) -> str:
-    """Return what is cut, and the length that cuts less."""
+def _longer(
+    counts: TokenCounts, max_length: int, encoder: Encoder, task: Task
+) -> tuple[str, int | None]:
+    """Return what is cut, and the length that cuts less; None: there is none."""
     most, wanted = encoder.most_tokens(task.class_texts), counts.holding(0.95)
     limited = most is not None and wanted > most
     wanted = min(wanted, most or wanted)
     lead = f"{_percent(counts.cut(max_length))} of the texts of {task.source} are cut"
     if counts.cut(wanted) == counts.cut(max_length) and wanted > max_length:
-        return f"{lead} as at {wanted} tokens, the most that {encoder.name} takes; shorten them"
+        lead += f" as at {wanted} tokens, the most that {encoder.name} takes; shorten them"
+        return lead, None
     if wanted <= max_length:
-        return f"{lead} at {max_length} tokens, the most that {encoder.name} takes; shorten them"
+        lead += f" at {max_length} tokens, the most that {encoder.name} takes; shorten them"
+        return lead, None
     kept = _percent(1 - counts.cut(wanted))
     limit = f", the most that {encoder.name} takes," if limited else ""
-    return f"{lead}; --max-length {wanted}{limit} keeps {kept} of them whole"
+    return f"{lead}; --max-length {wanted}{limit} keeps {kept} of them whole", wanted
 
 
 def _alike(task: Task | ImageTask) -> str:

@@ -28,8 +28,7 @@ def merge_command(
     vector: Path, coefficient: float, others: Sequence[str] = ("SECOND.safetensors:0.5",)
 ) -> str:
     """Return a command that merges a vector with other terms, into a new file."""
-    out = "sum.safetensors" if vector.name == "edit.safetensors" else "edit.safetensors"
-    return command("merge", f"{vector}:{coefficient:g}", *others, "--out", out)
+    return command("merge", f"{vector}:{coefficient:g}", *others, "--out", "edit.safetensors")
 
 
 def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ from talos.app.cli.console import (
     per_second,
     print_line,
     stdout,
+    unused,
 )
 from talos.app.cli.options import (
     Batch,
@@ -181,7 +182,7 @@ def calibrate(
             )
         classifier = load_classifier(model, task)
         tokens = tokens_for(task, classifier.encoder, max_length)
-        show_data(task, classifier.encoder, tokens)
+        longer = show_data(task, classifier.encoder, tokens)
         batches = calibration_batches(
             task,
             classifier.encoder,
@@ -192,7 +193,8 @@ def calibrate(
         )
         if out is None or dry_run:
             _show_plan(console, classifier, batches[0], params, density, samples, rounds, layers)
-            next_step(_again(context, out or Path("mask.safetensors")))
+            out = out or unused(Path("mask.safetensors"))
+            next_step(_again(context, out, longer if max_length is None else None))
             return
 
         def show(progress: CalibrationProgress) -> None:
@@ -278,11 +280,12 @@ def _show_plan(
         print_line(console, f"{readable_size(nbytes):>10}  {what}")
 
 
-def _again(context: typer.Context, out: Path) -> str:
-    """Return the command line that does what the dry run shows."""
+def _again(context: typer.Context, out: Path, longer: int | None) -> str:
+    """Return the command line that does what the dry run shows, with texts of this length."""
     words = ["talos", "calibrate"]
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if option.name not in ("out", "dry_run", "layers") and value != option.default:
             words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
+    words += [] if longer is None else ["--max-length", str(longer)]
     return shlex.join([*words, "--out", str(out)])
