@@ -295,6 +295,15 @@ def test_a_head_is_kept_when_the_folder_is_edited_again(
     assert main(["predict", "--model", str(tmp_path / "two"), "--data", str(signs)]) == 2
 
 
+def test_a_small_coefficient_is_not_shown_as_0(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", home / "base", "--data", home / "pets.csv"]
+    for given, shown in (("-0.001", "-0.001"), ("-0.0", "0.00"), ("-0.25", "-0.25")):
+        run("eval", *words, "--vector", home / "vector.safetensors", f"--scale={given}")
+        assert f"accuracy at {shown}, %" in capsys.readouterr().out
+
+
 def test_eval_says_that_a_head_was_made_with_other_rows_or_tokens(
     home: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,10 +101,14 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "--max-length",
         "at least 3, got 2",
     ),
-    ("calibrate --data pets.csv --out m.safetensors --draws 0", "--draws", "at least 1, got 0"),
+    (
+        "calibrate --data pets.csv --out m.safetensors --draws 0",
+        "--draws",
+        "at least 1 and below a billion, got 0",
+    ),
     (
         f"calibrate --data pets.csv --out m.safetensors --draws {'9' * 5000}",
-        *("--draws", "below a billion and at least 1, got 999"),
+        *("--draws", "at least 1 and below a billion, got 999"),
     ),
     (
         "demo --out new --seed 18446744073709551615 --seeds 2",

@@ -43,7 +43,7 @@ def _addition(figures: Figures) -> Iterator[Titled]:
         shown.add_row(escape(task), interval(figures["single"][task]), interval(estimate))
     shown.add_row("absolute", "", interval(figures["absolute"]), style="bold")
     shown.add_row("normalised", "", interval(figures["normalised"]), style="bold")
-    yield f"addition at {figures['scaling_coef']:.2f}, % with 95 % intervals", shown
+    yield f"addition at {_scale(figures['scaling_coef'])}, % with 95 % intervals", shown
 
 
 def _negation(figures: Figures) -> Iterator[Titled]:
@@ -136,7 +136,8 @@ def _grid(figures: Figures, keys: Sequence[str], title: str, sign: int = 1) -> T
 
 
 def _scale(coef: float) -> str:
-    return f"{coef + 0.0:.2f}"  # no -0.00 for 0
+    """Return a coefficient with two decimals; one that they would show as 0 has a digit more."""
+    return f"{coef + 0.0:.2f}" if coef == 0 or abs(coef) >= 0.005 else f"{coef:.1g}"
 
 
 TABLES: dict[str, Callable[[Figures], Iterator[Titled]]] = {

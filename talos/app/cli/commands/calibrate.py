@@ -149,7 +149,7 @@ def calibrate(
         raise TalosValueError("--target must be logit with --parity released, got log_prob")
     if draws != "exact" and not (draws.isdecimal() and len(draws) < 10 and int(draws) > 0):
         raise TalosValueError(
-            f"--draws must be exact or below a billion and at least 1, got {draws:.20}"
+            f"--draws must be exact or at least 1 and below a billion, got {draws:.20}"
         )
     if labels == "importance" and (draws == "exact" or target == "logit" or parity == "released"):
         raise TalosValueError(

@@ -58,8 +58,8 @@ def export(
         typer.Option(
             "--base",
             help="The model that is edited, as --model of `talos train`: minilm, a folder, a name "
-            "on the Hugging Face hub, or openclip:NAME:WEIGHTS. Or a .safetensors file. A delta "
-            "needs none.",
+            "on the Hugging Face hub, or openclip:NAME:WEIGHTS. Or, without --data, a .safetensors "
+            "file. A delta needs none.",
         ),
     ] = None,
     data: Annotated[
