@@ -1,4 +1,4 @@
-"""docs/models.md says what the code does: its tables are made again here and compared."""
+"""The pages say what the code does: the tables of docs/models.md are made again and compared."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,12 +13,14 @@ from timm import create_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates, select_parameters
 from tests.architecture.test_families import FAMILIES, expand, pattern_of
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCUMENT = (DOCS / "models.md").read_text()
 NORMS = ("LayerNorm", "RMSNorm")
 HEADS = (
     *("head.", "classifier.", "pre_classifier.", "score.", "lm_head."),
@@ -234,3 +236,10 @@ def test_sizes_are_those_of_the_published_models(label: str) -> None:
 
 def test_every_size_is_held_to_the_code() -> None:
     assert [row[0] for row in section("Sizes")] == list(SIZES)
+
+
+def test_every_built_in_task_is_named_in_the_page_of_data() -> None:
+    page = (DOCS / "data.md").read_text()
+    assert not [each.name for each in SOURCES if f"`{each.name}`" not in page]
+    assert "`digits`" in page
+    assert "`minilm`" in page
