@@ -313,11 +313,15 @@ def test_merge_sums_over_the_union(
     assert TaskVector.load(out).values.tolist() == [1.0, 2.0]
 
 
-def test_the_next_commands_can_be_run_as_they_are() -> None:
+def test_the_next_commands_can_be_run_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert command("train", "--data", "my pets.csv") == "talos train --data 'my pets.csv'"
     edit = Path("edit.safetensors")
     assert "--out edit.safetensors" in merge_command(Path("a.safetensors"), 0.5)
-    assert "--out edit.safetensors" not in merge_command(edit, 0.5)
+    edit.touch()
+    assert "--out edit-2.safetensors" in merge_command(edit, 0.5)
 
 
 def test_merge_warns_of_vectors_that_share_no_tensor(
