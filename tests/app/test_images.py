@@ -76,7 +76,6 @@ def test_batches(folder: Path) -> None:
     batches.set_epoch(1)
     again = torch.cat([batch["pixel_values"] for batch in batches])
     assert not torch.equal(again, torch.cat([batch["pixel_values"] for batch in first]))
-    assert [len(b["labels"]) for b in batches.shortest_first(3)] == [14]
     labels = torch.cat([batch["labels"] for batch in batches.shortest_first()])
     assert labels.tolist() == [example.label for example in task.train]
 
