@@ -321,7 +321,7 @@ def test_the_next_commands_can_be_run_as_they_are(
     edit = Path("edit.safetensors")
     assert "--out edit.safetensors" in merge_command(Path("a.safetensors"), 0.5)
     edit.touch()
-    assert "--out edit.safetensors" not in merge_command(edit, 0.5)
+    assert "--out edit-2.safetensors" in merge_command(edit, 0.5)
 
 
 def test_merge_warns_of_vectors_that_share_no_tensor(
