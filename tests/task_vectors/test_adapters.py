@@ -88,8 +88,10 @@ def test_an_adapter_comes_in_as_peft_merges_it(
     merged = weights(tuned.merge_and_unload())
     vector.apply_(base)
     for name, ours in weights(base).items():
-        # PEFT rounds a sparse adapter and that of an embedding to bfloat16 before it adds them.
-        if dtype == torch.bfloat16 and (kind in ("shira", "super") or name == "emb.weight"):
+        # PEFT rounds a sparse adapter and that of an embedding to bfloat16 before it adds them. It
+        # multiplies that of a convolution as a convolution, whose order of sums is the CPU's.
+        rounded = dtype == torch.bfloat16 and (kind in ("shira", "super") or name == "emb.weight")
+        if rounded or ours.dim() == 4:
             assert_close(ours, merged[name], reduction=True)
         else:
             assert_bit_equal(ours, merged[name])
