@@ -78,7 +78,7 @@ def demo(
     For each task the demo finds the weights that matter least and trains only those. It adds the
     task vectors to get one model for all tasks, and subtracts one to make the model forget its
     task. It does the same with full fine-tuning, and with other --methods. The built-in tasks are
-    made of Python's own sources: nothing is downloaded. They take about ten minutes on two cores.
+    made of Python's own sources: nothing is downloaded. They take about 20 minutes on two cores.
 
     Writes results.json, report.html (open it in a browser), vectors/ and masks/. Of several
     densities or seeds, each run is in a folder of its own under cells/, and the report has means
