@@ -152,9 +152,11 @@ def logits_of(
     size = {"batch_size": batch_size, "max_length": max_length}
     batches = task.batches(split, encoder.tokenizer, **size).shortest_first()
     with evaluation_mode(classifier), torch.no_grad():
-        found = torch.cat([classifier(batch) for batch in _Moved(batches, encoder.device)])
-    places = torch.tensor(batches.order(), dtype=torch.int64, device="cpu").argsort()
-    return found.cpu()[places]
+        return _in_order(_logits, batches, encoder.device)(classifier)
+
+
+def _logits(batches: Iterable[Batch]) -> Judge:
+    return lambda module: torch.cat([module(batch) for batch in batches]).cpu()
 
 
 def load_tasks(settings: DemoSettings) -> list[Task]:
