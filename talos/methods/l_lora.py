@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from talos.architecture.attention import Projection
+from talos.distributed import several_processes
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup, untrained
 from talos.methods.nonlinear import clip
 from talos.optim.linear_backward import route, unroute
-from talos.optim.param_groups import several_processes
 from talos.options import integer, positive, read_seed
 from talos.params import select_attention
 from talos.task_vectors import TaskVector

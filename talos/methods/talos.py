@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from talos.distributed import several_processes
 from talos.errors import TalosTypeError
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup
 from talos.optim import SparseAdam
-from talos.optim.param_groups import several_processes
 from talos.task_vectors import TaskVector
 
 __all__ = ["Sparse", "Talos"]

@@ -27,7 +27,6 @@ __all__ = [
     "module_of",
     "named_groups",
     "selected_names",
-    "several_processes",
     "unselected",
 ]
 
@@ -253,13 +252,3 @@ def _check_number(what: str, value: Any, below: float = math.inf) -> None:
         raise TalosTypeError(f"Invalid {what}: {value!r}; it must be a number")
     if not 0.0 <= number < below:
         raise TalosValueError(f"Invalid {what}: {value}; it must lie in [0, {below})")
-
-
-def several_processes() -> bool:
-    """Return whether torch.distributed runs more than this process."""
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )

@@ -20,6 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import several_processes
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
@@ -38,7 +39,6 @@ from talos.optim.param_groups import (
     module_of,
     named_groups,
     selected_names,
-    several_processes,
     unselected,
 )
 from talos.optim.states import Saved, State, StateReader, checked_state, foreign

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # `__init__` stands for `import talos`, which does not load what is below it.
 ORDER = (
     {"errors"},
-    {"tensors", "options", "files", "architecture"},
+    {"tensors", "options", "files", "architecture", "distributed"},
     {"names"},
     {"params", "masks"},
     {"batches"},

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # `folder/`, `path/file.py`, or `path/file.py::Class.method`.
 NAMED = re.findall(r"`([\w./]+(?:\.py|\.h|\.cpp|/))(?:::([\w.]+))?`", PAGE)
-SERVE_ALL = {"names", "tensors", "options", "batches", "errors"}
+SERVE_ALL = {"names", "tensors", "options", "batches", "distributed", "errors"}
 
 
 def defined(path: Path) -> set[str]:
