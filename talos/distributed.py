@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "errors_on_all_ranks",
-    "gathered",
     "is_sharded",
     "local",
     "part_of",
@@ -33,6 +32,8 @@ __all__ = [
     "whole",
     "world_size",
 ]
+
+_SENT = "_talos_sent_to_all_ranks"  # set on an error that all ranks know of
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -160,15 +161,8 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gathered(value: object, group: "dist.ProcessGroup | DeviceMesh | None" = None) -> list[Any]:
-    """Return the values of all ranks of a group or mesh, in their order; all of them call this.
-
-    Example:
-        >>> gathered("mine")
-        ['mine']
-    """
-    if world_size() == 1:
-        return [value]
+def _gathered(value: object, group: "dist.ProcessGroup | DeviceMesh | None") -> list[Any]:
+    """Return the values of all ranks of a group or mesh, in their order; all of them call this."""
     found = [value]
     plain = group is None or isinstance(group, dist.ProcessGroup)
     groups: Any = [group] if plain else cast("DeviceMesh", group).get_all_groups()
@@ -180,29 +174,52 @@ def gathered(value: object, group: "dist.ProcessGroup | DeviceMesh | None" = Non
 
 
 @contextmanager
-def errors_on_all_ranks(group: "dist.ProcessGroup | DeviceMesh | None" = None) -> Iterator[None]:
+def errors_on_all_ranks(
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+) -> Iterator[list[Any]]:
     """Run a block without collectives; if a rank raises in it, all ranks raise.
 
     The ranks that did not fail would otherwise wait for the one that did in their next collective.
+    Where these blocks lie in one another, an error is sent once: ranks in an inner block receive
+    the error of a rank that failed in the outer one.
 
     Args:
-        group: the ranks; None: all.
+        group: the ranks that all run the block, or a mesh of them; None: all there are.
+
+    Yields:
+        A list. What the ranks append to it in the block is there after it on every rank, in the
+        order of the ranks.
 
     Raises:
         TalosRuntimeError: another rank raised; the message holds its error.
 
     Example:
-        >>> with errors_on_all_ranks():
-        ...     checked = True
+        >>> with errors_on_all_ranks() as sizes:
+        ...     sizes.append(3)
+        >>> sizes  # of all ranks
+        [3]
     """
     error: Exception | None = None
+    values: list[Any] = []
     try:
-        yield
+        yield values
     except Exception as raised:
         error = raised
-    text = None if error is None else f"rank {rank()} raised {type(error).__name__}: {error}"
-    failed = [each for each in gathered(text, group) if each is not None]
-    if error is None and failed:
-        raise TalosRuntimeError(failed[0])
+    if world_size() > 1 and not _was_sent(error):
+        text = None if error is None else f"rank {rank()} raised {type(error).__name__}: {error}"
+        found = _gathered((text, values), group)
+        failed = [text for text, _ in found if text is not None]
+        if error is None and failed:
+            error = TalosRuntimeError(failed[0])
+        values[:] = [each for _, own in found for each in own]
+        if error is not None:
+            setattr(error, _SENT, True)
     if error is not None:
         raise error
+
+
+def _was_sent(error: BaseException | None) -> bool:
+    """Return whether all ranks know of an error, or of the one that it was made from."""
+    while error is not None and not hasattr(error, _SENT):
+        error = error.__cause__
+    return error is not None

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from talos.distributed import (
     errors_on_all_ranks,
-    gathered,
     is_sharded,
     local,
     part_of,
@@ -152,9 +151,9 @@ def agreement(mask: Mask, params: Iterable[Tensor]) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    with errors_on_all_ranks(mesh):
+    with errors_on_all_ranks(mesh) as found:
         yield
-    found = gathered(mask.fingerprint, mesh)
+        found.append(mask.fingerprint)
     if len(set(found)) > 1:
         raise TalosValueError(
             f"mask must be the same on all ranks, got fingerprints {', '.join(found[:8])}; "
