@@ -26,6 +26,8 @@ __all__ = [
     "world_size",
 ]
 
+_SENT = "_talos_sent_to_all_ranks"  # set on an error that all ranks know of
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Return how many processes torch.distributed runs; 1 where it is not initialised.
@@ -111,30 +113,52 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[list[Any]]:
     """Run a block without collectives; if a rank raises in it, all ranks raise.
 
     The ranks that did not fail would otherwise wait for the one that did in their next collective.
+    Where these blocks lie in one another, an error is sent once: ranks in an inner block receive
+    the error of a rank that failed in the outer one.
+
+    Args:
+        group: the ranks that all run the block; None: all there are.
+
+    Yields:
+        A list. What the ranks append to it in the block is there after it on every rank, in the
+        order of the ranks.
 
     Raises:
         TalosRuntimeError: another rank raised; the message holds its error.
 
     Example:
-        >>> with errors_on_all_ranks():
-        ...     checked = True
+        >>> with errors_on_all_ranks() as sizes:
+        ...     sizes.append(3)
+        >>> sizes  # of all ranks
+        [3]
     """
     error: Exception | None = None
+    values: list[Any] = []
     try:
-        yield
+        yield values
     except Exception as raised:
         error = raised
-    if world_size(group) > 1:
+    if world_size(group) > 1 and not _was_sent(error):
         found: list[Any] = [None] * world_size(group)
         text = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(found, text, group=group)
-        failed = [(number, each) for number, each in enumerate(found) if each is not None]
+        dist.all_gather_object(found, (text, values), group=group)
+        failed = [(number, text) for number, (text, _) in enumerate(found) if text is not None]
         if error is None and failed:
             number, text = failed[0]
-            raise TalosRuntimeError(f"rank {number} raised {text}")
+            error = TalosRuntimeError(f"rank {number} raised {text}")
+        values[:] = [each for _, own in found for each in own]
+        if error is not None:
+            setattr(error, _SENT, True)
     if error is not None:
         raise error
+
+
+def _was_sent(error: BaseException | None) -> bool:
+    """Return whether all ranks know of an error, or of the one that it was made from."""
+    while error is not None and not hasattr(error, _SENT):
+        error = error.__cause__
+    return error is not None
