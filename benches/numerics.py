@@ -427,15 +427,19 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None, show: Callable[[str], object] = print) -> int:
     """Return 0 if every bar is met, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benches.numerics")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON")
-    parser.add_argument("--runs", type=int, default=RUNS, help="of each op with one seed")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the trainings")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     rows = write(options.out, backends(), options.runs, options.steps)
     for line in table(rows):
         show(line)
     return 0 if all(row["met"] for row in rows) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benches.numerics")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each op with one seed")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the trainings")
+    return parser
 
 
 def write(
