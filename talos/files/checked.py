@@ -36,6 +36,7 @@ _LOADERS = {
     "mask": "talos.Mask.load",
     "task_vector": "talos.TaskVector.load",
     "patch": "talos.Patch.load",
+    "checkpoint": "talos.fine_tune(..., checkpoint=FOLDER, resume=True)",
 }
 _CHUNK = 1 << 18  # entries that are cast at a time
 _MOST_NESTED = 300  # Python ends at about a thousand nested calls
@@ -47,14 +48,17 @@ def save_file(
     kind: str,
     tensors: Mapping[str, Tensor],
     content: Mapping[str, Any],
+    *,
+    finite: bool = True,
 ) -> None:
     """Write tensors and JSON content to a file, atomically; equal content gives equal bytes.
 
     Args:
         path: the file, by convention `*.safetensors`; an older one is replaced.
-        kind: `mask`, `task_vector` or `patch`.
-        tensors: dense, of any shape and device; floating-point ones must be finite.
+        kind: `mask`, `task_vector`, `patch`, `heads` or `checkpoint`.
+        tensors: dense, of any shape and device.
         content: JSON-able; tuples come back as lists.
+        finite: refuse NaN and infinity.
 
     Raises:
         TalosTypeError: `content` is not JSON-able.
@@ -69,7 +73,7 @@ def save_file(
         ...     load_file(path, "mask")
         ({'w.counts': tensor([1, 1], dtype=torch.int32)}, {'made': 'by hand'})
     """
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if finite else ():
         _check_finite(f"tensors[{name!r}]", tensor)
     about = {
         "version": VERSION,
@@ -135,12 +139,15 @@ def check_name(name: str) -> None:
         )
 
 
-def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_file(
+    path: str | os.PathLike[str], kind: str, *, finite: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that `save_file` wrote and check every bit of it; nothing is ever unpickled.
 
     Args:
         path: the file.
-        kind: what it must hold, `mask`, `task_vector` or `patch`.
+        kind: what it must hold, as `save_file` names it.
+        finite: refuse NaN and infinity.
 
     Returns:
         The tensors, on the CPU, and the content.
@@ -162,7 +169,8 @@ def load_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
                     f"{path}: {name}: the checksum of its data does not fit, the file is damaged; "
                     "fetch it again"
                 )
-            _check_finite(f"{path}: {name}", tensors[name])
+            if finite:
+                _check_finite(f"{path}: {name}", tensors[name])
     return tensors, about["content"]
 
 
