@@ -6,16 +6,17 @@ DTensor's own business, so nothing here computes with offsets.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from talos.errors import TalosRuntimeError
+from talos.errors import TalosRuntimeError, TalosValueError
 
 __all__ = [
+    "check_same",
     "errors_on_all_ranks",
     "is_sharded",
     "local",
@@ -138,3 +139,33 @@ def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None
             raise TalosRuntimeError(f"rank {number} raised {text}")
     if error is not None:
         raise error
+
+
+def check_same(
+    values: Mapping[str, Any], remedy: str, group: dist.ProcessGroup | None = None
+) -> None:
+    """Refuse values that differ between ranks, which all call this.
+
+    Args:
+        values: what must be the same, by the names that an error shows.
+        remedy: what the error proposes.
+        group: the ranks; None: all.
+
+    Raises:
+        TalosValueError: a value differs from that of rank 0; every rank raises the same error.
+
+    Example:
+        >>> check_same({"lr": 0.1}, "pass the same lr to each")
+    """
+    if world_size(group) == 1:
+        return
+    found: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(found, dict(values), group=group)
+    first = found[0]
+    for number, each in enumerate(found):
+        for name in first | each:
+            if first.get(name) != each.get(name):
+                raise TalosValueError(
+                    f"{name} must be the same on all ranks, got {first.get(name)} on rank 0 and "
+                    f"{each.get(name)} on rank {number}; {remedy}"
+                )

@@ -20,8 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from talos.distributed import several_processes
-from talos.errors import TalosRuntimeError, TalosValueError
+from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
@@ -346,6 +345,7 @@ class SparseAdam(torch.optim.Optimizer):
         `param.grad` is then a `CompactGradient` of 4 bytes a selected entry; accumulation,
         clipping, GradScaler and norms work on it. Autograd does not see the weight gradients of
         linear layers, unless a weight has hooks (`register_hook`), which see them dense.
+        DistributedDataParallel reduces compact gradients, too; see `talos.reduce_selected`.
 
         Args:
             enabled: False goes back to dense gradients, as `release` does.
@@ -354,9 +354,6 @@ class SparseAdam(torch.optim.Optimizer):
                 largest such weight, and writing and reading one dense gradient a layer. It has not
                 been measured on a GPU: run `pytest benches/bench_sddmm.py` there. It does not help
                 on a CPU.
-
-        Raises:
-            TalosRuntimeError: several processes train: their gradients would not be averaged.
 
         Example:
             >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -368,12 +365,6 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([1., 2.])
             >>> optimizer.step()
         """
-        if enabled and several_processes():
-            raise TalosRuntimeError(
-                "compact gradients must be trained in one process, got several: "
-                "DistributedDataParallel would wait for gradients of linear layers that it never "
-                "sees; use dense gradients there"
-            )
         if self._clipping.pending:  # its gradients are about to be replaced
             self._clipping.settle()
         if self._stop_compacting is not None:
