@@ -8,12 +8,16 @@ DTensor's own business, so nothing here computes with offsets.
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosValueError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "check_same",
@@ -22,10 +26,15 @@ __all__ = [
     "local",
     "part_of",
     "rank",
+    "reduced",
+    "reshard",
     "several_processes",
+    "sharding",
     "whole",
     "world_size",
 ]
+
+_SENT = "_talos_sent_to_all_ranks"  # set on an error that all ranks know of
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -55,12 +64,18 @@ def is_sharded(tensor: Tensor) -> bool:
     return made_by is not None and isinstance(tensor, made_by.DTensor)
 
 
+def sharding(tensor: Any) -> "tuple[DeviceMesh, tuple[Any, ...]] | None":
+    """Return the mesh and the placements of a sharded tensor; None of another one."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: the memory itself, without autograd."""
     if not is_sharded(tensor):
         return tensor
-    sharded: Any = tensor.detach()
-    part: Tensor = sharded.to_local()
+    sharded: Any = tensor
+    with torch.no_grad():
+        part: Tensor = sharded.to_local()
     return part
 
 
@@ -111,45 +126,115 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def reduced(number: Tensor, like: Tensor, how: Literal["sum", "max"]) -> Tensor:
+    """Return the sum or the largest of what the parts of a tensor gave; all ranks call this.
+
+    Args:
+        number: what this rank's part gave, any shape; every part counts once, however many ranks
+            hold it.
+        like: a parameter, sharded or not.
+        how: "sum" or "max".
+
+    Returns:
+        The same on every rank; `number` itself if `like` is not sharded.
+    """
+    if not is_sharded(like):
+        return number
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(like, DTensor)
+    placements = [Replicate() if each.is_replicate() else Partial(how) for each in like.placements]
+    found = DTensor.from_local(number, like.device_mesh, placements, run_check=False)
+    total: Tensor = found.full_tensor()
+    return total.to(number.device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 modules hold their parts again, where a forward left whole weights.
+
+    What reads or writes weights must see the parameters, not the whole copies that a forward used.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def _gathered(value: object, group: "dist.ProcessGroup | DeviceMesh | None") -> list[Any]:
+    """Return the values of all ranks of a group or mesh, in their order; all of them call this."""
+    found = [value]
+    plain = group is None or isinstance(group, dist.ProcessGroup)
+    groups: Any = [group] if plain else cast("DeviceMesh", group).get_all_groups()
+    for one in groups:
+        parts: list[Any] = [None] * world_size(one)
+        dist.all_gather_object(parts, found, group=one)
+        found = [each for part in parts for each in part]
+    return found
+
+
 @contextmanager
-def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def errors_on_all_ranks(
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+) -> Iterator[list[Any]]:
     """Run a block without collectives; if a rank raises in it, all ranks raise.
 
     The ranks that did not fail would otherwise wait for the one that did in their next collective.
+    Where these blocks lie in one another, an error is sent once: ranks in an inner block receive
+    the error of a rank that failed in the outer one.
+
+    Args:
+        group: the ranks that all run the block, or a mesh of them; None: all there are.
+
+    Yields:
+        A list. What the ranks append to it in the block is there after it on every rank, in the
+        order of the ranks.
 
     Raises:
         TalosRuntimeError: another rank raised; the message holds its error.
 
     Example:
-        >>> with errors_on_all_ranks():
-        ...     checked = True
+        >>> with errors_on_all_ranks() as sizes:
+        ...     sizes.append(3)
+        >>> sizes  # of all ranks
+        [3]
     """
     error: Exception | None = None
+    values: list[Any] = []
     try:
-        yield
+        yield values
     except Exception as raised:
         error = raised
-    if world_size(group) > 1:
-        found: list[Any] = [None] * world_size(group)
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(found, text, group=group)
-        failed = [(number, each) for number, each in enumerate(found) if each is not None]
+    if world_size() > 1 and not _was_sent(error):
+        text = None if error is None else f"rank {rank()} raised {type(error).__name__}: {error}"
+        found = _gathered((text, values), group)
+        failed = [text for text, _ in found if text is not None]
         if error is None and failed:
-            number, text = failed[0]
-            raise TalosRuntimeError(f"rank {number} raised {text}")
+            error = TalosRuntimeError(failed[0])
+        values[:] = [each for _, own in found for each in own]
+        if error is not None:
+            setattr(error, _SENT, True)
     if error is not None:
         raise error
 
 
+def _was_sent(error: BaseException | None) -> bool:
+    """Return whether all ranks know of an error, or of the one that it was made from."""
+    while error is not None and not hasattr(error, _SENT):
+        error = error.__cause__
+    return error is not None
+
+
 def check_same(
-    values: Mapping[str, Any], remedy: str, group: dist.ProcessGroup | None = None
+    values: Mapping[str, Any], remedy: str, group: "dist.ProcessGroup | DeviceMesh | None" = None
 ) -> None:
     """Refuse values that differ between ranks, which all call this.
 
     Args:
         values: what must be the same, by the names that an error shows.
         remedy: what the error proposes.
-        group: the ranks; None: all.
+        group: the ranks, or a mesh of them; None: all there are.
 
     Raises:
         TalosValueError: a value differs from that of rank 0; every rank raises the same error.
@@ -157,10 +242,8 @@ def check_same(
     Example:
         >>> check_same({"lr": 0.1}, "pass the same lr to each")
     """
-    if world_size(group) == 1:
-        return
-    found: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(found, dict(values), group=group)
+    with errors_on_all_ranks(group) as found:
+        found.append(dict(values))
     first = found[0]
     for number, each in enumerate(found):
         for name in first | each:

@@ -84,8 +84,9 @@ def reduce_selected(ddp: nn.parallel.DistributedDataParallel, optimizer: SparseA
         "load one file on all ranks, or calibrate on all together",
         group,
     )
+    bases = optimizer.task_vector().fingerprints
     check_same(
-        {"initial weights": [each["base"] for each in optimizer.param_groups]},
+        {f"the initial {name}": base for name, base in bases.items()},
         "load the same weights on each before the optimizer is made",
         group,
     )

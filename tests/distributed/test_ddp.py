@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from talos import (
     Mask,
     SparseAdam,
-    TalosTypeError,
-    TalosValueError,
+    TalosError,
     average_gradients,
     reduce_selected,
 )
@@ -245,7 +245,7 @@ def refusals() -> list[str]:
     said = []
 
     def note(call: Callable[[], object]) -> None:
-        with pytest.raises((TalosValueError, TalosTypeError)) as caught:
+        with pytest.raises(TalosError) as caught:
             call()
         said.append(str(caught.value))
 
@@ -263,6 +263,8 @@ def refusals() -> list[str]:
     optimizer = SparseAdam(model, mask)
     note(lambda: reduce_selected(wrapped(), optimizer))
     optimizer.release()
+    optimizer = SparseAdam(fully_shard(nn.Linear(4, 4)), mask)
+    note(optimizer.compact_gradients)
     return said
 
 
@@ -284,5 +286,6 @@ REFUSALS = (
     "optimizer must be a SparseAdam, got SGD",
     "optimizer must train parameters of ddp, got those of another model",
     r"mask must be the same on all ranks, got \w+ on rank 0 and \w+ on rank 1; load one file",
-    r"initial weights must be the same on all ranks, got .* on rank 1; load the same weights",
+    r"the initial weight must be the same on all ranks, got .* on rank 1; load the same weights",
+    "gradients of sharded parameters must stay dense, got weight",
 )

@@ -81,3 +81,25 @@ def test_an_error_of_one_rank_is_raised_on_all() -> None:
         other,
     ]
     assert in_processes(2, fail_on, 9) == ["none", "none"]
+
+
+def fail_outside(failing: int) -> str:
+    try:
+        with errors_on_all_ranks():
+            if rank() == failing:
+                raise TalosValueError("out must be a file, got none")
+            with errors_on_all_ranks() as numbers:
+                numbers.append(rank())
+            return str(numbers)
+    except (TalosRuntimeError, TalosValueError) as error:
+        try:
+            with errors_on_all_ranks():  # as a command does that words an error anew
+                raise TalosRuntimeError(f"again: {error}") from error
+        except TalosRuntimeError as raised:
+            return str(raised)
+
+
+def test_an_error_in_an_outer_block_reaches_ranks_in_an_inner_one() -> None:
+    other = "again: rank 0 raised TalosValueError: out must be a file, got none"
+    assert in_processes(3, fail_outside, 0)[1:] == [other, other]
+    assert in_processes(2, fail_outside, 9) == ["[0, 1]", "[0, 1]"]

@@ -25,7 +25,8 @@ from talos.app.cli.commands import (
 )
 from talos.app.cli.console import Interrupted
 from talos.app.cli.parsing import Command, usage_message
-from talos.errors import TalosError, TalosOSError
+from talos.app.cli.processes import IN_SEVERAL, errors_of_all, joined, several
+from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = ["app", "main"]
 
@@ -105,6 +106,11 @@ def _talos(
     """Show the help where no command is given."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif several() > 1 and context.invoked_subcommand not in IN_SEVERAL:
+        raise TalosValueError(
+            f"talos {context.invoked_subcommand} must run in one process, got {several()} by "
+            "WORLD_SIZE; start it without torchrun"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,8 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None:  # it was closed; its number would be that of the next file
         return _fail(TalosOSError("stdout must be open, got none; redirect it to /dev/null"))
+    with joined():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command line; what it raises becomes an exit status and a message."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), errors_of_all():
             warnings.showwarning = _warn
             status = app(
                 args=None if arguments is None else list(arguments),
