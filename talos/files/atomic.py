@@ -16,7 +16,7 @@ from talos.errors import TalosOSError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = ["atomic_folder", "atomic_write", "sweep"]
 
 _PREFIX, _SUFFIX = ".talos-", ".tmp"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
@@ -108,6 +108,14 @@ def atomic_folder(
         _synchronise(target.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that killed writers left in a folder, none of a live one."""
+    for abandoned in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with _locked(abandoned, wait=False) as locked:
+            if locked:
+                shutil.rmtree(abandoned, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
     try:
@@ -127,10 +135,7 @@ def _workplace(parent: Path) -> Iterator[Path]:
 
     It is locked while its process lives. So the next writer knows those that a crash left behind.
     """
-    for abandoned in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with _locked(abandoned, wait=False) as locked:
-            if locked:
-                shutil.rmtree(abandoned, ignore_errors=True)
+    sweep(parent)
     while True:
         folder = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, parent))
         with _locked(folder, wait=True):

@@ -61,11 +61,13 @@ class Phase(ABC):
         logits_fn: maps it and a batch to logits.
         metadata: of the task vector.
         optimizer: takes the steps; the loop sets its groups' `lr` before each.
+        trained: what the optimizer trains, by name and in its order.
         others: the parameters that require a gradient and are not trained.
         lr: the phase's own peak learning rate; None: that of the training.
     """
 
     optimizer: torch.optim.Optimizer
+    trained: Mapping[str, Tensor]
     others: Sequence[nn.Parameter] = ()
     lr: float | None = None
 
@@ -113,6 +115,61 @@ class Phase(ABC):
     def following(self) -> "Phase | None":
         """Return the next phase; None: training is over."""
         return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what has changed since the phase was made, for a checkpoint.
+
+        Returns:
+            `weights/NAME` for everything that is trained, and `state/NAME/KEY` for each part of the
+            optimizer's state; they may share its memory.
+        """
+        names = list(self.trained)
+        states = self.optimizer.state_dict()["state"]
+        return {f"weights/{name}": self._values(name) for name in names} | {
+            f"state/{names[number]}/{key}": value
+            for number, parts in states.items()
+            for key, value in parts.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go to where `state` was called, on another phase that was made in the same way.
+
+        Args:
+            state: what it returned, on the CPU.
+
+        Raises:
+            TalosValueError: it belongs to other weights.
+        """
+        for name in self.trained:
+            own, saved = self._values(name), state.get(f"weights/{name}")
+            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                found = "none" if saved is None else f"{saved.dtype} {list(saved.shape)}"
+                raise TalosValueError(
+                    f"state must hold {name} as {own.dtype} {list(own.shape)}, got {found}"
+                )
+        parts: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(self.trained)}
+        for place, value in state.items():
+            if place.startswith("state/"):
+                name, _, key = place.removeprefix("state/").rpartition("/")
+                parts.setdefault(numbers[name], {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": parts})
+        with torch.no_grad():
+            for name in self.trained:
+                self._set_values(name, state[f"weights/{name}"])
+
+    def resumed(self, state: Mapping[str, Tensor]) -> "Phase":
+        """Return the phase that a state belongs to, this one or a later one, where it was."""
+        self.load(state)
+        return self
+
+    def _values(self, name: str) -> Tensor:
+        """Return what is trained under a name, as it is now."""
+        return self.trained[name].detach()
+
+    def _set_values(self, name: str, weights: Tensor) -> None:
+        """Write it."""
+        self.trained[name].copy_(weights)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -210,7 +210,7 @@ class _Adapter:
 
     def __init__(self, method: LLora, name: str, projection: Projection, role: str) -> None:
         self.name, self.param = name, projection.param
-        self._projection, self._role = projection, role
+        self._projection, self.role = projection, role
         self.transposed = projection.transposed
         weight = self.part(self.param.detach())
         a0 = first_factor(name, role, (method.rank, weight.shape[1]), seed=method.seed)
@@ -221,12 +221,12 @@ class _Adapter:
 
     def part(self, tensor: Tensor) -> Tensor:
         """Return the adapted entries of a tensor, [out, in], a view."""
-        return self._projection.part(tensor, self._role)
+        return self._projection.part(tensor, self.role)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the adapted rows of a tensor [out, ...] of the whole weight, a view."""
         roles = self._projection.roles
-        return tensor.chunk(len(roles))[roles.index(self._role)]
+        return tensor.chunk(len(roles))[roles.index(self.role)]
 
     def add_gradient(self, dy: Tensor, x: Tensor | None = None) -> None:
         """Add to B's gradient.
@@ -281,6 +281,7 @@ class _Adapted(Phase):
         self._stop: Callable[[], object] = lambda: None
         self.base = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.AdamW([each.b for each in self._adapters], **setup.hyper)
+        self.trained = {f"{each.name}/{each.role}": each.b for each in self._adapters}
         self.others = untrained(setup.model, self.params.values())
 
     def freeze(self) -> None:
@@ -322,6 +323,16 @@ class _Adapted(Phase):
         for each in self._weights:
             each.project()
         self.optimizer.step()
+        self._write()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """See `Phase.load`."""
+        super().load(state)
+        self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Compute the weights from the base and B."""
         for adapter in self._adapters:
             adapter.write(self.base[adapter.name])
 

@@ -7,9 +7,12 @@
 Source: Panda et al. 2024, "Lottery Ticket Adaptation", arXiv 2406.16797.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup, trainable
@@ -68,11 +71,49 @@ class _Search(Dense):
     @torch.no_grad()
     def following(self) -> Phase:
         """Restore the initial weights, and return the training of those that moved most."""
-        moved = {n: (p - self.base[n]).abs_().float() for n, p in self.params.items()}
+        moved = {n: (p - self.base[n]).abs_().float() for n, p in self.trained.items()}
         mask = Mask.from_scores(moved, self.method.density, select="highest")
-        for name, param in self.params.items():
+        for name, param in self.trained.items():
             param.copy_(self.base[name])
         self.buffers.restore()
-        phase = Sparse(self.setup, mask)
+        return self._second(mask)
+
+    def resumed(self, state: Mapping[str, Tensor]) -> Phase:
+        """See `Phase.resumed`: a state with a mask is that of the second training."""
+        dense = {
+            name: _unpacked(state[f"mask/{name}"], param)
+            for name, param in self.trained.items()
+            if f"mask/{name}" in state
+        }
+        if not dense:
+            return super().resumed(state)
+        made = {"density": self.method.density, "select": "highest"}  # as `following` makes it
+        phase = self._second(Mask.from_dense(dense, metadata=made))
+        phase.load(state)
+        return phase
+
+    def _second(self, mask: Mask) -> Phase:
+        phase = _Second(self.setup, mask)
         phase.lr = self.method.sparse_lr
         return phase
+
+
+class _Second(Sparse):
+    """The second training; its checkpoints hold the mask that the first one found."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Phase.state`."""
+        return super().state() | {
+            f"mask/{name}": _packed(self.mask.to_dense(name)) for name in self.mask.names
+        }
+
+
+def _packed(dense: Tensor) -> Tensor:
+    """Return a selection as bits: uint8."""
+    return torch.from_numpy(np.packbits(dense.reshape(-1).numpy()))
+
+
+def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
+    """Return the selection of a tensor."""
+    dense = np.unpackbits(bits.numpy(), count=like.numel())
+    return torch.from_numpy(dense).bool().reshape(like.shape)

@@ -41,6 +41,8 @@ class Dense(Phase):
         base: the initial weights of `params`; None: copies of the present ones.
     """
 
+    trained: dict[str, nn.Parameter]
+
     def __init__(
         self,
         setup: Setup,
@@ -48,7 +50,7 @@ class Dense(Phase):
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(setup)
-        self.params = params
+        self.trained = params
         self.base = base or {name: param.detach().clone() for name, param in params.items()}
         fused = all(param.device.type in ("cpu", "cuda") for param in params.values())
         self.optimizer = torch.optim.AdamW(list(params.values()), fused=fused, **setup.hyper)
@@ -56,11 +58,11 @@ class Dense(Phase):
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Phase.clip`."""
-        return clip(self.params.values(), max_norm)
+        return clip(self.trained.values(), max_norm)
 
     def task_vector(self) -> TaskVector:
         """See `Phase.task_vector`."""
-        return TaskVector.from_models(self.base, self.params, metadata=self.metadata)
+        return TaskVector.from_models(self.base, self.trained, metadata=self.metadata)
 
 
 def clip(params: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -65,7 +65,13 @@ class Sparse(Phase):
 
     def __init__(self, setup: Setup, mask: Mask) -> None:
         super().__init__(setup)
+        self.mask = mask
         self.optimizer = SparseAdam(setup.model, mask, **setup.hyper)
+        self.trained = {
+            name: param
+            for group in self.optimizer.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
         self.optimizer.release()  # `freeze` freezes again, when the loop begins
 
     def freeze(self) -> None:
@@ -80,12 +86,11 @@ class Sparse(Phase):
 
     def check_gradients(self) -> None:
         """Warn of selected tensors that got no gradient."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        missing = sum(param.grad is None for param in params)
+        missing = sum(param.grad is None for param in self.trained.values())
         if missing:
             warnings.warn(
-                f"{missing} of {len(params)} selected tensors got no gradient in the first step "
-                "and are not trained; activation checkpointing needs use_reentrant=False",
+                f"{missing} of {len(self.trained)} selected tensors got no gradient in the first "
+                "step and are not trained; activation checkpointing needs use_reentrant=False",
                 stacklevel=6,
             )
 
@@ -98,3 +103,11 @@ class Sparse(Phase):
         vector = self.optimizer.task_vector()
         moved = {k: v for k, v in vector.metadata.items() if k == "moved_buffers"}
         return replace(vector, metadata={**self.metadata, **moved})
+
+    def _values(self, name: str) -> Tensor:
+        param = self.trained[name].detach()
+        return param[self.mask.to_dense(name).to(param.device)]
+
+    def _set_values(self, name: str, weights: Tensor) -> None:
+        param = self.trained[name]
+        param[self.mask.to_dense(name).to(param.device)] = weights.to(param.device)

@@ -9,8 +9,9 @@ step. The method (`talos.methods`) decides what is trained and how.
 
 import inspect
 import math
+import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +23,14 @@ from torch.nn import functional as F
 from talos.batches import default_logits, labels_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
-from talos.methods import LogitsFunction, Method, Phase, method_of
+from talos.methods import LogitsFunction, Method, Phase, Talos, method_of
 from talos.names import check_module
 from talos.optim.param_groups import check_hyperparameters
 from talos.options import integer
 from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
+from talos.training.checkpoints import Checkpoints
+from talos.training.order import Order
 
 __all__ = ["FineTuneStep", "fine_tune", "fine_tune_steps"]
 
@@ -79,6 +82,11 @@ def fine_tune(
     loss_fn: LossFunction | None = None,
     logits_fn: LogitsFunction | None = None,
     on_step: Callable[[FineTuneStep], object] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 100,
+    keep: int = 2,
+    resume: bool = False,
+    data: Mapping[str, Any] | None = None,
 ) -> TaskVector:
     """Fine-tune a model in place and return its task vector.
 
@@ -108,14 +116,24 @@ def fine_tune(
             The method linearized passes it a `LinearizedModel`, whose `model(batch)` is logits.
         logits_fn: `logits_fn(model, batch)` returns [B, C], for the default loss.
         on_step: called with a `FineTuneStep` after each step.
+        checkpoint: a folder for checkpoints, from which a training that was stopped goes on with
+            the same bits; see docs/operations.md. The last step is always written.
+        every: steps from one checkpoint to the next.
+        keep: how many of the newest checkpoints stay.
+        resume: go on from the newest checkpoint that is intact, or begin if there is none. Pass the
+            initial model and the same settings.
+        data: what else a training that resumes must share, by name: file, seed, batch size.
 
     Returns:
         Tuned minus initial weights, of what was trained.
 
     Raises:
-        TalosTypeError: `model` is no module, or `autocast` no dtype.
+        TalosTypeError: `model` is no module, `autocast` no dtype, or `checkpoint` no path.
         TalosValueError: a setting is out of range, the method is unknown or cannot train this
-            model, there is no batch, or the loss is not finite (that step is not taken).
+            model, there is no batch, or the loss is not finite (that step is not taken); or the
+            checkpoint belongs to a training with other settings or initial weights.
+        TalosOSError: a checkpoint cannot be written, or the folder holds some and `resume` is
+            False.
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -145,6 +163,11 @@ def fine_tune(
         loss_fn=loss_fn,
         logits_fn=logits_fn,
         on_step=on_step,
+        checkpoint=checkpoint,
+        every=every,
+        keep=keep,
+        resume=resume,
+        data=data,
     )
     with closing(run.stream()) as stream:
         while True:
@@ -175,6 +198,7 @@ def fine_tune_steps(
     Raises:
         TalosTypeError: as `fine_tune`.
         TalosValueError: as `fine_tune`.
+        TalosOSError: as `fine_tune`.
 
     Example:
         >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
@@ -207,6 +231,11 @@ class _Run:
     loss_fn: LossFunction | None
     logits_fn: LogitsFunction | None
     on_step: Callable[[FineTuneStep], object] | None
+    checkpoint: str | os.PathLike[str] | None
+    every: int
+    keep: int
+    resume: bool
+    data: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
         """Check all settings and prepare the first phase; the model is left as it is."""
@@ -243,6 +272,27 @@ class _Run:
         self._loss = self.loss_fn or _cross_entropy(self._first.logits_fn, self.label_smoothing)
         self._total = self.steps * method.phases
         self._taken = 0
+        self._checkpoints: Checkpoints | None = None
+        if self.checkpoint is not None:
+            self._checkpoints = Checkpoints(
+                self.checkpoint,
+                self.model,
+                self._settings(method, hyper),
+                every=self.every,
+                keep=self.keep,
+                resume=self.resume,
+            )
+            self._taken = self._checkpoints.step
+        elif self.resume:
+            raise TalosValueError("resume must be False without checkpoint, got True; pass both")
+
+    def _settings(self, method: Method, hyper: Mapping[str, Any]) -> dict[str, str]:
+        """Return what a training that resumes must share."""
+        own = ("steps", "warmup", "max_grad_norm", "label_smoothing", "accumulate", "autocast")
+        mask = {"mask": method.mask.fingerprint} if isinstance(method, Talos) else {}
+        every = {name: getattr(self, name) for name in own}
+        found = {**(self.data or {}), **method.metadata, **mask, **hyper, **every}
+        return {name: str(value) for name, value in found.items()}
 
     def stream(self) -> Generator[FineTuneStep, None, TaskVector]:
         """Train: yield every step and return the task vector."""
@@ -254,12 +304,13 @@ class _Run:
                 if getattr(module, "running_mean", None) is not None:
                     module.eval()
             buffers = WatchedBuffers(self.model)
-            phase = self._first
-            yield from self._phase(phase)
-            while (following := phase.following()) is not None:
-                phase = following
+            phase: Phase | None = self._first
+            if self._checkpoints is not None:
+                phase = self._checkpoints.resumed(self._first)
+            while phase is not None:
                 yield from self._phase(phase)
-            vector = phase.task_vector()
+                last, phase = phase, phase.following()
+            vector = last.task_vector()
             if "moved_buffers" not in vector.metadata:  # SparseAdam looks for them itself
                 moved = buffers.metadata(stacklevel=3)
                 vector = replace(vector, metadata={**vector.metadata, **moved})
@@ -269,11 +320,17 @@ class _Run:
                 module.training = mode
 
     def _phase(self, phase: Phase) -> Iterator[FineTuneStep]:
-        stream = _endless(self.batches)
+        order = Order(self.batches)
         try:
             phase.freeze()
-            for step in range(1, self.steps + 1):
-                event = self._step(phase, stream, step)
+            taken = 0
+            if self._checkpoints is not None and self._checkpoints.go_to(order):
+                taken = (self._taken - 1) % self.steps + 1
+            for step in range(taken + 1, self.steps + 1):
+                event = self._step(phase, order, step)
+                if self._checkpoints is not None:
+                    last = event.step == self._total
+                    self._checkpoints.save(phase, order, event.step, event.loss, last)
                 if self.on_step is not None:
                     self.on_step(event)
                 yield event
@@ -315,21 +372,6 @@ class _Run:
             return peak * step / max(warmup, 1)
         angle = math.pi * (step - warmup) / (self.steps - warmup + 1)
         return peak * (1 + math.cos(angle)) / 2
-
-
-def _endless(batches: Iterable[Any]) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise TalosValueError(
-                "batches must yield at least one batch"
-                + (" in every epoch: pass a list or a DataLoader, not a generator" if epoch else "")
-            )
-        epoch += 1
 
 
 def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFunction:

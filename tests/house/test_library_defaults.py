@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES = (
     *("optim/test_optim.py", "optim/test_states.py", "optim/test_clipping.py"),
     *("task_vectors/test_task_vectors.py", "task_vectors/test_resident_vectors.py"),
-    *("methods/test_training.py", "masks/test_masks.py"),
+    *("training/test_loop.py", "masks/test_masks.py"),
 )
 
 
