@@ -33,8 +33,8 @@ def train(
     random.seed(seed)
     np.random.seed(seed)
     events: list[FineTuneStep] = []
-    options = {"steps": STEPS, "every": 1, "keep": 99, **options}
-    return events, fine_tune(model, batches, checkpoint=folder, on_step=events.append, **options)
+    options = {"steps": STEPS, "every": 1, "keep": 99, "on_step": events.append, **options}
+    return events, fine_tune(model, batches, checkpoint=folder, **options)
 
 
 def only(folder: Path, step: int, new: Path) -> Path:
