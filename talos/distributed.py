@@ -8,12 +8,16 @@ DTensor's own business, so nothing here computes with offsets.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "errors_on_all_ranks",
@@ -21,7 +25,10 @@ __all__ = [
     "local",
     "part_of",
     "rank",
+    "reduced",
+    "reshard",
     "several_processes",
+    "sharding",
     "whole",
     "world_size",
 ]
@@ -56,12 +63,18 @@ def is_sharded(tensor: Tensor) -> bool:
     return made_by is not None and isinstance(tensor, made_by.DTensor)
 
 
+def sharding(tensor: Any) -> "tuple[DeviceMesh, tuple[Any, ...]] | None":
+    """Return the mesh and the placements of a sharded tensor; None of another one."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: the memory itself, without autograd."""
     if not is_sharded(tensor):
         return tensor
-    sharded: Any = tensor.detach()
-    part: Tensor = sharded.to_local()
+    sharded: Any = tensor
+    with torch.no_grad():
+        part: Tensor = sharded.to_local()
     return part
 
 
@@ -112,8 +125,58 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def reduced(number: Tensor, like: Tensor, how: Literal["sum", "max"]) -> Tensor:
+    """Return the sum or the largest of what the parts of a tensor gave; all ranks call this.
+
+    Args:
+        number: what this rank's part gave, any shape; every part counts once, however many ranks
+            hold it.
+        like: a parameter, sharded or not.
+        how: "sum" or "max".
+
+    Returns:
+        The same on every rank; `number` itself if `like` is not sharded.
+    """
+    if not is_sharded(like):
+        return number
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(like, DTensor)
+    placements = [Replicate() if each.is_replicate() else Partial(how) for each in like.placements]
+    found = DTensor.from_local(number, like.device_mesh, placements, run_check=False)
+    total: Tensor = found.full_tensor()
+    return total.to(number.device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 modules hold their parts again, where a forward left whole weights.
+
+    What reads or writes weights must see the parameters, not the whole copies that a forward used.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def _gathered(value: object, group: "dist.ProcessGroup | DeviceMesh | None") -> list[Any]:
+    """Return the values of all ranks of a group or mesh, in their order; all of them call this."""
+    found = [value]
+    plain = group is None or isinstance(group, dist.ProcessGroup)
+    groups: Any = [group] if plain else cast("DeviceMesh", group).get_all_groups()
+    for one in groups:
+        parts: list[Any] = [None] * world_size(one)
+        dist.all_gather_object(parts, found, group=one)
+        found = [each for part in parts for each in part]
+    return found
+
+
 @contextmanager
-def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[list[Any]]:
+def errors_on_all_ranks(
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+) -> Iterator[list[Any]]:
     """Run a block without collectives; if a rank raises in it, all ranks raise.
 
     The ranks that did not fail would otherwise wait for the one that did in their next collective.
@@ -121,7 +184,7 @@ def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[list
     the error of a rank that failed in the outer one.
 
     Args:
-        group: the ranks that all run the block; None: all there are.
+        group: the ranks that all run the block, or a mesh of them; None: all there are.
 
     Yields:
         A list. What the ranks append to it in the block is there after it on every rank, in the
@@ -142,14 +205,12 @@ def errors_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[list
         yield values
     except Exception as raised:
         error = raised
-    if world_size(group) > 1 and not _was_sent(error):
-        found: list[Any] = [None] * world_size(group)
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(found, (text, values), group=group)
-        failed = [(number, text) for number, (text, _) in enumerate(found) if text is not None]
+    if world_size() > 1 and not _was_sent(error):
+        text = None if error is None else f"rank {rank()} raised {type(error).__name__}: {error}"
+        found = _gathered((text, values), group)
+        failed = [text for text, _ in found if text is not None]
         if error is None and failed:
-            number, text = failed[0]
-            error = TalosRuntimeError(f"rank {number} raised {text}")
+            error = TalosRuntimeError(failed[0])
         values[:] = [each for _, own in found for each in own]
         if error is not None:
             setattr(error, _SENT, True)

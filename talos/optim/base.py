@@ -1,15 +1,16 @@
 """The initial weights at the selected entries, from which `task_vector` measures."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from talos.distributed import local, whole
 from talos.errors import TalosRuntimeError
-from talos.masks import Mask
 from talos.optim.buckets import Bucket
+from talos.optim.parts import Parts
+from talos.optim.states import State
 from talos.task_vectors.fingerprints import fingerprint
 
 __all__ = ["Base"]
@@ -20,9 +21,10 @@ class Base:
     """Initial weights by name.
 
     Attributes:
-        weights: flat `[nnz]`, on the CPU, in the parameters' dtype or a checkpoint's.
+        weights: flat `[nnz]` of this rank's entries, on the CPU, in the parameters' dtype or a
+            checkpoint's.
         fingerprints: of the whole tensors.
-        known: False after loading state that belongs to other initial weights.
+        known: False after loading state that does not hold them.
     """
 
     weights: dict[str, Tensor]
@@ -37,9 +39,8 @@ class Base:
         """
         if not self.known:
             raise TalosRuntimeError(
-                "the initial weights are not known: the loaded state belongs to other ones and "
-                "does not hold them; use TaskVector.from_models(base, model, mask), or call "
-                "mark() where patches begin"
+                "the initial weights are not known: the loaded state does not hold them; use "
+                "TaskVector.from_models(base, model, mask), or call mark() where patches begin"
             )
 
     @classmethod
@@ -51,31 +52,60 @@ class Base:
             for bucket in buckets
             for name, entries in bucket.weights_by_name().items()
         }
-        return cls(weights, {name: fingerprint(param) for name, param in params.items()})
+        return cls(weights, {name: _fingerprint(param) for name, param in params.items()})
 
-    def digest(self, names: Iterable[str]) -> str:
-        """Return a hash of the weights of these tensors, whatever their order."""
-        every = "".join(fingerprint(self.weights[name]) for name in sorted(names))
-        return hashlib.sha256(every.encode()).hexdigest()[:16]
+    @classmethod
+    def loaded(cls, states: Mapping[str, State]) -> "Base":
+        """Return the initial weights that the checked states of all parameters hold."""
+        weights = {name: state["base"].cpu() for name, state in states.items() if "base" in state}
+        fingerprints = {
+            name: int(state["fingerprint"]).to_bytes(8, "big", signed=True).hex()
+            for name, state in states.items()
+            if "fingerprint" in state
+        }
+        return cls(weights, fingerprints, known=len(weights) == len(states))
 
-    def deltas(self, buckets: Iterable[Bucket]) -> dict[str, Tensor]:
-        """Return current minus initial weights by name: float32, on the CPU."""
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Return what a parameter's state holds of its initial weights.
+
+        That is `base`, and `fingerprint` if it is known: the 16 hex digits as an int64 0-dim
+        tensor, because distributed checkpoints know no text in a state.
+        """
+        if not self.known:
+            return {}
+        found = {"base": self.weights[name]}
+        if name in self.fingerprints:
+            number = int.from_bytes(bytes.fromhex(self.fingerprints[name]), "big", signed=True)
+            found["fingerprint"] = torch.tensor(number, dtype=torch.int64, device="cpu")
+        return found
+
+    def deltas(self, buckets: Iterable[Bucket], parts: Parts) -> dict[str, Tensor]:
+        """Return current minus initial weights by name, in the mask's order: float32, on the CPU.
+
+        All ranks call this.
+        """
         return {
-            name: (weights.cpu() - self.weights[name].to(weights.dtype)).float()
+            name: parts.join(name, (weights.cpu() - self.weights[name].to(weights.dtype)).float())
             for bucket in buckets
             for name, weights in bucket.weights_by_name().items()
         }
 
-    def change(self, buckets: Iterable[Bucket], mask: Mask) -> Tensor:
+    def change(self, buckets: Iterable[Bucket], parts: Parts) -> Tensor:
         """Return the deltas in the mask's rank order; see `SparseAdam.task_vector`."""
         self.check_known()
-        deltas, empty = self.deltas(buckets), torch.zeros(0, dtype=torch.float32, device="cpu")
-        return torch.cat([deltas.get(name, empty) for name in mask.names])
+        empty = torch.zeros(0, dtype=torch.float32, device="cpu")
+        deltas = self.deltas(buckets, parts)
+        return torch.cat([deltas.get(name, empty) for name in parts.mask.names])
 
-    def cast(self, params: Mapping[str, Tensor], buckets: Sequence[Bucket]) -> None:
+    def cast(self, params: Mapping[str, Tensor], buckets: Sequence[Bucket], parts: Parts) -> None:
         """Follow parameters that were cast; those that were only cast are new bases."""
         self.weights |= {name: self.weights[name].to(param.dtype) for name, param in params.items()}
-        deltas = self.deltas(buckets)
+        deltas = self.deltas(buckets, parts)
         unchanged = {name: param for name, param in params.items() if not deltas[name].any()}
         kept = {name: each for name, each in self.fingerprints.items() if name not in params}
-        self.fingerprints = kept | {name: fingerprint(param) for name, param in unchanged.items()}
+        self.fingerprints = kept | {name: _fingerprint(param) for name, param in unchanged.items()}
+
+
+def _fingerprint(param: Tensor) -> str:
+    """Return the fingerprint of a whole tensor, of which ranks may hold parts."""
+    return fingerprint(whole(local(param), param))

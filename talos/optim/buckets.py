@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
-from talos.masks import Mask
+from talos.distributed import is_sharded, local, reduced
+from talos.errors import TalosRuntimeError, TalosValueError
 from talos.optim.compact_gradient import CompactGradient
 from talos.optim.compaction import CompactedParam
-from talos.optim.states import OWN, State
-from talos_kernels import Index, gather_grad_
+from talos.optim.gradients import check_entries, check_gradient, gradient_parts, look
+from talos.optim.states import ARRAYS, State
+from talos_kernels import Index, TensorIndex, gather_grad_
 from talos_kernels._checks import contiguous, dense_gradients, write_back
 from talos_kernels.sparse_adam import sparse_adam_rows_
 
 __all__ = ["Bucket"]
 
-# Lists of these are compared as a whole: one tensor after another would take longer than a launch.
-_look = attrgetter("dtype", "device", "shape", "layout")
+# Lists of looks are compared whole: one tensor after another would take longer than a launch.
 _grad, _entries, _selection = attrgetter("grad"), attrgetter("entries"), attrgetter("selection")
 _row_major = Tensor.is_contiguous
 # Entries whose norm is taken at once: on a CPU torch adds float32 numbers one after another.
@@ -36,9 +36,10 @@ class Bucket:
 
     Attributes:
         group: number of their param group.
-        params: by name, in the order of the index; one device and dtype.
+        params: by name, in the order of the index; one device and dtype, and sharded alike or not
+            at all.
         looks: what each of them was when the bucket was made.
-        index: the selected entries, on their device.
+        index: the selected entries of this rank, on their device.
         exp_avg: float32 or bfloat16 `[nnz]`, first moment; float64 for float64 weights.
         exp_avg_sq: `[nnz]` in the same dtype, second moment.
         master: float32 `[nnz]`, the weights before rounding; None for float32 and float64 weights.
@@ -82,7 +83,7 @@ class Bucket:
         cls,
         group: int,
         params: dict[str, Tensor],
-        mask: Mask,
+        indices: Mapping[str, TensorIndex],
         moment_dtype: torch.dtype,
         states: Mapping[Tensor, State],
     ) -> "Bucket":
@@ -91,18 +92,18 @@ class Bucket:
         Args:
             group: number of their param group.
             params: by their names in the mask; one device and dtype.
-            mask: what is selected.
+            indices: what is selected of each, within what this rank holds.
             moment_dtype: dtype of the moments; float64 weights have float64 ones.
             states: checked state by parameter.
         """
         first = next(iter(params.values()))
         device, wide = first.device, torch.promote_types(first.dtype, torch.float32)
-        index = mask.pack(list(params), device)
+        index = Index.pack([indices[name] for name in params], device)
         dtype = wide if wide == torch.float64 else moment_dtype
         bucket = cls(
             group,
             params,
-            list(map(_look, params.values())),
+            list(map(look, params.values())),
             index,
             torch.zeros(index.nnz, dtype=dtype, device=device),
             torch.zeros(index.nnz, dtype=dtype, device=device),
@@ -116,8 +117,8 @@ class Bucket:
         for param, views in bucket.views.items():
             given = states.get(param, {})
             views["step"].fill_(float(given.get("step", 0)))
-            for key in OWN[1:]:
-                if key in views and key in given:
+            for key in views.keys() - {"step"}:
+                if key in given:
                     views[key].copy_(given[key])
         return bucket
 
@@ -125,6 +126,17 @@ class Bucket:
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.looks[0][0]
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the tensors."""
+        return is_sharded(next(iter(self.params.values())))
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What this rank holds of each tensor."""
+        params = list(self.params.values())
+        return list(map(local, params)) if self.is_sharded else params
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +147,7 @@ class Bucket:
     def is_moved(self) -> bool:
         """Whether a weight has another device or dtype than when the bucket was made."""
         kinds = [look[:2] for look in self.looks]
-        return [_look(param)[:2] for param in self.params.values()] != kinds
+        return [look(param)[:2] for param in self.params.values()] != kinds
 
     @cached_property
     def views(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -145,15 +157,15 @@ class Bucket:
             arrays.append(self.master)
         parts = [[array[entries] for array in arrays] for entries in self.index.slices]
         return {
-            param: dict(zip(OWN, (step, *part), strict=False))
+            param: dict(zip(ARRAYS, (step, *part), strict=False))
             for param, step, part in zip(self.params.values(), self.steps, parts, strict=True)
         }
 
     def show_in(self, state: dict[Any, Any]) -> None:
-        """Put the views into an optimizer's `state`, beside what other code keeps there."""
+        """Put the views into an optimizer's `state`, beside what else is kept there."""
         self.shown = []
         for param, views in self.views.items():
-            others = {k: v for k, v in state.get(param, {}).items() if k not in OWN}
+            others = {k: v for k, v in state.get(param, {}).items() if k not in ARRAYS}
             state[param] = {**others, **views}
             self.shown.append(state[param])
         every = chain.from_iterable(map(dict.values, self.views.values()))
@@ -173,16 +185,20 @@ class Bucket:
 
         That is a dense tensor, the entries of a compact gradient, or `absent`.
         """
-        if list(map(_look, self.params.values())) != self.looks:
+        if list(map(look, self.params.values())) != self.looks:
             self._refuse_params()
-        grads = list(map(_grad, self.params.values()))
+        grads: list[Any] = (
+            gradient_parts(self.params)
+            if self.is_sharded
+            else list(map(_grad, self.params.values()))
+        )
         kinds = set(map(type, grads))
         selections = [own.index for own in self.compacted.values()]
         if kinds == {CompactGradient} and list(map(_selection, grads)) == selections:
             grads = list(map(_entries, grads))
         elif kinds != {Tensor}:
             grads = [self._held(name, grad) for name, grad in zip(self.params, grads, strict=True)]
-        looks = list(map(_look, grads))
+        looks = list(map(look, grads))
         if looks != self.accepted:
             self._check_gradients(grads)
             self.accepted = looks
@@ -218,13 +234,13 @@ class Bucket:
 
     def _check_gradients(self, grads: list[Tensor]) -> None:
         """Refuse a gradient that does not fit its parameter; note the kinds of all."""
-        for (name, param), nnz, grad in zip(
-            self.params.items(), self.index.nnzs, grads, strict=True
+        for (name, param), part, nnz, grad in zip(
+            self.params.items(), self.held, self.index.nnzs, grads, strict=True
         ):
             if isinstance(param.grad, CompactGradient):
-                _check_entries(name, grad, torch.Size((nnz,)), param)
+                check_entries(name, grad, torch.Size((nnz,)), param)
             elif grad is not self.absent:
-                _check_gradient(name, param, grad)
+                check_gradient(name, part, grad)
         dtypes = {grad.dtype for grad in grads if grad is not self.absent}
         self.uniform = dtypes <= {self.dtype} or (dtypes <= {torch.float32} and not self._is_wide)
 
@@ -247,7 +263,7 @@ class Bucket:
         """Step the tensors that have a gradient; `grads` come from `check`."""
         self._upload_lr(group["lr"])
         beta1, beta2 = map(float, group["betas"])
-        params = list(self.params.values())
+        params = self.held
         rows = params if all(map(_row_major, params)) else contiguous(params)
         if not self._plain(grads):
             given = [None if each is self.absent else each for each in grads]
@@ -298,7 +314,10 @@ class Bucket:
         return list(compress(grads, compact)), dense
 
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """Return the sum of squares over the selected entries, 0-dim; `grads` come from `check`."""
+        """Return the sum of squares over the selected entries of all ranks, 0-dim.
+
+        `grads` come from `check`. Of sharded tensors all ranks call this.
+        """
         compact, dense = self._split(grads)
         norms = [torch.stack(torch._foreach_norm(compact))] if compact else []
         if len(compact) < len(grads):
@@ -310,7 +329,8 @@ class Bucket:
             else:
                 gather_grad_(out, dense, self.index)
             norms.append(torch.linalg.vector_norm(pieces, dim=1))
-        return torch.cat(norms).square().sum()
+        total = torch.cat(norms).square().sum()
+        return reduced(total, next(iter(self.params.values())), "sum")
 
     @property
     def _is_wide(self) -> bool:
@@ -329,7 +349,8 @@ class Bucket:
         """
         for i, (param, grad) in enumerate(zip(self.params.values(), grads, strict=True)):
             if not grad.is_contiguous() and 0 in grad.stride():
-                param.grad = grads[i] = grad.contiguous()
+                param.grad = whole = _grad(param).contiguous()
+                grads[i] = local(whole)
         # Without `absent`, whose dtype may differ: torch would then scale them one by one.
         if given := [grad for grad in grads if grad is not self.absent]:
             torch._foreach_mul_(given, coefficient.to(self.index.device))
@@ -357,7 +378,7 @@ class Bucket:
     def _gathered(self) -> Tensor:
         """Return the weights at the selected entries, as the model has them, wide."""
         weights = torch.zeros(self.index.nnz, dtype=self._wide, device=self.index.device)
-        gather_grad_(weights, list(self.params.values()), self.index)
+        gather_grad_(weights, self.held, self.index)
         return weights
 
     def weights_by_name(self) -> dict[str, Tensor]:
@@ -385,28 +406,3 @@ def _rows(param: Tensor, index: Index) -> slice:
     (part,) = index.unpack()
     some = part.decode().view(len(param), -1).any(1).nonzero()
     return slice(int(some[0]), int(some[-1]) + 1)
-
-
-def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise TalosTypeError(
-            f"{name}.grad must be dense, got {grad.layout}; "
-            "this optimizer takes dense gradients and trains a sparse selection"
-        )
-    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16, param.dtype):
-        raise TalosTypeError(f"{name}.grad must be float32, bfloat16 or float16, got {grad.dtype}")
-    if grad.shape != param.shape or grad.device != param.device:
-        raise TalosValueError(
-            f"{name}.grad must be {tuple(param.shape)} on {param.device}, "
-            f"got {tuple(grad.shape)} on {grad.device}"
-        )
-
-
-def _check_entries(name: str, entries: Tensor, shape: torch.Size, param: Tensor) -> None:
-    wide = torch.promote_types(param.dtype, torch.float32)
-    if _look(entries) != (wide, param.device, shape, torch.strided):
-        raise TalosValueError(
-            f"{name}.grad.entries must be {wide} of shape {tuple(shape)} on {param.device}, got "
-            f"{entries.dtype} of shape {tuple(entries.shape)} on {entries.device}; "
-            "write them in place"
-        )

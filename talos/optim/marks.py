@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from talos.masks import Mask
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
+from talos.optim.parts import Parts
 from talos.task_vectors import Patch
 from talos.task_vectors.patches import changed_bits
 
@@ -23,7 +23,8 @@ class Mark:
     """The weights that replicas have.
 
     Attributes:
-        weights: flat `[nnz]` by name; none before the first patch, which counts from the base.
+        weights: flat `[nnz]` of this rank's entries by name; none before the first patch, which
+            counts from the base.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -37,8 +38,9 @@ class Mark:
         """Take the weights as they are now."""
         self.weights = _weights(buckets)
 
-    def patch(self, base: Base, buckets: Iterable[Bucket], mask: Mask) -> Patch:
+    def patch(self, base: Base, buckets: Iterable[Bucket], parts: Parts) -> Patch:
         """Return what changed since the mark, and move it; see `SparseAdam.patch`."""
+        mask = parts.mask
         if not self.weights:
             base.check_known()
         before, now = self.weights or base.weights, _weights(buckets)
@@ -46,7 +48,9 @@ class Mark:
         for name in mask.names:
             if name in now:
                 weights = now[name]  # a model that was cast or moved has replicas that were, too
-                ranks = changed_bits(before[name].to(weights.device, weights.dtype), weights)
+                old = before[name].to(weights.device, weights.dtype)
+                weights = parts.join(name, weights)
+                ranks = changed_bits(parts.join(name, old), weights)
                 if len(ranks):
                     positions[name] = mask.indices[name].select(ranks.cpu())
                     values[name] = weights[ranks].cpu()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import sharding
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.names import match_tensors, named_parameters, resolve_names
@@ -147,13 +148,16 @@ def selected_names(
 def alike(
     groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, str]
 ) -> list[tuple[int, dict[str, Tensor]]]:
-    """Return the parameters of one group, device and dtype together, by name, with its number."""
-    found: dict[tuple[int, torch.device, torch.dtype], dict[str, Tensor]] = {}
+    """Return the parameters of one group, device and dtype together, by name, with its number.
+
+    They are sharded alike, or not at all.
+    """
+    found: dict[tuple[Any, ...], dict[str, Tensor]] = {}
     for number, group in enumerate(groups):
         for param in group["params"]:
-            members = found.setdefault((number, param.device, param.dtype), {})
-            members[names[param]] = param
-    return [(number, members) for (number, _, _), members in found.items()]
+            key = (number, param.device, param.dtype, sharding(param))
+            found.setdefault(key, {})[names[param]] = param
+    return [(key[0], members) for key, members in found.items()]
 
 
 def complete_groups(
@@ -191,11 +195,6 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 def check_trainable(name: str, param: Tensor) -> None:
     """Refuse a selected parameter that cannot be trained."""
-    if hasattr(param, "device_mesh"):
-        raise TalosTypeError(
-            f"{name} must be a whole tensor, got a sharded one (DTensor), which is not supported; "
-            "train before sharding, or replicate with DistributedDataParallel"
-        )
     if param.is_meta:
         raise TalosTypeError(f"{name} must hold data, got the meta device; materialise it first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -8,19 +8,20 @@ The state of all tensors with one param group, device and dtype lies in flat arr
 that one launch steps them. `optimizer.state[param]` holds views of those arrays. What other code
 puts into `state` or `param_groups` counts from the next step on, as with torch's own optimizers.
 Until the first step the state follows its parameters to another device or dtype.
+
+Of a sharded parameter (FSDP2) each rank trains the entries that it holds and keeps their state.
 """
 
 import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from talos.distributed import several_processes
+from talos.distributed import reshard, several_processes
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
@@ -41,7 +42,8 @@ from talos.optim.param_groups import (
     selected_names,
     unselected,
 )
-from talos.optim.states import Saved, State, StateReader, checked_state, foreign
+from talos.optim.parts import Parts, agreement
+from talos.optim.states import ARRAYS, OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
 from talos.params import check_one_memory
 from talos.task_vectors import Patch, TaskVector
@@ -81,9 +83,9 @@ class SparseAdam(torch.optim.Optimizer):
     Raises:
         TalosValueError: the mask selects nothing, names a parameter that the model lacks, or has
             another shape; a selected parameter has requires_grad=False; a hyper-parameter is out
-            of range.
-        TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, is on
-            meta, or is sharded.
+            of range; ranks that share sharded parameters have other masks.
+        TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, or is on
+            meta.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
             frozen.
 
@@ -103,8 +105,8 @@ class SparseAdam(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Copies and pickles keep these beside torch's own attributes; hooks are dropped, as by torch.
     _KEPT = (
-        *("_mask", "_moment_dtype", "_names", "_buckets", "_untrained", "_base", "_mark"),
-        *("_complete", "_stepped", "_trained"),
+        *("_mask", "_moment_dtype", "_names", "_parts", "_buckets", "_untrained", "_base"),
+        *("_mark", "_complete", "_stepped", "_trained"),
     )
 
     def __init__(
@@ -122,10 +124,11 @@ class SparseAdam(torch.optim.Optimizer):
         strict: bool = False,
     ) -> None:
         check_arguments(mask, moment_dtype, seed)
+        if isinstance(model, nn.Module):
+            reshard(model)
         groups = named_groups(model, mask.names)
         params = by_name(groups)
         self._mask = mask
-        self._names = selected_names(model, params, mask, strict)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -135,8 +138,11 @@ class SparseAdam(torch.optim.Optimizer):
             "seed": seed,
             "mask": mask.fingerprint,
         }
-        for group in groups:
-            check_hyperparameters({**defaults, **group}, read_tensors=True)
+        with agreement(mask, params.values()):
+            self._names = selected_names(model, params, mask, strict)
+            for group in groups:
+                check_hyperparameters({**defaults, **group}, read_tensors=True)
+        self._parts = Parts(mask, self._names)
         self._untrained = unselected(params, self._names)
         if self._untrained and isinstance(model, nn.Module):
             check_not_wrapped(model)
@@ -243,7 +249,7 @@ class SparseAdam(torch.optim.Optimizer):
             return
         states = {
             param: checked_state(
-                name, self.state.get(param, {}), self._mask.indices[name].nnz, "optimizer.state"
+                name, self.state.get(param, {}), self._parts.indices[name].nnz, "optimizer.state"
             )
             for param, name in self._names.items()
         }
@@ -265,27 +271,30 @@ class SparseAdam(torch.optim.Optimizer):
         for param in cast.values():  # the master is the cast weight
             states[param].pop("master", None)
         self._build(states)
-        self._base.cast(cast, self._buckets)
+        self._base.cast(cast, self._buckets, self._parts)
         self._show()
 
     def _build(self, states: Mapping[Tensor, State]) -> None:
         """Make new buckets with this state by parameter; the old arrays stay as they were."""
         compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
         self._buckets[:] = [
-            Bucket.create(number, params, self._mask, self._moment_dtype, states)
+            Bucket.create(number, params, self._parts.indices, self._moment_dtype, states)
             for number, params in alike(self.param_groups, self._names)
         ]
         for bucket in self._buckets:
             bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
 
     def _show(self) -> None:
-        """Put the views into `state`, and a hash of its initial weights into each group."""
+        """Put the views and the initial weights into `state`."""
         for bucket in self._buckets:
             bucket.show_in(self.state)
+        for param, name in self._names.items():
+            state = self.state[param]
+            for key in OWN[len(ARRAYS) :]:
+                state.pop(key, None)
+            state.update(self._base.state(name))
         self._shown = list(map(id, self.state.values()))
         self._grouped = [list(map(id, group["params"])) for group in self.param_groups]
-        for group in self.param_groups:
-            group["base"] = self._base.digest(self._names[param] for param in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and a deferred clipping with them.
@@ -409,7 +418,7 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([-0.5000, -0.5000])
         """
         self._checked()
-        values = self._base.change(self._buckets, self._mask)
+        values = self._base.change(self._buckets, self._parts)
         made = {"method": "talos", **self._buffers.metadata(stacklevel=2)}
         return TaskVector(self._mask, values, fingerprints=self._base.fingerprints, metadata=made)
 
@@ -443,7 +452,7 @@ class SparseAdam(torch.optim.Optimizer):
             (True, 0)
         """
         self._checked()
-        return self._mark.patch(self._base, self._buckets, self._mask)
+        return self._mark.patch(self._base, self._buckets, self._parts)
 
     def mark(self) -> None:
         """Let the next patch count from the weights as they are now, as after a full copy."""
@@ -490,57 +499,58 @@ class SparseAdam(torch.optim.Optimizer):
         return self._mask
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state by parameter, the groups, and the initial weights.
+        """Return the state by parameter, and the groups.
 
         Returns:
-            torch's dictionary and two more keys: `base`, the initial weights at the selected
-            entries (a flat CPU tensor for each parameter, in the order of the groups), and
-            `fingerprints`.
+            torch's dictionary. The state of a parameter also holds `base`, the initial weights at
+            its selected entries, and `fingerprint`, that of the whole initial tensor.
+
+        Where parameters are sharded, all ranks call this. Their arrays are DTensors then, of which
+        each rank holds an even share, so that torch.distributed.checkpoint writes every value once.
         """
         self._refresh()
         state = super().state_dict()
-        state["state"] = {key: copy(each) for key, each in state["state"].items()}
         params = [param for group in self.param_groups for param in group["params"]]
-        base = [self._base.weights[self._names[param]] for param in params]
-        return {**state, "base": base, "fingerprints": dict(self._base.fingerprints)}
+        spread = {
+            i: self._parts.spread(self._names[p], self.state[p]) for i, p in enumerate(params)
+        }
+        state["state"] = {**state["state"], **spread}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state that an optimizer with the same mask saved.
 
         Args:
-            state_dict: what `state_dict()` returned; it is copied. A checkpointer may drop `base`:
-                the initial weights are then this optimizer's own, if the state belongs to them.
+            state_dict: what `state_dict()` returned, on this number of ranks or another one; it is
+                copied. Arrays may be whole tensors or DTensors.
 
         State is found by the parameters' names and cast to their device and dtype; missing masters
         are made from the weights. A group that lacks a hyper-parameter, as in a state dict of an
-        older version, keeps the one that this optimizer was made with.
+        older version, keeps the one that this optimizer was made with. Where parameters are
+        sharded, all ranks call this.
 
         Raises:
             TalosValueError: it belongs to another mask, or its groups, names or sizes differ. The
                 optimizer stays as it was.
         """
         self._regrouped()
-        own = [group["base"] for group in self.param_groups]
         saved: list[Saved] = []
 
         # torch would cast the state to each weight's dtype and assign it by place, so it is given
         # none. These hooks run after the caller's pre-hooks and before the caller's post-hooks.
         def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            nnz = {name: self._mask.indices[name].nnz for name in self._names.values()}
-            reader = StateReader(
-                self.param_groups, self.defaults, self._names, nnz, self._mask.fingerprint
-            )
-            saved.append(reader.read(state_dict))
+            reader = StateReader(self.param_groups, self.defaults, self._names, self._mask)
+            with agreement(self._mask, self._names):
+                saved.append(reader.read(state_dict))
             return {**state_dict, "state": {}, "param_groups": saved[0].groups}
 
         def take(_: torch.optim.Optimizer) -> None:
             (found,) = saved
-            if found.base is not None:
-                self._base = Base(found.base, found.fingerprints)
-            elif own != [group.get("base") for group in self.param_groups]:
-                self._base.known = False
+            names = self._names
+            states = {p: self._parts.take(names[p], each) for p, each in found.states.items()}
+            self._base = Base.loaded({names[p]: each for p, each in states.items()})
             self.state = defaultdict(dict, found.others)
-            self._build(found.states)
+            self._build(states)
             self._show()
             self._stepped = False
 

@@ -4,19 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from talos.errors import TalosValueError
+from talos.masks import Mask
 from talos.names import resolve_names
 from talos.options import as_real
 
-__all__ = ["OWN", "Saved", "State", "StateReader", "checked_state", "foreign"]
+__all__ = ["ARRAYS", "OWN", "Saved", "State", "StateReader", "checked_state", "foreign"]
 
 State = Mapping[str, Any]
 """`step` and arrays `[nnz]` of one parameter; empty before its first step."""
 
-OWN = ("step", "exp_avg", "exp_avg_sq", "master")
+ARRAYS = ("step", "exp_avg", "exp_avg_sq", "master")
+"""What a step updates, in the order of a bucket's arrays."""
+OWN = (*ARRAYS, "base", "fingerprint")
+"""All that an optimizer keeps of a parameter; `talos.optim.base` makes the last two."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,11 @@ class Saved:
         groups: the hyper-parameters of each param group.
         states: the state by parameter, in the order of the optimizer's own groups.
         others: what other code keeps in the state.
-        base: the initial weights at the selected entries by name, on the CPU; None: not stored.
-        fingerprints: of the whole initial tensors, by name.
     """
 
     groups: list[dict[str, Any]]
     states: dict[Tensor, State]
     others: dict[Any, Any]
-    base: dict[str, Tensor] | None
-    fingerprints: dict[str, str]
 
 
 def foreign(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -69,9 +68,11 @@ def checked_state(name: str, found: State, nnz: int, what: str) -> dict[str, Any
             f"{what} must hold step of shape () for {name}, got {found.get('step')!r}"
         )
     taken: dict[str, Any] = {"step": step}
-    for key in OWN[1:]:
+    if isinstance(found.get("fingerprint"), Tensor):
+        taken["fingerprint"] = found["fingerprint"]
+    for key in ("exp_avg", "exp_avg_sq", "master", "base"):
         value = found.get(key)
-        if key == "master" and value is None:
+        if key in ("master", "base") and value is None:
             continue
         if not isinstance(value, Tensor) or value.shape != (nnz,) or value.is_meta:
             shape = tuple(value.shape) if isinstance(value, Tensor) else value
@@ -92,18 +93,18 @@ class StateReader:
         groups: the optimizer's own.
         defaults: hyper-parameters for groups that lack them, as those of older versions may.
         names: the parameters' names in the mask.
-        nnz: how many entries of each name are selected.
-        mask: the mask's fingerprint.
+        mask: the entries that are trained.
     """
 
     groups: Sequence[Mapping[str, Any]]
     defaults: Mapping[str, Any]
     names: Mapping[Tensor, str]
-    nnz: Mapping[str, int]
-    mask: str
+    mask: Mask
 
     def read(self, state_dict: Mapping[str, Any]) -> Saved:
         """Check all of a state dict and return its contents; the optimizer stays as it is.
+
+        Arrays are as the state dict holds them: `[nnz]` in the mask's order, or DTensors of them.
 
         Raises:
             TalosValueError: it belongs to another mask, or its groups, names or sizes differ.
@@ -113,13 +114,13 @@ class StateReader:
             raise TalosValueError(
                 f"state_dict must have {len(self.groups)} param groups, got {len(groups)}"
             )
+        mask = self.mask
         states: dict[Tensor, State] = {}
         others = dict(state_dict["state"])
-        order: list[str] = []  # our names of the saved parameters
         for own, group in zip(self.groups, groups, strict=True):
-            if group.get("mask") != self.mask:
+            if group.get("mask") != mask.fingerprint:
                 raise TalosValueError(
-                    f"state_dict must belong to the mask {self.mask}, "
+                    f"state_dict must belong to the mask {mask.fingerprint}, "
                     f"got {group.get('mask', 'the state of another optimizer')}; "
                     "make the optimizer with the mask that was trained"
                 )
@@ -127,17 +128,14 @@ class StateReader:
             for param in own["params"]:
                 name = self.names[param]
                 found = others.pop(keys[param], {})
-                states[param] = checked_state(name, found, self.nnz[name], "state_dict")
-                others[param] = {key: _like(param, value) for key, value in found.items()}
-            by_key = {key: self.names[param] for param, key in keys.items()}
-            order += [by_key[key] for key in group["params"]]
+                states[param] = checked_state(name, found, mask.indices[name].nnz, "state_dict")
+                kept = {key: value for key, value in found.items() if key not in OWN}
+                others[param] = {key: _like(param, value) for key, value in kept.items()}
         merged = [
             {**self.defaults, **group, "param_names": own["param_names"]}
             for own, group in zip(self.groups, groups, strict=True)
         ]
-        base = self._base(state_dict["base"], order) if "base" in state_dict else None
-        fingerprints = dict(state_dict.get("fingerprints", {}))
-        return Saved(merged, states, foreign(others), base, fingerprints)
+        return Saved(merged, states, foreign(others))
 
     def _keys(self, own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[Tensor, Any]:
         """Return each parameter's key in the saved state: by name, or by place without names."""
@@ -160,23 +158,6 @@ class StateReader:
                 f"state_dict must have the parameters of this group, lacks {', '.join(lacking[:5])}"
             )
         return {param: saved[name] for name, param in zip(own["param_names"], params, strict=True)}
-
-    def _base(self, base: Sequence[Tensor], order: Sequence[str]) -> dict[str, Tensor] | None:
-        """Return the initial weights by name; None if they are on meta, without values.
-
-        A state dict lists them in the order of its parameters; older ones joined those of one
-        group, device and dtype.
-        """
-        base = [part.detach() for part in base]
-        if any(part.is_meta for part in base):
-            return None
-        sizes = [self.nnz[name] for name in order]
-        if [part.shape for part in base] != [(size,) for size in sizes]:
-            dtypes = {part.dtype for part in base}
-            if sum(part.numel() for part in base) != sum(sizes) or len(dtypes) > 1:
-                raise TalosValueError("state_dict must hold base weights of the optimizer's shapes")
-            base = list(torch.cat([part.reshape(-1).cpu() for part in base]).split(sizes))
-        return {name: part.cpu() for name, part in zip(order, base, strict=True)}
 
 
 def _like(param: Tensor, value: Any) -> Any:

@@ -296,7 +296,8 @@ def test_state_is_eight_bytes_an_entry_and_twelve_with_a_master() -> None:
     for dtype, size in ((torch.float32, 8), (torch.bfloat16, 12), (torch.float16, 12)):
         model, mask = Weights(dtype), random_mask()
         optimizer = SparseAdam(model, mask)
-        state = [t for s in optimizer.state.values() for n, t in s.items() if n != "step"]
+        arrays = ("exp_avg", "exp_avg_sq", "master")
+        state = [s[name] for s in optimizer.state.values() for name in arrays if name in s]
         assert sum(t.nbytes for t in state) == size * mask.nnz
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state}
         assert sum(storages.values()) == size * mask.nnz
@@ -525,15 +526,13 @@ def test_loading_leaves_what_an_earlier_state_dict_handed_out() -> None:
 
 
 def test_a_checkpointer_that_drops_the_base_is_noticed() -> None:
-    pretrained, mask = Weights(), random_mask()
-    trained = copy.deepcopy(pretrained)
+    trained, mask = Weights(), random_mask()
     optimizer = SparseAdam(trained, mask, lr=1e-2)
     set_grads(trained, 0)
     optimizer.step()
-    state = {k: v for k, v in optimizer.state_dict().items() if k in ("state", "param_groups")}
-    from_base = SparseAdam(copy.deepcopy(pretrained), mask)
-    from_base.load_state_dict(copy.deepcopy(state))
-    assert from_base.task_vector().norm() == 0.0  # its weights are the initial ones
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        del entry["base"]
     from_trained = SparseAdam(trained, mask)
     from_trained.load_state_dict(copy.deepcopy(state))
     with pytest.raises(TalosRuntimeError, match="the initial weights are not known"):

@@ -151,7 +151,8 @@ def test_without_known_initial_weights_patches_begin_at_a_mark() -> None:
                 param *= scale
         optimizer = SparseAdam(model, mask)
         states.append(optimizer.state_dict())
-    states[0].pop("base")
+    for entry in states[0]["state"].values():
+        del entry["base"]
     optimizer.load_state_dict(states[0])
     with pytest.raises(TalosRuntimeError, match=r"or call mark\(\) where patches begin"):
         optimizer.patch()
