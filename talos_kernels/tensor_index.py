@@ -41,6 +41,8 @@ U16_DENSITY = 1 / 16
 # Dense entries that encoding and decoding expand at a time, so that a tensor of 2**31 entries costs
 # no int64 temporary of its own size.
 CHUNK_SIZE = 1 << 24
+# Numbers of a file that are checked at a time: a cast to more bytes costs no memory to speak of.
+CHECKED_SIZE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,18 +177,18 @@ class TensorIndex:
             if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > SEGMENT_SIZE):
                 raise TalosValueError(f"counts must lie in [0, {SEGMENT_SIZE}]")
             starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device="cpu")
-            starts[1:] = counts.to(torch.int64).cumsum(0)
+            starts[1:] = counts
+            starts.cumsum_(0)
             nnz = int(starts[-1])
             positions = _expect(positions, "positions", torch.uint16, nnz)
-            index = cls(numel, nnz, "u16", _empty_int32(), positions, starts)
-            flat = index.positions_int64()
-            steps = flat.diff()
-            if bool((steps <= 0).any()):
-                where = int((steps <= 0).nonzero()[0, 0]) + 1
+            where = _first_descent(positions, starts)
+            if where is not None:
                 raise TalosValueError(f"positions must be strictly ascending, broken at {where}")
-            if nnz and int(flat[-1]) >= numel:
-                raise TalosValueError(f"positions must lie in [0, {numel}), got {int(flat[-1])}")
-            return index
+            if nnz:
+                last = int(counts.nonzero()[-1, 0]) * SEGMENT_SIZE + int(positions[-1])
+                if last >= numel:
+                    raise TalosValueError(f"positions must lie in [0, {numel}), got {last}")
+            return cls(numel, nnz, "u16", _empty_int32(), positions, starts)
         raise TalosValueError(f"encoding must be one of {ENCODINGS}, got {encoding!r}")
 
     @classmethod
@@ -197,7 +199,9 @@ class TensorIndex:
     def _from_words(cls, words: Tensor, numel: int) -> "TensorIndex":
         per_block = words.view(-1, BLOCK_SIZE // WORD_SIZE)
         starts = torch.zeros(per_block.shape[0] + 1, dtype=torch.int64, device="cpu")
-        starts[1:] = popcount(per_block).sum(1, dtype=torch.int64).cumsum(0)
+        parts = per_block.split(CHECKED_SIZE // BLOCK_SIZE * WORD_SIZE)
+        starts[1:] = torch.cat([popcount(part).sum(1, dtype=torch.int64) for part in parts])
+        starts.cumsum_(0)
         return cls(numel, int(starts[-1]), "bitmap", words, _empty_uint16(), starts)
 
     @classmethod
@@ -358,6 +362,21 @@ def _restore(
 def blocks_of(numel: int, size: int) -> int:
     """Return the number of blocks of `size` entries that cover `numel` entries."""
     return -(-numel // size)
+
+
+def _first_descent(positions: Tensor, starts: Tensor) -> int | None:
+    """Return the first rank whose position is not above the one before it in its segment.
+
+    A chunk at a time: as int64 the positions of a file would take four times its size.
+    """
+    for first in range(1, positions.numel(), CHECKED_SIZE):
+        part = positions[first - 1 : first + CHECKED_SIZE].to(torch.int32)
+        descends = part.diff() <= 0
+        begins = starts[(starts >= first) & (starts < first + len(descends))]
+        descends[begins - first] = False
+        if bool(descends.any()):
+            return first + int(descends.to(torch.uint8).argmax())
+    return None
 
 
 def _empty_int32() -> Tensor:

@@ -38,6 +38,8 @@ _LOADERS = {
     "patch": "talos.Patch.load",
     "checkpoint": "talos.fine_tune(..., checkpoint=FOLDER, resume=True)",
 }
+_CHUNK = 1 << 18  # entries that are cast at a time
+_MOST_NESTED = 300  # Python ends at about a thousand nested calls
 _MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
 
 
@@ -81,6 +83,8 @@ def save_file(
     }
     try:
         about = parse_json(_canonical(about))  # keys that are numbers become strings
+        if _is_deep(about["content"]):
+            raise ValueError(f"more than {_MOST_NESTED} levels")
     except (TypeError, ValueError, RecursionError) as error:
         raise TalosTypeError(
             f"content must be JSON without NaN or infinity, got {error}; convert it to numbers, "
@@ -225,6 +229,11 @@ def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
         )
     if any(not isinstance(about.get(part), dict) for part in ("digests", "content")):
         raise TalosValueError(f"{path}: digests and content must be objects; fetch it again")
+    if _is_deep(about["content"]):
+        raise TalosValueError(
+            f"{path}: its content must be nested at most {_MOST_NESTED} times, got more; make it "
+            "again from fewer vectors of vectors"
+        )
     return about
 
 
@@ -236,8 +245,8 @@ def check_entries(entries: Any) -> None:
 
     Raises:
         TalosValueError: its structure differs; a size is negative or no integer; a name comes
-            twice; tensors without a selected entry, for which the file holds no buffer, are
-            larger than any model.
+            twice; a size has more than 63 bits; tensors with hardly a selected entry, for which
+            the file holds next to nothing, are larger than any model.
 
     Example:
         >>> check_entries([{"name": "w", "shape": [2], "encoding": "full", "nnz": 2}])
@@ -254,9 +263,15 @@ def check_entries(entries: Any) -> None:
     names = Counter(entry["name"] for entry in entries)
     if len(names) < len(entries):
         raise TalosValueError(f"tensors must name {names.most_common(1)[0][0]!r} once, not twice")
-    empty = sum(prod(entry["shape"]) for entry in entries if entry["nnz"] == 0)
+    sizes = [prod(entry["shape"]) for entry in entries]
+    if max(sizes, default=0) >= 1 << 63 or any(max(e["shape"], default=0) >> 63 for e in entries):
+        raise TalosValueError("tensors must have sizes of 63 bits, got larger ones")
+    # Of these the memory is one of segments, not of selected entries.
+    empty = sum(size for size, e in zip(sizes, entries, strict=True) if e["nnz"] << 16 < size)
     if empty > _MOST_EMPTY:
-        raise TalosValueError(f"tensors without a selected entry must be smaller, got {empty}")
+        raise TalosValueError(
+            f"tensors with hardly a selected entry must be smaller, got {empty} entries"
+        )
 
 
 def digest(tensor: Tensor) -> str:
@@ -275,15 +290,24 @@ def _canonical(about: Mapping[str, Any]) -> str:
     return json.dumps(about, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
+def _is_deep(content: Any) -> bool:
+    """Return whether JSON is nested more than `_MOST_NESTED` times."""
+    level = [content]
+    for _ in range(_MOST_NESTED):
+        level = [each for each in level if isinstance(each, dict | list)]
+        level = [part for e in level for part in (e.values() if isinstance(e, dict) else e)]
+    return bool(level)
+
+
 def _check_finite(what: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    flat = tensor.detach().reshape(-1)
-    if flat.element_size() == 1:  # torch finds no extremes among floats of eight bits
-        flat = flat.float()
-    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(flat)):
-        where = int((~torch.isfinite(flat)).nonzero()[0, 0])
-        raise TalosValueError(
-            f"{what} must be finite, got {float(flat[where])} at position {where}; "
-            "it comes from a run that diverged, leave it out"
-        )
+    for number, part in enumerate(tensor.detach().reshape(-1).split(_CHUNK)):
+        if part.element_size() == 1:  # torch finds no extremes among floats of eight bits
+            part = part.float()
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(part)):
+            where = int((~torch.isfinite(part)).to(torch.uint8).argmax())
+            raise TalosValueError(
+                f"{what} must be finite, got {float(part[where])} at position "
+                f"{number * _CHUNK + where}; it comes from a run that diverged, leave it out"
+            )

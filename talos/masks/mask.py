@@ -435,12 +435,16 @@ class Mask:
             TalosValueError: the file is not a mask, is damaged, or is from a newer version.
             TalosOSError: it cannot be read.
         """
-        buffers, metadata = load_file(path, "mask")
+        buffers, content = load_file(path, "mask")
         try:
-            mask = cls.from_buffers(buffers, metadata["tensors"])
+            if set(content) != {"tensors", "made"} or not isinstance(content["made"], dict):
+                raise TalosValueError("its content must hold tensors and made, an object")
+            mask = cls.from_buffers(buffers, content["tensors"])
+            if extra := sorted(set(buffers) - set(mask.to_buffers()[0])):
+                raise TalosValueError(f"it must hold only a mask, got {', '.join(extra[:5])}")
         except (TalosValueError, KeyError, TypeError) as error:
             raise TalosValueError(f"{path}: not a valid mask: {error}") from None
-        return cls(mask.shapes, mask.indices, metadata.get("made", {}))
+        return cls(mask.shapes, mask.indices, content["made"])
 
     def _check_shapes(self, other: Self) -> None:
         for name, shape in self.shapes.items():

@@ -38,6 +38,7 @@ __all__ = ["Patch", "changed_bits"]
 
 Shape = tuple[int, ...]
 _PLAIN = (Tensor, nn.Parameter)
+_CHUNK = 1 << 18  # entries that are checked at a time
 
 
 class _Parts:
@@ -443,7 +444,6 @@ def _checked(name: str, shape: Shape, positions: Tensor, values: Tensor) -> Tens
     numel = prod(shape)
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise TalosTypeError(f"positions of {name} must be integers, got {positions.dtype}")
-    positions = positions.to(torch.int64)  # differences of small integers wrap around
     if positions.dim() != 1 or positions.shape != values.shape:
         raise TalosValueError(
             f"positions and values of {name} must be two flat tensors of one length, got shapes "
@@ -451,16 +451,27 @@ def _checked(name: str, shape: Shape, positions: Tensor, values: Tensor) -> Tens
         )
     if len(positions):
         first, last = int(positions[0]), int(positions[-1])
-        if first < 0 or last >= numel or bool((positions.diff() <= 0).any()):
+        if first < 0 or last >= numel or not _ascends(positions):
             raise TalosValueError(
                 f"positions of {name} must be strictly ascending in [0, {numel}), got {first} .. "
                 f"{last}; sort them and drop repeats"
             )
-    wide = values.float() if values.dtype.itemsize == 1 else values  # torch knows no infinite fp8
-    if not bool(torch.isfinite(wide).all()):
+    if not all(map(_is_finite, values.detach().split(_CHUNK))):
         raise TalosValueError(
             f"values of {name} must be finite, got NaN or infinity; the training diverged, or a "
             "scale is out of range"
         )
     dtype = torch.int32 if numel <= 1 << 31 else torch.int64
     return _flat(positions.to(dtype))
+
+
+def _ascends(positions: Tensor) -> bool:
+    """Return whether integers ascend strictly."""
+    chunks = range(0, len(positions), _CHUNK)  # differences of small integers would wrap around
+    parts = (positions[first : first + _CHUNK + 1].to(torch.int64) for first in chunks)
+    return not any(bool((part.diff() <= 0).any()) for part in parts)
+
+
+def _is_finite(values: Tensor) -> bool:
+    wide = values.float() if values.dtype.itemsize == 1 else values  # torch knows no infinite fp8
+    return bool(torch.isfinite(wide).all())

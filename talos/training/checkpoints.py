@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
+from talos.distributed import errors_on_all_ranks, is_sharded, rank
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.files import load_file, save_file
 from talos.files.atomic import sweep
@@ -87,17 +86,14 @@ class Checkpoints:
         self._buffers = {n: each.detach().clone() for n, each in named_buffers(model).items()}
         self.step = 0
         self.losses: list[float] = []
-        found: list[int | None] = [None]
         self._found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        with errors_on_all_ranks():
+        with errors_on_all_ranks() as newest:
             if rank() == 0:
                 self._prepare(resume)
-                found = [self._newest() if resume else None]
-        if world_size() > 1:
-            dist.broadcast_object_list(found, src=0)
+                newest += self._newest() if resume else []
         with errors_on_all_ranks():
-            if found[0] is not None:
-                self._read(found[0])
+            for step in newest:
+                self._read(step)
 
     def _prepare(self, resume: bool) -> None:
         """Make the folder, and refuse one that cannot be written or holds another training."""
@@ -123,8 +119,8 @@ class Checkpoints:
                 f"({error.strerror or error})"
             ) from error
 
-    def _newest(self) -> int | None:
-        """Return the step of the newest checkpoint that is intact; None: there is none."""
+    def _newest(self) -> list[int]:
+        """Return the step of the newest checkpoint that is intact; []: there is none yet."""
         steps = steps_in(self.folder)
         for step in steps:
             try:
@@ -132,13 +128,13 @@ class Checkpoints:
             except TalosValueError as error:
                 warnings.warn(f"a checkpoint was passed over: {error}", stacklevel=6)
                 continue
-            return step
+            return [step]
         if steps:
             raise TalosValueError(
                 f"resume must find an intact checkpoint, got {len(steps)} damaged ones in "
                 f"{self.folder}; begin anew in another folder"
             )
-        return None
+        return []
 
     def _read(self, step: int) -> None:
         """Read a checkpoint and refuse one of another training."""
@@ -200,11 +196,8 @@ class Checkpoints:
         self.losses.append(loss)
         if step % self.every and not last:
             return
-        own = order.state()
-        orders: list[Any] = [own]
-        if world_size() > 1:
-            orders = [None] * world_size()
-            dist.all_gather_object(orders, own)
+        with errors_on_all_ranks() as orders:
+            orders.append(order.state())
         state = phase.state()  # of all ranks: it may be gathered
         with errors_on_all_ranks():
             if rank() == 0:

@@ -181,7 +181,16 @@ def test_an_architecture_of_ones_own_is_read_from_a_file(
     assert not saved or tuple(loaded.tokenizer.transforms[-1].mean) == (0.1, 0.2, 0.3)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": {"embed_dim": 8}}'])
+WHOLE = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "{}", '{"model_cfg": {"embed_dim": 8}}', "[" * 3000),
+        json.dumps({"model_cfg": WHOLE, "preprocess_cfg": 3}),
+    ],
+)
 def test_what_is_no_configuration_is_refused(content: str, weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)

@@ -602,3 +602,21 @@ def test_a_file_of_another_model_is_named(
         assert re.search(f"error: {vector} ?{lead}model must be the base", error)
         assert "force" not in error
     assert not out.exists()
+
+
+def test_a_sweep_names_demos_below_its_own_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    swept = dict.fromkeys(("created", "machine", "versions", "settings", "tasks", "methods"), 0)
+    swept |= dict.fromkeys(("zero_shot", "summary", "timings"), 0)
+    swept |= {"schema": "talos-demo-sweep", "schema_version": 1}
+    for folder, message in (
+        (".", "must hold the accuracies of each method"),  # itself
+        ("..", "a folder that is not below its own"),
+        ("/", "a folder that is not below its own"),
+        (3, "must hold the folder of each run"),
+    ):
+        path.write_text(json.dumps({**swept, "cells": [{"folder": folder}]}))
+        assert main(["compare", str(path), str(path)]) == 2
+        assert message in capsys.readouterr().err

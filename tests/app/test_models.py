@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from talos.app.models import TextEncoder, ZeroShotClassifier, load_encoder
+from talos.app.models.folders import class_name
 from talos.app.models.text import MINILM_SHA256
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.names import named_parameters
@@ -288,3 +289,11 @@ def test_making_a_head_leaves_the_modes_and_uses_no_dropout(small):
 def test_zero_shot_classifier_refuses(small, texts, error, match):
     with pytest.raises(error, match=match):
         small.classifier(texts)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 3000, "{", "3", '{"architectures": {}}', '{"architectures": {"a": 1}}', "\xff"]
+)
+def test_a_damaged_configuration_names_no_class(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert class_name(tmp_path) == "AutoModel"

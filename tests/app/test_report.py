@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from talos.app import report
+from talos.app.cli import main
 from talos.app.cli.commands.demo import _next
 from talos.errors import TalosOSError, TalosValueError
 
@@ -416,3 +417,14 @@ def test_not_finite_results_are_not_written(tmp_path: Path) -> None:
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TalosOSError, match="must be writable"):
         report.write_report(synthetic(), tmp_path / "none" / "report.html")
+
+
+def test_results_with_values_of_another_type_are_refused_and_no_page_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / "results.json", tmp_path / "page.html"
+    for key, value in (("zero_shot", "x"), ("tasks", 3), ("timings", {"total": "long"})):
+        path.write_text(json.dumps({**synthetic(), key: value}))
+        assert main(["report", str(path), "--out", str(page)]) == 2
+        assert "RESULTS must be as `talos demo` wrote it" in capsys.readouterr().err
+        assert not page.exists()

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import talos
+from talos.errors import TalosError, TalosOSError, TalosValueError
+from talos.files import load_file
+from talos.masks import Mask
 from talos.methods import METHODS, Talos
-from talos.training import FineTuneStep, fine_tune
+from talos.training import FineTuneStep, fine_tune, fine_tune_steps
+from talos.training.checkpoints import losses_in
 from tests.cases import assert_bit_equal
-from tests.training.test_loop import CLASSES, half_mask
+from tests.training.test_loop import CLASSES, Averages, half_mask
 
 STEPS = 4
 
 
 def train(
-    model: nn.Module, data: Any, folder: Path, seed: int = 5, **options: Any
+    model: nn.Module, batches: Any, folder: Path, seed: int = 5, **options: Any
 ) -> tuple[list[FineTuneStep], talos.TaskVector]:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     events: list[FineTuneStep] = []
-    options = {"steps": STEPS, "every": 1, "keep": 99, **options}
-    return events, fine_tune(model, data, checkpoint=folder, on_step=events.append, **options)
+    options = {"steps": STEPS, "every": 1, "keep": 99, "on_step": events.append, **options}
+    return events, fine_tune(model, batches, checkpoint=folder, **options)
 
 
 def only(folder: Path, step: int, new: Path) -> Path:
@@ -98,3 +104,222 @@ def test_every_method_resumes_with_the_same_bits(
         lambda: attention_and_data(dtype), tmp_path, **chosen, steps=3, accumulate=2,
         autocast=autocast, weight_decay=0.1,
     )  # fmt: skip
+
+
+class Drawn:
+    """Batches in an order that is drawn each epoch, with noise that is drawn for each batch."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in random.sample(range(len(self.data)), len(self.data)):
+            inputs, labels = self.data[place]
+            noise = torch.from_numpy(np.random.randn(*inputs.shape)).float()
+            yield inputs + noise + random.gauss(0, 1) + torch.rand(()), labels
+
+
+class Stateful:
+    """Batches that know their place, as a loader of torchdata does; they draw nothing again."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data, self.place = data, 0
+        self.offset = torch.zeros(2)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < len(self.data):
+            self.place += 1
+            yield self.data[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "in": {"parts": [self.offset, None, 2**62], "more": (True,)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place, (offset, none, number) = state["place"], state["in"]["parts"]
+        assert (offset.tolist(), none, number, state["in"]["more"]) == ([0, 0], None, 2**62, [True])
+
+
+def loader(data: list[Any], **options: Any) -> DataLoader[Any]:
+    inputs, labels = (torch.cat(each) for each in zip(*data, strict=True))
+    return DataLoader(TensorDataset(inputs, labels), batch_size=10, shuffle=True, **options)
+
+
+ORDERS = {
+    "drawn": Drawn,
+    "shuffled": loader,
+    "with a generator": lambda data: loader(data, generator=torch.Generator().manual_seed(3)),
+    "stateful": Stateful,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_data_go_on_in_their_order(order: str, tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model, data = attention_and_data()
+        return model, ORDERS[order](data)
+
+    resumed_everywhere(make, tmp_path, steps=5, method="nonlinear")
+
+
+@pytest.mark.slow
+def test_the_data_of_workers_go_on_in_their_order(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model, data = attention_and_data()
+        return model, loader(data, num_workers=1)
+
+    resumed_everywhere(make, tmp_path, steps=4, method="nonlinear")
+
+
+def test_a_buffer_that_moves_goes_on(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        _, data = attention_and_data()
+        layers = nn.Linear(32, 4), Averages(persistent=False), nn.Linear(4, CLASSES)
+        return nn.Sequential(*layers, nn.BatchNorm1d(CLASSES)), data
+
+    for method in ("nonlinear", "lota"):
+        (tmp_path / method).mkdir()
+        resumed_everywhere(make, tmp_path / method, steps=3, method=method)
+
+
+def test_the_newest_are_kept_and_the_last_step_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    events, vector = train(*attention_and_data(), folder, steps=7, every=2, keep=2)
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "step-00000006.safetensors", "step-00000007.safetensors"
+    ]  # fmt: skip
+    assert losses_in(folder) == [event.loss for event in events]
+    model, data = attention_and_data()
+    rest, again = train(model, data, folder, steps=7, every=2, keep=2, resume=True)
+    assert rest == []  # a run that was over is over
+    assert again == vector
+    assert losses_in(tmp_path) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    whole, data = attention_and_data()
+    events, vector = train(whole, data, folder, keep=3)
+    for step, damage in ((4, slice(0, 900)), (3, slice(0, -1))):
+        path = folder / f"step-{step:08}.safetensors"
+        path.write_bytes(path.read_bytes()[damage])
+    other, data = attention_and_data()
+    with pytest.warns(UserWarning, match=r"was passed over: .*step-0000000[34].*fetch it again"):
+        rest, again = train(other, data, folder, 17, keep=1, resume=True)
+    assert_the_same([(whole, events, vector), (other, rest, again)])
+    assert [path.name for path in folder.iterdir()] == ["step-00000004.safetensors"]
+    (folder / "step-00000004.safetensors").write_bytes(b"")
+    with (
+        pytest.raises(
+            TalosValueError, match="resume must find an intact checkpoint, got 1 damaged"
+        ),
+        pytest.warns(UserWarning, match="passed over"),
+    ):
+        train(*attention_and_data(), folder, resume=True)
+
+
+def test_later_ones_that_are_damaged_do_not_count_among_the_newest(tmp_path: Path) -> None:
+    train(*attention_and_data(), tmp_path / "whole")
+    folder = only(tmp_path / "whole", 2, tmp_path / "run")
+    (folder / "step-00000004.safetensors").write_bytes(b"damaged")
+    model, data = attention_and_data()
+    with pytest.warns(UserWarning, match="passed over"):
+        events = fine_tune_steps(
+            model, data, steps=STEPS, checkpoint=folder, every=1, keep=1, resume=True
+        )
+    next(events)
+    assert [path.name for path in folder.iterdir()] == ["step-00000003.safetensors"]
+    events.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"steps": 5}, r"resume must go on with the settings of .*step-00000004.safetensors, got "
+                       r"steps=5 \(there 4\); pass those, or begin anew in another folder"),
+        ({"lr": 0.1, "eps": 0.5}, r"got lr=0.1 \(there 0.001\), eps=0.5 \(there 1e-08\);"),
+        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"betas": (0.8, 0.9)}, "betas"),
+        ({"max_grad_norm": None}, r"max_grad_norm=None \(there 1.0\)"),
+        ({"accumulate": 2}, "accumulate"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"autocast": torch.bfloat16}, r"autocast=torch.bfloat16 \(there None\)"),
+        ({"warmup": 3}, "warmup"),
+        ({"method": "l_lora"}, r"method=l_lora \(there nonlinear\), rank=16 \(there none\)"),
+        ({"data": {"seed": 2}}, r"seed=2 \(there 1\)"),
+        ({"data": None}, r"seed=none \(there 1\)"),
+        ({"resume": False}, r"must be a folder without checkpoints, .* step 4; pass resume=True"),
+        ({"every": 0}, "every must be an integer of at least 1, got 0"),
+        ({"keep": 0}, "keep must be an integer of at least 1, got 0"),
+        ({"checkpoint": None}, "resume must be False without checkpoint"),
+        ({"checkpoint": 3}, "checkpoint must be the path of a folder, got int"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_training_is_refused(
+    options: dict[str, Any], match: str, finished: Path
+) -> None:
+    model, data = attention_and_data()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    given = {"steps": STEPS, "method": "nonlinear", "data": {"seed": 1}, "resume": True}
+    with pytest.raises(TalosError, match=match):
+        fine_tune_steps(model, data, **{**given, "checkpoint": finished, **options})
+    for name, value in model.state_dict().items():
+        assert_bit_equal(value, before[name])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that is over."""
+    folder = tmp_path_factory.mktemp("training") / "run"
+    train(*attention_and_data(), folder, method="nonlinear", data={"seed": 1})
+    return folder
+
+
+def test_another_mask_and_other_initial_weights_are_refused(tmp_path: Path) -> None:
+    model, data = attention_and_data()
+    mask = half_mask(model)
+    train(model, data, tmp_path / "run", mask=mask)
+    model, data = attention_and_data()
+    dense = {name: mask.to_dense(name) for name in mask.names}
+    dense["q_proj.bias"] = ~dense["q_proj.bias"]
+    with pytest.raises(TalosValueError, match=r"got mask=\w{16} \(there \w{16}\);"):
+        train(model, data, tmp_path / "run", mask=Mask.from_dense(dense), resume=True)
+    with torch.no_grad():
+        model.head.bias[0] += 1
+    with pytest.raises(TalosValueError, match=r"model must have the weights .* in head.bias; load"):
+        train(model, data, tmp_path / "run", mask=mask, resume=True)
+    model, data = attention_and_data(torch.bfloat16)
+    with pytest.raises(TalosValueError, match="load the base again"):
+        train(model, data, tmp_path / "run", mask=mask, resume=True)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, match in (
+        (tmp_path / "file", "checkpoint must be a folder, got the file"),
+        (tmp_path / "no" / "run", "checkpoint must lie in an existing folder, .*; make"),
+        (tmp_path / "file" / "run", "checkpoint must lie in an existing folder"),
+    ):
+        with pytest.raises(TalosOSError, match=match):
+            fine_tune_steps(*attention_and_data(), steps=2, checkpoint=folder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000009.safetensors").write_text("{}")  # of somebody else
+    with (
+        pytest.raises(TalosValueError, match="damaged"),
+        pytest.warns(UserWarning, match="passed over"),
+    ):
+        train(*attention_and_data(), tmp_path / "run", resume=True)
+
+
+def test_state_that_is_not_finite_is_kept_as_it_is(tmp_path: Path) -> None:
+    """A second moment overflows long before the weights do."""
+
+    def make() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        return nn.Linear(4, CLASSES), [(1e30 * torch.randn(8, 4), torch.arange(8) % 3)]
+
+    resumed_everywhere(make, tmp_path, steps=3, max_grad_norm=None, lr=1e-30)
+    tensors, _ = load_file(
+        tmp_path / "whole" / "step-00000003.safetensors", "checkpoint", finite=False
+    )
+    assert torch.isinf(tensors["phase/state/weight/exp_avg_sq"]).any()

@@ -200,10 +200,12 @@ def _own_architecture(path: Path) -> tuple[str, dict[str, Any]]:
             f"source must name a configuration that can be read, got {path} ({error.strerror})"
             f"{did_you_mean(str(path), beside(path))}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TalosValueError(f"source must name a JSON file, got {path}: {error}") from error
-    config = content.get("model_cfg", content) if isinstance(content, dict) else None
-    if not isinstance(config, dict) or not config.keys() >= set(_KEYS):
+    content = content if isinstance(content, dict) else {}
+    config, preprocessing = content.get("model_cfg", content), content.get("preprocess_cfg", {})
+    parts = (config, preprocessing)
+    if not all(isinstance(e, dict) for e in parts) or not config.keys() >= set(_KEYS):
         raise TalosValueError(
             f"source must name a model configuration of open_clip, with {', '.join(_KEYS)}, got "
             f"{path} without; `open_clip.get_model_config(NAME)` shows one"
@@ -215,7 +217,7 @@ def _own_architecture(path: Path) -> tuple[str, dict[str, Any]]:
         file = Path(folder, f"{name}.json")
         file.write_text(text, encoding="utf-8")
         import_package("open_clip").add_model_config(file)
-    return name, content.get("preprocess_cfg", {})
+    return name, preprocessing
 
 
 def _check_architecture(architecture: str, named: str) -> None:

@@ -51,7 +51,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     """Read config.json; return nothing where it cannot be read: the loader reports that."""
     try:
         content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -69,8 +69,8 @@ def class_name(folder: Path) -> str:
         >>> class_name(load_encoder().path)
         'BertModel'
     """
-    names = configuration(folder).get("architectures") or ["AutoModel"]
-    return str(names[0])
+    names = configuration(folder).get("architectures")
+    return str(names[0]) if names and isinstance(names, list) else "AutoModel"
 
 
 def takes_texts(folder: Path, auto: str) -> bool:

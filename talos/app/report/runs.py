@@ -161,14 +161,15 @@ def load_runs(path: Path) -> list[Run]:
     results = read_json(path, _WHAT)
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema == SCHEMA:
-        check_results(results, str(path))
-        with _undamaged(path, "the accuracies of each method", "talos demo"):
-            return list(_methods(results, path))
+        return _demo_runs(results, path)
     if schema == SWEEP_SCHEMA:
         check_results(results, str(path))
         with _undamaged(path, "the folder of each run", "talos demo"):
-            files = [path.parent / cell["folder"] / "results.json" for cell in results["cells"]]
-        return [run for file in files for run in load_runs(file)]
+            folders = [Path(cell["folder"]) for cell in results["cells"]]
+            if any(folder.is_absolute() or ".." in folder.parts for folder in folders):
+                raise ValueError("a folder that is not below its own")
+        files = [path.parent / folder / "results.json" for folder in folders]
+        return [run for file in files for run in _demo_runs(read_json(file, _WHAT), file)]
     if schema != EVAL_SCHEMA:
         raise TalosValueError(f"{path} must be {_WHAT}, got another file")
     if results.get("schema_version") != EVAL_SCHEMA_VERSION:
@@ -279,6 +280,7 @@ def _undamaged(path: Path, what: str, command: str) -> Iterator[None]:
 
 def _read_run(results: Mapping[str, Any], path: Path) -> Run:
     tasks: dict[str, Any] = results["tasks"]
+    scale, model = results.get("scaling_coef"), results.get("model")
     answers = {
         kind: {task: from_hex(own[task], int(each["examples"])) for task, each in tasks.items()}
         for kind, own in results["outcomes"].items()
@@ -290,14 +292,20 @@ def _read_run(results: Mapping[str, Any], path: Path) -> Run:
         outcomes=answers.get("edited") if results["vectors"] else answers["pretrained"],
         single=answers.get("single"),
         fingerprints={task: str(each["fingerprint"]) for task, each in tasks.items()},
-        scaling_coef=results.get("scaling_coef"),
+        scaling_coef=None if scale is None else float(scale),
         linearized=bool(results.get("linearized")),
-        model=results.get("model"),
+        model=None if model is None else str(model),
         data=[str(each["data"]) for each in tasks.values() if "data" in each],
         max_length={
             task: int(each["max_length"]) for task, each in tasks.items() if each.get("max_length")
         },
     )
+
+
+def _demo_runs(results: Any, path: Path) -> list[Run]:
+    check_results(results, str(path))
+    with _undamaged(path, "the accuracies of each method", "talos demo"):
+        return list(_methods(results, path))
 
 
 def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:

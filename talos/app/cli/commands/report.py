@@ -7,7 +7,7 @@ import typer
 
 from talos.app.cli.console import next_step, on_interrupt, stdout
 from talos.app.cli.options import Overwrite, check_input, check_output
-from talos.errors import TalosValueError
+from talos.errors import TalosError, TalosValueError
 
 __all__ = ["EXAMPLES", "report"]
 
@@ -27,10 +27,12 @@ def report(
 
     loaded = load_results(results)
     try:
+        show_results(stdout(), loaded)
         with on_interrupt("nothing was written"):
             write_report(loaded, out)
-        show_results(stdout(), loaded)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except TalosError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise TalosValueError(
             f"RESULTS must be as `talos demo` wrote it, got {results} with another structure "
             f"({error!r:.100}); run `talos demo` again"
