@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from talos.distributed import (
+    check_same,
     errors_on_all_ranks,
     is_sharded,
     local,
@@ -22,7 +23,6 @@ from talos.distributed import (
     sharding,
     whole,
 )
-from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos_kernels import TensorIndex
 
@@ -151,11 +151,7 @@ def agreement(mask: Mask, params: Iterable[Tensor]) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    with errors_on_all_ranks(mesh) as found:
+    with errors_on_all_ranks(mesh):
         yield
-        found.append(mask.fingerprint)
-    if len(set(found)) > 1:
-        raise TalosValueError(
-            f"mask must be the same on all ranks, got fingerprints {', '.join(found[:8])}; "
-            "calibrate on all ranks together, or load one file on every rank"
-        )
+    remedy = "calibrate on all ranks together, or load one file on every rank"
+    check_same({"mask": mask.fingerprint}, remedy, mesh)
