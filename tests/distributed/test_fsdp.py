@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from talos import Mask, SparseAdam, TaskVector
+from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
-from talos.errors import TalosError, TalosRuntimeError, TalosValueError
+from talos.errors import TalosError, TalosRuntimeError, TalosTypeError, TalosValueError
 from tests.cases import assert_bit_equal, assert_close
 from tests.distributed.processes import in_processes
 
@@ -335,3 +335,47 @@ def test_clipping_scaling_and_policies_are_those_of_all_ranks() -> None:
         assert_close(one, other.detach(), reduction=True)
     for one, other in zip(ours[-len(wanted) + 1 :], model.parameters(), strict=True):
         assert_bit_equal(one, other.detach())
+
+
+def edited(vector: TaskVector) -> list[Any]:
+    """Put a vector on a sharded model and take it off; find it again as a difference."""
+    base, model = shard(network()), shard(network())
+    with torch.no_grad():
+        model(torch.ones(1, 6))  # leaves the root's weights whole
+    before = weights(base)
+    with vector.applied(model, scale=0.5):
+        during = weights(model)
+    after = weights(model)
+    for name, each in before.items():
+        assert_bit_equal(after[name], each)
+    vector.apply_(model)
+    with vector.applied(model):  # it knows the base below the first edit
+        pass
+    found = TaskVector.from_models(base, model, vector.mask)
+    with pytest.raises(TalosTypeError, match="must hold whole weights"):
+        ResidentVectors(model, {"one": vector})
+    with torch.no_grad():
+        if rank() == 1:
+            local(model[0].weight).fill_(3e38)
+    with pytest.raises(TalosError) as caught:
+        TaskVector(vector.mask, vector.values.sign() * 3e38).apply_(model, force=True)
+    return [during, weights(model), found, str(caught.value)]
+
+
+def test_a_vector_is_put_on_a_sharded_model_and_taken_off() -> None:
+    model = network()
+    optimizer = SparseAdam(model, some(network()), lr=1e-2)
+    train(model, optimizer)
+    vector = optimizer.task_vector()
+    base = network()
+    with vector.applied(base, scale=0.5):
+        wanted = {name: each.detach().clone() for name, each in base.named_parameters()}
+    vector.apply_(base)
+    for during, after, found, error in in_processes(2, edited, vector):
+        for name, each in wanted.items():
+            assert_bit_equal(during[name], each)
+            if name != "0.weight":
+                assert_bit_equal(after[name], base.get_parameter(name).detach())
+        assert found == TaskVector.from_models(network(), base, vector.mask)
+        assert found.fingerprints == vector.fingerprints
+        assert "scale must keep every weight finite" in error
