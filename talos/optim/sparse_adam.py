@@ -21,7 +21,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from talos.distributed import reshard, several_processes
+from talos.distributed import reshard
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
@@ -355,6 +355,7 @@ class SparseAdam(torch.optim.Optimizer):
         `param.grad` is then a `CompactGradient` of 4 bytes a selected entry; accumulation,
         clipping, GradScaler and norms work on it. Autograd does not see the weight gradients of
         linear layers, unless a weight has hooks (`register_hook`), which see them dense.
+        DistributedDataParallel reduces compact gradients, too; see `talos.reduce_selected`.
 
         Args:
             enabled: False goes back to dense gradients, as `release` does.
@@ -365,7 +366,7 @@ class SparseAdam(torch.optim.Optimizer):
                 on a CPU.
 
         Raises:
-            TalosRuntimeError: several processes train: their gradients would not be averaged.
+            TalosRuntimeError: a parameter is sharded.
 
         Example:
             >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -377,11 +378,10 @@ class SparseAdam(torch.optim.Optimizer):
             tensor([1., 2.])
             >>> optimizer.step()
         """
-        if enabled and several_processes():
+        if enabled and self._parts.sharded:
             raise TalosRuntimeError(
-                "compact gradients must be trained in one process, got several: "
-                "DistributedDataParallel would wait for gradients of linear layers that it never "
-                "sees; use dense gradients there"
+                "gradients of sharded parameters must stay dense, got "
+                f"{self._parts.sharded[0]}: FSDP2 averages them; leave compact_gradients() out"
             )
         if self._clipping.pending:  # its gradients are about to be replaced
             self._clipping.settle()
