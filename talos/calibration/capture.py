@@ -7,9 +7,13 @@ yields each sample's own dY at every linear layer y = x W^T + b. With T rows (to
     S_b[o]    += sum_b ( sum_t dY[b, t, o] )^2
 
 Norms, convolutions and embeddings are brought to this form by `talos.calibration.routing`, and
-`talos.calibration.layouts` finds which rows belong to which sample. The ops of `talos_kernels`
-compute the sums. If a forward uses a parameter several times, a sample's gradient is the sum over
-the uses before it is squared: the rows of all uses count as rows of the sample.
+`talos.calibration.layouts` finds which rows belong to which sample. If a forward uses a parameter
+several times, a sample's gradient is the sum over the uses before it is squared: the rows of all
+uses count as rows of the sample.
+
+The ops of `talos_kernels` compute the sums of a batch, in float32. They are added up in float64,
+where the order of batches changes the last of 53 bits at most, so that scores rounded to float32 do
+not depend on it.
 """
 
 from collections import Counter
@@ -44,6 +48,28 @@ _QUEUE_BYTES = 32 * 2**20
 
 
 @dataclass
+class _Waiting:
+    """A linear layer that waits to be scored.
+
+    Attributes:
+        total: what its scores will be added to, float64, flat.
+        scores: of this backward, float32 zeros [O, I].
+        dy: the gradient of its output, as `fisher_diag_` takes it.
+        x: its input.
+    """
+
+    total: Tensor
+    scores: Tensor
+    dy: Tensor
+    x: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are free once it is scored."""
+        return self.scores.nbytes + self.dy.nbytes + self.x.nbytes
+
+
+@dataclass
 class _Batch:
     """What the forward of the current batch has recorded, and what its backwards have received."""
 
@@ -58,7 +84,7 @@ class _Batch:
     received: dict[Part, list[tuple[Sink, Rows]]] = field(default_factory=dict)
     aside: set[Part] = field(default_factory=set)  # whose rows need more probes
     only: set[Part] | None = None  # what this backward is to score; None: all
-    queue: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # score, dY, X
+    queue: list[_Waiting] = field(default_factory=list)
 
 
 class Capture:
@@ -75,8 +101,7 @@ class Capture:
             in a layer that is not scored.
 
     Attributes:
-        scores: the sums of squares by name, fp32 in the parameters' shapes, on their devices, times
-            scale^2; rows that are no candidates stay 0.
+        reached: the names of the parameters that a backward has reached.
 
     Example:
         >>> import torch
@@ -86,7 +111,7 @@ class Capture:
         ...     with capture.forward():
         ...         logits = model(torch.eye(2))
         ...     capture.backward(logits.sum(1))
-        >>> capture.scores["bias"].tolist()  # each of the two samples has a gradient of ones
+        >>> capture.take()["bias"].tolist()  # each of the two samples has a gradient of ones
         [2.0, 2.0, 2.0]
     """
 
@@ -95,11 +120,10 @@ class Capture:
         self.candidates = candidates
         self.scale = scale
         self._layouts = Layouts()
-        self._reached: set[str] = set()
+        self.reached: set[str] = set()
         self._batch = _Batch()
         self._stack = ExitStack()
-        self._scores: dict[str, Tensor] = {}
-        self.reset()
+        self._sums: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
         params = [each.param for each in self.candidates.values()]
@@ -141,30 +165,23 @@ class Capture:
         self._batch = _Batch()
         self._router.forget()
 
-    def reset(self) -> None:
-        """Begin new scores."""
-        self._reached = set()
-        self._scores = {}
-
-    @property
-    def scores(self) -> dict[str, Tensor]:
-        """All scores, in the order of the candidates."""
-        return {name: self._score_of(name) for name in self.candidates}
-
-    def _score_of(self, name: str) -> Tensor:
-        """One score. It is made when a backward reaches it: by then activations were freed."""
-        if name not in self._scores:
-            param = self.candidates[name].param
-            score = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            self._scores[name] = score
-        return self._scores[name]
-
     def take(self) -> dict[str, Tensor]:
-        """Return the scores and begin new ones."""
-        reached, scores = self._reached, self.scores
-        self.reset()
-        self._reached = reached
-        return scores
+        """Return the sums of squares and begin new ones.
+
+        Returns:
+            By name in the order of the candidates, float64 in the parameters' shapes, on their
+            devices, times scale^2; rows that are no candidates are 0.
+        """
+        sums = {name: self._sum_of(name) for name in self.candidates}
+        self._sums = {}
+        return sums
+
+    def _sum_of(self, name: str) -> Tensor:
+        """One sum. It is made when a backward reaches it: by then activations were freed."""
+        if name not in self._sums:
+            param = self.candidates[name].param
+            self._sums[name] = torch.zeros(param.shape, dtype=torch.float64, device=param.device)
+        return self._sums[name]
 
     def backward(self, losses: Tensor, share: float = 1.0, *, last: bool = True) -> None:
         """Add `share` times the squared gradients of each loss to the scores.
@@ -222,18 +239,19 @@ class Capture:
             scales = self._layouts.scales(losses.detach(), probe)
             self._run(losses * scales, "probe", retain_graph=True)
 
-    def check(self, scores: dict[str, Tensor] | None = None) -> None:
+    def check(self, scores: dict[str, Tensor], reached: set[str]) -> None:
         """Refuse scores that mean nothing.
 
         Args:
-            scores: what `take` returned; by default the current ones.
+            scores: by name.
+            reached: the parameters that a backward has reached, on any rank.
 
         Raises:
             TalosRuntimeError: a parameter was never reached.
             TalosValueError: a score is NaN or infinite.
         """
-        for name, score in (self.scores if scores is None else scores).items():
-            if name not in self._reached:
+        for name, score in scores.items():
+            if name not in reached:
                 raise TalosRuntimeError(
                     f"{name} must influence the logits, got no gradient of it in any batch, and "
                     f"zero scores would be selected first; {REMEDY}"
@@ -324,7 +342,7 @@ class Capture:
     def _score(self, part: Part) -> None:
         """Square what has been received of a part, its uses joined as rows of the samples."""
         received = self._batch.received.pop(part)
-        low, high, score = self._entries(part)
+        low, high, total = self._entries(part)
         sink, share = received[0][0], self._batch.share
         if len({_way(part, *each) for each in received}) > 1:
             raise TalosRuntimeError(
@@ -332,14 +350,16 @@ class Capture:
                 f"a linear layer, or a weight and its transpose; {REMEDY}"
             )
         uses = [rows for _, rows in received]
-        for number, (dy, inputs) in enumerate(blocks(uses, self._batch.samples)):
+        for dy, inputs in blocks(uses, self._batch.samples):
+            found = torch.zeros_like(total, dtype=torch.float32)
             if inputs is None:
                 if dy.shape[-1] != part.numel:
                     raise TalosRuntimeError(
                         f"{part.name} must be as wide as the rows that it is applied to, got "
                         f"{part.numel} entries for rows of {dy.shape[-1]}; {REMEDY}"
                     )
-                fisher_diag_vector_(score, dy[..., low:high], share=share)
+                fisher_diag_vector_(found, dy[..., low:high], share=share)
+                total += found
                 continue
             width = (dy if sink.transposed or part == sink.table else inputs).shape[-1]
             if low % width or high % width:
@@ -347,41 +367,45 @@ class Capture:
                     f"{part.name} must be used in the shape that it has to be scored in part, got "
                     f"rows of {width}; {REMEDY}"
                 )
-            matrix = score.view(-1, width)
+            matrix = found.view(-1, width)
             if part == sink.table:
                 fisher_diag_embedding_(matrix, dy, inputs, share=share)
+                total += found
                 continue
-            if number:  # two blocks write to one score
-                self._launch()
             left, right = (inputs, dy) if sink.transposed else (dy, inputs)
             chosen = slice(low // width, high // width)
-            self._batch.queue.append((matrix, left[..., chosen], right))
-            waiting = sum(dy.nbytes + x.nbytes for _, dy, x in self._batch.queue)
-            if not score.is_cuda or waiting > _QUEUE_BYTES:
+            self._batch.queue.append(_Waiting(total, matrix, left[..., chosen], right))
+            waiting = sum(each.nbytes for each in self._batch.queue)
+            if not total.is_cuda or waiting > _QUEUE_BYTES:
                 self._launch()
 
     def _launch(self) -> None:
         """Score the layers that wait, those of one dtype and device together."""
         queue, self._batch.queue = self._batch.queue, []
-        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for score, dy, x in queue:
-            dtype = torch.promote_types(dy.dtype, x.dtype)
-            layer = score, dy.to(dtype), x.to(dtype)
-            alike.setdefault((dtype, score.device), []).append(layer)
-        for layers in alike.values():
-            scores, dys, xs = (list(each) for each in zip(*layers, strict=True))
-            fisher_diag_(scores, dys, xs, share=self._batch.share)
+        alike: dict[tuple[torch.dtype, torch.device], list[_Waiting]] = {}
+        for each in queue:
+            dtype = torch.promote_types(each.dy.dtype, each.x.dtype)
+            alike.setdefault((dtype, each.dy.device), []).append(each)
+        for (dtype, _), layers in alike.items():
+            fisher_diag_(
+                [each.scores for each in layers],
+                [each.dy.to(dtype) for each in layers],
+                [each.x.to(dtype) for each in layers],
+                share=self._batch.share,
+            )
+        for each in queue:
+            each.total += each.scores.view(-1)
 
     def _entries(self, part: Part) -> tuple[int, int, Tensor]:
-        """Return the entries of `part` to score, counted from its start, and their scores, flat."""
-        self._reached.add(part.name)
+        """Return the entries of `part` to score, counted from its start, and their sums, flat."""
+        self.reached.add(part.name)
         param = part.param
         first, last = self.candidates[part.name].rows or (0, len(param))
         row = param.numel() // max(len(param), 1)
         low = max(part.start, first * row)
         high = max(min(part.stop, last * row), low)
-        score = self._score_of(part.name).view(-1)[low:high]
-        return low - part.start, high - part.start, score
+        total = self._sum_of(part.name).view(-1)[low:high]
+        return low - part.start, high - part.start, total
 
 
 def _way(part: Part, sink: Sink, rows: Rows) -> tuple[bool, bool, bool, int]:

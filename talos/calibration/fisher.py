@@ -11,13 +11,14 @@ draw) alone, so scores do not depend on the batch size.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from talos.batches import evaluation_mode, known_length, logits_and_positions
+from talos.batches import evaluation_mode, logits_and_positions
 from talos.calibration.capture import REMEDY, Capture, dtypes_of
 from talos.calibration.estimators import (
     Draws,
@@ -28,6 +29,8 @@ from talos.calibration.estimators import (
     checked_logits,
 )
 from talos.calibration.left_out import warn_of_left_out
+from talos.calibration.ranks import Waves, check_agreement, facts_of, total
+from talos.distributed import errors_on_all_ranks, rank, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_modules, unwrapped
 from talos.params import Rows, select_parameters
@@ -63,7 +66,7 @@ class FisherScores(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class CalibrationProgress:
-    """How far a calibration is; one comes after every batch.
+    """How far a calibration is; one comes after every batch, or every batch of each rank.
 
     Attributes:
         round: from 1.
@@ -90,6 +93,7 @@ def fisher_diag(
     seed: int = 0,
     check: bool = False,
     on_progress: Callable[[CalibrationProgress], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> FisherScores:
     """Score weights by the diagonal of the Fisher information, summed over samples.
 
@@ -117,6 +121,7 @@ def fisher_diag(
         check: first score three samples of the first batch by single backwards, too, and raise if
             the two differ.
         on_progress: called after each batch.
+        group: the ranks that share the work; see `talos.calibrate`.
 
     Returns:
         Scores, fp32, in the shapes of the parameters and on their devices.
@@ -135,14 +140,19 @@ def fisher_diag(
         >>> scores["weight"].shape, scores.samples
         (torch.Size([3, 2]), 2)
     """
-    estimator = Estimator(target, draws, labels, seed)
-    candidates = select_parameters(model, params)
+    with errors_on_all_ranks(group):
+        estimator = Estimator(target, draws, labels, seed)
+        candidates = select_parameters(model, params)
+        agreed = {**vars(estimator), "params": params, "check": check}
+        agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
+    check_agreement(agreed, group)
     warn_of_left_out(model, candidates, params)
     found = FisherScores()
+    logits_fn = logits_fn or logits_and_positions
+    scorer = Scorer(1, on_progress, logits_fn, estimator, check, group)
     with evaluating(model) as bare, Capture(bare, candidates) as capture:
-        scorer = Scorer(1, on_progress, logits_fn or logits_and_positions, estimator, check)
-        found.samples = scorer.score(capture, bare, batches)
-        found.update(capture.scores)
+        found.update(*scorer.score(capture, bare, batches))
+    found.samples = scorer.total or 0
     found.rows = candidates.rows
     return found
 
@@ -169,9 +179,10 @@ class Scorer:
     """Scores the batches of one round after another.
 
     Attributes:
-        halving: whether the last round is scored in two halves; the capture then holds the second
-            one only.
-        halves: the scores of the first and of the second half of its batches.
+        group: the ranks that share the batches.
+        halving: whether the last round is scored in two halves of its batches.
+        done: rounds.
+        total: samples of the last of them.
     """
 
     rounds: int
@@ -179,31 +190,46 @@ class Scorer:
     logits_fn: LogitsFn
     estimator: Estimator
     check: bool
+    group: dist.ProcessGroup | None = None
     halving: bool = False
     done: int = 0
     total: int | None = None
     batches: int = 0
-    halves: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def score(self, capture: Capture, model: nn.Module, batches: Iterable[Any]) -> int:
-        """Add the scores of every sample of one round and return the number of samples."""
+    def score(
+        self, capture: Capture, model: nn.Module, batches: Iterable[Any]
+    ) -> list[dict[str, Tensor]]:
+        """Score every sample of one round.
+
+        Returns:
+            The scores of the round, or those of its first and of its second half.
+        """
         samples = count = 0
-        half = self._half(batches)
-        for batch in batches:
+        found = []
+        waves = Waves(batches, self.group)
+        half = self._half(waves.length)
+        me = rank(self.group)
+        for batch, wave in waves.until(half):
             if count == half:
-                self.halves = [capture.take()]
-            if self.check and self.done == count == 0:
-                self._self_test(capture, model, batch)
-            logits = self._forward(capture, model, batch)
-            for losses, share, last in self.estimator.losses(logits, self.done, samples):
-                capture.backward(losses, share, last=last)
-            samples += len(logits.values)
-            del logits, losses  # and the activations with them: not every last backward frees them
-            count += 1
-            if self.on_progress is not None:
-                self.on_progress(
-                    CalibrationProgress(self.done + 1, self.rounds, samples, self.total)
-                )
+                found.append(total(capture, self.group))
+            with errors_on_all_ranks(self.group) as sizes:
+                if wave[me] and self.check and self.done == samples == 0:
+                    self._self_test(capture, model, batch)
+                logits = self._forward(capture, model, batch) if wave[me] else None
+                sizes.append(0 if logits is None else len(logits.values))
+            with errors_on_all_ranks(self.group):
+                if logits is not None:
+                    first = samples + sum(sizes[:me])
+                    for losses, share, last in self.estimator.losses(logits, self.done, first):
+                        capture.backward(losses, share, last=last)
+                    del losses  # and the activations: not every last backward frees them
+                del logits
+                samples += sum(sizes)
+                count += sum(wave)
+                if self.on_progress is not None:
+                    self.on_progress(
+                        CalibrationProgress(self.done + 1, self.rounds, samples, self.total)
+                    )
         if samples == 0 and self.done:
             raise TalosValueError(
                 f"batches must be re-iterable, got none in round {self.done + 1} after "
@@ -213,18 +239,15 @@ class Scorer:
             raise TalosValueError(
                 "batches must hold at least one sample, got 0; check the data set"
             )
-        if self.halves:
-            capture.check(self.halves[0])
-            self.halves.append(capture.scores)
-        capture.check()
+        found.append(total(capture, self.group))
         self.done, self.total, self.batches = self.done + 1, samples, count
-        return samples
+        return found
 
-    def _half(self, batches: Iterable[Any]) -> int | None:
+    def _half(self, length: int | None) -> int | None:
         """Return the first batch of the second half of the last round, if that is known."""
         if self.done + 1 < self.rounds or not self.halving:
             return None
-        return (self.batches or known_length(batches) or 0) // 2 or None
+        return (self.batches or length or 0) // 2 or None
 
     def _forward(
         self, capture: Capture, model: nn.Module, batch: Any, scored: bool = True

@@ -17,6 +17,7 @@ from types import EllipsisType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.batches import logits_and_positions
@@ -24,6 +25,8 @@ from talos.calibration.capture import Capture
 from talos.calibration.estimators import Draws, Estimator, Labels, Target
 from talos.calibration.fisher import CalibrationProgress, LogitsFn, Scorer, evaluating
 from talos.calibration.left_out import warn_of_left_out
+from talos.calibration.ranks import check_agreement, facts_of
+from talos.distributed import errors_on_all_ranks, world_size
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
@@ -58,11 +61,18 @@ def calibrate(
     parity: Literal["paper", "released"] = "paper",
     check: bool = False,
     on_progress: Callable[[CalibrationProgress], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Mask:
     """Select the weights to train: the least sensitive ones, narrowed down in rounds.
 
     The weights are damped between the rounds and restored bit for bit, also when this raises or is
     interrupted.
+
+    Where torch.distributed runs, all ranks call this and share the work. All get the mask of one
+    process on equal hardware with as many threads. If the first batch is the same on all ranks, all
+    batches must be, and each rank scores some of them. If no two first batches are the same, each
+    rank scores its own (a `DistributedSampler`), as one process would that goes through the first
+    batches of all ranks, then through the second ones, and so on.
 
     The mask's metadata hold these results, among others:
 
@@ -96,15 +106,17 @@ def calibrate(
             whole besides.
         check: a self-test on three samples; see `fisher_diag`.
         on_progress: called after each batch.
+        group: the ranks that share the work; None: all there are. Pass a group of one rank to
+            calibrate alone.
 
     Returns:
         A mask of exactly round(density * N) of the N weights, ties in order of (tensor, position).
 
     Raises:
         TalosValueError: as `fisher_diag`; or `batches` can be gone through only once; or target or
-            soft contradicts `parity`.
+            soft contradicts `parity`; or ranks have different settings or weights.
         TalosTypeError: as `fisher_diag`.
-        TalosRuntimeError: as `fisher_diag`.
+        TalosRuntimeError: as `fisher_diag`; or another rank raised.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -112,39 +124,43 @@ def calibrate(
         >>> mask.nnz, mask.metadata["samples"]
         (17, 32)
     """
-    if parity not in ("paper", "released"):
-        raise TalosValueError(f"parity must be 'paper' or 'released', got {parity!r}")
-    released = parity == "released"
-    if released and (target not in (None, "logit") or soft not in (None, 0.1)):
-        raise TalosValueError(
-            "target and soft must be 'logit' and 0.1 with parity='released', got "
-            f"target={target!r} and soft={soft!r}; leave them out, or use parity='paper'"
-        )
-    target = target or ("logit" if released else "log_prob")
-    soft = as_real((0.1 if released else 0.01) if soft is None else soft) or 0.0
-    estimator = Estimator(target, draws, labels, seed)
-    density = fraction("density", density)
-    rounds = integer("rounds", rounds, 1)
-    if not 0.0 < soft <= 1.0:
-        raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
-    if select not in ("lowest", "highest"):
-        raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
-    if rounds > 1 and isinstance(batches, Iterator):
-        raise TalosValueError(
-            "batches must be re-iterable, got an iterator, which the first of "
-            f"{rounds} rounds would exhaust; pass a list or a DataLoader"
-        )
-    candidates = select_parameters(model, params)
-    entries = sum(each.numel for each in candidates.values())
-    if (int if released else round)(density * entries) == 0:
-        raise TalosValueError(
-            f"density must select at least one of {entries} weights, got {density}: no weight "
-            "selected"
-        )
+    with errors_on_all_ranks(group):
+        if parity not in ("paper", "released"):
+            raise TalosValueError(f"parity must be 'paper' or 'released', got {parity!r}")
+        released = parity == "released"
+        if released and (target not in (None, "logit") or soft not in (None, 0.1)):
+            raise TalosValueError(
+                "target and soft must be 'logit' and 0.1 with parity='released', got "
+                f"target={target!r} and soft={soft!r}; leave them out, or use parity='paper'"
+            )
+        target = target or ("logit" if released else "log_prob")
+        soft = as_real((0.1 if released else 0.01) if soft is None else soft) or 0.0
+        estimator = Estimator(target, draws, labels, seed)
+        density = fraction("density", density)
+        rounds = integer("rounds", rounds, 1)
+        if not 0.0 < soft <= 1.0:
+            raise TalosValueError(f"soft must lie in (0, 1], got {soft}; 0 would stop the signal")
+        if select not in ("lowest", "highest"):
+            raise TalosValueError(f"select must be 'lowest' or 'highest', got {select!r}")
+        if rounds > 1 and isinstance(batches, Iterator):
+            raise TalosValueError(
+                "batches must be re-iterable, got an iterator, which the first of "
+                f"{rounds} rounds would exhaust; pass a list or a DataLoader"
+            )
+        candidates = select_parameters(model, params)
+        entries = sum(each.numel for each in candidates.values())
+        if (int if released else round)(density * entries) == 0:
+            raise TalosValueError(
+                f"density must select at least one of {entries} weights, got {density}: no weight "
+                "selected"
+            )
+        agreed = {**vars(estimator), "density": density, "rounds": rounds, "soft": soft}
+        agreed |= {"params": params, "select": select, "parity": parity, "check": check}
+        agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
+    check_agreement(agreed, group)
     left_out = warn_of_left_out(model, candidates, params)
-    scorer = Scorer(
-        rounds, on_progress, logits_fn or logits_and_positions, estimator, check, halving=True
-    )
+    logits_fn = logits_fn or logits_and_positions
+    scorer = Scorer(rounds, on_progress, logits_fn, estimator, check, group, halving=True)
     kept, count = _all_of(candidates), entries
     equal = False
     silent: dict[str, Tensor] = {}
@@ -155,19 +171,21 @@ def calibrate(
         Capture(bare, candidates, _SCALE) as capture,
     ):
         for index in range(rounds):
-            capture.reset()
-            scored.append(scorer.score(capture, bare, batches))
+            scores, *second = scorer.score(capture, bare, batches)
+            scored.append(scorer.total or 0)
             before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
             choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
-            halves = [choose(scores) for scores in scorer.halves]
-            if halves:  # the second half's scores are the capture's; here they become the sum
-                for name, score in scorer.halves.pop(0).items():
-                    capture.scores[name] += score
+            halves = [choose(half) for half in (scores, *second)] if second else []
+            for half in second:
+                for name, score in half.items():
+                    scores[name] += score
+            del second
             if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _all_equal(capture.scores, candidates)
+                equal = _all_equal(scores, candidates)
                 # Damping wakes dead units: only the undamped model shows what has no gradient.
-                silent = {name: score == 0 for name, score in capture.scores.items()}
-            kept = choose(capture.scores, all_ties=released)
+                silent = {name: score == 0 for name, score in scores.items()}
+            kept = choose(scores, all_ties=released)
+            del scores, choose
             count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
             if index + 1 < rounds:
                 damp_(kept)

@@ -272,7 +272,7 @@ def _show_plan(
     weights = sum(each.nbytes for each in scored) if rounds > 1 else 0
     inputs = sum(each.nbytes for each in batch.values())
     for what, nbytes in (
-        (f"scores of {entries:,} entries, float32", 4 * entries),
+        (f"sums of the scores of {entries:,} entries, float64", 8 * entries),
         ("copies of these weights, kept between the rounds", weights),
         (f"{samples:,} samples", inputs * samples // size),
         (f"activations of a batch of {size:,}", activation_bytes(classifier, batch)),

@@ -1,0 +1,207 @@
+"""A calibration on several ranks: which batch each scores, and what must be the same on all.
+
+The sums of scores do not depend on who scored which batch, and labels depend on the number of a
+sample. So a mask is the one of a single process that goes through the same batches in this order:
+wave by wave, a batch of each rank in a wave, in the order of the ranks.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from talos.batches import known_length
+from talos.calibration.capture import Capture
+from talos.distributed import errors_on_all_ranks, rank, world_size
+from talos.errors import TalosValueError
+from talos.names import named_parameters
+from talos.params import Candidates
+
+__all__ = ["Waves", "check_agreement", "facts_of", "total"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Waves:
+    """The batches of a round in waves: at most one batch of each rank in a wave.
+
+    Where the first batch is the same on all ranks, all batches are, and of `n` ranks rank r takes
+    the batches r, r + n, r + 2n and so on. Where no two first batches are the same, each rank has
+    batches of its own.
+
+    Args:
+        batches: what this rank goes through.
+        group: the ranks.
+
+    Attributes:
+        length: the number of batches of all ranks; None if it is unknown.
+
+    Raises:
+        TalosValueError: some first batches are the same and others are not.
+    """
+
+    def __init__(self, batches: Iterable[Any], group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.length = known_length(batches)
+        stream = iter(batches) if world_size(group) == 1 else self._shared(batches)
+        self._stream: Iterator[Any] = stream
+
+    def _shared(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Return this rank's batches."""
+        with errors_on_all_ranks(self._group) as found:
+            stream = iter(batches)
+            first = list(islice(stream, 1))
+            found.append((_digest(first[0]) if first else None, self.length))
+        digests = [digest for digest, _ in found]
+        lengths = [length for _, length in found]
+        stream = chain(first, stream)
+        if len(set(digests)) == 1:
+            return islice(stream, rank(self._group), None, len(digests))
+        there = [digest for digest in digests if digest is not None]
+        if len(set(there)) < len(there):
+            raise TalosValueError(
+                "batches must be the same on all ranks or different on each, got the same first "
+                f"batch on ranks {_alike(digests)} of {len(digests)} only; pass the same list on "
+                "each, or a DataLoader with a DistributedSampler"
+            )
+        self.length = None if None in lengths else sum(lengths)
+        return stream
+
+    def until(self, cut: int | None) -> Iterator[tuple[Any, list[bool]]]:
+        """Go through the waves.
+
+        Args:
+            cut: a batch, counted over all ranks, that must begin a wave.
+
+        Yields:
+            This rank's batch, or its last one if it has none in the wave (None if it never had
+            one); and which ranks have a batch in the wave.
+        """
+        count, own = 0, None
+        while True:
+            with errors_on_all_ranks(self._group) as there:
+                following = list(islice(self._stream, 1))
+                there.append(bool(following))
+            own = following[0] if following else own
+            if not any(there):
+                return
+            early = sum(there) if cut is None or cut < count else cut - count
+            ordinals = [sum(there[:each]) for each in range(len(there))]
+            for one in (True, False):
+                wave = [
+                    here and (ordinal < early) == one
+                    for here, ordinal in zip(there, ordinals, strict=True)
+                ]
+                if any(wave):
+                    yield own, wave
+            count += sum(there)
+
+
+def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Take the sums of a capture, add those of all ranks, and round them to float32.
+
+    Args:
+        capture: of this rank.
+        group: the ranks.
+
+    Returns:
+        Scores by name, float32, the same on all ranks.
+
+    Raises:
+        TalosRuntimeError: no rank ever reached a parameter.
+        TalosValueError: a score is NaN or infinite.
+    """
+    sums = capture.take()
+    with errors_on_all_ranks(group) as reached:
+        reached.append(capture.reached)
+    if len(reached) > 1:
+        for work in [dist.all_reduce(each, group=group, async_op=True) for each in sums.values()]:
+            work.wait()
+    scores = {}
+    for name in list(sums):
+        scores[name] = sums.pop(name).float()  # tensor by tensor, for the memory
+    capture.check(scores, set().union(*reached))
+    return scores
+
+
+def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
+    """Return what ranks must agree on of a model: its candidates and its weights, as hashes."""
+    chosen = [(name, tuple(each.param.shape), each.rows) for name, each in candidates.items()]
+    sums = [
+        int(param.detach().reshape(-1).view(_INTEGERS[param.element_size()]).sum())
+        for param in named_parameters(model).values()
+        if param.element_size() in _INTEGERS and param.is_floating_point()
+    ]
+    return {
+        "the selected parameters of the model": _hashed(repr(chosen).encode()),
+        "the weights of the model": _hashed(repr(sums).encode()),
+    }
+
+
+def check_agreement(facts: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
+    """Refuse a calibration whose settings or weights differ between ranks, on every rank.
+
+    Args:
+        facts: of this rank, by what they are.
+        group: the ranks.
+
+    Raises:
+        TalosValueError: another rank has other facts.
+
+    Example:
+        >>> check_agreement({"density": 0.1})
+    """
+    with errors_on_all_ranks(group) as found:
+        found.append(dict(facts))
+    for number, other in enumerate(found):
+        for what in {**found[0], **other}:
+            one, two = found[0].get(what), other.get(what)
+            if one != two:
+                raise TalosValueError(
+                    f"{what} must be the same on all ranks, got {one!r} on rank 0 and {two!r} on "
+                    f"rank {number}; pass the same model and the same settings on each rank"
+                )
+
+
+def _alike(digests: list[str | None]) -> str:
+    """Return the ranks that share a first batch with another one."""
+    return ", ".join(
+        str(number)
+        for number, digest in enumerate(digests)
+        if digest is not None and digests.count(digest) > 1
+    )
+
+
+def _hashed(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _digest(batch: Any) -> str:
+    """Return a hash of the content of a batch."""
+    return _hashed(repr(_content(batch)).encode())
+
+
+def _content(value: Any) -> object:
+    """Return what a batch holds, with hashes in the place of tensors and arrays."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            _hashed(plain.view(torch.uint8).numpy().tobytes()),
+        )
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, _hashed(value.tobytes())
+    if isinstance(value, Mapping):
+        return {str(key): _content(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(each) for each in value]
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, _content(vars(value))
+    return _hashed(pickle.dumps(value))

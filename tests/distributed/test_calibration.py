@@ -1,0 +1,202 @@
+"""Calibration on several ranks: the mask of one process, and errors on all of them."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import talos
+from talos.distributed import rank, world_size
+from talos.errors import TalosError, TalosValueError
+from tests.distributed.processes import in_processes
+
+SIZES = (1, 2, 3, 4)
+
+
+class Reader(nn.Module):
+    """A transformer of one layer over 6 tokens, with a positional embedding of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8)
+        self.positions = nn.Parameter(torch.randn(6, 8))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.layer(self.tokens(ids) + self.positions)
+        return states
+
+
+def classes(model: nn.Module, batch: Tensor) -> Tensor:
+    head: nn.Module = model.get_submodule("head")
+    logits: Tensor = head(model(batch).mean(1))
+    return logits
+
+
+def reader() -> Reader:
+    torch.manual_seed(0)
+    return Reader()
+
+
+def ids(sizes: tuple[int, ...] = (3, 1, 2, 4, 2, 3, 1)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(11, (size, 6), generator=generator) for size in sizes]
+
+
+def dead() -> nn.Module:
+    """Half of the units get no gradient, so that most scores are 0 and tie."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias[:4] = -100.0
+    return model
+
+
+def rows() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(size, 4, generator=generator) for size in (4, 5, 3)]
+
+
+calibrate = partial(talos.calibrate, density=0.2, rounds=2)
+CASES: dict[str, Callable[[], talos.Mask]] = {
+    "rounds": lambda: calibrate(reader(), ids(), logits_fn=classes, rounds=3),
+    "draws": lambda: calibrate(reader(), ids(), logits_fn=classes, draws=3),
+    "importance": lambda: calibrate(reader(), ids(), logits_fn=classes, labels="importance"),
+    "exact": lambda: calibrate(reader(), ids(), logits_fn=classes, draws="exact", rounds=1),
+    "sequences": lambda: calibrate(reader(), ids(), labels="importance", seed=3),
+    "released": lambda: calibrate(reader(), ids(), logits_fn=classes, parity="released"),
+    "check": lambda: calibrate(reader(), ids(), logits_fn=classes, check=True, rounds=1),
+    "ties": lambda: calibrate(dead(), rows(), params=".*"),
+    "one batch": lambda: calibrate(dead(), rows()[:1], params=".*"),
+    "a stream": lambda: calibrate(dead(), iter(rows()), params=".*", rounds=1),
+    "own batches": lambda: calibrate(
+        reader(), ids()[rank() :: world_size()], logits_fn=classes, rounds=3
+    ),
+    "own batches, one round": lambda: calibrate(
+        reader(), ids()[rank() :: world_size()], logits_fn=classes, rounds=1
+    ),
+}
+FEW = ("rounds", "ties", "own batches")
+
+
+def facts(mask: talos.Mask) -> tuple[str, dict[str, Any]]:
+    return mask.fingerprint, mask.metadata
+
+
+def run(cases: tuple[str, ...]) -> dict[str, Any]:
+    warnings.simplefilter("ignore")  # few samples, dead units
+    found: dict[str, Any] = {name: facts(CASES[name]()) for name in cases}
+    found["scores"] = dict(talos.fisher_diag(reader(), ids(), logits_fn=classes))
+    if world_size() > 1:
+        wrapped = DistributedDataParallel(reader())
+        found["wrapped"] = facts(calibrate(wrapped, ids(), logits_fn=classes, rounds=3))
+        alone = [dist.new_group([each]) for each in range(world_size())][rank()]
+        found["alone"] = facts(calibrate(reader(), ids(), logits_fn=classes, rounds=3, group=alone))
+    return found
+
+
+def test_the_mask_is_the_same_on_any_number_of_ranks() -> None:
+    (one,) = in_processes(1, run, tuple(CASES))
+    assert one["rounds"][1]["stability"] is not None
+    assert one["rounds"][1]["samples_of_rounds"] == [16, 16, 16]
+    for size in SIZES[1:]:
+        cases = tuple(CASES) if size == 3 else FEW
+        for number, found in enumerate(in_processes(size, run, cases)):
+            for name in cases:
+                assert found[name] == one[name], f"{name}, rank {number} of {size}"
+            for name, score in one["scores"].items():
+                assert torch.equal(found["scores"][name], score), name
+            assert found["wrapped"] == one["rounds"], "DDP"
+            assert found["alone"] == one["rounds"], "a group of one rank"
+
+
+def refused(model: nn.Module, batches: Any, **options: Any) -> str:
+    try:
+        calibrate(model, batches, **{"logits_fn": classes, **options})
+    except (TalosError, ValueError, OSError) as error:
+        return str(error)
+    return "none"
+
+
+def other_weights(number: int) -> nn.Module:
+    torch.manual_seed(number)
+    return Reader()
+
+
+def failing_in(batch: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Fail in one batch of rank 1."""
+    calls = iter(range(1000))
+
+    def logits_fn(model: nn.Module, inputs: Tensor) -> Tensor:
+        if next(calls) == batch and rank() == 1:
+            raise ValueError("token 12 of 11")
+        return classes(model, inputs)
+
+    return logits_fn
+
+
+def broken_loader() -> Any:
+    yield ids()[0]
+    if rank() == 1:
+        raise OSError("file 7 is gone")
+    yield from ids()
+
+
+def late_nan(model: nn.Module, batch: Tensor) -> Tensor:
+    return classes(model, batch) * (torch.nan if rank() == 1 and len(batch) == 1 else 1.0)
+
+
+def all_refusals() -> dict[str, str]:
+    warnings.simplefilter("ignore")
+    first = ids()[:2] if rank() < 2 else ids((2, 2))
+    return {
+        "density": refused(reader(), ids(), density=0.1 + 0.1 * rank()),
+        "out of range": refused(reader(), ids(), density=0.1 if rank() else 2.0),
+        "params": refused(reader(), ids(), params="layer" if rank() else "head"),
+        "weights": refused(other_weights(rank()), ids()),
+        "batches": refused(reader(), first),
+        "no batches": refused(reader(), []),
+        "logits_fn": refused(reader(), ids(), logits_fn=failing_in(1)),
+        "loader": refused(reader(), broken_loader(), rounds=1),
+        "nan": refused(reader(), ids(), logits_fn=late_nan),
+        "fisher_diag": refused(reader(), ids()) if rank() else scored(reader(), ids()),
+        "none": refused(reader(), ids()),
+    }
+
+
+def scored(model: nn.Module, batches: list[Tensor]) -> str:
+    try:
+        talos.fisher_diag(model, batches, logits_fn=classes)
+    except TalosValueError as error:
+        return str(error)
+    return "none"
+
+
+def test_ranks_that_differ_or_fail_raise_on_all_of_them() -> None:
+    everywhere = {
+        "density": "density must be the same on all ranks, got 0.1 on rank 0 and 0.2 on rank 1",
+        "params": "params must be the same on all ranks, got 'head' on rank 0 and 'layer' on",
+        "weights": "the weights of the model must be the same on all ranks, got ",
+        "batches": "the same first batch on ranks 0, 1 of 3 only; pass the same list on each, or",
+        "no batches": "batches must hold at least one sample, got 0",
+        "fisher_diag": "density must be the same on all ranks, got None on rank 0 and 0.2 on rank",
+        "none": "none",
+    }
+    own = {
+        "out of range": (0, "density must lie in (0, 1], got 2.0", "TalosValueError: "),
+        "logits_fn": (1, "token 12 of 11", "ValueError: "),
+        "loader": (1, "file 7 is gone", "OSError: "),
+        "nan": (1, "logits must be finite, got NaN", "TalosValueError: "),
+    }
+    for number, found in enumerate(in_processes(3, all_refusals)):
+        for case, message in everywhere.items():
+            assert message in found[case], (case, number, found[case])
+        for case, (failing, message, kind) in own.items():
+            message = message if number == failing else f"rank {failing} raised {kind}{message}"
+            assert message in found[case], (case, number, found[case])
