@@ -132,7 +132,7 @@ def _lacking(params: Mapping[str, Tensor], bases: Mapping[str, str]) -> set[str]
     lacking = {name for name in params if name not in bases}
     for name, param in params.items():
         if is_sharded(param):
-            flag = torch.tensor(int(name in lacking), dtype=torch.int32)
+            flag = torch.tensor(name in lacking, dtype=torch.int32, device=param.device)
             if reduced(flag, param, "max"):
                 lacking.add(name)
     return lacking
