@@ -175,10 +175,10 @@ class Bookkeeping(torch.optim.Optimizer):
         self._refresh()
         state = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
-        spread = {
+        saved = {
             i: spread(self._parts, self._names[p], self.state[p]) for i, p in enumerate(params)
         }
-        state["state"] = {**state["state"], **spread}
+        state["state"] = {**state["state"], **saved}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
