@@ -35,6 +35,7 @@ from talos.optim.param_groups import (
     by_name,
     check_arguments,
     check_hyperparameters,
+    check_not_flattened,
     check_not_wrapped,
     module_of,
     named_groups,
@@ -86,7 +87,7 @@ class SparseAdam(Bookkeeping):
             another shape; a selected parameter has requires_grad=False; a hyper-parameter is out
             of range; ranks that share sharded parameters have other masks.
         TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, or is on
-            meta.
+            meta; or FullyShardedDataParallel (FSDP1) wraps the model.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
             frozen.
 
@@ -122,6 +123,7 @@ class SparseAdam(Bookkeeping):
     ) -> None:
         check_arguments(mask, moment_dtype, seed)
         if isinstance(model, nn.Module):
+            check_not_flattened(model)
             reshard(model)
         groups = named_groups(model, mask.names)
         params = by_name(groups)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
@@ -248,6 +248,10 @@ def in_other_orders() -> dict[str, str]:
     with pytest.raises(TalosRuntimeError) as compact:
         SparseAdam(shard(network()), some(network())).compact_gradients()
     found["compact"] = str(compact.value)
+    flattened = FullyShardedDataParallel(network(), use_orig_params=True)
+    with pytest.raises(TalosTypeError) as old:
+        SparseAdam(flattened, some(network()))
+    found["old"] = str(old.value)
     return found
 
 
@@ -258,6 +262,7 @@ def test_an_optimizer_is_made_before_or_after_sharding_and_not_too_late() -> Non
         assert ("rank 1 raised TalosValueError" in found["rate"]) == (number == 0)
         assert "Invalid learning rate: -0.99" in found["rate"]
         assert "must stay dense" in found["compact"]
+        assert "must be sharded with fully_shard (FSDP2)" in found["old"]
 
 
 def clipped_and_scaled() -> list[Tensor]:
