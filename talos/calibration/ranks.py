@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from talos.batches import known_length
 from talos.calibration.capture import Capture
-from talos.distributed import errors_on_all_ranks, rank, world_size
+from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
 from talos.errors import TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
@@ -41,6 +41,7 @@ class Waves:
 
     Attributes:
         length: the number of batches of all ranks; None if it is unknown.
+        idle: the ranks that have no batch at all.
 
     Raises:
         TalosValueError: some first batches are the same and others are not.
@@ -49,6 +50,8 @@ class Waves:
     def __init__(self, batches: Iterable[Any], group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.length = known_length(batches)
+        self.idle: list[int] = []
+        self._first: Any = None
         stream = iter(batches) if world_size(group) == 1 else self._shared(batches)
         self._stream: Iterator[Any] = stream
 
@@ -58,7 +61,9 @@ class Waves:
             stream = iter(batches)
             first = list(islice(stream, 1))
             found.append((_digest(first[0]) if first else None, self.length))
+        self._first = first[0] if first else None
         digests = [digest for digest, _ in found]
+        self.idle = [number for number, digest in enumerate(digests) if digest is None]
         lengths = [length for _, length in found]
         stream = chain(first, stream)
         if len(set(digests)) == 1:
@@ -80,10 +85,10 @@ class Waves:
             cut: a batch, counted over all ranks, that must begin a wave.
 
         Yields:
-            This rank's batch, or its last one if it has none in the wave (None if it never had
+            This rank's batch, or another one if it has none in the wave (None if it never had
             one); and which ranks have a batch in the wave.
         """
-        count, own = 0, None
+        count, own = 0, self._first
         while True:
             with errors_on_all_ranks(self._group) as there:
                 following = list(islice(self._stream, 1))
@@ -136,7 +141,7 @@ def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
     sums = [
         int(param.detach().reshape(-1).view(_INTEGERS[param.element_size()]).sum())
         for param in named_parameters(model).values()
-        if param.element_size() in _INTEGERS and param.is_floating_point()
+        if param.is_floating_point() and param.element_size() in _INTEGERS and not is_sharded(param)
     ]
     return {
         "the selected parameters of the model": _hashed(repr(chosen).encode()),

@@ -7,6 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from talos.distributed import local, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
@@ -63,7 +64,7 @@ def marked_scores(
     """Check scores, and mark the entries that may not be selected.
 
     Args:
-        scores: by tensor.
+        scores: by tensor; sharded ones are gathered, so that all ranks must call this.
         rows: the rows of dimension 0 that may be selected, by tensor; None: the `rows` of the
             scores if they have some.
         last: what marks the others, inf or -inf.
@@ -79,9 +80,10 @@ def marked_scores(
         raise TalosTypeError(
             f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
         )
+    rows = getattr(scores, "rows", None) if rows is None else rows
+    scores = {name: whole(local(score), score) for name, score in scores.items()}
     for name, score in scores.items():
         _check_score(name, score)
-    rows = getattr(scores, "rows", None) if rows is None else rows
     barred = {
         name: _barred(name, scores[name], span)
         for name, span in (rows or {}).items()
