@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from talos.masks import Mask
     from talos.merging import merge
-    from talos.optim import SparseAdam
+    from talos.optim import SparseAdam, average_gradients, reduce_selected
     from talos.task_vectors import Patch, ResidentVectors, TaskVector
     from talos.training import FineTuneStep, fine_tune
 
@@ -43,6 +43,7 @@ __all__ = [
     "TalosTypeError",
     "TalosValueError",
     "TaskVector",
+    "average_gradients",
     "calibrate",
     "choice_logits",
     "evaluation",
@@ -51,6 +52,7 @@ __all__ = [
     "merge",
     "merging",
     "methods",
+    "reduce_selected",
 ]
 
 try:

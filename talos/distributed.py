@@ -6,7 +6,7 @@ DTensor's own business, so nothing here computes with offsets.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from talos.errors import TalosRuntimeError
+from talos.errors import TalosRuntimeError, TalosValueError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "check_same",
     "errors_on_all_ranks",
     "is_sharded",
     "local",
@@ -223,3 +224,31 @@ def _was_sent(error: BaseException | None) -> bool:
     while error is not None and not hasattr(error, _SENT):
         error = error.__cause__
     return error is not None
+
+
+def check_same(
+    values: Mapping[str, Any], remedy: str, group: "dist.ProcessGroup | DeviceMesh | None" = None
+) -> None:
+    """Refuse values that differ between ranks, which all call this.
+
+    Args:
+        values: what must be the same, by the names that an error shows.
+        remedy: what the error proposes.
+        group: the ranks, or a mesh of them; None: all there are.
+
+    Raises:
+        TalosValueError: a value differs from that of rank 0; every rank raises the same error.
+
+    Example:
+        >>> check_same({"lr": 0.1}, "pass the same lr to each")
+    """
+    with errors_on_all_ranks(group) as found:
+        found.append(dict(values))
+    first = found[0]
+    for number, each in enumerate(found):
+        for name in first | each:
+            if first.get(name) != each.get(name):
+                raise TalosValueError(
+                    f"{name} must be the same on all ranks, got {first.get(name)} on rank 0 and "
+                    f"{each.get(name)} on rank {number}; {remedy}"
+                )

@@ -23,59 +23,14 @@ import pytest
 import torch
 import torch.utils._device
 
+from tests.interpreter import use_interpreter
 from tests.library_defaults import LibraryDefaults
 
 HAS_GPU = torch.cuda.is_available()
 torch.backends.cudnn.allow_tf32 = False
 
-if not HAS_GPU:  # read when a kernel is decorated, so before talos_kernels is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _mend_interpreter() -> None:
-    """Mend four faults in the interpreter of Triton 3.6, which no device has.
-
-    It makes an int of an array of one entry for `range`, which numpy 2.4 refuses. It multiplies the
-    bits of bfloat16 as if they were integers, truncates to bfloat16, and rounds an fma's product.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def patch_and_mend(tensor: type, scope: object) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widened(handle: object) -> object:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    convert = interpreter._convert_float
-
-    def nearest(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> object:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    def fma(self: object, x: object, y: object, z: object) -> object:
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter._convert_float = nearest
-    interpreter.InterpreterBuilder.create_fma = fma
-    interpreter._patch_lang_tensor = patch_and_mend
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
-        self, widened(a), widened(b), *rest
-    )
-
-
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
-    _mend_interpreter()
+if not HAS_GPU:
+    use_interpreter()
 
 TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"

@@ -51,7 +51,11 @@ STAGES = (
     Stage(
         "scoring", 90, "the scoring kernel, threshold, single ops, scored batches, a calibration"
     ),
-    Stage("rest", 75, "hardware counters, a checker of memory, constants, the other tests"),
+    Stage(
+        "rest",
+        75,
+        "hardware counters, a checker of memory, constants, errors in ulp, the other tests",
+    ),
 )
 
 

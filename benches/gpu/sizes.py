@@ -48,6 +48,8 @@ class Sizes:
     """A batch of a model whose small layers share launches when they are scored."""
     chunks: tuple[int, ...]
     """Entries that a Triton program takes at a time, beside the usual number."""
+    numerics: tuple[int, int]
+    """Runs of each op with one seed, and steps of the trainings whose errors are measured."""
     processes: int
     """Of the tests."""
     tests: tuple[str, ...]
@@ -84,6 +86,7 @@ FULL = Sizes(
     calibration_samples=5000,
     queued=Iteration("minilm", 16),
     chunks=(256, 1024),
+    numerics=(10, 1000),
     processes=12,
     tests=(
         "tests/gpu",
@@ -132,6 +135,7 @@ TINY = Sizes(
     calibration_samples=8,
     queued=Iteration("minilm", 2, layers=1),
     chunks=(256,),
+    numerics=(1, 1),
     processes=1,
     tests=("tests/task_vectors/test_resident_vectors.py", "-k", "what_is_held or tied_weights"),
     other_tests=("tests/kernels/test_index.py", "-k", "empty"),

@@ -1,5 +1,6 @@
 """The k lowest or largest scores over named tensors."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
@@ -11,7 +12,7 @@ from talos.distributed import local, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
-__all__ = ["lowest_entries", "marked_scores"]
+__all__ = ["lowest_entries", "marked_scores", "warn_if_equal"]
 
 
 def lowest_entries(
@@ -124,3 +125,18 @@ def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
     barred = torch.ones_like(score, dtype=torch.bool)
     barred[first:last] = False
     return barred
+
+
+def warn_if_equal(marked: Mapping[str, Tensor], nnz: int, entries: int) -> None:
+    """Warn of scores, as `marked_scores` returns them, that do not tell entries apart."""
+    if nnz == entries:
+        return
+    usable = [score[score.isfinite()] for score in marked.values()]
+    lows = [float(score.min()) for score in usable if score.numel()]
+    highs = [float(score.max()) for score in usable if score.numel()]
+    if min(lows) == max(highs):
+        warnings.warn(
+            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, whatever "
+            "the model; check that the gradients reach its weights",
+            stacklevel=3,
+        )

@@ -88,7 +88,7 @@ class CompactGradient(Tensor):
             entries: float32 `[nnz]`, the gradient there, in rank order; kept, not copied.
         """
         made: CompactGradient = Tensor._make_wrapper_subclass(
-            cls, param.shape, dtype=param.dtype, device=param.device
+            cls, param.shape, param.stride(), dtype=param.dtype, device=param.device
         )
         made.entries, made.selection = entries, selection
         return made

@@ -399,7 +399,7 @@ def test_the_rehearsal_passes_through_every_stage(
     for stage in STAGES:
         assert read_stage(out / f"{stage.name}.json").complete
         assert f"## {stage.name}: {stage.title}" in page
-    assert len(list(out.iterdir())) == len(STAGES) + 2
+    assert len(list(out.iterdir())) == len(STAGES) + 3  # with table.md, log.txt, numerics.json
     assert main(["--out", str(out), "--rehearse", "--resume"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[: len(STAGES)] == [f"{stage.name}: nothing is missing" for stage in STAGES]

@@ -24,6 +24,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benches import numerics
 from talos.app.cli.app import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,15 +117,23 @@ def check_python(words: list[str]) -> None:
         paths = [word for word in words[3:] if "/" in word]
         assert paths
         assert all((ROOT / path).exists() for path in paths), paths
+    elif words[1:3] == ["-m", "benches.numerics"]:
+        numerics.parser().parse_args(words[3:])
     else:
         assert words[1:3] == ["-m", "benches.gpu"], f"no rule for {shlex.join(words)}"
         subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)
+
+
+def check_torchrun(words: list[str]) -> None:
+    assert "--no-python" in words, "torchrun must start the command as it is"
+    check_talos(words[words.index("talos") :])
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "talos": check_talos,
     "pip": check_pip,
+    "torchrun": check_torchrun,
     "python": check_python,
     ".venv/bin/python": check_python,
 }
@@ -169,6 +178,11 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     links = [link.partition("#")[0] for link in LINK.findall((ROOT / page).read_text())]
     own = [link for link in links if link and "://" not in link]
     assert not [link for link in own if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+def test_a_model_is_edited_in_ten_lines() -> None:
+    first, *_ = blocks_of((ROOT / "docs/edit.md").read_text())
+    assert len([line for line in first.code.splitlines() if line]) == 10
 
 
 def test_blocks_are_found_with_their_lines() -> None:

@@ -428,14 +428,6 @@ def test_another_optimizers_compact_gradient_is_refused() -> None:
     first.release()
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = SparseAdam(model := nn.Linear(8, 4), random_mask(model, params="."))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-    with pytest.raises(TalosRuntimeError, match="must be trained in one process"):
-        optimizer.compact_gradients()
-
-
 def gradient() -> tuple[CompactGradient, Tensor]:
     selected = torch.tensor([[True, False, True], [False, False, True]])
     index = Index.pack([TensorIndex.encode(selected)])

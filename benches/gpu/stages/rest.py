@@ -25,6 +25,7 @@ from benches import (
     bench_sddmm,
     bench_select_threshold,
     bench_sparse_adam,
+    numerics,
     scoring,
 )
 from benches.gpu.context import EAGER, REPLAYED, Context, stage_main
@@ -62,6 +63,7 @@ def run(context: Context) -> None:
     for sweep in SWEEPS:
         sweep.run(context)
     context.run("memory checker", lambda: memory_checker(context), needs=15)
+    context.run("numerics", lambda: exactness(context), needs=25)
     for entries in context.sizes.chunks:
         context.run(f"chunk of {entries}", partial(chunk, context, entries), needs=12)
     if context.left() > TESTS_NEED:
@@ -119,6 +121,17 @@ def memory_checker(context: Context) -> dict[str, object]:
     if errors:
         raise AssertionError(f"compute-sanitizer counts {errors} errors: {printed[-2000:]}")
     return {"readable": errors is not None, "reason": reason, "errors": errors}
+
+
+def exactness(context: Context) -> dict[str, object]:
+    """Measure the device's backends against float64; the table is that of docs/numerics.md."""
+    found = [each for each in numerics.backends() if each.device.type == context.device.kind]
+    rows = numerics.write(context.out / "numerics.json", found, *context.sizes.numerics)
+    print("\n".join(numerics.table(rows)), flush=True)
+    missed = [f"{row['op']}, {row['dtype']}, {row['backend']}" for row in rows if not row["met"]]
+    if missed:
+        raise AssertionError(f"{len(missed)} bars are missed: {'; '.join(missed)}")
+    return {"results": len(rows)}
 
 
 @contextlib.contextmanager
