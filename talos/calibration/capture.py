@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import isfinite, prod
+from math import prod
 from types import TracebackType
 from typing import Self
 
@@ -32,44 +32,19 @@ from torch import Tensor, nn
 from talos.architecture.experts import one_by_one
 from talos.calibration.autograd import Part, Sink
 from talos.calibration.hooks import hook_modules
+from talos.calibration.launches import Launches, Layer
 from talos.calibration.layouts import Layouts, Rows, Use, blocks
 from talos.calibration.routing import Router, eager
 from talos.calibration.sharded import gathered
 from talos.distributed import errors_on_all_ranks
-from talos.errors import TalosRuntimeError, TalosValueError
+from talos.errors import TalosRuntimeError
 from talos.names import named_parameters, unwrapped
 from talos.params import Candidates
-from talos_kernels import fisher_diag_, fisher_diag_embedding_, fisher_diag_vector_
+from talos_kernels import fisher_diag_embedding_, fisher_diag_vector_
 
 __all__ = ["REMEDY", "Capture", "dtypes_of"]
 
 REMEDY = "leave it out with params= or requires_grad_(False)"
-
-# What waits for one launch on a GPU: many small layers then share it. A launch is some microseconds
-# and a layer of MiniLM has a megabyte of rows at 16 samples, so this is a few layers; unmeasured.
-_QUEUE_BYTES = 32 * 2**20
-
-
-@dataclass
-class _Waiting:
-    """A linear layer that waits to be scored.
-
-    Attributes:
-        total: what its scores will be added to, float64, flat.
-        scores: of this backward, float32 zeros [O, I].
-        dy: the gradient of its output, as `fisher_diag_` takes it.
-        x: its input.
-    """
-
-    total: Tensor
-    scores: Tensor
-    dy: Tensor
-    x: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are free once it is scored."""
-        return self.scores.nbytes + self.dy.nbytes + self.x.nbytes
 
 
 @dataclass
@@ -87,7 +62,7 @@ class _Batch:
     received: dict[Part, list[tuple[Sink, Rows]]] = field(default_factory=dict)
     aside: set[Part] = field(default_factory=set)  # whose rows need more probes
     only: set[Part] | None = None  # what this backward is to score; None: all
-    queue: list[_Waiting] = field(default_factory=list)
+    launches: Launches = field(default_factory=Launches)
 
 
 class Capture:
@@ -266,29 +241,6 @@ class Capture:
             needed.append(runs)
         return int(max(needed))
 
-    def check(self, scores: dict[str, Tensor], reached: set[str]) -> None:
-        """Refuse scores that mean nothing.
-
-        Args:
-            scores: by name.
-            reached: the parameters that a backward has reached, on any rank.
-
-        Raises:
-            TalosRuntimeError: a parameter was never reached.
-            TalosValueError: a score is NaN or infinite.
-        """
-        for name, score in scores.items():
-            if name not in reached:
-                raise TalosRuntimeError(
-                    f"{name} must influence the logits, got no gradient of it in any batch, and "
-                    f"zero scores would be selected first; {REMEDY}"
-                )
-            if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
-                raise TalosValueError(
-                    f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
-                    "the model, or calibrate in float32"
-                )
-
     def _run(self, losses: Tensor, phase: str, retain_graph: bool) -> None:
         """Run one backward; the sinks call `_receive`."""
         self._batch.phase = phase
@@ -320,7 +272,7 @@ class Capture:
                 if part not in self._batch.aside:
                     self._score(part)
             self._batch.received.clear()
-            self._launch()
+            self._batch.launches.launch()
 
     def _record(self, sink: Sink) -> None:
         """Note one use of the forward."""
@@ -417,27 +369,8 @@ class Capture:
                 continue
             left, right = (inputs, dy) if sink.transposed else (dy, inputs)
             chosen = slice(low // width, high // width)
-            self._batch.queue.append(_Waiting(total, matrix, left[..., chosen], right))
-            waiting = sum(each.nbytes for each in self._batch.queue)
-            if not total.is_cuda or waiting > _QUEUE_BYTES:
-                self._launch()
-
-    def _launch(self) -> None:
-        """Score the layers that wait, those of one dtype and device together."""
-        queue, self._batch.queue = self._batch.queue, []
-        alike: dict[tuple[torch.dtype, torch.device], list[_Waiting]] = {}
-        for each in queue:
-            dtype = torch.promote_types(each.dy.dtype, each.x.dtype)
-            alike.setdefault((dtype, each.dy.device), []).append(each)
-        for (dtype, _), layers in alike.items():
-            fisher_diag_(
-                [each.scores for each in layers],
-                [each.dy.to(dtype) for each in layers],
-                [each.x.to(dtype) for each in layers],
-                share=self._batch.share,
-            )
-        for each in queue:
-            each.total += each.scores.view(-1)
+            layer = Layer(total, matrix, left[..., chosen], right, share)
+            self._batch.launches.add(layer)
 
     def _entries(self, part: Part) -> tuple[int, int, Tensor]:
         """Return the entries of `part` to score, counted from its start, and their sums, flat."""

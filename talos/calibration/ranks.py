@@ -9,6 +9,7 @@ import hashlib
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.batches import known_length
-from talos.calibration.capture import Capture
+from talos.calibration.capture import REMEDY, Capture
 from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
-from talos.errors import TalosValueError
+from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
 
@@ -131,8 +132,23 @@ def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str,
     scores = {}
     for name in list(sums):
         scores[name] = sums.pop(name).float()  # tensor by tensor, for the memory
-    capture.check(scores, set().union(*reached))
+    _check(scores, set().union(*reached))
     return scores
+
+
+def _check(scores: Mapping[str, Tensor], reached: set[str]) -> None:
+    """Refuse scores that mean nothing: never reached, or not finite."""
+    for name, score in scores.items():
+        if name not in reached:
+            raise TalosRuntimeError(
+                f"{name} must influence the logits, got no gradient of it in any batch, and "
+                f"zero scores would be selected first; {REMEDY}"
+            )
+        if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
+            raise TalosValueError(
+                f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
+                "the model, or calibrate in float32"
+            )
 
 
 def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
