@@ -250,10 +250,14 @@ class WatchedBuffers:
         self._model = weakref.ref(model)
         self._before = {name: each.detach().clone() for name, each in _persistent(model).items()}
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return self._model()
+
     def moved(self) -> list[str]:
         """Return the names of the buffers that changed; see `moved_buffers`."""
-        model = self._model()
-        return [] if model is None else moved_buffers(self._before, _persistent(model))
+        return [] if self.model is None else moved_buffers(self._before, _persistent(self.model))
 
     def metadata(self, stacklevel: int) -> dict[str, list[str]]:
         """Return the metadata of a task vector that lacks the changed buffers, and warn of them.

@@ -14,8 +14,7 @@ Of a sharded parameter (FSDP2) each rank trains the entries that it holds and ke
 
 import logging
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -25,27 +24,24 @@ from talos.distributed import reshard
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
 from talos.optim.base import Base
+from talos.optim.bookkeeping import Bookkeeping
 from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
 from talos.optim.compaction import compact
 from talos.optim.marks import Mark
 from talos.optim.param_groups import (
     NamedParams,
-    alike,
     by_name,
     check_arguments,
     check_hyperparameters,
     check_not_wrapped,
-    complete_groups,
     module_of,
     named_groups,
     selected_names,
     unselected,
 )
 from talos.optim.parts import Parts, agreement
-from talos.optim.states import ARRAYS, OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
-from talos.params import check_one_memory
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
 
@@ -54,7 +50,7 @@ __all__ = ["SparseAdam"]
 _logger = logging.getLogger(__name__)
 
 
-class SparseAdam(torch.optim.Optimizer):
+class SparseAdam(Bookkeeping):
     """AdamW on the entries that a mask selects (`torch.optim.SparseAdam` is for sparse gradients).
 
     The constructor freezes every parameter without a selected entry (`requires_grad=False`), so
@@ -103,11 +99,6 @@ class SparseAdam(torch.optim.Optimizer):
 
     # GradScaler hands over its scale and inf flag as tensors instead of reading them on the host.
     _step_supports_amp_scaling = True
-    # Copies and pickles keep these beside torch's own attributes; hooks are dropped, as by torch.
-    _KEPT = (
-        *("_mask", "_moment_dtype", "_names", "_parts", "_buckets", "_untrained", "_base"),
-        *("_mark", "_complete", "_stepped", "_trained"),
-    )
 
     def __init__(
         self,
@@ -216,85 +207,17 @@ class SparseAdam(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
-        if not self._trained:
+        if not self._trained or checked[0][0] is self._buckets[0].absent:
             pairs = zip(self._buckets, checked, strict=True)
-            self._trained = any(g is not bucket.absent for bucket, grads in pairs for g in grads)
-            if not self._trained and self._stepped:
-                warn_of_no_gradient(stacklevel=4)
-                self._trained = True  # warn once
+            found = any(g is not bucket.absent for bucket, grads in pairs for g in grads)
+            if not found and self._stepped:
+                self.follow_sharding()
+                if not self._trained:
+                    warn_of_no_gradient(stacklevel=4)
+                    found = True  # warn once
+            self._trained |= found
         self._stepped = True
         return loss
-
-    def _checked(self) -> list[list[Tensor]]:
-        """Bring the state up to date; return each bucket's gradients, from `Bucket.check`."""
-        self._make_ready()
-        return [bucket.check() for bucket in self._buckets]
-
-    def _make_ready(self) -> None:
-        """Take over changes of `state` and groups; before the first step follow the parameters."""
-        self._refresh()
-        if self._stepped:
-            return
-        own = {name: param for param, name in self._names.items()}
-        check_one_memory({**self._untrained, **own}, own)
-        if any(bucket.is_moved for bucket in self._buckets):
-            self._follow()
-
-    def _refresh(self) -> None:
-        """Take over what other code put into `state`, and how it grouped the parameters."""
-        regrouped = self._regrouped()
-        # By identity, without a parameter's hash, which is slow.
-        now = list(map(id, self.state.values()))
-        if not regrouped and now == self._shown and all(b.is_shown for b in self._buckets):
-            return
-        states = {
-            param: checked_state(
-                name, self.state.get(param, {}), self._parts.indices[name].nnz, "optimizer.state"
-            )
-            for param, name in self._names.items()
-        }
-        self._build(states)
-        self._show()
-
-    def _regrouped(self) -> bool:
-        """Return whether other code regrouped or reordered the parameters; name them then."""
-        if self._grouped == [list(map(id, group["params"])) for group in self.param_groups]:
-            return False
-        complete_groups(self.param_groups, self._names, self.defaults)
-        return True
-
-    def _follow(self) -> None:
-        """Move the state to where its parameters are now, in their dtype; no step was taken yet."""
-        dtypes = {name: weights.dtype for name, weights in self._base.weights.items()}
-        cast = {n: p for p, n in self._names.items() if dtypes[n] != p.dtype}
-        states = {param: dict(self.state[param]) for param in self._names}
-        for param in cast.values():  # the master is the cast weight
-            states[param].pop("master", None)
-        self._build(states)
-        self._base.cast(cast, self._buckets, self._parts)
-        self._show()
-
-    def _build(self, states: Mapping[Tensor, State]) -> None:
-        """Make new buckets with this state by parameter; the old arrays stay as they were."""
-        compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
-        self._buckets[:] = [
-            Bucket.create(number, params, self._parts.indices, self._moment_dtype, states)
-            for number, params in alike(self.param_groups, self._names)
-        ]
-        for bucket in self._buckets:
-            bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
-
-    def _show(self) -> None:
-        """Put the views and the initial weights into `state`."""
-        for bucket in self._buckets:
-            bucket.show_in(self.state)
-        for param, name in self._names.items():
-            state = self.state[param]
-            for key in OWN[len(ARRAYS) :]:
-                state.pop(key, None)
-            state.update(self._base.state(name))
-        self._shown = list(map(id, self.state.values()))
-        self._grouped = [list(map(id, group["params"])) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and a deferred clipping with them.
@@ -497,88 +420,3 @@ class SparseAdam(torch.optim.Optimizer):
     def mask(self) -> Mask:
         """The selection that is trained."""
         return self._mask
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state by parameter, and the groups.
-
-        Returns:
-            torch's dictionary. The state of a parameter also holds `base`, the initial weights at
-            its selected entries, and `fingerprint`, that of the whole initial tensor.
-
-        Where parameters are sharded, all ranks call this. Their arrays are DTensors then, of which
-        each rank holds an even share, so that torch.distributed.checkpoint writes every value once.
-        """
-        self._refresh()
-        state = super().state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        spread = {
-            i: self._parts.spread(self._names[p], self.state[p]) for i, p in enumerate(params)
-        }
-        state["state"] = {**state["state"], **spread}
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state that an optimizer with the same mask saved.
-
-        Args:
-            state_dict: what `state_dict()` returned, on this number of ranks or another one; it is
-                copied. Arrays may be whole tensors or DTensors.
-
-        State is found by the parameters' names and cast to their device and dtype; missing masters
-        are made from the weights. A group that lacks a hyper-parameter, as in a state dict of an
-        older version, keeps the one that this optimizer was made with. Where parameters are
-        sharded, all ranks call this.
-
-        Raises:
-            TalosValueError: it belongs to another mask, or its groups, names or sizes differ. The
-                optimizer stays as it was.
-        """
-        self._regrouped()
-        saved: list[Saved] = []
-
-        # torch would cast the state to each weight's dtype and assign it by place, so it is given
-        # none. These hooks run after the caller's pre-hooks and before the caller's post-hooks.
-        def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            reader = StateReader(self.param_groups, self.defaults, self._names, self._mask)
-            with agreement(self._mask, self._names):
-                saved.append(reader.read(state_dict))
-            return {**state_dict, "state": {}, "param_groups": saved[0].groups}
-
-        def take(_: torch.optim.Optimizer) -> None:
-            (found,) = saved
-            names = self._names
-            states = {p: self._parts.take(names[p], each) for p, each in found.states.items()}
-            self._base = Base.loaded({names[p]: each for p, each in states.items()})
-            self.state = defaultdict(dict, found.others)
-            self._build(states)
-            self._show()
-            self._stepped = False
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(take, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles keep; they make their own views in `state`."""
-        self._refresh()
-        kept = {name: getattr(self, name) for name in self._KEPT}
-        names = list(self._names.items())  # a tensor has no hash before it is rebuilt
-        return {**super().__getstate__(), **kept, "state": foreign(self.state), "_names": names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild a copy; `load_state_dict` calls this, too, with the loaded groups."""
-        if "_names" not in state:
-            super().__setstate__(state)
-            return
-        super().__setstate__({**state, "_names": dict(state["_names"])})
-        self.state = defaultdict(dict, self.state)
-        self._stop_compacting = None  # a copy begins with dense gradients
-        self._clipping = Clipping(self._buckets)  # and without a deferred clipping
-        self._buffers = WatchedBuffers(module_of(None, self._names))
-        self._show()

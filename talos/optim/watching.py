@@ -23,8 +23,8 @@ def warn_of_no_gradient(stacklevel: int) -> None:
     """
     warnings.warn(
         "two steps found no gradient of any selected parameter, so nothing is trained; if "
-        "parameters were replaced after the optimizer was made (load_state_dict(assign=True), a "
-        "new module), make a new optimizer",
+        "parameters were replaced after the optimizer was made (load_state_dict(assign=True), "
+        "fully_shard, a new module), make a new optimizer",
         stacklevel=stacklevel + 1,
     )
 
@@ -117,11 +117,12 @@ def note_step(owner: torch.optim.Optimizer, stacklevel: int) -> None:
             )
 
 
-def let_go(owner: torch.optim.Optimizer) -> None:
-    """Forget what `hold` noted."""
-    _held.pop(owner, None)
+def let_go(owner: torch.optim.Optimizer) -> bool:
+    """Forget what `hold` noted; return whether there was anything."""
+    held = _held.pop(owner, None)
     if not _held and _hooks:
         _hooks.pop().remove()
+    return held is not None
 
 
 def _overlap(mask: Mask, name: str, other: Mask, other_name: str) -> bool:

@@ -31,7 +31,7 @@ from talos.task_vectors.fingerprints import fingerprint
 from talos.tensors import equal_bits
 from talos.training.order import Order, under
 
-__all__ = ["Checkpoints", "losses_in"]
+__all__ = ["Checkpoints", "check_folder", "losses_in", "steps_in"]
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _KIND = "checkpoint"
@@ -41,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one training.
 
     Args:
-        folder: where they lie; it is made if the folder around it exists.
+        folder: where they lie; the first checkpoint makes it.
         model: as it is before the training.
         settings: what a training that resumes must share, as texts by name.
         every: steps from one checkpoint to the next.
@@ -89,35 +89,11 @@ class Checkpoints:
         self._found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         with errors_on_all_ranks() as newest:
             if rank() == 0:
-                self._prepare(resume)
+                check_folder(self.folder, resume=resume)
                 newest += self._newest() if resume else []
         with errors_on_all_ranks():
             for step in newest:
                 self._read(step)
-
-    def _prepare(self, resume: bool) -> None:
-        """Make the folder, and refuse one that cannot be written or holds another training."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TalosOSError(f"checkpoint must be a folder, got the file {self.folder}")
-        if not self.folder.parent.is_dir():
-            raise TalosOSError(
-                f"checkpoint must lie in an existing folder, got {self.folder}; make "
-                f"{self.folder.parent}"
-            )
-        if (steps := steps_in(self.folder)) and not resume:
-            raise TalosOSError(
-                f"checkpoint must be a folder without checkpoints, got {self.folder}, which has "
-                f"step {steps[0]}; pass resume=True to go on from it, or choose another folder"
-            )
-        try:
-            self.folder.mkdir(exist_ok=True)
-            sweep(self.folder)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise TalosOSError(
-                f"checkpoint must be a folder that can be written, got {self.folder} "
-                f"({error.strerror or error})"
-            ) from error
 
     def _newest(self) -> list[int]:
         """Return the step of the newest checkpoint that is intact; []: there is none yet."""
@@ -218,11 +194,46 @@ class Checkpoints:
             "base": self._base,
             "orders": [place for place, _ in orders],
         }
+        self.folder.mkdir(exist_ok=True)
         save_file(_path(self.folder, step), _KIND, tensors, content, finite=False)
         # Those of later steps are damaged, or were left behind by the one resumed from.
         kept = [each for each in steps_in(self.folder) if each <= step][: self.keep]
         for each in set(steps_in(self.folder)) - set(kept):
             _path(self.folder, each).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that checkpoints cannot be written to, or that holds another training.
+
+    Temporary files that a killed training left there are removed.
+
+    Args:
+        folder: it need not exist, but the one around it must.
+        resume: checkpoints may be there.
+
+    Raises:
+        TalosOSError: it is refused.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TalosOSError(f"checkpoint must be a folder, got the file {folder}")
+    if not folder.parent.is_dir():
+        raise TalosOSError(
+            f"checkpoint must lie in an existing folder, got {folder}; make {folder.parent}"
+        )
+    if (steps := steps_in(folder)) and not resume:
+        raise TalosOSError(
+            f"checkpoint must be a folder without checkpoints, got {folder}, which has step "
+            f"{steps[0]}; pass resume=True, or choose another folder"
+        )
+    there = folder if folder.exists() else folder.parent
+    try:
+        sweep(folder)
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise TalosOSError(
+            f"checkpoint must be a folder that can be written, got {there} "
+            f"({error.strerror or error}); choose another"
+        ) from error
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -5,16 +5,25 @@ Gradients are sums over two halves of the batch. With two ranks their order is t
 which adds up the halves, so the bits are equal.
 """
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 
 from talos import Mask, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
+from talos.errors import TalosError, TalosRuntimeError, TalosValueError
 from tests.cases import assert_bit_equal, assert_close
 from tests.distributed.processes import in_processes
 
@@ -104,3 +113,147 @@ def test_sharded_training_equals_one_process(size: int) -> None:
                 assert_close(theirs[name], param.detach(), reduction=True)
             if size == 2:
                 assert_bit_equal(other.values, vector.values)
+
+
+FULL = StateDictOptions(full_state_dict=True)
+FULL_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # as torchtitan saves
+LAYOUTS = {"plain": None, "flat": FLAT, "full": FULL_ON_CPU}
+
+
+def prepared(start: float = 0) -> tuple[nn.Module, SparseAdam]:
+    """A model in bfloat16, whose masters are state, and its optimizer."""
+    model = network(torch.bfloat16)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(start)
+    if world_size() > 1:
+        shard(model)
+    return model, SparseAdam(model, some(network()), lr=1e-2)
+
+
+def whole_states(model: nn.Module, optimizer: SparseAdam) -> tuple[Any, TaskVector]:
+    states = get_state_dict(model, optimizer, options=FULL)
+    return copy.deepcopy(states), optimizer.task_vector()
+
+
+def save(folder: Path, model: nn.Module, optimizer: SparseAdam) -> None:
+    for layout, options in LAYOUTS.items():
+        states = get_state_dict(model, optimizer, options=options)
+        if layout != "full":
+            found = dict(zip(("model", "optimizer"), states, strict=True))
+            dcp.save(found, checkpoint_id=folder / layout)
+        elif rank() == 0:
+            torch.save(states, folder / "full.pt")
+
+
+def load(folder: Path, then: Path) -> list[tuple[Any, TaskVector]]:
+    """Load what `save` wrote into new models of other weights, and save it again."""
+    loaded = []
+    for layout, options in LAYOUTS.items():
+        model, optimizer = prepared(start=1)
+        if layout == "full":
+            states = torch.load(folder / "full.pt", weights_only=True)
+        else:
+            states = get_state_dict(model, optimizer, options=options)
+            found = dict(zip(("model", "optimizer"), states, strict=True))
+            dcp.load(found, checkpoint_id=folder / layout)
+            states = found["model"], found["optimizer"]
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=states[0],
+            optim_state_dict=states[1],
+            options=FULL if layout == "full" else options,
+        )
+        loaded.append(whole_states(model, optimizer))
+    save(then, model, optimizer)
+    train(model, optimizer, 1, ranks=world_size())
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path: Path) -> None:
+    model, optimizer = prepared()
+    train(model, optimizer, 2)
+    save(tmp_path / "1", model, optimizer)
+    saved, vector = whole_states(model, optimizer)
+    wanted = leaves(saved)
+    for before, after in (("1", "4"), ("4", "2"), ("2", "3"), ("3", "1 again")):
+        folders = tmp_path / before, tmp_path / after
+        size = int(after[0])
+        found = in_processes(size, load, *folders) if size > 1 else [load(*folders)]
+        for states, other in (each for ours in found for each in ours):
+            held = leaves(states)
+            assert held.keys() == wanted.keys()
+            for key, value in wanted.items():
+                if isinstance(value, Tensor):
+                    assert_bit_equal(held[key], value)
+                else:
+                    assert held[key] == value
+            assert other == vector
+            assert other.fingerprints == vector.fingerprints
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """What nested dictionaries and lists hold, by its path."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, each in value.items() for k, v in leaves(each, f"{path}/{key}").items()}
+
+
+def in_other_orders() -> dict[str, str]:
+    """Train with optimizers made before `fully_shard`, and return errors of a wrong order."""
+    wanted, expected = trained()[0]
+    schedules, vectors = [], []
+    for first in (True, False):
+        model = network()
+        if not first:
+            shard(model)
+        given = model if first else list(model.named_parameters())
+        optimizer = SparseAdam(given, some(network()), lr=1e-2, weight_decay=0.1)
+        schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        if first:
+            shard(model)
+        train(model, optimizer, ranks=world_size())
+        schedules[-1].step()
+        for name, param in weights(model).items():
+            assert_bit_equal(param, wanted[name])
+        assert optimizer.frozen == ("0.bias",)
+        optimizer.release()
+        assert all(param.requires_grad for param in model.parameters())
+        vectors.append(optimizer.task_vector())
+        assert optimizer.nbytes < SparseAdam(network(), some(network())).nbytes
+    assert vectors == [expected, expected]
+
+    found = {}
+    model = network()
+    optimizer = SparseAdam(model, some(network()))
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    shard(model)
+    with pytest.raises(TalosRuntimeError) as caught:
+        train(model, optimizer, 1, ranks=world_size())
+    found["late"] = str(caught.value)
+    other = Mask.from_dense({"0.weight": torch.arange(42).view(7, 6) == rank()})
+    with pytest.raises(TalosValueError) as refused:
+        SparseAdam(shard(network()), other)
+    found["masks"] = str(refused.value)
+    with pytest.raises(TalosError) as failed:
+        SparseAdam(shard(network()), some(network()), lr=1e-2 - rank())
+    found["rate"] = str(failed.value)
+    with pytest.raises(TalosRuntimeError) as compact:
+        SparseAdam(shard(network()), some(network())).compact_gradients()
+    found["compact"] = str(compact.value)
+    return found
+
+
+def test_an_optimizer_is_made_before_or_after_sharding_and_not_too_late() -> None:
+    for number, found in enumerate(in_processes(2, in_other_orders)):
+        assert "sharded before the first step" in found["late"]
+        assert "mask must be the same on all ranks, got fingerprints" in found["masks"]
+        assert ("rank 1 raised TalosValueError" in found["rate"]) == (number == 0)
+        assert "Invalid learning rate: -0.99" in found["rate"]
+        assert "compact gradients" in found["compact"]

@@ -124,10 +124,16 @@ def check_python(words: list[str]) -> None:
         subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)
 
 
+def check_torchrun(words: list[str]) -> None:
+    assert "--no-python" in words, "torchrun must start the command as it is"
+    check_talos(words[words.index("talos") :])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "talos": check_talos,
     "pip": check_pip,
+    "torchrun": check_torchrun,
     "python": check_python,
     ".venv/bin/python": check_python,
 }

@@ -28,14 +28,14 @@ from talos.app.cli.options import (
     Overwrite,
     Seed,
     as_options,
-    check_choice,
     check_input,
     check_output,
 )
 from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
+from talos.app.cli.train_options import checked_method, checked_numbers
 from talos.errors import TalosValueError
-from talos.options import fraction, integer, positive
+from talos.options import integer, positive
 
 if TYPE_CHECKING:
     from talos.app.models import Classifier
@@ -48,9 +48,8 @@ EXAMPLES = (
     "talos train --data reviews.csv --mask mask.safetensors --steps 200 --out vector.safetensors",
     "talos train --data docstring_topic --out dense.safetensors",
     "talos train --data docstring_topic --method l_lora --rank 8 --out vector.safetensors",
+    "talos train --data reviews.csv --steps 5000 --out dense.safetensors --checkpoint run --resume",
 )
-
-_RANKED, _DENSE = ("l_lora",), ("lota", "random", "magnitude")
 
 
 def facts() -> dict[str, str]:
@@ -111,6 +110,29 @@ def train(
         typer.Option("--force", metavar="", help="Take a mask of other weights, too."),
     ] = False,
     overwrite: Overwrite = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            help="A folder for checkpoints, from which a training that was stopped goes on.",
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--every", help="Steps from one checkpoint to the next, by default 100."),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", help="How many of the newest checkpoints stay, by default 2."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            help="Go on from the newest checkpoint, or begin if there is none.",
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune a model and write its task vector.
 
@@ -121,6 +143,8 @@ def train(
     linearized low-rank adapters on queries and values. lota trains the weights that change most
     under full fine-tuning; it takes the steps twice. attention_only trains the projections of
     attention. random and magnitude train as many weights as talos: random or the smallest ones.
+
+    With --checkpoint a training that was stopped goes on: run the same command with --resume.
     """
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
@@ -134,7 +158,9 @@ def train(
         raise TalosValueError("--force must be left out without --mask, got it")
     check_output(out, overwrite)
     check_json(json, overwrite)
-    method = _checked_method(method, mask, rank, density, sparse_lr)
+    given = {"--every": every, "--keep": keep, "--resume": resume or None}
+    numbers = checked_numbers(checkpoint, given)
+    method = checked_method(method, mask, rank, density, sparse_lr)
     import torch
 
     from talos.app.cli.loading import load_classifier, load_data
@@ -146,16 +172,21 @@ def train(
     from talos.names import match_tensors, named_parameters
     from talos.tensors import readable_size
     from talos.training import FineTuneStep, fine_tune
+    from talos.training.checkpoints import check_folder, losses_in, steps_in
 
-    with on_interrupt("nothing was written"), Bars() as bars:
+    options = {"lr": "--lr", "checkpoint": "--checkpoint", "resume": "--resume"}
+    if checkpoint is not None:
+        with as_options(options):
+            check_folder(checkpoint, resume=resume)
+    with on_interrupt(lambda: _kept(checkpoint, resume)), Bars() as bars:
         rate = lr if lr is not None else METHODS[method].usual_lr
-        given = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
+        own = {"rank": rank, "density": density, "sparse_lr": sparse_lr}
         with as_options({"path": "--mask"}):
             selected = Mask.load(mask) if mask is not None else None
         chosen = method_of(
             method,
             selected,
-            {key: value for key, value in given.items() if value is not None},
+            {key: value for key, value in own.items() if value is not None},
         )
         task = load_data(data)
         classifier = load_classifier(model, task)
@@ -184,14 +215,25 @@ def train(
             losses.append(step.loss)
             bars.show(f"train {task.name}", step.step, step.steps, step.loss)
 
-        bars.show(f"train {task.name}", 0, steps * chosen.phases)
-        with as_options({"lr": "--lr"}):
-            vector = fine_tune(
-                classifier, batches, method=chosen, steps=steps, lr=rate, on_step=on_step
-            )
+        reached = steps_in(checkpoint) if checkpoint is not None else []
+        bars.show(f"train {task.name}", max(reached, default=0), steps * chosen.phases)
         made = made_with(task, classifier.encoder, tokens, steps=steps, lr=rate, seed=seed)
+        with as_options({**options, "path": "--checkpoint"}):
+            vector = fine_tune(
+                classifier,
+                batches,
+                method=chosen,
+                steps=steps,
+                lr=rate,
+                on_step=on_step,
+                checkpoint=checkpoint,
+                data=made | {"batch_size": batch_size},
+                **numbers,
+            )
         vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
+    if checkpoint is not None:
+        losses = losses_in(checkpoint)  # also of the steps before it was resumed
     print_line(
         stdout(json),
         f"{out}: {vector.mask.nnz:,} entries, {readable_size(out.stat().st_size)}; "
@@ -213,6 +255,18 @@ def train(
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
+
+
+def _kept(checkpoint: Path | None, resume: bool) -> str:
+    """Return what a training that Ctrl-C stopped leaves."""
+    if checkpoint is None:
+        return "nothing was written"
+    from talos.training.checkpoints import steps_in
+
+    if not (steps := steps_in(checkpoint)):
+        return f"{checkpoint} has no checkpoint yet"
+    again = "the same command" if resume else "the same command and --resume"
+    return f"{checkpoint} has the checkpoint of step {steps[0]}; {again} goes on from there"
 
 
 def _did_not_help(losses: list[float], classes: int) -> str | None:
@@ -241,41 +295,3 @@ def _check_base(file: Path, mask: "Mask", classifier: "Classifier") -> None:
             f"--mask must be calibrated on the weights of --model {classifier.encoder.name}, got "
             f"{file} of other weights; calibrate again, or pass --force to train its entries here"
         )
-
-
-def _checked_method(
-    method: str | None,
-    mask: Path | None,
-    rank: int | None,
-    density: float | None,
-    sparse_lr: float | None,
-) -> str:
-    """Return the method's name after a check of the options that go with it."""
-    if method is None:
-        method = "nonlinear" if mask is None else "talos"
-    from talos.methods import METHODS
-
-    check_choice("--method", method, METHODS)
-    if method == "talos" and mask is None:
-        raise TalosValueError(
-            "--mask must be given with --method talos, got none; make one with talos calibrate"
-        )
-    if method != "talos" and mask is not None:
-        raise TalosValueError(f"--mask must be left out with --method {method}, got {mask}")
-    for option, value, takers in (
-        ("--rank", rank, _RANKED),
-        ("--density", density, _DENSE),
-        ("--sparse-lr", sparse_lr, ("lota",)),
-    ):
-        if value is not None and method not in takers:
-            raise TalosValueError(
-                f"{option} must be left out with --method {method}, got {value}; it is for "
-                f"{', '.join(takers)}"
-            )
-    if rank is not None:
-        integer("--rank", rank, 1)
-    if density is not None:
-        fraction("--density", density)
-    if sparse_lr is not None:
-        positive("--sparse-lr", sparse_lr)
-    return method
