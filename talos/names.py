@@ -346,7 +346,7 @@ def match_tensors(
             f"{what} must name parameters of the model, got {len(missing)} that it lacks: "
             + listed(missing, params)
             + (f"; {len(missing) - 5} more" if len(missing) > 5 else "")
-            + f"; take a {what} of this model"
+            + f"; {_remedy(what, params)}"
         )
     matched = {name: params[found[name]] for name in shapes}
     differing = [
@@ -368,6 +368,18 @@ def match_tensors(
                 "parameter; drop one of them"
             )
     return matched
+
+
+def _remedy(what: str, params: Iterable[str]) -> str:
+    """Return what to do about names that a model lacks."""
+    if what == "patch":  # it belongs to one model, and has no `rename`
+        return "take a patch of this model"
+    if any(".base_layer." in name for name in params):
+        return (
+            "the model holds an adapter of PEFT, which changes names: unload() it, or "
+            f"call rename on the {what}, as docs/trainers.md shows"
+        )
+    return f"take a {what} of this model, or call rename on this one"
 
 
 def renamed(

@@ -1,5 +1,6 @@
 """The k lowest or largest scores over named tensors."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
@@ -10,7 +11,7 @@ from torch import Tensor
 from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
-__all__ = ["lowest_entries", "marked_scores"]
+__all__ = ["lowest_entries", "marked_scores", "warn_if_equal"]
 
 
 def lowest_entries(
@@ -122,3 +123,17 @@ def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
     barred = torch.ones_like(score, dtype=torch.bool)
     barred[first:last] = False
     return barred
+
+
+def warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:
+    """Warn of scores that do not tell entries apart."""
+    if nnz == entries:
+        return
+    lows = [float(s.min()) for s in scores.values() if s.numel()]
+    highs = [float(s.max()) for s in scores.values() if s.numel()]
+    if min(lows) == max(highs):
+        warnings.warn(
+            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, whatever "
+            "the model; check that the gradients reach its weights",
+            stacklevel=3,
+        )

@@ -6,7 +6,6 @@ algebra works on the compressed form (`talos_kernels.tensor_index`), one tensor 
 """
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +20,9 @@ from talos.architecture.layers import kind_of, layer_of
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file
 from talos.masks.disjoint import check_shapes, deal, draft
-from talos.masks.lowest import lowest_entries, marked_scores
+from talos.masks.lowest import lowest_entries, marked_scores, warn_if_equal
 from talos.masks.table import MaskTable, MaskTableRow
+from talos.names import renamed
 from talos.options import fraction, integer
 from talos_kernels import Index, TensorIndex
 
@@ -103,7 +103,7 @@ class Mask:
                 f"density must select at least one of {entries} entries, got {density}: "
                 "no weight selected"
             )
-        _warn_if_equal(scores, nnz, entries)
+        warn_if_equal(scores, nnz, entries)
         chosen = lowest_entries(marked, nnz, largest=select == "highest")
         made = {"density": density, "select": select, **(metadata or {})}
         return cls.from_dense(chosen, metadata=made)
@@ -311,6 +311,29 @@ class Mask:
         ]
         return MaskTable(tuple(rows), layers)
 
+    def rename(self, names: Mapping[str, str]) -> Self:
+        r"""Return the same mask under other names, for a model that calls its weights otherwise.
+
+        Args:
+            names: new names by old ones, as of `TaskVector.rename`.
+
+        Raises:
+            TalosTypeError: `names` is no mapping of texts.
+            TalosValueError: a key fits no name, is no regular expression, or two tensors would have
+                one name.
+
+        Example:
+            >>> mask = Mask.from_dense({"h.0.q": torch.ones(1) > 0})
+            >>> mask.rename({r"^(.*q)$": r"base_model.model.\1.base_layer"}).names
+            ('base_model.model.h.0.q.base_layer',)
+        """
+        found = renamed(self.names, names)
+        return type(self)(
+            {found[name]: shape for name, shape in self.shapes.items()},
+            {found[name]: index for name, index in self.indices.items()},
+            self.metadata,
+        )
+
     def iou(self, other: Self) -> float:
         """Return the intersection over union of two selections; 1 for equal masks."""
         self._check_shapes(other)
@@ -452,19 +475,6 @@ class Mask:
                 raise TalosValueError(
                     f"masks must agree on the shape of {name}, got {shape} and {other.shapes[name]}"
                 )
-
-
-def _warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:
-    if nnz == entries:
-        return
-    lows = [float(s.min()) for s in scores.values() if s.numel()]
-    highs = [float(s.max()) for s in scores.values() if s.numel()]
-    if min(lows) == max(highs):
-        warnings.warn(
-            f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, whatever "
-            "the model; check that the gradients reach its weights",
-            stacklevel=3,
-        )
 
 
 def _as_bool(name: str, tensor: Tensor) -> Tensor:

@@ -578,13 +578,8 @@ class TaskVector:
         if isinstance(moved := metadata.get("moved_buffers"), list):
             others = renamed(moved, names, strict=False)
             metadata["moved_buffers"] = [others[name] for name in moved]
-        mask = Mask(
-            {found[name]: shape for name, shape in self.mask.shapes.items()},
-            {found[name]: index for name, index in self.mask.indices.items()},
-            self.mask.metadata,
-        )
         bases = {found[name]: base for name, base in self.fingerprints.items()}
-        return type(self)(mask, self.values, bases, metadata)
+        return type(self)(self.mask.rename(names), self.values, bases, metadata)
 
     def astype(self, dtype: torch.dtype) -> Self:
         """Return the same vector with values of another dtype.

@@ -194,6 +194,19 @@ def test_sizes_that_a_file_claims_are_checked_first(change: dict[str, Any], matc
         Mask.from_buffers({}, [{"name": "w", **change}])
 
 
+def test_rename_changes_names_only() -> None:
+    mask = Mask.from_dense(
+        {"a.q": torch.eye(2) > 0, "a.k": torch.ones(3) > 0}, metadata={"seed": 3}
+    )
+    found = mask.rename({r"^(.*q)$": r"base.\1.base_layer", "^": "base."})
+    assert found.names == ("base.a.q.base_layer", "base.a.k")
+    assert torch.equal(found.to_dense("base.a.q.base_layer"), mask.to_dense("a.q"))
+    assert found.metadata == mask.metadata
+    assert found.rename({r"^base\.|\.base_layer": ""}) == mask
+    with pytest.raises(TalosValueError, match="fit none or only renamed ones: b"):
+        mask.rename({"b": "c"})
+
+
 def test_describe_sums_by_layer_and_type() -> None:
     mask = Mask.from_dense(
         {

@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainingArguments
 
-from talos import Mask, SparseAdam, TaskVector
+from talos import Mask, SparseAdam, TalosTypeError, TaskVector
+from talos.training.hugging_face import TaskVectorCallback
 
 STEPS = 8
 
@@ -129,6 +130,28 @@ def test_transformers(by_class: bool, options: dict[str, Any], tmp_path: Path) -
     halved.train(resume_from_checkpoint=str(tmp_path / "halved" / checkpoint))
     assert_same(halved.model, whole.model)
     assert_vector(halved.optimizer.optimizer.task_vector(), halved.model, Network())
+
+
+def test_the_callback_saves_the_vector_in_each_checkpoint(tmp_path: Path) -> None:
+    trainer = transformers_trainer(tmp_path, by_class=True, save_total_limit=1)
+    trainer.add_callback(TaskVectorCallback())
+    trainer.train()
+    (checkpoint,) = tmp_path.iterdir()
+    vector = TaskVector.load(checkpoint / "task_vector.safetensors")
+    assert vector.norm() > 0
+    assert vector == trainer.optimizer.optimizer.task_vector()
+
+
+def test_the_callback_refuses_another_optimizer_at_the_beginning(tmp_path: Path) -> None:
+    model = Network()
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = HuggingFaceTrainer(
+        model, arguments, train_dataset=Samples(), callbacks=[TaskVectorCallback()]
+    )
+    with pytest.raises(TalosTypeError, match=r"must be a talos\.SparseAdam, got AdamW; pass optim"):
+        trainer.train()
+    assert_same(model, Network())
+    assert not list(tmp_path.iterdir())
 
 
 class Lit(LightningModule):
