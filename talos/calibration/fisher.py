@@ -29,9 +29,9 @@ from talos.calibration.estimators import (
     checked_logits,
 )
 from talos.calibration.left_out import warn_of_left_out
-from talos.calibration.ranks import Waves, check_agreement, facts_of, total
+from talos.calibration.ranks import AGREE, Waves, facts_of, total
 from talos.calibration.sharded import check_self_test
-from talos.distributed import errors_on_all_ranks, rank, reshard, world_size
+from talos.distributed import check_same, errors_on_all_ranks, rank, reshard, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_modules, unwrapped
 from talos.params import Rows, select_parameters
@@ -148,7 +148,7 @@ def fisher_diag(
         check_self_test(check, candidates)
         agreed = {**vars(estimator), "params": params, "check": check}
         agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
-    check_agreement(agreed, group)
+    check_same(agreed, AGREE, group)
     warn_of_left_out(model, candidates, params)
     found = FisherScores()
     logits_fn = logits_fn or logits_and_positions
