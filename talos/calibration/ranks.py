@@ -5,7 +5,7 @@ sample. So a mask is the one of a single process that goes through the same batc
 wave by wave, a batch of each rank in a wave, in the order of the ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from math import isfinite
 from typing import Any
