@@ -15,7 +15,7 @@ from talos.distributed import errors_on_all_ranks, local, reshard, sharding
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.masks.parts import Parts
-from talos.names import match_tensors, named_buffers, named_parameters
+from talos.names import check_module, match_tensors, named_buffers, named_parameters
 from talos.options import as_real
 from talos.task_vectors.fingerprints import base_fingerprints, remember_bases
 from talos.task_vectors.sums import slices_of
@@ -228,6 +228,7 @@ def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
         TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
         TalosValueError: the model lacks a tensor or has another shape of it.
     """
+    check_module(model)
     reshard(model)
     every_name = {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
     matched = match_tensors(mask.shapes, every_name, what="task vector")
