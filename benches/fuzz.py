@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ import safetensors.torch
 import torch
 
 from benches import damage
-from benches.damage import JSON, PLAIN, SAFETENSORS, TALOS, Damage
+from benches.damage import JSON, PLAIN, SAFETENSORS, TALOS, Damage, of_signed
 from benches.measure import machine
 from benches.results import add_result
 from talos import Mask, Patch, TaskVector
@@ -40,7 +41,9 @@ from talos.app.report.runs import EVAL_SCHEMA, EVAL_SCHEMA_VERSION, load_runs
 from talos.app.tasks.files import load_file, read_texts
 from talos.errors import TalosError
 from talos.files import Checkpoint
+from talos.training import FineTuneStep, fine_tune
 
+SLOW = ("talos inspect", "talos compare", "resume")  # milliseconds each: a quarter of the cases
 CHUNK = 5_000  # cases of one child process
 SECONDS, MEMORY = (
     1.0,
@@ -126,6 +129,7 @@ def loaders() -> dict[str, Loader]:
             {HEAD_FILE: TALOS},
             load_heads,
         ),
+        "resume": _one(stopped(), resumed, (*TALOS, of_signed), "step-00000001.safetensors"),
         "Checkpoint": _one(
             safetensors.torch.save(tensors), lambda file: dict(Checkpoint(file)), SAFETENSORS
         ),
@@ -234,6 +238,35 @@ def _adapters(base: dict[str, torch.Tensor]) -> dict[str, Loader]:
             lambda folder: TaskVector.from_adapter(folder, base),
         )
     return found
+
+
+def _train(folder: Path, stop: bool) -> TaskVector:
+    """Train a small model for two steps, from the newest checkpoint, or stop after the first."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.1), torch.nn.Linear(4, 2))
+    mask = Mask.from_dense({"0.weight": torch.eye(4, 3) > 0, "2.bias": torch.ones(2) > 0})
+    batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(3)]
+
+    def interrupt(event: FineTuneStep) -> None:
+        raise InterruptedError
+
+    loop = {"checkpoint": folder, "every": 1, "keep": 1, "resume": True}
+    return fine_tune(model, batches, mask, steps=2, on_step=interrupt if stop else None, **loop)
+
+
+def stopped() -> bytes:
+    """Return the checkpoint of the first step of two."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(InterruptedError):
+            _train(Path(folder), stop=True)
+        return (Path(folder) / "step-00000001.safetensors").read_bytes()
+
+
+def resumed(file: Path) -> TaskVector:
+    """Take the second step, in another folder."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        shutil.copy(file, folder)
+        return _train(Path(folder), stop=False)
 
 
 def _decode(patch: Patch) -> Loader:
@@ -362,9 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for fuzz.json")
     options = parser.parse_args(argv)
     every = {name: each for name, each in loaders().items() if name in (options.only or [name])}
-    each = -(-options.inputs // len(every))
+    shares = {name: 1 if name in SLOW else 4 for name in every}
     faults = 0
     for name, loader in every.items():
+        each = -(-options.inputs * shares[name] // sum(shares.values()))
         total: dict[str, Any] = {"inputs": 0, "loaded": 0, "slowest": 0.0, "memory": 0}
         refused: Counter[str] = Counter()
         found: list[dict[str, Any]] = []

@@ -114,6 +114,8 @@ class Part:
     """Whether the op only moves bits, and must be exact."""
     bar: bool = False
     """Whether docs/numerics.md promises the last bit: one ulp in float32, else one rounding."""
+    theirs: Tensor | None = None
+    """What torch's own float32 optimizer makes of the same numbers."""
 
     def figures(self) -> dict[str, Any]:
         """Return the errors in ulp, and what is wrong with them: empty where nothing is."""
@@ -122,6 +124,8 @@ class Part:
         largest, eps = errors.max().item(), torch.finfo(self.found.dtype).eps
         short = eps > EPS  # its weights are rounded from float32 ones
         figures = {"largest": largest, "mean": errors.mean().item(), "rounded": rounded}
+        if self.theirs is not None:
+            figures["oracle"] = ulps(self.theirs, self.exact, self.before).max().item()
         if self.moved:
             return figures | {"bar": "exact", "met": largest == 0}
         if not self.bar:
@@ -175,21 +179,31 @@ def adam_step(device: torch.device, dtype: torch.dtype) -> dict[str, Part]:
     master = None if dtype == torch.float32 else start.float().to(device)
     steps = torch.full((len(params),), float(BEFORE), device=device)
     sparse_adam_(params, grads, index, m, v, steps, lr=LR, weight_decay=WEIGHT_DECAY, master=master)
-    weight = nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([weight], lr=LR, weight_decay=WEIGHT_DECAY, foreach=False)
-    state = {"step": torch.tensor(float(BEFORE)), "exp_avg": old_m.clone()}
-    optimizer.state[weight] = state | {"exp_avg_sq": old_v.clone()}
-    weight.grad = gradient
-    optimizer.step()
-    exact, after = weight.detach(), optimizer.state[weight]
+    old = (start, old_m, old_v)
+    exact, after_m, after_v = torch_step(*old, gradient)
     parts = {
         "weights": Part(_selected(params, CASE), exact, start, bar=True),
-        "exp_avg": Part(m.cpu(), after["exp_avg"], old_m),
-        "exp_avg_sq": Part(v.cpu(), after["exp_avg_sq"], old_v),
+        "exp_avg": Part(m.cpu(), after_m, old_m),
+        "exp_avg_sq": Part(v.cpu(), after_v, old_v),
     }
+    if dtype == torch.float32:
+        theirs = torch_step(*(each.float() for each in old), gradient.float())
+        pairs = zip(parts.items(), theirs, strict=True)
+        parts = {key: replace(part, theirs=each) for (key, part), each in pairs}
     if master is not None:
         parts["float32 master"] = Part(master.cpu(), exact, start, bar=True)
     return parts
+
+
+def torch_step(weight: Tensor, m: Tensor, v: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """Return weight and moments after a step of torch's own AdamW, in the dtype of all of them."""
+    param = nn.Parameter(weight.clone())
+    optimizer = torch.optim.AdamW([param], lr=LR, weight_decay=WEIGHT_DECAY, foreach=False)
+    state = optimizer.state[param]
+    state |= {"step": torch.tensor(float(BEFORE)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    param.grad = gradient
+    optimizer.step()
+    return param.detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
 def gathered(device: torch.device, dtype: torch.dtype) -> dict[str, Part]:
@@ -292,7 +306,7 @@ class Row:
     relative: float | None = None
     """Of the full mask: the norm of the difference over the norm of what training changed."""
     oracle: float | None = None
-    """Of the full mask: how far torch's float32 AdamW is from its float64 one, in ulp."""
+    """How far torch's own float32 AdamW is from its float64 one on the same numbers, in ulp."""
 
 
 def one_call(name: str, backend: Backend, dtype: torch.dtype, runs: int) -> list[Row]:

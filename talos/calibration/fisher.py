@@ -29,8 +29,8 @@ from talos.calibration.estimators import (
     checked_logits,
 )
 from talos.calibration.left_out import warn_of_left_out
-from talos.calibration.ranks import Waves, check_agreement, facts_of, total
-from talos.distributed import errors_on_all_ranks, rank, world_size
+from talos.calibration.ranks import AGREE, Waves, facts_of, total
+from talos.distributed import check_same, errors_on_all_ranks, rank, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_modules, unwrapped
 from talos.params import Rows, select_parameters
@@ -145,7 +145,7 @@ def fisher_diag(
         candidates = select_parameters(model, params)
         agreed = {**vars(estimator), "params": params, "check": check}
         agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
-    check_agreement(agreed, group)
+    check_same(agreed, AGREE, group)
     warn_of_left_out(model, candidates, params)
     found = FisherScores()
     logits_fn = logits_fn or logits_and_positions

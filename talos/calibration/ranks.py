@@ -5,25 +5,24 @@ sample. So a mask is the one of a single process that goes through the same batc
 wave by wave, a batch of each rank in a wave, in the order of the ranks.
 """
 
-import hashlib
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from talos.batches import known_length
+from talos.batches import digest_of, known_length
 from talos.calibration.capture import Capture
 from talos.distributed import errors_on_all_ranks, rank, world_size
 from talos.errors import TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
 
-__all__ = ["Waves", "check_agreement", "facts_of", "total"]
+__all__ = ["AGREE", "Waves", "facts_of", "total"]
+
+AGREE = "pass the same model and the same settings on each rank"
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,7 +56,7 @@ class Waves:
         with errors_on_all_ranks(self._group) as found:
             stream = iter(batches)
             first = list(islice(stream, 1))
-            found.append((_digest(first[0]) if first else None, self.length))
+            found.append((digest_of(first[0]) if first else None, self.length))
         digests = [digest for digest, _ in found]
         lengths = [length for _, length in found]
         stream = chain(first, stream)
@@ -139,34 +138,9 @@ def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
         if param.element_size() in _INTEGERS and param.is_floating_point()
     ]
     return {
-        "the selected parameters of the model": _hashed(repr(chosen).encode()),
-        "the weights of the model": _hashed(repr(sums).encode()),
+        "the selected parameters of the model": digest_of(repr(chosen)),
+        "the weights of the model": digest_of(repr(sums)),
     }
-
-
-def check_agreement(facts: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
-    """Refuse a calibration whose settings or weights differ between ranks, on every rank.
-
-    Args:
-        facts: of this rank, by what they are.
-        group: the ranks.
-
-    Raises:
-        TalosValueError: another rank has other facts.
-
-    Example:
-        >>> check_agreement({"density": 0.1})
-    """
-    with errors_on_all_ranks(group) as found:
-        found.append(dict(facts))
-    for number, other in enumerate(found):
-        for what in {**found[0], **other}:
-            one, two = found[0].get(what), other.get(what)
-            if one != two:
-                raise TalosValueError(
-                    f"{what} must be the same on all ranks, got {one!r} on rank 0 and {two!r} on "
-                    f"rank {number}; pass the same model and the same settings on each rank"
-                )
 
 
 def _alike(digests: list[str | None]) -> str:
@@ -176,32 +150,3 @@ def _alike(digests: list[str | None]) -> str:
         for number, digest in enumerate(digests)
         if digest is not None and digests.count(digest) > 1
     )
-
-
-def _hashed(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _digest(batch: Any) -> str:
-    """Return a hash of the content of a batch."""
-    return _hashed(repr(_content(batch)).encode())
-
-
-def _content(value: Any) -> object:
-    """Return what a batch holds, with hashes in the place of tensors and arrays."""
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            _hashed(plain.view(torch.uint8).numpy().tobytes()),
-        )
-    if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, _hashed(value.tobytes())
-    if isinstance(value, Mapping):
-        return {str(key): _content(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_content(each) for each in value]
-    if hasattr(value, "__dict__"):
-        return type(value).__name__, _content(vars(value))
-    return _hashed(pickle.dumps(value))

@@ -25,8 +25,8 @@ from talos.calibration.capture import Capture
 from talos.calibration.estimators import Draws, Estimator, Labels, Target
 from talos.calibration.fisher import CalibrationProgress, LogitsFn, Scorer, evaluating
 from talos.calibration.left_out import warn_of_left_out
-from talos.calibration.ranks import check_agreement, facts_of
-from talos.distributed import errors_on_all_ranks, world_size
+from talos.calibration.ranks import AGREE, facts_of
+from talos.distributed import check_same, errors_on_all_ranks, world_size
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
@@ -157,7 +157,7 @@ def calibrate(
         agreed = {**vars(estimator), "density": density, "rounds": rounds, "soft": soft}
         agreed |= {"params": params, "select": select, "parity": parity, "check": check}
         agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
-    check_agreement(agreed, group)
+    check_same(agreed, AGREE, group)
     left_out = warn_of_left_out(model, candidates, params)
     logits_fn = logits_fn or logits_and_positions
     scorer = Scorer(rounds, on_progress, logits_fn, estimator, check, group, halving=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from talos.errors import TalosValueError
 from talos.names import named_parameters
+from talos.optim import average_gradients
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
 
@@ -99,6 +100,10 @@ class Phase(ABC):
         Returns:
             The norm before, 0-dim.
         """
+
+    def average(self) -> None:
+        """Average the gradient over all ranks, which all call this."""
+        average_gradients(self.optimizer)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

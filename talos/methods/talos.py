@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from talos.distributed import several_processes
+from talos.distributed import is_sharded
 from talos.errors import TalosTypeError
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup
@@ -77,7 +77,7 @@ class Sparse(Phase):
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry, and keep gradients compact."""
         self.optimizer.freeze()
-        if not several_processes():
+        if not any(map(is_sharded, self.trained.values())):
             self.optimizer.compact_gradients()
 
     def release(self) -> None:

@@ -9,11 +9,13 @@ All ranks of torch.distributed call these functions; rank 0 writes. What belongs
 generators and the place in the data, is in the file once for each.
 """
 
+import contextlib
+import operator
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from talos.distributed import errors_on_all_ranks, is_sharded, rank
-from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.files import load_file, save_file
 from talos.files.atomic import sweep
 from talos.methods import Phase
@@ -137,18 +139,25 @@ class Checkpoints:
                 f"model must have the weights with which {path} began, got other ones in "
                 f"{', '.join(names[:5])}; load the base again"
             )
-        self.step, self.losses = step, tensors["losses"].tolist()
+        with _understood(path):
+            self.step, self.losses = step, [float(each) for each in tensors["losses"].tolist()]
+            for place in content["orders"]:
+                if not all(0 <= operator.index(place[key]) < 1 << 63 for key in ("epoch", "taken")):
+                    raise ValueError(f"the place {place} in the data")
+            if not content["orders"]:
+                raise ValueError("no place in the data")
 
     def resumed(self, phase: Phase) -> Phase:
         """Return the phase that was reached, given the first; the model's buffers go there, too."""
         if self._found is None:
             return phase
         tensors, _ = self._found
-        phase = phase.resumed(under("phase/", tensors))
-        own = named_buffers(self._model)
-        with torch.no_grad():
-            for name, saved in under("buffers/", tensors).items():
-                own[name].copy_(saved)
+        with _understood(_path(self.folder, self.step)):
+            phase = phase.resumed(under("phase/", tensors))
+            own = named_buffers(self._model)
+            with torch.no_grad():
+                for name, saved in under("buffers/", tensors).items():
+                    own[name].copy_(saved)
         return phase
 
     def go_to(self, order: Order) -> bool:
@@ -200,6 +209,19 @@ class Checkpoints:
         kept = [each for each in steps_in(self.folder) if each <= step][: self.keep]
         for each in set(steps_in(self.folder)) - set(kept):
             _path(self.folder, each).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Refuse a checkpoint whose checksums fit, but whose parts do not."""
+    try:
+        yield
+    except TalosError:
+        raise
+    except Exception as error:  # which one depends on the part
+        raise TalosValueError(
+            f"{path}: not a valid checkpoint, got {error!r:.200}; begin anew in another folder"
+        ) from error
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from talos.errors import TalosValueError
+
 __all__ = ["random_states", "set_random_states"]
 
 
@@ -47,20 +49,28 @@ def set_random_states(
     Args:
         states: by name.
         generators: the further ones, in the same order.
+
+    Raises:
+        TalosValueError: they are not such states.
     """
-    torch.set_rng_state(states["torch"])
-    *numbers, has_gauss, gauss = states["python"].tolist()
-    random.setstate((3, tuple(map(int, numbers)), gauss if has_gauss else None))
-    *key, place, has_gauss, gauss = states["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(key).astype(np.uint32), int(place), int(has_gauss), gauss)
-    )
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device in range(devices):
-        if (state := states.get(f"cuda.{device}")) is not None:
-            torch.cuda.set_rng_state(state, device)
-    for number, generator in enumerate(generators):
-        generator.set_state(states[f"generator.{number}"])
+    try:
+        torch.set_rng_state(states["torch"])
+        *numbers, has_gauss, gauss = states["python"].tolist()
+        random.setstate((3, tuple(map(int, numbers)), gauss if has_gauss else None))
+        *key, place, has_gauss, gauss = states["numpy"].tolist()
+        np.random.set_state(
+            ("MT19937", np.array(key).astype(np.uint32), int(place), int(has_gauss), gauss)
+        )
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for device in range(devices):
+            if (state := states.get(f"cuda.{device}")) is not None:
+                torch.cuda.set_rng_state(state, device)
+        for number, generator in enumerate(generators):
+            generator.set_state(states[f"generator.{number}"])
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TalosValueError(
+            f"states must be those of random_states, got others ({error!r:.100}); begin anew"
+        ) from error
 
 
 def _numbers(values: Iterable[float]) -> Tensor:

@@ -23,6 +23,10 @@ def test_the_page_shows_the_committed_table(path: Path) -> None:
     assert "\n".join(numerics.table(json.loads(path.read_text())["records"])) in PAGE
 
 
+def test_every_op_is_measured() -> None:
+    assert {op for op, _ in numerics.WORKS.values()} == {*REFERENCE.ops}
+
+
 def test_every_bar_is_met_by_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "numerics.json"
     assert numerics.main(["--out", str(path), "--runs", "1", "--steps", "1"]) == 0

@@ -106,6 +106,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
         (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "readable index"),
         (lambda f: (f / INDEX).write_text("{"), "readable index"),
         (lambda f: rewrite(f, lambda m: m.update(c=f"../{FIRST}")), "its own folder, got '../"),
+        (lambda f: rewrite(f, lambda m: m.update(c=f"/a/{FIRST}")), "its own folder, got '/a/"),
         (lambda f: rewrite(f, lambda m: m.update(c="")), "its own folder, got ''"),
         (lambda f: rewrite(f, lambda m: m.update(c="a\0")), r"its own folder, got 'a\\x00'"),
         (lambda f: rewrite(f, lambda m: m.update(c="\ud800")), r"its own folder, got '\\ud800'"),

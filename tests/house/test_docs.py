@@ -243,3 +243,17 @@ def test_every_built_in_task_is_named_in_the_page_of_data() -> None:
     assert not [each.name for each in SOURCES if f"`{each.name}`" not in page]
     assert "`digits`" in page
     assert "`minilm`" in page
+
+
+def test_every_measurement_that_a_page_cites_can_be_made_again() -> None:
+    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    cited = {
+        each
+        for page in pages
+        for each in re.findall(r"/results/[\w-]+/(\w+\.json)", page.read_text())
+    }
+    table = (DOCS / "research.md").read_text().partition("made again")[2]
+    assert cited
+    assert not [each for each in sorted(cited) if f"`{each}`" not in table], (
+        "name it in docs/research.md"
+    )

@@ -116,7 +116,7 @@ class Drawn:
         for place in random.sample(range(len(self.data)), len(self.data)):
             inputs, labels = self.data[place]
             noise = torch.from_numpy(np.random.randn(*inputs.shape)).float()
-            yield inputs + noise + random.gauss(0, 1) + torch.rand(()), labels
+            yield inputs + noise + random.gauss(0, 1) + np.random.randn() + torch.rand(()), labels
 
 
 class Stateful:
