@@ -1,10 +1,13 @@
 """What a batch is: how a model is called on it, and where its labels are."""
 
+import hashlib
 import inspect
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +18,7 @@ from talos.names import unwrapped
 __all__ = [
     "choice_logits",
     "default_logits",
+    "digest_of",
     "evaluation_mode",
     "known_length",
     "labels_of",
@@ -261,3 +265,38 @@ def known_length(batches: Any) -> int | None:
         return len(batches)
     except (TypeError, NotImplementedError):
         return None
+
+
+def digest_of(batch: Any) -> str:
+    """Return a hash of the content of a batch: 16 hex digits.
+
+    Example:
+        >>> import torch
+        >>> digest_of((torch.zeros(2), [1])) == digest_of((torch.zeros(2), [1]))
+        True
+    """
+    return _hashed(repr(_content(batch)).encode())
+
+
+def _content(value: Any) -> object:
+    """Return what a batch holds, with hashes in the place of tensors and arrays."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            _hashed(plain.view(torch.uint8).numpy().tobytes()),
+        )
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, _hashed(value.tobytes())
+    if isinstance(value, Mapping):
+        return {str(key): _content(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(each) for each in value]
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, _content(vars(value))
+    return _hashed(pickle.dumps(value))
+
+
+def _hashed(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

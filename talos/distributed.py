@@ -249,6 +249,6 @@ def check_same(
         for name in first | each:
             if first.get(name) != each.get(name):
                 raise TalosValueError(
-                    f"{name} must be the same on all ranks, got {first.get(name)} on rank 0 and "
-                    f"{each.get(name)} on rank {number}; {remedy}"
+                    f"{name} must be the same on all ranks, got {first.get(name)!r} on rank 0 and "
+                    f"{each.get(name)!r} on rank {number}; {remedy}"
                 )

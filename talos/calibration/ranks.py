@@ -5,25 +5,25 @@ sample. So a mask is the one of a single process that goes through the same batc
 wave by wave, a batch of each rank in a wave, in the order of the ranks.
 """
 
-import hashlib
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
+from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from talos.batches import known_length
-from talos.calibration.capture import Capture
-from talos.distributed import errors_on_all_ranks, rank, world_size
-from talos.errors import TalosValueError
+from talos.batches import digest_of, known_length
+from talos.calibration.capture import REMEDY, Capture
+from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
+from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
 
-__all__ = ["Waves", "check_agreement", "facts_of", "total"]
+__all__ = ["AGREE", "Waves", "facts_of", "total"]
+
+AGREE = "pass the same model and the same settings on each rank"
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,6 +41,7 @@ class Waves:
 
     Attributes:
         length: the number of batches of all ranks; None if it is unknown.
+        idle: the ranks that have no batch at all.
 
     Raises:
         TalosValueError: some first batches are the same and others are not.
@@ -49,6 +50,8 @@ class Waves:
     def __init__(self, batches: Iterable[Any], group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.length = known_length(batches)
+        self.idle: list[int] = []
+        self._first: Any = None
         stream = iter(batches) if world_size(group) == 1 else self._shared(batches)
         self._stream: Iterator[Any] = stream
 
@@ -57,8 +60,10 @@ class Waves:
         with errors_on_all_ranks(self._group) as found:
             stream = iter(batches)
             first = list(islice(stream, 1))
-            found.append((_digest(first[0]) if first else None, self.length))
+            found.append((digest_of(first[0]) if first else None, self.length))
+        self._first = first[0] if first else None
         digests = [digest for digest, _ in found]
+        self.idle = [number for number, digest in enumerate(digests) if digest is None]
         lengths = [length for _, length in found]
         stream = chain(first, stream)
         if len(set(digests)) == 1:
@@ -80,10 +85,10 @@ class Waves:
             cut: a batch, counted over all ranks, that must begin a wave.
 
         Yields:
-            This rank's batch, or its last one if it has none in the wave (None if it never had
+            This rank's batch, or another one if it has none in the wave (None if it never had
             one); and which ranks have a batch in the wave.
         """
-        count, own = 0, None
+        count, own = 0, self._first
         while True:
             with errors_on_all_ranks(self._group) as there:
                 following = list(islice(self._stream, 1))
@@ -126,8 +131,23 @@ def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str,
     scores = {}
     for name in list(sums):
         scores[name] = sums.pop(name).float()  # tensor by tensor, for the memory
-    capture.check(scores, set().union(*reached))
+    _check(scores, set().union(*reached))
     return scores
+
+
+def _check(scores: Mapping[str, Tensor], reached: set[str]) -> None:
+    """Refuse scores that mean nothing: never reached, or not finite."""
+    for name, score in scores.items():
+        if name not in reached:
+            raise TalosRuntimeError(
+                f"{name} must influence the logits, got no gradient of it in any batch, and "
+                f"zero scores would be selected first; {REMEDY}"
+            )
+        if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
+            raise TalosValueError(
+                f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
+                "the model, or calibrate in float32"
+            )
 
 
 def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
@@ -136,37 +156,12 @@ def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
     sums = [
         int(param.detach().reshape(-1).view(_INTEGERS[param.element_size()]).sum())
         for param in named_parameters(model).values()
-        if param.element_size() in _INTEGERS and param.is_floating_point()
+        if param.is_floating_point() and param.element_size() in _INTEGERS and not is_sharded(param)
     ]
     return {
-        "the selected parameters of the model": _hashed(repr(chosen).encode()),
-        "the weights of the model": _hashed(repr(sums).encode()),
+        "the selected parameters of the model": digest_of(repr(chosen)),
+        "the weights of the model": digest_of(repr(sums)),
     }
-
-
-def check_agreement(facts: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
-    """Refuse a calibration whose settings or weights differ between ranks, on every rank.
-
-    Args:
-        facts: of this rank, by what they are.
-        group: the ranks.
-
-    Raises:
-        TalosValueError: another rank has other facts.
-
-    Example:
-        >>> check_agreement({"density": 0.1})
-    """
-    with errors_on_all_ranks(group) as found:
-        found.append(dict(facts))
-    for number, other in enumerate(found):
-        for what in {**found[0], **other}:
-            one, two = found[0].get(what), other.get(what)
-            if one != two:
-                raise TalosValueError(
-                    f"{what} must be the same on all ranks, got {one!r} on rank 0 and {two!r} on "
-                    f"rank {number}; pass the same model and the same settings on each rank"
-                )
 
 
 def _alike(digests: list[str | None]) -> str:
@@ -176,32 +171,3 @@ def _alike(digests: list[str | None]) -> str:
         for number, digest in enumerate(digests)
         if digest is not None and digests.count(digest) > 1
     )
-
-
-def _hashed(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _digest(batch: Any) -> str:
-    """Return a hash of the content of a batch."""
-    return _hashed(repr(_content(batch)).encode())
-
-
-def _content(value: Any) -> object:
-    """Return what a batch holds, with hashes in the place of tensors and arrays."""
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            _hashed(plain.view(torch.uint8).numpy().tobytes()),
-        )
-    if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, _hashed(value.tobytes())
-    if isinstance(value, Mapping):
-        return {str(key): _content(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_content(each) for each in value]
-    if hasattr(value, "__dict__"):
-        return type(value).__name__, _content(vars(value))
-    return _hashed(pickle.dumps(value))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from talos.errors import TalosValueError
 from talos.names import named_parameters
+from talos.optim import average_gradients
 from talos.params import check_one_memory
 from talos.task_vectors import TaskVector
 
@@ -100,6 +101,10 @@ class Phase(ABC):
             The norm before, 0-dim.
         """
 
+    def average(self) -> None:
+        """Average the gradient over all ranks, which all call this."""
+        average_gradients(self.optimizer)
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,13 +152,14 @@ class Phase(ABC):
                 raise TalosValueError(
                     f"state must hold {name} as {own.dtype} {list(own.shape)}, got {found}"
                 )
-        parts: dict[int, dict[str, Tensor]] = {}
+        own_state = self.optimizer.state_dict()
+        parts: dict[int, dict[str, Tensor]] = {n: dict(e) for n, e in own_state["state"].items()}
         numbers = {name: number for number, name in enumerate(self.trained)}
         for place, value in state.items():
             if place.startswith("state/"):
                 name, _, key = place.removeprefix("state/").rpartition("/")
                 parts.setdefault(numbers[name], {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": parts})
+        self.optimizer.load_state_dict({**own_state, "state": parts})
         with torch.no_grad():
             for name in self.trained:
                 self._set_values(name, state[f"weights/{name}"])

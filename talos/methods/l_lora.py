@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from talos.architecture.attention import Projection
-from talos.distributed import several_processes
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup, untrained
@@ -287,8 +286,6 @@ class _Adapted(Phase):
     def freeze(self) -> None:
         """Turn gradients off where nothing is trained, and send those of the weights to B."""
         super().freeze()
-        if several_processes():  # they average the gradients of the weights
-            return
         for each in self._weights:
             each.active = True
         hooks = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from talos.distributed import several_processes
+from talos.distributed import is_sharded
 from talos.errors import TalosTypeError
 from talos.masks import Mask
 from talos.methods.base import Method, Phase, Setup
@@ -77,7 +77,7 @@ class Sparse(Phase):
     def freeze(self) -> None:
         """Freeze the tensors without a selected entry, and keep gradients compact."""
         self.optimizer.freeze()
-        if not several_processes():
+        if not any(map(is_sharded, self.trained.values())):
             self.optimizer.compact_gradients()
 
     def release(self) -> None:
@@ -103,6 +103,14 @@ class Sparse(Phase):
         vector = self.optimizer.task_vector()
         moved = {k: v for k, v in vector.metadata.items() if k == "moved_buffers"}
         return replace(vector, metadata={**self.metadata, **moved})
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Phase.state`; without the initial weights, which the next phase has of its own."""
+        return {
+            place: value
+            for place, value in super().state().items()
+            if not (place.startswith("state/") and place.endswith(("/base", "/fingerprint")))
+        }
 
     def _values(self, name: str) -> Tensor:
         param = self.trained[name].detach()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from talos.batches import default_logits, labels_of
+from talos.batches import default_logits, digest_of, labels_of
+from talos.distributed import errors_on_all_ranks, several_processes
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Method, Phase, Talos, method_of
@@ -31,6 +32,7 @@ from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
 from talos.training.checkpoints import Checkpoints
 from talos.training.order import Order
+from talos.training.ranks import check_ranks, mean_loss, warn_of_same_batches
 
 __all__ = ["FineTuneStep", "fine_tune", "fine_tune_steps"]
 
@@ -44,7 +46,7 @@ class FineTuneStep:
     Attributes:
         step: its number, from 1.
         steps: how many there will be, in all phases of the method.
-        loss: mean loss of the step's batches.
+        loss: mean loss of the step's batches, of all ranks.
         lr: learning rate of the step.
         grad_norm: norm of the gradient before clipping, over what is trained.
         seconds: since the first step began.
@@ -94,8 +96,12 @@ def fine_tune(
     an error. Layers with running statistics (BatchNorm) stay in eval mode: a task vector holds no
     statistics.
 
+    Where torch.distributed runs several processes, all call this, each with batches of its own.
+    Gradients and losses are the means over all ranks, so that every rank ends with the same weights
+    and vector; of a mask only the selected entries are sent. An error on one rank is raised on all.
+
     Args:
-        model: the model.
+        model: the model; not wrapped in DistributedDataParallel.
         batches: re-iterable; repeated as often as the steps need. A batch is a dict with `labels`,
             or a pair of inputs and labels.
         mask: the entries that the method talos trains; other methods take none.
@@ -131,7 +137,9 @@ def fine_tune(
         TalosTypeError: `model` is no module, `autocast` no dtype, or `checkpoint` no path.
         TalosValueError: a setting is out of range, the method is unknown or cannot train this
             model, there is no batch, or the loss is not finite (that step is not taken); or the
-            checkpoint belongs to a training with other settings or initial weights.
+            checkpoint belongs to a training with other settings or initial weights; or settings
+            or weights differ between ranks.
+        TalosRuntimeError: another rank raised.
         TalosOSError: a checkpoint cannot be written, or the folder holds some and `resume` is
             False.
 
@@ -198,6 +206,7 @@ def fine_tune_steps(
     Raises:
         TalosTypeError: as `fine_tune`.
         TalosValueError: as `fine_tune`.
+        TalosRuntimeError: as `fine_tune`.
         TalosOSError: as `fine_tune`.
 
     Example:
@@ -239,6 +248,23 @@ class _Run:
 
     def __post_init__(self) -> None:
         """Check all settings and prepare the first phase; the model is left as it is."""
+        with errors_on_all_ranks():
+            settings = self._prepare()
+        check_ranks(self.model, settings)
+        self._checkpoints: Checkpoints | None = None
+        if self.checkpoint is not None:
+            self._checkpoints = Checkpoints(
+                self.checkpoint,
+                self.model,
+                settings,
+                every=self.every,
+                keep=self.keep,
+                resume=self.resume,
+            )
+            self._taken = self._checkpoints.step
+
+    def _prepare(self) -> dict[str, str]:
+        """Check the settings, prepare the first phase, and return what ranks must share."""
         check_module(self.model)
         self.steps = integer("steps", self.steps, 1)
         self.accumulate = integer("accumulate", self.accumulate, 1)
@@ -272,22 +298,13 @@ class _Run:
         self._loss = self.loss_fn or _cross_entropy(self._first.logits_fn, self.label_smoothing)
         self._total = self.steps * method.phases
         self._taken = 0
-        self._checkpoints: Checkpoints | None = None
-        if self.checkpoint is not None:
-            self._checkpoints = Checkpoints(
-                self.checkpoint,
-                self.model,
-                self._settings(method, hyper),
-                every=self.every,
-                keep=self.keep,
-                resume=self.resume,
-            )
-            self._taken = self._checkpoints.step
-        elif self.resume:
+        self._digest: str | None = None  # of the first batch
+        if self.resume and self.checkpoint is None:
             raise TalosValueError("resume must be False without checkpoint, got True; pass both")
+        return self._settings(method, hyper)
 
     def _settings(self, method: Method, hyper: Mapping[str, Any]) -> dict[str, str]:
-        """Return what a training that resumes must share."""
+        """Return what all ranks must share, and a training that resumes."""
         own = ("steps", "warmup", "max_grad_norm", "label_smoothing", "accumulate", "autocast")
         mask = {"mask": method.mask.fingerprint} if isinstance(method, Talos) else {}
         every = {name: getattr(self, name) for name in own}
@@ -331,8 +348,9 @@ class _Run:
                 if self._checkpoints is not None:
                     last = event.step == self._total
                     self._checkpoints.save(phase, order, event.step, event.loss, last)
-                if self.on_step is not None:
-                    self.on_step(event)
+                with errors_on_all_ranks():
+                    if self.on_step is not None:
+                        self.on_step(event)
                 yield event
             phase.zero_grad()
         finally:
@@ -340,14 +358,23 @@ class _Run:
 
     def _step(self, phase: Phase, stream: Iterator[Any], step: int) -> FineTuneStep:
         phase.zero_grad()
-        loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
+        loss, error = math.nan, None
+        try:
+            loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
+        except Exception as raised:
+            error = raised  # the other ranks wait for this one's loss
+        mean = mean_loss(loss, _device(phase))
+        if not math.isfinite(mean):
+            with errors_on_all_ranks():
+                if error is not None:
+                    raise error
+                self._check_finite(loss)
+            self._check_finite(mean)
+        if self._taken == 0 and self._digest is not None:
+            warn_of_same_batches(self._digest)
+        phase.average()
         if step == 1:
             phase.check_gradients()
-        if not math.isfinite(loss):
-            raise TalosValueError(
-                f"lr must keep the loss finite, got {loss} at step {self._taken + 1}, with the "
-                f"weights of step {self._taken}; lower it, or look for broken samples"
-            )
         norm = phase.clip(math.inf if self.max_grad_norm is None else self.max_grad_norm)
         rate = self._rate(self.lr if phase.lr is None else phase.lr, step)
         for group in phase.optimizer.param_groups:
@@ -355,12 +382,20 @@ class _Run:
         phase.step()
         self._taken += 1
         seconds = time.perf_counter() - self._start
-        return FineTuneStep(self._taken, self._total, loss, rate, float(norm), seconds)
+        return FineTuneStep(self._taken, self._total, mean, rate, float(norm), seconds)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TalosValueError(
+                f"lr must keep the loss finite, got {loss} at step {self._taken + 1}, with the "
+                f"weights of step {self._taken}; lower it, or look for broken samples"
+            )
 
     def _backward(self, phase: Phase, batch: Any) -> float:
         """Add a batch's share to the gradient, and return its share of the loss."""
-        device = phase.optimizer.param_groups[0]["params"][0].device  # others may be offloaded
-        with _autocast(device, self.autocast):
+        if self._digest is None and several_processes():
+            self._digest = digest_of(batch)
+        with _autocast(_device(phase), self.autocast):
             loss = self._loss(phase.module, batch)
         (loss / self.accumulate).backward()
         return float(loss.detach()) / self.accumulate
@@ -385,6 +420,12 @@ def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFun
         return F.cross_entropy(logits, labels_of(batch), label_smoothing=label_smoothing)
 
     return loss
+
+
+def _device(phase: Phase) -> torch.device:
+    """Return where the phase trains; what it does not train may be offloaded."""
+    device: torch.device = phase.optimizer.param_groups[0]["params"][0].device
+    return device
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -285,7 +285,7 @@ REFUSALS = (
     "ddp must be a DistributedDataParallel, got Linear",
     "optimizer must be a SparseAdam, got SGD",
     "optimizer must train parameters of ddp, got those of another model",
-    r"mask must be the same on all ranks, got \w+ on rank 0 and \w+ on rank 1; load one file",
+    r"mask must be the same on all ranks, got '\w+' on rank 0 and '\w+' on rank 1; load one file",
     r"the initial weight must be the same on all ranks, got .* on rank 1; load the same weights",
     "gradients of sharded parameters must stay dense, got weight",
 )

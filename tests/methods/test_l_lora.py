@@ -232,18 +232,3 @@ def test_a_forgotten_phase_gives_everything_back() -> None:
     gc.collect()
     assert weight() is None
     assert F.linear is before
-
-
-def test_several_processes_average_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-    torch.manual_seed(0)
-    model = Layers("once").double()
-    dense, x = copy.deepcopy(model), torch.randn(5, 8, dtype=torch.float64)
-    with training(model) as phase:
-        for each in (model, dense):
-            each(x).sum().backward()
-        weight = model.attn["q"].weight
-        assert weight.grad is not None
-        phase.clip(math.inf)
-        check(phase, dense)

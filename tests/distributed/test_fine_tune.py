@@ -1,0 +1,192 @@
+"""`fine_tune` on several ranks: the vector of one process, and errors that end all ranks."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from talos import FineTuneStep, Mask, TalosError, TaskVector, fine_tune
+from talos.distributed import rank, world_size
+from talos.methods import LLora
+from tests.cases import assert_bit_equal, assert_close
+from tests.distributed.processes import in_processes
+from tests.distributed.test_ddp import counted
+
+STEPS = 3
+SAVED: dict[str, Any] = {"steps": STEPS}
+METHODS: tuple[Any, ...] = ("talos", "nonlinear", "linearized", LLora(rank=2), "lota")
+
+
+class Model(nn.Module):
+    """Attention without its softmax; a layer that only some batches use, and one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj", "some", "none"):
+                setattr(self, name, nn.Linear(8, 8))
+            self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.out_proj(torch.tanh(self.q_proj(x) * self.k_proj(x)) + self.v_proj(x))
+        if x[0, 0] > 0:
+            mixed = mixed + self.some(x)
+        logits: Tensor = self.head(mixed)
+        return logits
+
+
+def mask_of(model: nn.Module) -> Mask:
+    generator = torch.Generator().manual_seed(1)
+    layers = {n: p for n, p in model.named_parameters() if "head" not in n}
+    return Mask.from_dense(
+        {n: torch.rand(p.shape, generator=generator) < 0.3 for n, p in layers.items()}
+    )
+
+
+def batches(ranks: int) -> list[tuple[Tensor, Tensor]]:
+    """The batches of all ranks in turn; of the first ones only rank 0's uses the layer `some`."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(ranks * STEPS):
+        x = torch.randn(4, 8, generator=generator)
+        x[0, 0] = 1.0 if number % ranks == 0 else -1.0
+        found.append((x, torch.randint(3, (4,), generator=generator)))
+    return found
+
+
+def train(method: Any, data: Any, **settings: Any) -> tuple[TaskVector, list[FineTuneStep]]:
+    model, steps = Model(), list[FineTuneStep]()
+    mask = mask_of(model) if method == "talos" else None
+    options = {"method": method, "steps": STEPS, "lr": 1e-2, "eps": 1e-3, "max_grad_norm": 0.1}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* selected tensors got no gradient")
+        vector = fine_tune(model, data, mask, on_step=steps.append, **{**options, **settings})
+    return vector, steps
+
+
+def ranks_train() -> list[Any]:
+    found = []
+    for method in METHODS:
+        with counted() as sizes:
+            vector, steps = train(method, batches(world_size())[rank() :: world_size()])
+        found.append((vector, [(each.loss, each.grad_norm) for each in steps], sizes))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_end_with_the_vector_of_one_process(size: int) -> None:
+    results = in_processes(size, ranks_train)
+    for number, method in enumerate(METHODS):
+        one, steps = train(method, batches(size), accumulate=size)
+        for found in results:
+            vector, losses, sizes = found[number]
+            assert_bit_equal(vector.values, results[0][number][0].values)
+            assert vector.mask == one.mask
+            assert vector.metadata == one.metadata
+            if size == 2:  # a sum of two has one order
+                assert_bit_equal(vector.values, one.values)
+            assert_close(vector.values, one.values, reduction=True)
+            for (loss, norm), step in zip(losses, steps, strict=True):
+                assert loss == pytest.approx(step.loss, rel=1e-6)
+                assert norm == pytest.approx(step.grad_norm, rel=1e-6)
+            if method == "talos":
+                tensors = sum(index.nnz > 0 for index in one.mask.indices.values())
+                assert sizes == [1, one.mask.nnz + tensors] * STEPS  # the loss, and one call
+
+
+def refusals(folder: str) -> list[str]:
+    """Return what each rank raises, case by case."""
+    own = batches(world_size())[rank() :: world_size()]
+
+    def differs(**settings: Any) -> Callable[[], object]:
+        return lambda: train("talos", own, **settings)
+
+    def loss(model: nn.Module, batch: Any, *, error: bool) -> Tensor:
+        if rank() == 1 and error:
+            raise KeyError("a broken sample")
+        return model(batch[0]).sum() * (torch.nan if rank() == 1 else 1.0)
+
+    def stop(step: FineTuneStep) -> None:
+        if rank() == 1:
+            raise OSError("no place for a log")
+
+    def ends() -> Iterator[Any]:
+        yield own[0]
+        if rank() == 1:
+            raise ValueError("the data end here")
+        yield own[1]
+
+    def other_weights() -> None:
+        model = Model()
+        with torch.no_grad():
+            model.head.weight[0, 0] += rank()
+        fine_tune(model, own, mask_of(model), steps=1)
+
+    cases = (
+        differs(lr=0.1 if rank() else 0.2),
+        differs(steps=0 if rank() else 2),
+        differs(loss_fn=partial(loss, error=True)),
+        differs(loss_fn=partial(loss, error=False)),
+        differs(max_grad_norm=None if rank() else 1.0),
+        other_weights,
+        lambda: fine_tune(DistributedDataParallel(Model()), own, steps=1),
+        lambda: fine_tune(Model(), ends(), steps=2),
+        lambda: fine_tune(Model(), own, steps=2, on_step=stop),
+    )
+    said = []
+    for case in cases:
+        with pytest.raises((TalosError, KeyError, OSError, ValueError)) as caught:
+            case()
+        said.append(f"{type(caught.value).__name__}: {caught.value}")
+    dist.barrier()  # no rank waits for another one
+    uneven = own[: 2 - rank()]  # begins again where it ends
+    train("talos", uneven)
+
+    def kill(step: FineTuneStep) -> None:
+        raise KeyboardInterrupt
+
+    model, options = Model(), {**SAVED, "checkpoint": folder, "every": 1}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.filterwarnings("ignore", ".* selected tensors got no gradient")
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(model, batches(1), mask_of(model), on_step=kill, **options)
+    said.append(" ".join(str(each.message) for each in seen))
+    return said
+
+
+def test_an_error_of_one_rank_ends_all_and_one_process_resumes(tmp_path: Path) -> None:
+    first, second = in_processes(2, refusals, str(tmp_path / "run"))
+    for (mine, theirs), expected in zip(zip(first, second, strict=True), SAID, strict=True):
+        for said, part in zip((mine, theirs), expected, strict=True):
+            assert part in said if part else not said, said
+    vectors = []
+    for options in ({"checkpoint": tmp_path / "run", "resume": True}, {}):
+        model = Model()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* selected tensors got no gradient")
+            vectors.append(fine_tune(model, batches(1), mask_of(model), **SAVED, **options))
+    assert_bit_equal(vectors[0].values, vectors[1].values)
+
+
+BOTH = 2
+SAID = (
+    ("lr must be the same on all ranks, got '0.2' on rank 0 and '0.1' on rank 1; pass the",) * BOTH,
+    ("TalosRuntimeError: rank 1 raised TalosValueError: steps must", "TalosValueError: steps must"),
+    ("TalosRuntimeError: rank 1 raised KeyError: 'a broken sample'", "KeyError: 'a broken sample'"),
+    ("rank 1 raised TalosValueError: lr must keep the loss finite, got nan at step 1",
+     "TalosValueError: lr must keep the loss finite, got nan at step 1"),
+    ("max_grad_norm must be the same on all ranks, got '1.0' on rank 0 and 'None' on",) * BOTH,
+    ("the sum of the bits of head.weight must be the same on all ranks",) * BOTH,
+    ("model must not be wrapped in DistributedDataParallel",) * BOTH,
+    ("rank 1 raised ValueError: the data end here", "ValueError: the data end here"),
+    ("rank 1 raised OSError: no place for a log", "OSError: no place for a log"),
+    ("the first batch is the same on all 2 ranks", ""),
+)  # fmt: skip
