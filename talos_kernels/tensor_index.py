@@ -209,8 +209,9 @@ class TensorIndex:
         segments = blocks_of(numel, SEGMENT_SIZE)
         starts = torch.zeros(segments + 1, dtype=torch.int64, device="cpu")
         if positions.numel():
-            torch.arange(0, (segments + 1) * SEGMENT_SIZE, SEGMENT_SIZE, out=starts)
-            starts = torch.searchsorted(positions, starts)
+            end = (segments + 1) * SEGMENT_SIZE
+            edges = torch.arange(0, end, SEGMENT_SIZE, dtype=torch.int64, device="cpu")
+            starts = torch.searchsorted(positions, edges)
         local = (positions & (SEGMENT_SIZE - 1)).to(torch.uint16)
         return cls(numel, positions.numel(), "u16", _empty_int32(), local, starts)
 
