@@ -21,52 +21,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import isfinite, prod
+from math import prod
 from types import TracebackType
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.architecture.experts import one_by_one
 from talos.calibration.autograd import Part, Sink
 from talos.calibration.hooks import hook_modules
+from talos.calibration.launches import Launches, Layer
 from talos.calibration.layouts import Layouts, Rows, Use, blocks
 from talos.calibration.routing import Router, eager
-from talos.errors import TalosRuntimeError, TalosValueError
-from talos.names import unwrapped
+from talos.calibration.sharded import gathered
+from talos.distributed import errors_on_all_ranks
+from talos.errors import TalosRuntimeError
+from talos.names import named_parameters, unwrapped
 from talos.params import Candidates
-from talos_kernels import fisher_diag_, fisher_diag_embedding_, fisher_diag_vector_
+from talos_kernels import fisher_diag_embedding_, fisher_diag_vector_
 
 __all__ = ["REMEDY", "Capture", "dtypes_of"]
 
 REMEDY = "leave it out with params= or requires_grad_(False)"
-
-# What waits for one launch on a GPU: many small layers then share it. A launch is some microseconds
-# and a layer of MiniLM has a megabyte of rows at 16 samples, so this is a few layers; unmeasured.
-_QUEUE_BYTES = 32 * 2**20
-
-
-@dataclass
-class _Waiting:
-    """A linear layer that waits to be scored.
-
-    Attributes:
-        total: what its scores will be added to, float64, flat.
-        scores: of this backward, float32 zeros [O, I].
-        dy: the gradient of its output, as `fisher_diag_` takes it.
-        x: its input.
-    """
-
-    total: Tensor
-    scores: Tensor
-    dy: Tensor
-    x: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are free once it is scored."""
-        return self.scores.nbytes + self.dy.nbytes + self.x.nbytes
 
 
 @dataclass
@@ -80,11 +58,11 @@ class _Batch:
     half: bool | None = None  # whether any of its gradients is fp16
     samples: int = 0
     share: float = 1.0
-    phase: str = "forward"  # then "probe" where there is one, then "score"
+    phase: str = "forward"  # then "probe" where there is one, then "score"; "idle": run along
     received: dict[Part, list[tuple[Sink, Rows]]] = field(default_factory=dict)
     aside: set[Part] = field(default_factory=set)  # whose rows need more probes
     only: set[Part] | None = None  # what this backward is to score; None: all
-    queue: list[_Waiting] = field(default_factory=list)
+    launches: Launches = field(default_factory=Launches)
 
 
 class Capture:
@@ -99,8 +77,11 @@ class Capture:
         scale: what losses are multiplied by, a power of two. It lifts small squares, which fp32
             would round to 0, and keeps their order. It is left out where any gradient is fp16, also
             in a layer that is not scored.
+        group: the ranks of a model that FSDP2 shards; None: all there are.
 
     Attributes:
+        candidates: what is scored, with the parameters that the forward uses.
+        sharded: whether FSDP2 shards the model: all ranks must run every forward and backward.
         reached: the names of the parameters that a backward has reached.
 
     Example:
@@ -115,10 +96,19 @@ class Capture:
         [2.0, 2.0, 2.0]
     """
 
-    def __init__(self, model: nn.Module, candidates: Candidates, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Candidates,
+        scale: float = 1.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self._model = unwrapped(model)
-        self.candidates = candidates
+        self.candidates = gathered(model, candidates)
+        self.sharded = self.candidates is not candidates
         self.scale = scale
+        self._group = group
+        self._error: Exception | None = None
         self._layouts = Layouts()
         self.reached: set[str] = set()
         self._batch = _Batch()
@@ -126,12 +116,12 @@ class Capture:
         self._sums: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
-        params = [each.param for each in self.candidates.values()]
-        chosen = set(map(id, params))
+        named = named_parameters(self._model)  # of a sharded model not those of the candidates
+        params = [named[name] for name in self.candidates]
         with ExitStack() as stack:
-            for param in self._model.parameters():
+            for name, param in named.items():
                 stack.callback(param.requires_grad_, param.requires_grad)
-                param.requires_grad_(id(param) in chosen)
+                param.requires_grad_(name in self.candidates)
             stack.enter_context(eager())
             stack.enter_context(one_by_one(self._model, params))
             self._router = Router(self.candidates, self._record, self._receive)
@@ -188,7 +178,7 @@ class Capture:
 
         Args:
             losses: one for each sample of the batch whose forward ran last, float [B].
-            share: the factor of the squares.
+            share: the factor of the squares; 0 for a batch that only runs along.
             last: False where another backward of the same forward follows.
 
         Raises:
@@ -212,11 +202,12 @@ class Capture:
         probes = self._layouts.probes(batch.uses, batch.samples, half=batch.half)
         settled = probes == 0 and all(use.owners is None for use in batch.uses)
         self._probe(losses, range(probes))
-        self._run(losses, "score", retain_graph=not (last and settled))
-        if batch.aside:
-            self._probe(losses, range(probes, self._layouts.most))
+        self._run(losses, "score", retain_graph=self.sharded or not (last and settled))
+        again = bool(batch.aside)
+        if self._most(int(again)):
+            self._probe(losses, range(probes, self._layouts.most) if again else range(0))
             batch.only, batch.aside = batch.aside, set()
-            self._run(losses, "score", retain_graph=not last)
+            self._run(losses, "score" if again else "idle", retain_graph=not last)
             batch.only = None
         for use in batch.uses:
             use.signatures.clear()
@@ -235,32 +226,20 @@ class Capture:
                     )
 
     def _probe(self, losses: Tensor, probes: range) -> None:
+        most = self._most(len(probes))
         for probe in probes:
             scales = self._layouts.scales(losses.detach(), probe)
             self._run(losses * scales, "probe", retain_graph=True)
+        for _ in range(most - len(probes)):
+            self._run(losses, "idle", retain_graph=True)
 
-    def check(self, scores: dict[str, Tensor], reached: set[str]) -> None:
-        """Refuse scores that mean nothing.
-
-        Args:
-            scores: by name.
-            reached: the parameters that a backward has reached, on any rank.
-
-        Raises:
-            TalosRuntimeError: a parameter was never reached.
-            TalosValueError: a score is NaN or infinite.
-        """
-        for name, score in scores.items():
-            if name not in reached:
-                raise TalosRuntimeError(
-                    f"{name} must influence the logits, got no gradient of it in any batch, and "
-                    f"zero scores would be selected first; {REMEDY}"
-                )
-            if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
-                raise TalosValueError(
-                    f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
-                    "the model, or calibrate in float32"
-                )
+    def _most(self, runs: int) -> int:
+        """Return the most backwards that a rank of a sharded model needs: all must run as many."""
+        if not self.sharded:
+            return runs
+        with errors_on_all_ranks(self._group) as needed:
+            needed.append(runs)
+        return int(max(needed))
 
     def _run(self, losses: Tensor, phase: str, retain_graph: bool) -> None:
         """Run one backward; the sinks call `_receive`."""
@@ -279,17 +258,21 @@ class Capture:
                 "activation checkpointing must be the non-reentrant kind to be scored, got "
                 "use_reentrant=True; pass use_reentrant=False, or turn it off while calibrating"
             ) from error
-        for name, grad in zip(self.candidates, grads, strict=True):
-            if grad is not None:  # a routed call leaves its parameters without one
-                raise TalosRuntimeError(
-                    f"{name} must be used only by linear layers, norms, embeddings and 2-d "
-                    f"convolutions to be scored, got another use; {REMEDY}"
-                )
-        for part in list(self._batch.received):  # uses that this backward did not reach are 0
-            if part not in self._batch.aside:
-                self._score(part)
-        self._batch.received.clear()
-        self._launch()
+        with errors_on_all_ranks(self._group) if self.sharded else nullcontext():
+            if self._error is not None:
+                raised, self._error = self._error, None
+                raise raised
+            for name, grad in zip(self.candidates, grads, strict=True):
+                if grad is not None:  # a routed call leaves its parameters without one
+                    raise TalosRuntimeError(
+                        f"{name} must be used only by linear layers, norms, embeddings and 2-d "
+                        f"convolutions to be scored, got another use; {REMEDY}"
+                    )
+            for part in list(self._batch.received):  # uses that this backward did not reach are 0
+                if part not in self._batch.aside:
+                    self._score(part)
+            self._batch.received.clear()
+            self._batch.launches.launch()
 
     def _record(self, sink: Sink) -> None:
         """Note one use of the forward."""
@@ -304,14 +287,26 @@ class Capture:
             batch.expected[part] += 1
 
     def _receive(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
-        """Take the gradient of one use's output in a backward."""
+        """Take the gradient of one use's output in a backward.
+
+        A sharded model must finish its backward, for the other ranks; then the error is raised.
+        """
+        try:
+            if self._error is None:
+                self._take_rows(sink, dy, inputs)
+        except Exception as error:
+            if not self.sharded:
+                raise
+            self._error = error
+
+    def _take_rows(self, sink: Sink, dy: Tensor, inputs: Tensor | None) -> None:
         if self._batch.phase == "forward":
             raise TalosRuntimeError(
                 f"logits_fn must leave gradients to the calibration, got a backward through "
                 f"{sink.use.name} before it returned; compute them under no_grad, or elsewhere"
             )
         with torch._C.DisableTorchFunction():  # of the router: a microsecond each call
-            if dy.numel() == 0:
+            if dy.numel() == 0 or self._batch.phase == "idle":
                 return
             rows = dy.reshape(prod(sink.use.lead), -1)
             if self._batch.phase == "probe":
@@ -374,27 +369,8 @@ class Capture:
                 continue
             left, right = (inputs, dy) if sink.transposed else (dy, inputs)
             chosen = slice(low // width, high // width)
-            self._batch.queue.append(_Waiting(total, matrix, left[..., chosen], right))
-            waiting = sum(each.nbytes for each in self._batch.queue)
-            if not total.is_cuda or waiting > _QUEUE_BYTES:
-                self._launch()
-
-    def _launch(self) -> None:
-        """Score the layers that wait, those of one dtype and device together."""
-        queue, self._batch.queue = self._batch.queue, []
-        alike: dict[tuple[torch.dtype, torch.device], list[_Waiting]] = {}
-        for each in queue:
-            dtype = torch.promote_types(each.dy.dtype, each.x.dtype)
-            alike.setdefault((dtype, each.dy.device), []).append(each)
-        for (dtype, _), layers in alike.items():
-            fisher_diag_(
-                [each.scores for each in layers],
-                [each.dy.to(dtype) for each in layers],
-                [each.x.to(dtype) for each in layers],
-                share=self._batch.share,
-            )
-        for each in queue:
-            each.total += each.scores.view(-1)
+            layer = Layer(total, matrix, left[..., chosen], right, share)
+            self._batch.launches.add(layer)
 
     def _entries(self, part: Part) -> tuple[int, int, Tensor]:
         """Return the entries of `part` to score, counted from its start, and their sums, flat."""

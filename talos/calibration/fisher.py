@@ -30,7 +30,8 @@ from talos.calibration.estimators import (
 )
 from talos.calibration.left_out import warn_of_left_out
 from talos.calibration.ranks import AGREE, Waves, facts_of, total
-from talos.distributed import check_same, errors_on_all_ranks, rank, world_size
+from talos.calibration.sharded import check_self_test
+from talos.distributed import check_same, errors_on_all_ranks, rank, reshard, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_modules, unwrapped
 from talos.params import Rows, select_parameters
@@ -141,8 +142,10 @@ def fisher_diag(
         (torch.Size([3, 2]), 2)
     """
     with errors_on_all_ranks(group):
+        reshard(model)
         estimator = Estimator(target, draws, labels, seed)
         candidates = select_parameters(model, params)
+        check_self_test(check, candidates)
         agreed = {**vars(estimator), "params": params, "check": check}
         agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
     check_same(agreed, AGREE, group)
@@ -150,7 +153,7 @@ def fisher_diag(
     found = FisherScores()
     logits_fn = logits_fn or logits_and_positions
     scorer = Scorer(1, on_progress, logits_fn, estimator, check, group)
-    with evaluating(model) as bare, Capture(bare, candidates) as capture:
+    with evaluating(model) as bare, Capture(bare, candidates, group=group) as capture:
         found.update(*scorer.score(capture, bare, batches))
     found.samples = scorer.total or 0
     found.rows = candidates.rows
@@ -204,9 +207,15 @@ class Scorer:
         Returns:
             The scores of the round, or those of its first and of its second half.
         """
+        reshard(model)
         samples = count = 0
         found = []
         waves = Waves(batches, self.group)
+        if capture.sharded and waves.idle:
+            raise TalosValueError(
+                "batches must hold at least one on each rank of a sharded model, got none on rank "
+                f"{waves.idle[0]}; pass smaller batches"
+            )
         half = self._half(waves.length)
         me = rank(self.group)
         for batch, wave in waves.until(half):
@@ -215,13 +224,14 @@ class Scorer:
             with errors_on_all_ranks(self.group) as sizes:
                 if wave[me] and self.check and self.done == samples == 0:
                     self._self_test(capture, model, batch)
-                logits = self._forward(capture, model, batch) if wave[me] else None
-                sizes.append(0 if logits is None else len(logits.values))
+                runs = wave[me] or capture.sharded  # all ranks have a part of each weight
+                logits = self._forward(capture, model, batch) if runs else None
+                sizes.append(len(logits.values) if logits is not None and wave[me] else 0)
             with errors_on_all_ranks(self.group):
                 if logits is not None:
                     first = samples + sum(sizes[:me])
                     for losses, share, last in self.estimator.losses(logits, self.done, first):
-                        capture.backward(losses, share, last=last)
+                        capture.backward(losses, share if wave[me] else 0.0, last=last)
                     del losses  # and the activations: not every last backward frees them
                 del logits
                 samples += sum(sizes)

@@ -23,7 +23,7 @@ def hook_modules(stack: ExitStack, model: nn.Module, router: Router) -> None:
         if is_norm(module) and not isinstance(module, nn.LayerNorm | nn.RMSNorm):
             _hook_norm(stack, module, router)
         table = getattr(module, "relative_attention_bias", None)
-        if isinstance(table, nn.Embedding) and router.part(table.weight) is not None:
+        if isinstance(table, nn.Embedding):
             _hook_bias(stack, module, table, router)
 
 
@@ -33,21 +33,15 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _hook_norm(stack: ExitStack, norm: nn.Module, router: Router) -> None:
     """Put copies in the place of a norm's own parameters while its forward runs."""
-    own = {
-        name: (part, param)
-        for name, param in norm.named_parameters(recurse=False)
-        if (part := router.part(param)) is not None
-    }
-    if not own:
-        return
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name, (part, param) in own.items():
-            if router.active:
+        for name, param in module.named_parameters(recurse=False):
+            part = router.part(param)  # now: a sharded model has other parameters in its forward
+            if part is not None and router.active:
                 module.__dict__[name] = router.copies(part, param, _first_tensor(args, kwargs))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        for name in own:
+        for name, _ in module.named_parameters(recurse=False):
             module.__dict__.pop(name, None)
 
     stack.callback(norm.register_forward_pre_hook(enter, with_kwargs=True).remove)

@@ -5,8 +5,9 @@ sample. So a mask is the one of a single process that goes through the same batc
 wave by wave, a batch of each rank in a wave, in the order of the ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.batches import digest_of, known_length
-from talos.calibration.capture import Capture
-from talos.distributed import errors_on_all_ranks, rank, world_size
-from talos.errors import TalosValueError
+from talos.calibration.capture import REMEDY, Capture
+from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
+from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
 
@@ -40,6 +41,7 @@ class Waves:
 
     Attributes:
         length: the number of batches of all ranks; None if it is unknown.
+        idle: the ranks that have no batch at all.
 
     Raises:
         TalosValueError: some first batches are the same and others are not.
@@ -48,6 +50,8 @@ class Waves:
     def __init__(self, batches: Iterable[Any], group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.length = known_length(batches)
+        self.idle: list[int] = []
+        self._first: Any = None
         stream = iter(batches) if world_size(group) == 1 else self._shared(batches)
         self._stream: Iterator[Any] = stream
 
@@ -57,7 +61,9 @@ class Waves:
             stream = iter(batches)
             first = list(islice(stream, 1))
             found.append((digest_of(first[0]) if first else None, self.length))
+        self._first = first[0] if first else None
         digests = [digest for digest, _ in found]
+        self.idle = [number for number, digest in enumerate(digests) if digest is None]
         lengths = [length for _, length in found]
         stream = chain(first, stream)
         if len(set(digests)) == 1:
@@ -79,10 +85,10 @@ class Waves:
             cut: a batch, counted over all ranks, that must begin a wave.
 
         Yields:
-            This rank's batch, or its last one if it has none in the wave (None if it never had
+            This rank's batch, or another one if it has none in the wave (None if it never had
             one); and which ranks have a batch in the wave.
         """
-        count, own = 0, None
+        count, own = 0, self._first
         while True:
             with errors_on_all_ranks(self._group) as there:
                 following = list(islice(self._stream, 1))
@@ -125,8 +131,23 @@ def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str,
     scores = {}
     for name in list(sums):
         scores[name] = sums.pop(name).float()  # tensor by tensor, for the memory
-    capture.check(scores, set().union(*reached))
+    _check(scores, set().union(*reached))
     return scores
+
+
+def _check(scores: Mapping[str, Tensor], reached: set[str]) -> None:
+    """Refuse scores that mean nothing: never reached, or not finite."""
+    for name, score in scores.items():
+        if name not in reached:
+            raise TalosRuntimeError(
+                f"{name} must influence the logits, got no gradient of it in any batch, and "
+                f"zero scores would be selected first; {REMEDY}"
+            )
+        if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
+            raise TalosValueError(
+                f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
+                "the model, or calibrate in float32"
+            )
 
 
 def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
@@ -135,7 +156,7 @@ def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
     sums = [
         int(param.detach().reshape(-1).view(_INTEGERS[param.element_size()]).sum())
         for param in named_parameters(model).values()
-        if param.element_size() in _INTEGERS and param.is_floating_point()
+        if param.is_floating_point() and param.element_size() in _INTEGERS and not is_sharded(param)
     ]
     return {
         "the selected parameters of the model": digest_of(repr(chosen)),

@@ -26,7 +26,15 @@ from talos.calibration.estimators import Draws, Estimator, Labels, Target
 from talos.calibration.fisher import CalibrationProgress, LogitsFn, Scorer, evaluating
 from talos.calibration.left_out import warn_of_left_out
 from talos.calibration.ranks import AGREE, facts_of
-from talos.distributed import check_same, errors_on_all_ranks, world_size
+from talos.calibration.sharded import check_self_test
+from talos.distributed import (
+    check_same,
+    errors_on_all_ranks,
+    local,
+    part_of,
+    reshard,
+    world_size,
+)
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
@@ -73,6 +81,10 @@ def calibrate(
     batches must be, and each rank scores some of them. If no two first batches are the same, each
     rank scores its own (a `DistributedSampler`), as one process would that goes through the first
     batches of all ranks, then through the second ones, and so on.
+
+    A model that FSDP2 shards is scored as it is. Every rank gets the whole mask, and keeps 8 bytes
+    for each scored weight while this runs. An error in the forward of one rank alone ends the other
+    ranks when torch.distributed's timeout is over; other errors are raised on all ranks at once.
 
     The mask's metadata hold these results, among others:
 
@@ -147,7 +159,9 @@ def calibrate(
                 "batches must be re-iterable, got an iterator, which the first of "
                 f"{rounds} rounds would exhaust; pass a list or a DataLoader"
             )
+        reshard(model)
         candidates = select_parameters(model, params)
+        check_self_test(check, candidates)
         entries = sum(each.numel for each in candidates.values())
         if (int if released else round)(density * entries) == 0:
             raise TalosValueError(
@@ -168,7 +182,7 @@ def calibrate(
     with (
         evaluating(model) as bare,
         _damping(candidates, soft) as damp_,
-        Capture(bare, candidates, _SCALE) as capture,
+        Capture(bare, candidates, _SCALE, group) as capture,
     ):
         for index in range(rounds):
             scores, *second = scorer.score(capture, bare, batches)
@@ -264,21 +278,23 @@ def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
 @contextmanager
 def _damping(candidates: Candidates, soft: float) -> Iterator[Callable[[dict[str, Tensor]], None]]:
     """Yield a function that damps the dropped weights; every weight is restored bit for bit."""
-    base = {name: each.param.detach().clone() for name, each in candidates.items()}
+    parts = {name: local(each.param).detach() for name, each in candidates.items()}
+    base = {name: part.clone() for name, part in parts.items()}
 
     def damp_(kept: dict[str, Tensor]) -> None:
         for name, each in candidates.items():
-            rows = _rows(each)
-            whole, damped = base[name][rows], each.param.detach()[rows]
-            torch.mul(whole, soft, out=damped)
-            torch.where(kept[name][rows], whole, damped, out=damped)
+            stays = kept[name]
+            if each.rows is not None:
+                stays = torch.ones_like(stays)
+                stays[_rows(each)] = kept[name][_rows(each)]
+            torch.mul(base[name], soft, out=parts[name])
+            torch.where(part_of(stays, each.param), base[name], parts[name], out=parts[name])
 
     try:
         yield damp_
     finally:
-        with torch.no_grad():
-            for name, each in candidates.items():
-                each.param.copy_(base[name])
+        for name, part in parts.items():
+            part.copy_(base[name])
 
 
 def _all_of(candidates: Candidates) -> dict[str, Tensor]:

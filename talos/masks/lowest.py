@@ -8,6 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from talos.distributed import local, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
@@ -64,7 +65,7 @@ def marked_scores(
     """Check scores, and mark the entries that may not be selected.
 
     Args:
-        scores: by tensor.
+        scores: by tensor; sharded ones are gathered, so that all ranks must call this.
         rows: the rows of dimension 0 that may be selected, by tensor; None: the `rows` of the
             scores if they have some.
         last: what marks the others, inf or -inf.
@@ -80,9 +81,10 @@ def marked_scores(
         raise TalosTypeError(
             f"scores must be a mapping of names to tensors, got {type(scores).__name__}"
         )
+    rows = getattr(scores, "rows", None) if rows is None else rows
+    scores = {name: whole(local(score), score) for name, score in scores.items()}
     for name, score in scores.items():
         _check_score(name, score)
-    rows = getattr(scores, "rows", None) if rows is None else rows
     barred = {
         name: _barred(name, scores[name], span)
         for name, span in (rows or {}).items()
@@ -125,12 +127,13 @@ def _barred(name: str, score: Tensor, rows: tuple[int, int]) -> Tensor:
     return barred
 
 
-def warn_if_equal(scores: Mapping[str, Tensor], nnz: int, entries: int) -> None:
-    """Warn of scores that do not tell entries apart."""
+def warn_if_equal(marked: Mapping[str, Tensor], nnz: int, entries: int) -> None:
+    """Warn of scores, as `marked_scores` returns them, that do not tell entries apart."""
     if nnz == entries:
         return
-    lows = [float(s.min()) for s in scores.values() if s.numel()]
-    highs = [float(s.max()) for s in scores.values() if s.numel()]
+    usable = [score[score.isfinite()] for score in marked.values()]
+    lows = [float(score.min()) for score in usable if score.numel()]
+    highs = [float(score.max()) for score in usable if score.numel()]
     if min(lows) == max(highs):
         warnings.warn(
             f"all {entries} scores equal {lows[0]}: the first {nnz} entries are selected, whatever "

@@ -74,7 +74,8 @@ class Mask:
         """Select exactly `round(density * N)` entries by score, over all tensors at once.
 
         Args:
-            scores: non-negative and finite, of any shape; N is their number of entries.
+            scores: non-negative and finite, of any shape; N is their number of entries. Of sharded
+                ones (DTensor) all ranks get the mask of the whole, and must call this.
             density: fraction to select, in (0, 1].
             select: `lowest` (TaLoS) or `highest`.
             rows: the rows `[first, last)` of dimension 0 that may be selected, of tensors of which
@@ -103,7 +104,7 @@ class Mask:
                 f"density must select at least one of {entries} entries, got {density}: "
                 "no weight selected"
             )
-        warn_if_equal(scores, nnz, entries)
+        warn_if_equal(marked, nnz, entries)
         chosen = lowest_entries(marked, nnz, largest=select == "highest")
         made = {"density": density, "select": select, **(metadata or {})}
         return cls.from_dense(chosen, metadata=made)

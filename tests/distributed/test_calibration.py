@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import talos
-from talos.distributed import rank, world_size
+from talos.distributed import local, rank, whole, world_size
 from talos.errors import TalosError, TalosValueError
 from tests.distributed.processes import in_processes
-
-SIZES = (1, 2, 3, 4)
 
 
 class Reader(nn.Module):
@@ -29,19 +30,27 @@ class Reader(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        states: Tensor = self.layer(self.tokens(ids) + self.positions)
-        return states
+        logits: Tensor = self.head(self.layer(self.tokens(ids) + self.positions))
+        return logits
 
 
 def classes(model: nn.Module, batch: Tensor) -> Tensor:
-    head: nn.Module = model.get_submodule("head")
-    logits: Tensor = head(model(batch).mean(1))
-    return logits
+    logits: Tensor = model(batch)
+    return logits.mean(1)
 
 
 def reader() -> Reader:
     torch.manual_seed(0)
     return Reader()
+
+
+def sharded() -> nn.Module:
+    """The reader as FSDP2 shards it; whole where there is one process."""
+    model = reader()
+    if world_size() > 1:
+        for part in (model.layer.self_attn, model.layer, model):
+            fully_shard(part)
+    return model
 
 
 def ids(sizes: tuple[int, ...] = (3, 1, 2, 4, 2, 3, 1)) -> list[Tensor]:
@@ -78,11 +87,21 @@ CASES: dict[str, Callable[[], talos.Mask]] = {
     "own batches": lambda: calibrate(
         reader(), ids()[rank() :: world_size()], logits_fn=classes, rounds=3
     ),
+    "sharded": lambda: calibrate(sharded(), ids(), logits_fn=classes, rounds=3, density=0.1),
+    "sharded, draws": lambda: calibrate(
+        sharded(), ids()[rank() :: world_size()], labels="importance", draws=2, params="proj|norm"
+    ),
     "own batches, one round": lambda: calibrate(
         reader(), ids()[rank() :: world_size()], logits_fn=classes, rounds=1
     ),
 }
-FEW = ("rounds", "ties", "own batches")
+FEW = ("rounds", "ties", "own batches", "sharded")
+
+
+def shard(dense: Tensor) -> Tensor:
+    if world_size() == 1:
+        return dense
+    return distribute_tensor(dense, init_device_mesh("cpu", (world_size(),)), [Shard(0)])
 
 
 def facts(mask: talos.Mask) -> tuple[str, dict[str, Any]]:
@@ -92,7 +111,22 @@ def facts(mask: talos.Mask) -> tuple[str, dict[str, Any]]:
 def run(cases: tuple[str, ...]) -> dict[str, Any]:
     warnings.simplefilter("ignore")  # few samples, dead units
     found: dict[str, Any] = {name: facts(CASES[name]()) for name in cases}
+    return found
+
+
+def run_all() -> dict[str, Any]:
+    found = run(tuple(CASES))
     found["scores"] = dict(talos.fisher_diag(reader(), ids(), logits_fn=classes))
+    rows = {"w": torch.arange(15.0).view(5, 3) % 4, "b": torch.ones(2)}  # uneven, and ties
+    found["from scores"] = facts(
+        talos.Mask.from_scores({name: shard(each) for name, each in rows.items()}, density=0.5)
+    )
+    model = sharded()
+    before = [whole(local(each), each).clone() for each in model.parameters()]
+    found["fisher_diag of shards"] = dict(talos.fisher_diag(model, ids(), logits_fn=classes))
+    calibrate(model, ids(), logits_fn=classes)
+    for param, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(whole(local(param), param), value)
     if world_size() > 1:
         wrapped = DistributedDataParallel(reader())
         found["wrapped"] = facts(calibrate(wrapped, ids(), logits_fn=classes, rounds=3))
@@ -102,18 +136,21 @@ def run(cases: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_the_mask_is_the_same_on_any_number_of_ranks() -> None:
-    (one,) = in_processes(1, run, tuple(CASES))
+    (one,) = in_processes(1, run_all)
     assert one["rounds"][1]["stability"] is not None
     assert one["rounds"][1]["samples_of_rounds"] == [16, 16, 16]
-    for size in SIZES[1:]:
-        cases = tuple(CASES) if size == 3 else FEW
-        for number, found in enumerate(in_processes(size, run, cases)):
-            for name in cases:
+    for size in (2, 4):
+        for number, found in enumerate(in_processes(size, run, FEW)):
+            for name in FEW:
                 assert found[name] == one[name], f"{name}, rank {number} of {size}"
-            for name, score in one["scores"].items():
-                assert torch.equal(found["scores"][name], score), name
-            assert found["wrapped"] == one["rounds"], "DDP"
-            assert found["alone"] == one["rounds"], "a group of one rank"
+    for found in in_processes(3, run_all):
+        for name in (*CASES, "from scores"):
+            assert found[name] == one[name], name
+        for name, score in one["scores"].items():
+            assert torch.equal(found["scores"][name], score), name
+            assert torch.equal(found["fisher_diag of shards"][name], score), name
+        assert found["wrapped"] == one["rounds"], "DDP"
+        assert found["alone"] == one["rounds"], "a group of one rank"
 
 
 def refused(model: nn.Module, batches: Any, **options: Any) -> str:
@@ -166,6 +203,9 @@ def all_refusals() -> dict[str, str]:
         "loader": refused(reader(), broken_loader(), rounds=1),
         "nan": refused(reader(), ids(), logits_fn=late_nan),
         "fisher_diag": refused(reader(), ids()) if rank() else scored(reader(), ids()),
+        "check": refused(sharded(), ids(), check=True),
+        "few batches": refused(sharded(), ids()[rank() : 2] if rank() else ids()[:1]),
+        "nan of shards": refused(sharded(), ids(), logits_fn=late_nan),
         "none": refused(reader(), ids()),
     }
 
@@ -186,12 +226,15 @@ def test_ranks_that_differ_or_fail_raise_on_all_of_them() -> None:
         "batches": "the same first batch on ranks 0, 1 of 3 only; pass the same list on each, or",
         "no batches": "batches must hold at least one sample, got 0",
         "fisher_diag": "density must be the same on all ranks, got None on rank 0 and 0.2 on rank",
+        "check": "check must be False for a model that is sharded, got True",
+        "few batches": "batches must hold at least one on each rank of a sharded model, got none",
         "none": "none",
     }
     own = {
         "out of range": (0, "density must lie in (0, 1], got 2.0", "TalosValueError: "),
         "logits_fn": (1, "token 12 of 11", "ValueError: "),
         "loader": (1, "file 7 is gone", "OSError: "),
+        "nan of shards": (1, "logits must be finite, got NaN", "TalosValueError: "),
         "nan": (1, "logits must be finite, got NaN", "TalosValueError: "),
     }
     for number, found in enumerate(in_processes(3, all_refusals)):

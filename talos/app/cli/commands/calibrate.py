@@ -169,6 +169,7 @@ def calibrate(
     from talos.app.provenance import base_of, made_with
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress
+    from talos.distributed import rank
     from talos.tensors import readable_size
 
     console = stdout(json)
@@ -218,6 +219,8 @@ def calibrate(
             **options,
         )
         seconds = time.monotonic() - start
+        if rank() > 0:  # all ranks have the same mask; one writes it
+            return
         made = {**mask.metadata, **made_with(task, classifier.encoder, tokens)}
         mask = replace(mask, metadata={**made, "base": base_of(mask, classifier)})
         mask.save(out)

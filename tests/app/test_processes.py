@@ -1,0 +1,90 @@
+"""Commands that torchrun starts in several processes: the same file, one voice, exit code 2."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from talos.app.cli import main
+from tests.tiny import save_tiny_encoder
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+COMMAND = ("-m", "talos.app.cli")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_encoder(tmp_path / "tiny")
+    with (tmp_path / "pets.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["text", "label"])
+        for i in range(30):
+            rows.writerow([f"meow {i}, purr", "cat"])
+            rows.writerow([f"woof {i}, bark", "dog"])
+    return tmp_path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun does: sums of more threads have other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def calibrate(folder: Path, out: str) -> list[str]:
+    words = ["calibrate", "--model", folder / "tiny", "--data", folder / "pets.csv"]
+    words += ["--out", folder / out, "--samples", "40", "--batch-size", "8", "--rounds", "2"]
+    return [str(word) for word in words]
+
+
+def in_two(*words: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, *TORCHRUN, *COMMAND, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_write_the_mask_of_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(calibrate(folder, "one.safetensors")) == 0
+    alone = capsys.readouterr().out
+    found = in_two(*calibrate(folder, "two.safetensors"))
+    assert found.returncode == 0, found.stderr
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    table, written = alone.split("\n\n", 1)  # a line has the speed
+    assert found.stdout.split("\n\n")[0] == table
+    assert found.stdout.count("entries (density") == written.count("entries (density") == 1
+
+
+def test_an_error_ends_both_processes_with_one_message(folder: Path) -> None:
+    (folder / "m.safetensors").touch()
+    found = in_two(*calibrate(folder, "m.safetensors"))
+    assert found.returncode == 1  # torchrun's
+    assert found.stderr.count("error: --out must not exist, got ") == 1
+    assert "exitcode: 2" in found.stderr.replace("exitcode  : 2", "exitcode: 2")
+    assert not found.stdout
+    assert not (folder / "m.safetensors").stat().st_size
+
+
+def test_other_commands_refuse_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("talos.app.cli.app.several", lambda: 2)
+    assert main(["inspect", "m.safetensors"]) == 2
+    assert capsys.readouterr().err == (
+        "error: talos inspect must run in one process, got 2 by WORLD_SIZE; start it without "
+        "torchrun\n"
+    )
