@@ -56,7 +56,11 @@ class Base:
     @classmethod
     def loaded(cls, states: Mapping[str, State]) -> "Base":
         """Return the initial weights that the checked states of all parameters hold."""
-        weights = {name: state["base"].cpu() for name, state in states.items() if "base" in state}
+        weights = {
+            name: state["base"].to("cpu", copy=True)
+            for name, state in states.items()
+            if "base" in state
+        }
         fingerprints = {
             name: int(state["fingerprint"]).to_bytes(8, "big", signed=True).hex()
             for name, state in states.items()
