@@ -152,13 +152,14 @@ class Phase(ABC):
                 raise TalosValueError(
                     f"state must hold {name} as {own.dtype} {list(own.shape)}, got {found}"
                 )
-        parts: dict[int, dict[str, Tensor]] = {}
+        own_state = self.optimizer.state_dict()
+        parts: dict[int, dict[str, Tensor]] = {n: dict(e) for n, e in own_state["state"].items()}
         numbers = {name: number for number, name in enumerate(self.trained)}
         for place, value in state.items():
             if place.startswith("state/"):
                 name, _, key = place.removeprefix("state/").rpartition("/")
                 parts.setdefault(numbers[name], {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": parts})
+        self.optimizer.load_state_dict({**own_state, "state": parts})
         with torch.no_grad():
             for name in self.trained:
                 self._set_values(name, state[f"weights/{name}"])

@@ -104,6 +104,14 @@ class Sparse(Phase):
         moved = {k: v for k, v in vector.metadata.items() if k == "moved_buffers"}
         return replace(vector, metadata={**self.metadata, **moved})
 
+    def state(self) -> dict[str, Tensor]:
+        """See `Phase.state`; without the initial weights, which the next phase has of its own."""
+        return {
+            place: value
+            for place, value in super().state().items()
+            if not (place.startswith("state/") and place.endswith(("/base", "/fingerprint")))
+        }
+
     def _values(self, name: str) -> Tensor:
         param = self.trained[name].detach()
         return param[self.mask.to_dense(name).to(param.device)]

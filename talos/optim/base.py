@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talos.distributed import local, whole
 from talos.errors import TalosRuntimeError
+from talos.masks.parts import Parts
 from talos.optim.buckets import Bucket
-from talos.optim.parts import Parts
 from talos.optim.states import State
 from talos.task_vectors.fingerprints import fingerprint
 
@@ -52,12 +51,16 @@ class Base:
             for bucket in buckets
             for name, entries in bucket.weights_by_name().items()
         }
-        return cls(weights, {name: _fingerprint(param) for name, param in params.items()})
+        return cls(weights, {name: fingerprint(param) for name, param in params.items()})
 
     @classmethod
     def loaded(cls, states: Mapping[str, State]) -> "Base":
         """Return the initial weights that the checked states of all parameters hold."""
-        weights = {name: state["base"].cpu() for name, state in states.items() if "base" in state}
+        weights = {
+            name: state["base"].to("cpu", copy=True)
+            for name, state in states.items()
+            if "base" in state
+        }
         fingerprints = {
             name: int(state["fingerprint"]).to_bytes(8, "big", signed=True).hex()
             for name, state in states.items()
@@ -103,9 +106,4 @@ class Base:
         deltas = self.deltas(buckets, parts)
         unchanged = {name: param for name, param in params.items() if not deltas[name].any()}
         kept = {name: each for name, each in self.fingerprints.items() if name not in params}
-        self.fingerprints = kept | {name: _fingerprint(param) for name, param in unchanged.items()}
-
-
-def _fingerprint(param: Tensor) -> str:
-    """Return the fingerprint of a whole tensor, of which ranks may hold parts."""
-    return fingerprint(whole(local(param), param))
+        self.fingerprints = kept | {name: fingerprint(param) for name, param in unchanged.items()}

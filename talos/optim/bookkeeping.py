@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from talos.distributed import is_sharded, reshard
 from talos.errors import TalosRuntimeError
 from talos.masks import Mask
+from talos.masks.parts import Parts
 from talos.names import named_parameters, resolve_names
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
 from talos.optim.marks import Mark
 from talos.optim.param_groups import alike, complete_groups, module_of
-from talos.optim.parts import Parts, agreement
+from talos.optim.sharded_states import agreement, spread, take
 from talos.optim.states import ARRAYS, OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import hold, let_go
 from talos.params import check_one_memory
@@ -125,9 +126,9 @@ class Bookkeeping(torch.optim.Optimizer):
         with agreement(self._mask, self._names):
             for group in self.param_groups:
                 group["params"] = [moved.get(param, param) for param in group["params"]]
-        self._parts = parts = Parts(self._mask, self._names)
+        self._parts = parts = Parts(self._mask, {name: p for p, name in self._names.items()})
         self.state = defaultdict(dict, {moved.get(k, k): each for k, each in self.state.items()})
-        self._build({p: parts.take(n, self.state.get(p, {})) for p, n in self._names.items()})
+        self._build({p: take(parts, n, self.state.get(p, {})) for p, n in self._names.items()})
         for weights in (self._base.weights, self._mark.weights):
             weights.update({name: parts.part(name, each) for name, each in weights.items()})
         self._show()
@@ -169,10 +170,10 @@ class Bookkeeping(torch.optim.Optimizer):
         self._refresh()
         state = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
-        spread = {
-            i: self._parts.spread(self._names[p], self.state[p]) for i, p in enumerate(params)
+        saved = {
+            i: spread(self._parts, self._names[p], self.state[p]) for i, p in enumerate(params)
         }
-        state["state"] = {**state["state"], **spread}
+        state["state"] = {**state["state"], **saved}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,10 +203,10 @@ class Bookkeeping(torch.optim.Optimizer):
                 saved.append(reader.read(state_dict))
             return {**state_dict, "state": {}, "param_groups": saved[0].groups}
 
-        def take(_: torch.optim.Optimizer) -> None:
+        def fill(_: torch.optim.Optimizer) -> None:
             (found,) = saved
             names = self._names
-            states = {p: self._parts.take(names[p], each) for p, each in found.states.items()}
+            states = {p: take(self._parts, names[p], each) for p, each in found.states.items()}
             self._base = Base.loaded({names[p]: each for p, each in states.items()})
             self.state = defaultdict(dict, found.others)
             self._build(states)
@@ -214,7 +215,7 @@ class Bookkeeping(torch.optim.Optimizer):
 
         hooks = (
             self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(take, prepend=True),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from talos.masks.parts import Parts
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
-from talos.optim.parts import Parts
 from talos.task_vectors import Patch
 from talos.task_vectors.patches import changed_bits
 

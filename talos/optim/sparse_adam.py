@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from talos.distributed import reshard
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.masks import Mask
+from talos.masks.parts import Parts
 from talos.optim.base import Base
 from talos.optim.bookkeeping import Bookkeeping
 from talos.optim.buckets import Bucket
@@ -40,7 +41,7 @@ from talos.optim.param_groups import (
     selected_names,
     unselected,
 )
-from talos.optim.parts import Parts, agreement
+from talos.optim.sharded_states import agreement
 from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
@@ -133,7 +134,7 @@ class SparseAdam(Bookkeeping):
             self._names = selected_names(model, params, mask, strict)
             for group in groups:
                 check_hyperparameters({**defaults, **group}, read_tensors=True)
-        self._parts = Parts(mask, self._names)
+        self._parts = Parts(mask, {name: param for param, name in self._names.items()})
         self._untrained = unselected(params, self._names)
         if self._untrained and isinstance(model, nn.Module):
             check_not_wrapped(model)

@@ -76,8 +76,9 @@ def checked_state(name: str, found: State, nnz: int, what: str) -> dict[str, Any
             continue
         if not isinstance(value, Tensor) or value.shape != (nnz,) or value.is_meta:
             shape = tuple(value.shape) if isinstance(value, Tensor) else value
+            where = " on meta" if isinstance(value, Tensor) and value.is_meta else ""
             raise TalosValueError(
-                f"{what} must hold {key} of shape ({nnz},) for {name}, got {shape}"
+                f"{what} must hold {key} of shape ({nnz},) for {name}, got {shape}{where}"
             )
         if not value.is_floating_point():
             raise TalosValueError(f"{what} must hold {key} in floating point, got {value.dtype}")

@@ -3,6 +3,7 @@
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import errors_on_all_ranks, local, reshard, sharding
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
-from talos.names import match_tensors, named_buffers, named_parameters
+from talos.masks.parts import Parts
+from talos.names import check_module, match_tensors, named_buffers, named_parameters
 from talos.options import as_real
 from talos.task_vectors.fingerprints import base_fingerprints, remember_bases
 from talos.task_vectors.sums import slices_of
@@ -46,7 +49,7 @@ class Launch:
 
     Attributes:
         names: of the weights.
-        params: the weights.
+        params: the weights; of sharded ones the parts that this rank holds.
         index: their selected entries, on their device.
         values: `[nnz]` of the delta, on their device.
         dtype: of the weights.
@@ -109,6 +112,13 @@ def launches(mask: Mask, values: Tensor, touched: Mapping[str, Tensor]) -> list[
     slices = slices_of(mask)
     found = []
     for (device, dtype), names in groups.items():
+        parts = Parts(mask, {name: touched[name] for name in names})
+        if parts.sharded:
+            part = torch.cat([parts.part(name, values[slices[name]]) for name in names])
+            index = Index.pack([parts.indices[name] for name in names], device)
+            params = [local(touched[name]) for name in names]
+            found.append(Launch(names, params, index, part.to(device), dtype))
+            continue
         whole = len(names) == len(touched)  # no copy then, where the model is on the CPU
         part = values if whole else torch.cat([values[slices[name]] for name in names])
         params = [touched[name] for name in names]
@@ -144,8 +154,10 @@ class ModelEdit:
         """
         done: list[Launch] = []
         try:
+            with self._together():
+                for launch in self._launches:
+                    launch.check(scale, largest)
             for launch in self._launches:
-                launch.check(scale, largest)
                 if not keep:
                     launch.keep_bits()
             for launch in self._launches:
@@ -158,6 +170,11 @@ class ModelEdit:
         remember_bases(self._touched, self._bases)
         if not keep:
             _open.append(self)
+
+    def _together(self) -> AbstractContextManager[Any]:
+        """Return a block in which ranks that share weights fail together."""
+        found = next((each for each in map(sharding, self._touched.values()) if each), None)
+        return nullcontext() if found is None else errors_on_all_ranks(found[0])
 
     def take_off(self) -> None:
         """Write the old bits back to the selected entries.
@@ -204,12 +221,15 @@ def check_scale(scale: object) -> float:
 def touched_weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """Return a model's weights where a mask selects entries, by the mask's names.
 
-    Buffers are included, because the difference of two state dicts holds them.
+    Buffers are included, because the difference of two state dicts holds them. Modules of FSDP2
+    hold their parts afterwards.
 
     Raises:
         TalosTypeError: `model` is no module, or such a weight has a dtype that is not supported.
         TalosValueError: the model lacks a tensor or has another shape of it.
     """
+    check_module(model)
+    reshard(model)
     every_name = {**named_buffers(model), **named_parameters(model, remove_duplicate=False)}
     matched = match_tensors(mask.shapes, every_name, what="task vector")
     touched = {name: param for name, param in matched.items() if mask.indices[name].nnz}

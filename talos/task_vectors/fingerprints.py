@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from talos.distributed import is_sharded, local, reduced, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import digest
 from talos.tensors import INTEGERS, place
@@ -40,7 +41,8 @@ def fingerprint(tensor: Tensor) -> str:
     """Hash a tensor's dtype, shape and bits.
 
     Args:
-        tensor: dense, any shape, dtype, device and strides.
+        tensor: dense, any shape, dtype, device and strides. Of a sharded one the whole is hashed,
+            and all ranks call this.
 
     Returns:
         16 hex digits, of the row-major bytes: strides and device do not matter.
@@ -59,7 +61,7 @@ def fingerprint(tensor: Tensor) -> str:
             f"tensor must be dense and hold values, got layout {tensor.layout} on {tensor.device}; "
             "load the weights first"
         )
-    return digest(tensor)[:16]
+    return digest(whole(local(tensor), tensor))[:16]
 
 
 def one_base(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -87,12 +89,13 @@ def base_fingerprints(params: Mapping[str, Tensor], *, verify: bool = True) -> d
 
     Args:
         params: tensors by name.
-        verify: hash the tensors without a record; False leaves them out.
+        verify: hash the tensors without a record; False leaves them out. All ranks that hold
+            parts of a sharded one hash it together.
 
     Returns:
         16 hex digits by name.
     """
-    found = ((name, _records.get(place(param))) for name, param in params.items())
+    found = ((name, _records.get(place(local(param)))) for name, param in params.items())
     records = {name: record for name, record in found if record is not None}
     bases = {}
     for name, bit_sum in bit_sums({name: params[name] for name in records}).items():
@@ -100,7 +103,8 @@ def base_fingerprints(params: Mapping[str, Tensor], *, verify: bool = True) -> d
         if records[name] == _record(params[name], bit_sum, base):
             bases[name] = base
     if verify:
-        fresh = {name: fingerprint(param) for name, param in params.items() if name not in bases}
+        lacking = _lacking(params, bases)
+        fresh = {name: fingerprint(param) for name, param in params.items() if name in lacking}
         remember_bases({name: params[name] for name in fresh}, fresh)
         bases.update(fresh)
     return bases
@@ -120,10 +124,22 @@ def remember_bases(
         del _records[key]
     sums = bit_sums({name: params[name] for name in bases}) if sums is None else sums
     for name in bases.keys() & sums.keys():
-        _records[place(params[name])] = _record(params[name], sums[name], bases[name])
+        _records[place(local(params[name]))] = _record(params[name], sums[name], bases[name])
+
+
+def _lacking(params: Mapping[str, Tensor], bases: Mapping[str, str]) -> set[str]:
+    """Return the names of the tensors whose base some rank does not know."""
+    lacking = {name for name in params if name not in bases}
+    for name, param in params.items():
+        if is_sharded(param):
+            flag = torch.tensor(name in lacking, dtype=torch.int32, device=param.device)
+            if reduced(flag, param, "max"):
+                lacking.add(name)
+    return lacking
 
 
 def _record(param: Tensor, bit_sum: int, base: str) -> _Record:
+    param = local(param)
     return _Record(StorageWeakRef(param.untyped_storage()), param._version, bit_sum, base)
 
 
@@ -134,6 +150,7 @@ def bit_sums(params: Mapping[str, Tensor]) -> dict[str, int]:
     """
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, param in params.items():
+        param = local(param)
         plain = type(param) in (Tensor, torch.nn.Parameter) and not param.is_inference()
         if plain and not param.is_meta and param.layout == torch.strided:
             by_device.setdefault(param.device, {})[name] = _bit_sum(param)

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import local, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import Checkpoint
 from talos.masks import Mask
@@ -77,12 +78,12 @@ class NamedTensors:
         return self.checkpoint is not None or not self.tensors[name].is_meta
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor with its values."""
+        """Return a tensor with its values; of a sharded one the whole, and all ranks call this."""
         if self.checkpoint is not None:
             return self.checkpoint[name]
-        return next(
-            each[name] for each in (self.tensors, self.integers, self.buffers) if name in each
-        )
+        named = (self.tensors, self.integers, self.buffers)
+        found = next(each[name] for each in named if name in each)
+        return whole(local(found), found)
 
     def first_names(self) -> dict[str, str]:
         """Return for every name the first name of the same memory."""

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import is_sharded
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.task_vectors.editing import Launch, check_base, check_scale, launches, touched_weights
 from talos.task_vectors.fingerprints import base_fingerprints, bit_sums, remember_bases
@@ -81,6 +82,13 @@ class ResidentVectors:
         if not vectors:
             raise TalosValueError("vectors must hold at least one task vector, got none")
         touched = {name: touched_weights(model, vector.mask) for name, vector in vectors.items()}
+        if sharded := [
+            name for own in touched.values() for name, p in own.items() if is_sharded(p)
+        ]:
+            raise TalosTypeError(
+                f"model must hold whole weights, got {sharded[0]}, of which ranks hold parts; use "
+                "applied() on a sharded model"
+            )
         names: dict[Hashable, str] = {}  # of each weight; vectors may name a tied one differently
         self._params: dict[str, Tensor] = {}
         for weights in touched.values():

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,6 +241,62 @@ def test_a_state_of_one_precision_loads_in_another(saved: torch.dtype, loaded: t
     wanted = (change - initial)[chosen]
     rounding = 2 * float(torch.finfo(loaded).eps) * float(change.abs().max())
     torch.testing.assert_close(vector.values, wanted, rtol=0, atol=max(rounding, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_mapped_from_a_file_is_copied(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Offloaded: it lies in a file, of which only what is copied is read."""
+    model = network().to(dtype)
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    train(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(model)
+    resumed = SparseAdam(other, some(model), lr=1e-2)
+    mapped = torch.load(tmp_path / "state.pt", mmap=True, weights_only=True)
+    resumed.load_state_dict(mapped)
+    for state in mapped["state"].values():
+        for value in state.values():
+            value.fill_(7.0)  # copy on write: the file stays as it is
+    train(model, optimizer, 2, seed=1)
+    train(other, resumed, 2, seed=1)
+    assert resumed.task_vector() == optimizer.task_vector()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert_bit_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_a_state_goes_to_another_precision_and_back(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Moments, steps and masters keep their bits on the way."""
+    optimizers = []
+    for dtype in (dtypes[0], dtypes[1], dtypes[0]):
+        model = network().to(dtype)
+        optimizer = SparseAdam(model, some(model), lr=1e-2)
+        if optimizers:
+            optimizer.load_state_dict(optimizers[-1].state_dict())
+        else:
+            train(model, optimizer, 3)
+        optimizers.append(optimizer)
+    first, _, last = (each.state_dict()["state"] for each in optimizers)
+    for number, state in first.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert_bit_equal(last[number][key], state[key])
+
+
+def test_a_state_without_values_is_refused() -> None:
+    model = network()
+    optimizer = SparseAdam(model, some(model), lr=1e-2)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"][1] = {k: v.to("meta") if v.dim() else v for k, v in saved["state"][1].items()}
+    other = SparseAdam(copy.deepcopy(model), some(model), lr=1e-2)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(TalosValueError, match=r"exp_avg of shape \(\d+,\) .* on meta"):
+        other.load_state_dict(saved)
+    for number, state in other.state_dict()["state"].items():
+        for key, value in state.items():
+            assert_bit_equal(value, before["state"][number][key])
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
