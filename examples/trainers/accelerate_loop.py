@@ -18,9 +18,10 @@ def train(model: nn.Module, folder: Path) -> talos.SparseAdam:
     given = accelerator.prepare(model, optimizer, schedule, BATCHES)
     model, wrapped, schedule, batches = given
     done = max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+    gradients = f"gradients-{accelerator.process_index}.pt"
     if done:
         accelerator.load_state(str(folder / str(done)))
-        for name, grad in torch.load(folder / str(done) / "gradients.pt").items():
+        for name, grad in torch.load(folder / str(done) / gradients).items():
             model.get_parameter(name).grad = grad
     for number, batch in enumerate(accelerator.skip_first_batches(batches, done), done + 1):
         with accelerator.accumulate(model):
@@ -32,9 +33,11 @@ def train(model: nn.Module, folder: Path) -> talos.SparseAdam:
             wrapped.zero_grad()
         if number % 5 == 0:  # the gradients of a window that is not full belong to its checkpoint
             accelerator.save_state(str(folder / "new"))
-            gradients = {name: param.grad for name, param in model.named_parameters()}
-            torch.save(gradients, folder / "new" / "gradients.pt")
-            (folder / "new").rename(folder / str(number))  # so that a kill leaves no half of one
+            grads = {name: param.grad for name, param in model.named_parameters()}
+            torch.save(grads, folder / "new" / gradients)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (folder / "new").rename(folder / str(number))  # a kill leaves no half of one
     return optimizer
 
 

@@ -27,7 +27,7 @@ def train(model: nn.Module, folder: Path, backend: str = "inductor") -> talos.Sp
     for number, batch in enumerate([*BATCHES][done:], done + 1):
         (compiled(input_ids=batch, labels=batch).loss / 2).backward()
         if number % 2 == 0:
-            optimizer.clip_grad_norm_(1.0)
+            optimizer.clip_grad_norm_(0.3)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -24,7 +24,7 @@ class FineTuning(LightningModule):
     def training_step(self, batch: Tensor, number: int) -> None:
         self.manual_backward(self.model(input_ids=batch, labels=batch).loss / 2)
         if number % 2 == 1:
-            self.own_optimizer.clip_grad_norm_(1.0)
+            self.own_optimizer.clip_grad_norm_(0.3)
             cast(Any, self.optimizers()).step()  # Lightning's wrapper counts the steps
             self.own_optimizer.zero_grad()
 

@@ -62,6 +62,8 @@ _HARMLESS = {
     *("random_seed", "rank_pattern", "revision", "runtime_config", "save_precomputed_indices"),
     *("select_top", "sparsity", "target_modules", "task_type", "use_rslora"),
 }
+# Of a regular expression from a file: what makes it take exponential time, or a high power of it.
+_REPEAT, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base
 
 
@@ -131,9 +133,15 @@ class _Adapter:
         alpha = self.config.get("lora_alpha")
         patterns = self.config.get("alpha_pattern") or {}
         try:
+            for each in patterns:
+                if len(_REPEAT.findall(each)) > 2 or _REPEATED_GROUP.search(each):
+                    raise TalosValueError(
+                        f"{self.folder}: alpha_pattern must repeat two parts at most and no group, "
+                        f"got {each!r:.100}, which may take for ever; name the modules in full"
+                    )
             fitting = (a for each, a in patterns.items() if re.match(rf"(.*\.)?({each})$", module))
             alpha = next(fitting, alpha)
-        except (re.error, AttributeError, RecursionError) as error:
+        except (re.error, AttributeError, RecursionError, TypeError) as error:
             raise TalosValueError(
                 f"{self.folder}: alpha_pattern must map regular expressions to numbers, got "
                 f"{patterns!r} ({error}); save the adapter again"

@@ -117,3 +117,20 @@ def test_a_damaged_file_ends_a_command_in_one_line(
 def test_every_command_that_reads_a_file_is_there() -> None:
     commands = {each.name for each in app.registered_commands}
     assert commands == {line.split()[0] for line in LINES}
+
+
+def test_names_in_files_give_no_orders_to_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\r"
+    Mask.from_dense({"w": torch.ones(2) > 0}, metadata={evil: evil}).save(
+        folder / "evil.safetensors"
+    )
+    (folder / "evil.csv").write_text(f"te{evil}xt,label\na,b\n")
+    assert main(["inspect", "evil.safetensors"]) == 0
+    assert main(["calibrate", "--data", "evil.csv", "--dry-run"]) == 2
+    assert main(["inspect", f"{evil}.safetensors"]) == 2
+    out, err = capsys.readouterr()
+    assert "]0;title" in out
+    assert "]0;title" in err
+    assert not set("\x1b\x07\x9b\r") & set(out + err)

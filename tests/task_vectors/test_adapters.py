@@ -299,3 +299,21 @@ def test_tensors_of_other_dimensions_are_refused(
     safetensors.torch.save_file(named, tmp_path / "adapter_model.safetensors")
     with pytest.raises(TalosValueError, match=r"its tensors must fit q\.weight"):
         TaskVector.from_adapter(tmp_path, nn.ModuleDict({"q": nn.Linear(8, 6)}))
+
+
+@pytest.mark.parametrize("pattern", [r"(\w|.)+Z", ".*.*.*Z", "(a{1,9}){1,9}"])
+def test_patterns_that_take_for_ever_are_refused(pattern: str, tmp_path: Path) -> None:
+    base = Net()
+    tuned = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q"]))
+    tuned.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for patterns in ({pattern: 2}, {r".*\.?q": 2, pattern: 2}):
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({**config, "alpha_pattern": patterns})
+        )
+        with pytest.raises(TalosValueError, match="alpha_pattern must repeat two parts at most"):
+            TaskVector.from_adapter(tmp_path, base)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "alpha_pattern": {r".*\.?q": 16}})
+    )
+    assert len(TaskVector.from_adapter(tmp_path, base).values)

@@ -23,7 +23,7 @@ from talos.app.cli.commands import (
     report,
     train,
 )
-from talos.app.cli.console import Interrupted
+from talos.app.cli.console import Interrupted, printable
 from talos.app.cli.parsing import Command, usage_message
 from talos.app.cli.processes import IN_SEVERAL, errors_of_all, joined, several
 from talos.errors import TalosError, TalosOSError, TalosValueError
@@ -173,11 +173,11 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """Print a warning in one line, without the place in the code that raised it."""
-    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
 
 
 def _fail(error: TalosError | typer.TyperException) -> int:
     """Print an error in one line."""
     text = usage_message(error) if isinstance(error, typer.TyperException) else str(error)
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.stderr.write(f"error: {printable(' '.join(text.split()))}\n")
     return 2

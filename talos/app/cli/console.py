@@ -1,6 +1,7 @@
 """The output of the command line: results on stdout; progress, notes and next steps on stderr."""
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
 __all__ = [
@@ -31,12 +33,36 @@ __all__ = [
     "on_interrupt",
     "per_second",
     "print_line",
+    "printable",
     "stdout",
     "table",
     "unused",
 ]
 
 T = TypeVar("T")
+
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")  # not tab and line feed
+
+
+def printable(text: str) -> str:
+    r"""Return a text without control characters: a name in a file may hold orders to a terminal.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a�[2Jb'
+    """
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class _Console(Console):
+    """A console that shows every text as `printable` returns it."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
 
 
 class Interrupted(Exception):
@@ -58,7 +84,7 @@ def stdout(json: str | None = None) -> Console:
     Args:
         json: the option --json; a console for "-" prints nothing, because the JSON is on stdout.
     """
-    console = Console(highlight=False, quiet=json == "-")
+    console = _Console(highlight=False, quiet=json == "-")
     if not console.is_terminal:
         console.width = max(console.width, 200)
     return console
@@ -100,7 +126,7 @@ def next_step(*commands: str) -> None:
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
 
 
 class Bars:
