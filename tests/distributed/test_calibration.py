@@ -19,6 +19,17 @@ from talos.errors import TalosError, TalosValueError
 from tests.distributed.processes import in_processes
 
 
+class OwnRMSNorm(nn.Module):
+    """A norm as model libraries write it, by elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+
+
 class Reader(nn.Module):
     """A transformer of one layer over 6 tokens, with a positional embedding of its own."""
 
@@ -27,10 +38,11 @@ class Reader(nn.Module):
         self.tokens = nn.Embedding(11, 8)
         self.positions = nn.Parameter(torch.randn(6, 8))
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.norm = OwnRMSNorm()
         self.head = nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layer(self.tokens(ids) + self.positions))
+        logits: Tensor = self.head(self.norm(self.layer(self.tokens(ids) + self.positions)))
         return logits
 
 
