@@ -79,6 +79,7 @@ def test_two_processes_train_one_vector(folder: Path) -> None:
     assert TaskVector.load(folder / "v.safetensors").metadata["steps"] == 2
 
 
+@pytest.mark.slow
 def test_an_error_ends_both_processes_with_one_message(folder: Path) -> None:
     (folder / "m.safetensors").touch()
     found = in_two(*calibrate(folder, "m.safetensors"))
