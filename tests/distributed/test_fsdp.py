@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
@@ -258,6 +258,14 @@ def test_an_optimizer_is_made_before_or_after_sharding_and_not_too_late() -> Non
         assert ("rank 1 raised TalosValueError" in found["rate"]) == (number == 0)
         assert "Invalid learning rate: -0.99" in found["rate"]
         assert "must stay dense" in found["compact"]
+
+
+def test_fsdp1_is_refused() -> None:
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # making one needs a GPU
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = network()
+    with pytest.raises(TalosTypeError, match=r"must be sharded with fully_shard \(FSDP2\)"):
+        SparseAdam(wrapper, some(network()))
 
 
 def clipped_and_scaled() -> list[Tensor]:
