@@ -21,7 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
@@ -311,7 +316,10 @@ def clipped_and_scaled() -> list[Tensor]:
 
     mesh = init_device_mesh("cpu", (world_size(), 1), mesh_dim_names=("copies", "shards"))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for options in ({"mesh": mesh}, {"mp_policy": policy}, {"reshard_after_forward": False}):
+    offload = CPUOffloadPolicy(pin_memory=False)
+    settings: list[dict[str, Any]] = [{"mesh": mesh}, {"mp_policy": policy}]
+    settings += [{"offload_policy": offload}, {"reshard_after_forward": False}]
+    for options in settings:
         model = shard(network(), **options)
         with torch.no_grad():
             model(torch.ones(1, 6))  # leaves the root's weights whole
