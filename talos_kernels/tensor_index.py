@@ -206,11 +206,12 @@ class TensorIndex:
 
     @classmethod
     def _from_sorted(cls, positions: Tensor, numel: int) -> "TensorIndex":
-        edges = (
-            torch.arange(blocks_of(numel, SEGMENT_SIZE) + 1, dtype=torch.int64, device="cpu")
-            * SEGMENT_SIZE
-        )
-        starts = torch.searchsorted(positions, edges)
+        segments = blocks_of(numel, SEGMENT_SIZE)
+        starts = torch.zeros(segments + 1, dtype=torch.int64, device="cpu")
+        if positions.numel():
+            end = (segments + 1) * SEGMENT_SIZE
+            edges = torch.arange(0, end, SEGMENT_SIZE, dtype=torch.int64, device="cpu")
+            starts = torch.searchsorted(positions, edges)
         local = (positions & (SEGMENT_SIZE - 1)).to(torch.uint16)
         return cls(numel, positions.numel(), "u16", _empty_int32(), local, starts)
 

@@ -30,7 +30,7 @@ from talos.calibration.estimators import (
 )
 from talos.calibration.left_out import warn_of_left_out
 from talos.calibration.ranks import AGREE, Waves, facts_of, total
-from talos.calibration.sharded import check_self_test
+from talos.calibration.sharded import check_sharded
 from talos.distributed import check_same, errors_on_all_ranks, rank, reshard, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_modules, unwrapped
@@ -145,7 +145,7 @@ def fisher_diag(
         reshard(model)
         estimator = Estimator(target, draws, labels, seed)
         candidates = select_parameters(model, params)
-        check_self_test(check, candidates)
+        check_sharded(candidates, check, group)
         agreed = {**vars(estimator), "params": params, "check": check}
         agreed |= facts_of(model, candidates) if world_size(group) > 1 else {}
     check_same(agreed, AGREE, group)

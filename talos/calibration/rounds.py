@@ -26,7 +26,7 @@ from talos.calibration.estimators import Draws, Estimator, Labels, Target
 from talos.calibration.fisher import CalibrationProgress, LogitsFn, Scorer, evaluating
 from talos.calibration.left_out import warn_of_left_out
 from talos.calibration.ranks import AGREE, facts_of
-from talos.calibration.sharded import check_self_test
+from talos.calibration.sharded import check_sharded
 from talos.distributed import (
     check_same,
     errors_on_all_ranks,
@@ -161,7 +161,7 @@ def calibrate(
             )
         reshard(model)
         candidates = select_parameters(model, params)
-        check_self_test(check, candidates)
+        check_sharded(candidates, check, group)
         entries = sum(each.numel for each in candidates.values())
         if (int if released else round)(density * entries) == 0:
             raise TalosValueError(

@@ -7,27 +7,44 @@ ones. All ranks must run as many forwards and backwards as each other.
 """
 
 from dataclasses import replace
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
-from talos.distributed import is_sharded
+from talos.distributed import is_sharded, world_size
 from talos.errors import TalosTypeError, TalosValueError
 from talos.names import named_modules, unwrapped
 from talos.params import Candidates
 
-__all__ = ["check_self_test", "gathered"]
+__all__ = ["check_sharded", "gathered"]
 
 
-def check_self_test(check: bool, candidates: Candidates) -> None:
-    """Refuse the self-test of a sharded model.
+def check_sharded(
+    candidates: Candidates, check: bool, group: dist.ProcessGroup | None = None
+) -> None:
+    """Refuse what a calibration of a sharded model cannot do.
+
+    Args:
+        candidates: what is to be scored.
+        check: whether the self-test is wanted.
+        group: the ranks that share the work.
 
     Raises:
-        TalosValueError: `check` is True and a candidate is sharded.
+        TalosValueError: a candidate is sharded, and `check` is True or `group` lacks ranks.
     """
-    if check and any(is_sharded(each.param) for each in candidates.values()):
+    params: list[Any] = [each.param for each in candidates.values()]
+    meshes = [param.device_mesh.size() for param in params if is_sharded(param)]
+    if meshes and check:
         raise TalosValueError(
             "check must be False for a model that is sharded, got True; check a copy in one process"
         )
+    for ranks in meshes:
+        if ranks != world_size(group):
+            raise TalosValueError(
+                f"group must hold the {ranks} ranks that the model is sharded over, got "
+                f"{world_size(group)}; leave it out, or shard the model over that group"
+            )
 
 
 def gathered(model: nn.Module, candidates: Candidates) -> Candidates:

@@ -345,13 +345,13 @@ class _Run:
                 taken = (self._taken - 1) % self.steps + 1
             for step in range(taken + 1, self.steps + 1):
                 event = self._step(phase, order, step)
-                if self._checkpoints is not None:
-                    last = event.step == self._total
-                    self._checkpoints.save(phase, order, event.step, event.loss, last)
                 with errors_on_all_ranks():
                     if self.on_step is not None:
                         self.on_step(event)
                 yield event
+                if self._checkpoints is not None:  # it has what the caller has drawn until here
+                    last = event.step == self._total
+                    self._checkpoints.save(phase, order, event.step, event.loss, last)
             phase.zero_grad()
         finally:
             phase.release()

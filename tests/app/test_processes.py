@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from talos.app.cli import main
+from talos.task_vectors import TaskVector
 from tests.tiny import save_tiny_encoder
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -69,6 +70,16 @@ def test_two_processes_write_the_mask_of_one(
     assert found.stdout.count("entries (density") == written.count("entries (density") == 1
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_vector(folder: Path) -> None:
+    words = ["train", "--model", folder / "tiny", "--data", folder / "pets.csv", "--steps", "2"]
+    found = in_two(*map(str, [*words, "--out", folder / "v.safetensors"]))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("entries") == found.stderr.count("pets.csv: 60 rows") == 1
+    assert TaskVector.load(folder / "v.safetensors").metadata["steps"] == 2
+
+
+@pytest.mark.slow
 def test_an_error_ends_both_processes_with_one_message(folder: Path) -> None:
     (folder / "m.safetensors").touch()
     found = in_two(*calibrate(folder, "m.safetensors"))

@@ -19,6 +19,17 @@ from talos.errors import TalosError, TalosValueError
 from tests.distributed.processes import in_processes
 
 
+class OwnRMSNorm(nn.Module):
+    """A norm as model libraries write it, by elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+
+
 class Reader(nn.Module):
     """A transformer of one layer over 6 tokens, with a positional embedding of its own."""
 
@@ -27,10 +38,11 @@ class Reader(nn.Module):
         self.tokens = nn.Embedding(11, 8)
         self.positions = nn.Parameter(torch.randn(6, 8))
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.norm = OwnRMSNorm()
         self.head = nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layer(self.tokens(ids) + self.positions))
+        logits: Tensor = self.head(self.norm(self.layer(self.tokens(ids) + self.positions)))
         return logits
 
 
@@ -192,6 +204,7 @@ def late_nan(model: nn.Module, batch: Tensor) -> Tensor:
 def all_refusals() -> dict[str, str]:
     warnings.simplefilter("ignore")
     first = ids()[:2] if rank() < 2 else ids((2, 2))
+    alone = [dist.new_group([each]) for each in range(world_size())][rank()]
     return {
         "density": refused(reader(), ids(), density=0.1 + 0.1 * rank()),
         "out of range": refused(reader(), ids(), density=0.1 if rank() else 2.0),
@@ -204,6 +217,7 @@ def all_refusals() -> dict[str, str]:
         "nan": refused(reader(), ids(), logits_fn=late_nan),
         "fisher_diag": refused(reader(), ids()) if rank() else scored(reader(), ids()),
         "check": refused(sharded(), ids(), check=True),
+        "group": refused(sharded(), ids(), group=alone),
         "few batches": refused(sharded(), ids()[rank() : 2] if rank() else ids()[:1]),
         "nan of shards": refused(sharded(), ids(), logits_fn=late_nan),
         "none": refused(reader(), ids()),
@@ -227,6 +241,7 @@ def test_ranks_that_differ_or_fail_raise_on_all_of_them() -> None:
         "no batches": "batches must hold at least one sample, got 0",
         "fisher_diag": "density must be the same on all ranks, got None on rank 0 and 0.2 on rank",
         "check": "check must be False for a model that is sharded, got True",
+        "group": "group must hold the 3 ranks that the model is sharded over, got 1; leave it out",
         "few batches": "batches must hold at least one on each rank of a sharded model, got none",
         "none": "none",
     }

@@ -132,7 +132,10 @@ TESTS: dict[int, tuple[tuple[str, str], ...]] = {
         (MANY, "test_an_error_of_one_rank_is_raised_on_all"),
         (RANKS, "test_ranks_that_differ_or_fail_raise_on_all_of_them"),
     ),
-    39: ((CHECKPOINTS, "test_every_method_resumes_with_the_same_bits"),),
+    39: (
+        (CHECKPOINTS, "test_every_method_resumes_with_the_same_bits"),
+        (TRAINERS, "test_an_example_ends_with_the_plain_loops_bits"),
+    ),
     40: ((OPTIM, "test_grad_scaler_with_skipped_steps"),),
     41: (
         (CLIPPING, "test_the_bits_are_those_of_clipping_at_once"),
@@ -150,6 +153,7 @@ TESTS: dict[int, tuple[tuple[str, str], ...]] = {
         (FILES, "test_a_header_that_is_none"),
         (FILES, "test_loading_takes_the_memory_of_the_file_and_its_largest_tensor"),
         (FUZZ, "test_a_damaged_file_loads_as_it_was_or_is_refused"),
+        (LIES, "test_a_small_file_takes_little_memory_whatever_it_claims"),
     ),
     47: ((FILES, "test_a_random_bit_of_every_byte"),),
     48: (

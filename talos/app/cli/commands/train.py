@@ -31,6 +31,7 @@ from talos.app.cli.options import (
     check_input,
     check_output,
 )
+from talos.app.cli.processes import several
 from talos.app.cli.records import check_json, finite, write_record
 from talos.app.cli.suggestions import merge_command, of_model
 from talos.app.cli.train_options import checked_method, checked_numbers
@@ -145,9 +146,16 @@ def train(
     attention. random and magnitude train as many weights as talos: random or the smallest ones.
 
     With --checkpoint a training that was stopped goes on: run the same command with --resume.
+
+    torchrun starts it in several processes: each takes its share of every batch.
     """
     integer("--steps", steps, 1)
     integer("--batch-size", batch_size, 1)
+    if batch_size % several():
+        raise TalosValueError(
+            f"--batch-size must be a multiple of the number of processes, {several()}, which "
+            f"share each batch, got {batch_size}"
+        )
     if max_length is not None:
         integer("--max-length", max_length, 3)
     if lr is not None:
@@ -167,6 +175,8 @@ def train(
     from talos.app.cli.reading import show_data, show_other_tasks, tokens_for
     from talos.app.demo.judge import training_batches
     from talos.app.provenance import made_with
+    from talos.distributed import rank as number_of_process
+    from talos.distributed import world_size
     from talos.masks import Mask
     from talos.methods import METHODS, method_of
     from talos.names import match_tensors, named_parameters
@@ -208,7 +218,8 @@ def train(
             max_length=tokens,
             seed=seed,
         )
-        torch.manual_seed(seed)  # dropout
+        own_batches = [_share(each, number_of_process(), world_size()) for each in batches]
+        torch.manual_seed(seed + number_of_process())  # dropout
         losses: list[float] = []
 
         def on_step(step: FineTuneStep) -> None:
@@ -221,7 +232,7 @@ def train(
         with as_options({**options, "path": "--checkpoint"}):
             vector = fine_tune(
                 classifier,
-                batches,
+                own_batches,
                 method=chosen,
                 steps=steps,
                 lr=rate,
@@ -230,6 +241,8 @@ def train(
                 data=made | {"batch_size": batch_size},
                 **numbers,
             )
+        if number_of_process() > 0:  # all have the same vector; one writes it
+            return
         vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
     if checkpoint is not None:
@@ -255,6 +268,16 @@ def train(
     where = ("--linearized",) if method == "linearized" else ()
     words = ("--model", model, "--data", data, "--vector", out, "--scale", "grid", *where)
     next_step(command("eval", *words), merge_command(out, 0.5))
+
+
+def _share(batch: dict[str, Any], number: int, processes: int) -> dict[str, Any]:
+    """Return a process' rows of a batch; what cannot be shared evenly goes whole to each.
+
+    So the mean over processes is that of the batch: the last batch of an epoch may have any size.
+    """
+    if len(batch["labels"]) % processes:
+        return batch
+    return {key: value.chunk(processes)[number] for key, value in batch.items()}
 
 
 def _kept(checkpoint: Path | None, resume: bool) -> str:

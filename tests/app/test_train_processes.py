@@ -1,0 +1,63 @@
+"""`talos train` in several processes: each takes its share of every batch."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from talos.app.cli import main
+from talos.distributed import world_size
+from talos.task_vectors import TaskVector
+from tests.cases import REDUCTION_TOLERANCES
+from tests.distributed.processes import in_processes
+from tests.tiny import save_tiny_encoder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An encoder without dropout, and 39 rows to train on: each fifth batch of 8 has seven."""
+    config = save_tiny_encoder(tmp_path / "tiny") / "config.json"
+    own = json.loads(config.read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(own | none))
+    with (tmp_path / "pets.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["text", "label"])
+        for i in range(23):
+            rows.writerow([f"meow {i}, purr", "cat"])
+            rows.writerow([f"woof {i}, bark", "dog"])
+        rows.writerow(["meow, but otherwise", "cat"])
+    return tmp_path
+
+
+def train(folder: Path, *words: str) -> int:
+    out = f"v{world_size()}.safetensors"
+    given = ["--model", folder / "tiny", "--data", folder / "pets.csv", "--out", folder / out]
+    return main([*map(str, ["train", *given]), "--steps", "6", "--batch-size", "8", *words])
+
+
+def test_the_vector_is_that_of_one_process(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder, "--lr", "1e-3") == 0
+    assert "39 train" in capsys.readouterr().err
+    assert in_processes(2, train, folder, "--lr", "1e-3") == [0, 0]
+    one, two = (TaskVector.load(folder / f"v{ranks}.safetensors") for ranks in (1, 2))
+    assert two.metadata == one.metadata
+    assert two.fingerprints == one.fingerprints
+    difference = two.values - one.values  # sums of another order, which Adam divides by small ones
+    assert difference.norm() <= REDUCTION_TOLERANCES[torch.float32].rtol * one.values.norm()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("talos.app.cli.commands.train.several", lambda: 3)
+    assert train(folder) == 2
+    assert capsys.readouterr().err == (
+        "error: --batch-size must be a multiple of the number of processes, 3, which share each "
+        "batch, got 8\n"
+    )
+    assert not (folder / "v1.safetensors").exists()
