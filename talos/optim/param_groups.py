@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "by_name",
     "check_arguments",
     "check_hyperparameters",
+    "check_not_flattened",
     "check_not_wrapped",
     "check_trainable",
     "complete_groups",
@@ -190,6 +192,16 @@ def check_not_wrapped(model: nn.Module) -> None:
         raise TalosRuntimeError(
             "the optimizer must be made before DistributedDataParallel, which would wait for "
             "gradients of frozen tensors; make SparseAdam first, then wrap the model"
+        )
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """Refuse a model that FSDP1 wraps: its flat parameters have no entries of single weights."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise TalosTypeError(
+            "model must be sharded with fully_shard (FSDP2), got FullyShardedDataParallel, which "
+            "flattens weights; replace it by torch.distributed.fsdp.fully_shard"
         )
 
 
