@@ -6,7 +6,7 @@ DTensor's own business, so nothing here computes with offsets.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -126,25 +126,27 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return found
 
 
-def reduced(number: Tensor, like: Tensor, how: Literal["sum", "max"]) -> Tensor:
+def reduced(
+    number: Tensor, how: Literal["sum", "max"], over: "tuple[DeviceMesh, Sequence[Any]] | None"
+) -> Tensor:
     """Return the sum or the largest of what the parts of a tensor gave; all ranks call this.
 
     Args:
         number: what this rank's part gave, any shape; every part counts once, however many ranks
             hold it.
-        like: a parameter, sharded or not.
         how: "sum" or "max".
+        over: the tensor's `sharding`.
 
     Returns:
-        The same on every rank; `number` itself if `like` is not sharded.
+        The same on every rank; `number` itself if the tensor is not sharded.
     """
-    if not is_sharded(like):
+    if over is None:
         return number
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    assert isinstance(like, DTensor)
-    placements = [Replicate() if each.is_replicate() else Partial(how) for each in like.placements]
-    found = DTensor.from_local(number, like.device_mesh, placements, run_check=False)
+    mesh, placements = over
+    kinds = [Replicate() if each.is_replicate() else Partial(how) for each in placements]
+    found = DTensor.from_local(number, mesh, kinds, run_check=False)
     total: Tensor = found.full_tensor()
     return total.to(number.device)
 

@@ -158,6 +158,8 @@ class Phase(ABC):
         for place, value in state.items():
             if place.startswith("state/"):
                 name, _, key = place.removeprefix("state/").rpartition("/")
+                if name not in numbers:
+                    raise TalosValueError(f"state must hold what is trained, got {name}")
                 parts.setdefault(numbers[name], {})[key] = value
         self.optimizer.load_state_dict({**own_state, "state": parts})
         with torch.no_grad():

@@ -21,6 +21,7 @@ from talos.names import named_parameters, resolve_names
 from talos.optim.base import Base
 from talos.optim.buckets import Bucket
 from talos.optim.clipping import Clipping
+from talos.optim.exchange import Exchange
 from talos.optim.marks import Mark
 from talos.optim.param_groups import alike, complete_groups, module_of
 from talos.optim.sharded_states import agreement, spread, take
@@ -48,6 +49,7 @@ class Bookkeeping(torch.optim.Optimizer):
     _untrained: dict[str, Tensor]
     _base: Base
     _mark: Mark
+    _exchange: Exchange | None
     _stepped: bool
     _clipping: Clipping
     _buffers: WatchedBuffers
@@ -115,9 +117,10 @@ class Bookkeeping(torch.optim.Optimizer):
         moved = _sharded_instead(self._buffers.model, {**self._untrained, **self._parts.params})
         if not moved:
             return
-        if self._stepped or self._stop_compacting is not None:
+        if self._stepped or self._stop_compacting is not None or self._parts.mesh is not None:
             raise TalosRuntimeError(
                 "the model must be sharded before the first step and before compact_gradients(), "
+                "and not with shard_state=True, "
                 f"got {len(moved)} parameters that fully_shard replaced since; shard the model, "
                 "then make the optimizer and load its state"
             )
@@ -139,14 +142,16 @@ class Bookkeeping(torch.optim.Optimizer):
         """Make new buckets with this state by parameter; the old arrays stay as they were."""
         compacted = {n: each for bucket in self._buckets for n, each in bucket.compacted.items()}
         self._buckets[:] = [
-            Bucket.create(number, params, self._parts.indices, self._moment_dtype, states)
+            Bucket.create(number, params, self._parts, self._moment_dtype, states)
             for number, params in alike(self.param_groups, self._names)
         ]
         for bucket in self._buckets:
             bucket.compacted = {n: compacted[n] for n in bucket.params if n in compacted}
 
     def _show(self) -> None:
-        """Put the views and the initial weights into `state`."""
+        """Put the views and the initial weights into `state`; prepare to send the weights."""
+        mesh = self._parts.mesh
+        self._exchange = None if mesh is None else Exchange(self._parts, self._buckets)
         for bucket in self._buckets:
             bucket.show_in(self.state)
         for param, name in self._names.items():
@@ -199,7 +204,7 @@ class Bookkeeping(torch.optim.Optimizer):
         # none. These hooks run after the caller's pre-hooks and before the caller's post-hooks.
         def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             reader = StateReader(self.param_groups, self.defaults, self._names, self._mask)
-            with agreement(self._mask, self._names):
+            with agreement(self._mask, self._names, self._parts.mesh):
                 saved.append(reader.read(state_dict))
             return {**state_dict, "state": {}, "param_groups": saved[0].groups}
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from talos.distributed import is_sharded, local, reduced
 from talos.errors import TalosRuntimeError, TalosValueError
+from talos.masks.parts import Parts
 from talos.optim.compact_gradient import CompactGradient
 from talos.optim.compaction import CompactedParam
 from talos.optim.gradients import check_entries, check_gradient, gradient_parts, look
 from talos.optim.states import ARRAYS, State
-from talos_kernels import Index, TensorIndex, gather_grad_
+from talos_kernels import Index, gather_grad_
 from talos_kernels._checks import contiguous, dense_gradients, write_back
 from talos_kernels.sparse_adam import sparse_adam_rows_
 
@@ -47,6 +48,7 @@ class Bucket:
         lr: float64 0-dim, the learning rate on the device.
         lr_value: the number in `lr`, which is uploaded only when it changes.
         absent: an empty tensor that stands for a missing gradient.
+        over: the mesh and placements by which ranks have the entries; None: this one has all.
         compacted: the parameters whose gradients are kept compact; none while they are dense.
         accepted: the looks of the gradients that `check` accepted last.
         uniform: whether those have one dtype that the op takes.
@@ -64,6 +66,7 @@ class Bucket:
     steps: Tensor
     lr: Tensor
     absent: Tensor
+    over: Any = None
     lr_value: float | None = None
     compacted: dict[str, CompactedParam] = field(default_factory=dict)
     accepted: list[Look] = field(default_factory=list)
@@ -83,7 +86,7 @@ class Bucket:
         cls,
         group: int,
         params: dict[str, Tensor],
-        indices: Mapping[str, TensorIndex],
+        parts: Parts,
         moment_dtype: torch.dtype,
         states: Mapping[Tensor, State],
     ) -> "Bucket":
@@ -92,13 +95,13 @@ class Bucket:
         Args:
             group: number of their param group.
             params: by their names in the mask; one device and dtype.
-            indices: what is selected of each, within what this rank holds.
+            parts: the entries that this rank trains.
             moment_dtype: dtype of the moments; float64 weights have float64 ones.
             states: checked state by parameter.
         """
         first = next(iter(params.values()))
         device, wide = first.device, torch.promote_types(first.dtype, torch.float32)
-        index = Index.pack([indices[name] for name in params], device)
+        index = Index.pack([parts.indices[name] for name in params], device)
         dtype = wide if wide == torch.float64 else moment_dtype
         bucket = cls(
             group,
@@ -111,6 +114,7 @@ class Bucket:
             torch.zeros(len(params), dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
             torch.zeros(0, dtype=wide, device=device),
+            parts.over(next(iter(params))),
         )
         if first.dtype != wide:
             bucket.master = bucket.weights()
@@ -330,7 +334,7 @@ class Bucket:
                 gather_grad_(out, dense, self.index)
             norms.append(torch.linalg.vector_norm(pieces, dim=1))
         total = torch.cat(norms).square().sum()
-        return reduced(total, next(iter(self.params.values())), "sum")
+        return reduced(total, "sum", self.over)
 
     @property
     def _is_wide(self) -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "by_name",
     "check_arguments",
     "check_hyperparameters",
+    "check_not_flattened",
     "check_not_wrapped",
     "check_trainable",
     "complete_groups",
@@ -202,6 +204,16 @@ def check_not_wrapped(params: Collection[Tensor]) -> None:
 def _ddp_holds(params: Iterable[Tensor]) -> bool:
     wrapper = nn.parallel.DistributedDataParallel
     return any(isinstance(module, wrapper) for module in _modules_of(params))
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """Refuse a model that FSDP1 wraps: its flat parameters have no entries of single weights."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise TalosTypeError(
+            "model must be sharded with fully_shard (FSDP2), got FullyShardedDataParallel, which "
+            "flattens weights; replace it by torch.distributed.fsdp.fully_shard"
+        )
 
 
 def check_trainable(name: str, param: Tensor) -> None:

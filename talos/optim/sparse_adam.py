@@ -35,13 +35,14 @@ from talos.optim.param_groups import (
     by_name,
     check_arguments,
     check_hyperparameters,
+    check_not_flattened,
     check_not_wrapped,
     module_of,
     named_groups,
     selected_names,
     unselected,
 )
-from talos.optim.sharded_states import agreement
+from talos.optim.sharded_states import agreement, mesh_of_copies
 from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
@@ -73,6 +74,10 @@ class SparseAdam(Bookkeeping):
             stochastically.
         seed: seed of that rounding.
         strict: refuse a model with parameters that the mask does not name.
+        shard_state: let all ranks of torch.distributed share the state of whole parameters, as
+            under DistributedDataParallel. Each rank keeps and steps a share of each tensor's
+            selected entries, and a step ends with one call that sends every selected weight once.
+            The weights have the same bits with float32 moments.
 
     With a full mask the weights are those of `torch.optim.AdamW`. The initial weights at the
     selected entries, from which `task_vector` measures, are kept on the CPU in the weights' dtype.
@@ -82,7 +87,7 @@ class SparseAdam(Bookkeeping):
             another shape; a selected parameter has requires_grad=False; a hyper-parameter is out
             of range; ranks that share sharded parameters have other masks.
         TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, or is on
-            meta.
+            meta; or FullyShardedDataParallel (FSDP1) wraps the model.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
             frozen.
 
@@ -114,9 +119,11 @@ class SparseAdam(Bookkeeping):
         moment_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         strict: bool = False,
+        shard_state: bool = False,
     ) -> None:
         check_arguments(mask, moment_dtype, seed)
         if isinstance(model, nn.Module):
+            check_not_flattened(model)
             reshard(model)
         groups = named_groups(model, mask.names)
         params = by_name(groups)
@@ -130,11 +137,12 @@ class SparseAdam(Bookkeeping):
             "seed": seed,
             "mask": mask.fingerprint,
         }
-        with agreement(mask, params.values()):
+        mesh = mesh_of_copies(shard_state, params)
+        with agreement(mask, params.values(), mesh):
             self._names = selected_names(model, params, mask, strict)
             for group in groups:
                 check_hyperparameters({**defaults, **group}, read_tensors=True)
-        self._parts = Parts(mask, {name: param for param, name in self._names.items()})
+        self._parts = Parts(mask, {name: param for param, name in self._names.items()}, mesh)
         self._untrained = unselected(params, self._names)
         check_not_wrapped(self._untrained.values())
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
@@ -207,6 +215,8 @@ class SparseAdam(Bookkeeping):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
+        if self._exchange is not None:
+            self._exchange.run()
         if not self._trained or checked[0][0] is self._buckets[0].absent:
             pairs = zip(self._buckets, checked, strict=True)
             found = any(g is not bucket.absent for bucket, grads in pairs for g in grads)
@@ -301,6 +311,11 @@ class SparseAdam(Bookkeeping):
             tensor([1., 2.])
             >>> optimizer.step()
         """
+        if enabled and self._parts.mesh is not None:
+            raise TalosRuntimeError(
+                "shard_state must be False with compact gradients, got True: each rank would keep "
+                "those of its own share only; use dense gradients"
+            )
         if enabled and self._parts.sharded:
             raise TalosRuntimeError(
                 "gradients of sharded parameters must stay dense, got "
@@ -406,6 +421,8 @@ class SparseAdam(Bookkeeping):
     def nbytes(self) -> int:
         """Bytes on the weights' device: state, masters, index, and the copy that `patch` keeps.
 
+        With `shard_state` the index has the entries of all ranks, the rest is this rank's share.
+
         The mask and the initial weights come on top, on the CPU.
 
         Example:
@@ -414,7 +431,8 @@ class SparseAdam(Bookkeeping):
             >>> optimizer.nbytes // mask.nnz  # 8 bytes of moments, the rest is the index
             9
         """
-        return sum(bucket.nbytes for bucket in self._buckets) + self._mark.nbytes
+        sent = 0 if self._exchange is None else self._exchange.nbytes
+        return sum(bucket.nbytes for bucket in self._buckets) + self._mark.nbytes + sent
 
     @property
     def mask(self) -> Mask:

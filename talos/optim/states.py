@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from talos.errors import TalosValueError
+from talos.errors import TalosError, TalosValueError
 from talos.masks import Mask
 from talos.names import resolve_names
 from talos.options import as_real
@@ -68,8 +69,13 @@ def checked_state(name: str, found: State, nnz: int, what: str) -> dict[str, Any
             f"{what} must hold step of shape () for {name}, got {found.get('step')!r}"
         )
     taken: dict[str, Any] = {"step": step}
-    if isinstance(found.get("fingerprint"), Tensor):
-        taken["fingerprint"] = found["fingerprint"]
+    digest = found.get("fingerprint")
+    if isinstance(digest, Tensor):
+        if digest.shape or digest.is_meta or digest.is_floating_point() or digest.is_complex():
+            raise TalosValueError(
+                f"{what} must hold fingerprint as one integer for {name}, got {digest!r:.100}"
+            )
+        taken["fingerprint"] = digest
     for key in ("exp_avg", "exp_avg_sq", "master", "base"):
         value = found.get(key)
         if key in ("master", "base") and value is None:
@@ -80,8 +86,11 @@ def checked_state(name: str, found: State, nnz: int, what: str) -> dict[str, Any
             raise TalosValueError(
                 f"{what} must hold {key} of shape ({nnz},) for {name}, got {shape}{where}"
             )
-        if not value.is_floating_point():
-            raise TalosValueError(f"{what} must hold {key} in floating point, got {value.dtype}")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise TalosValueError(
+                f"{what} must hold {key} dense and in floating point, got {value.layout} of "
+                f"{value.dtype}"
+            )
         taken[key] = value.detach()
     return taken
 
@@ -108,8 +117,20 @@ class StateReader:
         Arrays are as the state dict holds them: `[nnz]` in the mask's order, or DTensors of them.
 
         Raises:
-            TalosValueError: it belongs to another mask, or its groups, names or sizes differ.
+            TalosValueError: it belongs to another mask, or its groups, names or sizes differ, or
+                it is no state dict.
         """
+        try:
+            return self._read(state_dict)
+        except TalosError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise TalosValueError(
+                "state_dict must be what state_dict() of this optimizer returns, got another "
+                f"structure ({error!r:.100})"
+            ) from error
+
+    def _read(self, state_dict: Mapping[str, Any]) -> Saved:
         groups = state_dict["param_groups"]
         if len(groups) != len(self.groups):
             raise TalosValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from talos.distributed import is_sharded, local, reduced, whole
+from talos.distributed import is_sharded, local, reduced, sharding, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import digest
 from talos.tensors import INTEGERS, place
@@ -133,7 +133,7 @@ def _lacking(params: Mapping[str, Tensor], bases: Mapping[str, str]) -> set[str]
     for name, param in params.items():
         if is_sharded(param):
             flag = torch.tensor(name in lacking, dtype=torch.int32, device=param.device)
-            if reduced(flag, param, "max"):
+            if reduced(flag, "max", sharding(param)):
                 lacking.add(name)
     return lacking
 

@@ -121,7 +121,11 @@ class Checkpoints:
             self._found = load_file(path, _KIND, finite=False)
         tensors, content = self._found
         there, base = content.get("settings"), content.get("base")
-        if not isinstance(there, dict) or not isinstance(base, dict) or content.get("step") != step:
+        if (
+            content.get("step") != step
+            or not (isinstance(there, dict) and isinstance(base, dict))
+            or not (isinstance(content.get("orders"), list) and "losses" in tensors)
+        ):
             raise TalosValueError(f"{path}: not a valid checkpoint; begin anew in another folder")
         differ = [
             f"{name}={self._settings.get(name, 'none')} (there {there.get(name, 'none')})"

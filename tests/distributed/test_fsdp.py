@@ -7,6 +7,7 @@ which adds up the halves, so the bits are equal.
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
@@ -174,15 +175,18 @@ def load(folder: Path, then: Path) -> list[tuple[Any, TaskVector]]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [[2, 3], pytest.param([4, 2], marks=pytest.mark.slow)], ids=str)
+def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(
+    sizes: list[int], tmp_path: Path
+) -> None:
     model, optimizer = prepared()
     train(model, optimizer, 2)
     save(tmp_path / "1", model, optimizer)
     saved, vector = whole_states(model, optimizer)
     wanted = leaves(saved)
-    for before, after in (("1", "4"), ("4", "2"), ("2", "3"), ("3", "1 again")):
+    names = ["1", *map(str, sizes), "1 again"]
+    for (before, after), size in zip(pairwise(names), [*sizes, 1], strict=True):
         folders = tmp_path / before, tmp_path / after
-        size = int(after[0])
         found = in_processes(size, load, *folders) if size > 1 else [load(*folders)]
         for states, other in (each for ours in found for each in ours):
             held = leaves(states)
@@ -258,6 +262,14 @@ def test_an_optimizer_is_made_before_or_after_sharding_and_not_too_late() -> Non
         assert ("rank 1 raised TalosValueError" in found["rate"]) == (number == 0)
         assert "Invalid learning rate: -0.99" in found["rate"]
         assert "must stay dense" in found["compact"]
+
+
+def test_fsdp1_is_refused() -> None:
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # making one needs a GPU
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = network()
+    with pytest.raises(TalosTypeError, match=r"must be sharded with fully_shard \(FSDP2\)"):
+        SparseAdam(wrapper, some(network()))
 
 
 def clipped_and_scaled() -> list[Tensor]:

@@ -23,7 +23,8 @@ def holding(path: Path, started: int) -> None:
     def write(new: Path) -> None:
         new.write_bytes(b"whole")
         os.write(started, b"x")
-        while not path.with_name("go").exists():
+        until = time.monotonic() + 60  # it outlives no test
+        while not path.with_name("go").exists() and time.monotonic() < until:
             time.sleep(0.002)
 
     atomic_write(path, write)

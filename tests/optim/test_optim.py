@@ -623,6 +623,7 @@ def test_the_state_of_another_mask_is_refused() -> None:
         wrong_state(lambda state: state.update(theirs))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_a_state_of_the_wrong_form_is_refused() -> None:
     with pytest.raises(TalosValueError, match="param groups"):
         wrong_state(lambda state: state["param_groups"].clear())
@@ -630,6 +631,32 @@ def test_a_state_of_the_wrong_form_is_refused() -> None:
         wrong_state(lambda state: state["state"][1].pop("exp_avg"))
     with pytest.raises(TalosValueError, match="another optimizer"):
         wrong_state(lambda state: state["param_groups"][0].pop("mask"))
+    for wrong in (torch.ones(2, dtype=torch.int64), torch.tensor(1.0), torch.ones(0).long()):
+        with pytest.raises(TalosValueError, match="must hold fingerprint as one integer"):
+            wrong_state(lambda state, wrong=wrong: state["state"][1].update(fingerprint=wrong))
+    sparse = torch.sparse_coo_tensor(size=(weight_nnz(),))
+    with pytest.raises(TalosValueError, match="must hold exp_avg_sq dense"):
+        wrong_state(lambda state: state["state"][1].update(exp_avg_sq=sparse))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("state"),
+        lambda state: state.pop("param_groups"),
+        lambda state: state.update(param_groups=[3]),
+        lambda state: state["param_groups"][0].pop("params"),
+        lambda state: state["param_groups"][0].update(param_names=3),
+        lambda state: state["state"].update({0: 3}),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+    with pytest.raises(TalosValueError, match=r"what state_dict\(\) of this optimizer returns"):
+        wrong_state(change)
+
+
+def weight_nnz() -> int:
+    return random_mask().indices["weight"].nnz
 
 
 def dense(mask: Mask) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import talos
 from talos.errors import TalosError, TalosOSError, TalosValueError
-from talos.files import load_file
+from talos.files import load_file, save_file
 from talos.masks import Mask
 from talos.methods import METHODS, Talos
 from talos.training import FineTuneStep, fine_tune, fine_tune_steps
@@ -329,3 +329,32 @@ def test_state_that_is_not_finite_is_kept_as_it_is(tmp_path: Path) -> None:
         tmp_path / "whole" / "step-00000003.safetensors", "checkpoint", finite=False
     )
     assert torch.isinf(tensors["phase/state/weight/exp_avg_sq"]).any()
+
+
+def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(*attention_and_data(), folder, keep=1)
+    path = folder / "step-00000004.safetensors"
+    tensors, content = load_file(path, "checkpoint", finite=False)
+    weight = "phase/weights/q_proj.weight"
+    for other, text in (
+        (({}, content), "not a valid checkpoint"),
+        ((tensors, content | {"step": 3}), "not a valid checkpoint"),
+        ((tensors, content | {"settings": None}), "not a valid checkpoint"),
+        (({**tensors, weight: torch.zeros(2)}, content), "q_proj.weight as torch.float32 .8, 8"),
+        (({k: v for k, v in tensors.items() if k != weight}, content), r"\[8, 8\], got none"),
+        (({**tensors, "phase/state/other/step": torch.zeros(())}, content), "got other"),
+    ):
+        save_file(path, "checkpoint", *other, finite=False)
+        model, data = attention_and_data()
+        before = {name: each.clone() for name, each in model.state_dict().items()}
+        with pytest.raises(TalosValueError, match=text):
+            train(model, data, folder, resume=True)
+        for name, value in model.state_dict().items():
+            assert_bit_equal(value, before[name])
+    Mask.from_dense({"w": torch.ones(2) > 0}).save(path)
+    with (
+        pytest.raises(TalosValueError, match="got 1 damaged"),
+        pytest.warns(UserWarning, match="must hold a checkpoint, got a mask"),
+    ):
+        train(*attention_and_data(), folder, resume=True)
