@@ -7,6 +7,7 @@ which adds up the halves, so the bits are equal.
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,18 @@ def load(folder: Path, then: Path) -> list[tuple[Any, TaskVector]]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [[2, 3], pytest.param([4, 2], marks=pytest.mark.slow)], ids=str)
+def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(
+    sizes: list[int], tmp_path: Path
+) -> None:
     model, optimizer = prepared()
     train(model, optimizer, 2)
     save(tmp_path / "1", model, optimizer)
     saved, vector = whole_states(model, optimizer)
     wanted = leaves(saved)
-    for before, after in (("1", "4"), ("4", "2"), ("2", "3"), ("3", "1 again")):
+    names = ["1", *map(str, sizes), "1 again"]
+    for (before, after), size in zip(pairwise(names), [*sizes, 1], strict=True):
         folders = tmp_path / before, tmp_path / after
-        size = int(after[0])
         found = in_processes(size, load, *folders) if size > 1 else [load(*folders)]
         for states, other in (each for ours in found for each in ours):
             held = leaves(states)
