@@ -6,6 +6,7 @@ checksums, a kind and a version, limits on memory, and atomic writing.
 
 from talos.files.atomic import atomic_write
 from talos.files.checked import (
+    OtherFile,
     check_entries,
     claimed_kind,
     digest,
@@ -20,6 +21,7 @@ __all__ = [
     "Beside",
     "Checkpoint",
     "OnTensor",
+    "OtherFile",
     "atomic_write",
     "check_entries",
     "claimed_kind",

@@ -20,6 +20,7 @@ from talos.files.reader import opened, parse_json, read_tensor
 
 __all__ = [
     "VERSION",
+    "OtherFile",
     "check_entries",
     "check_name",
     "claimed_kind",
@@ -40,7 +41,12 @@ _LOADERS = {
 }
 _CHUNK = 1 << 18  # entries that are cast at a time
 _MOST_NESTED = 300  # Python ends at about a thousand nested calls
+_MOST_DIMENSIONS = 64
 _MOST_EMPTY = 1 << 36  # dense entries; the index keeps 8 bytes for 65536 of them
+
+
+class OtherFile(TalosValueError):
+    """A file that holds something else, or in another version: it need not be damaged."""
 
 
 def save_file(
@@ -153,7 +159,8 @@ def load_file(
         The tensors, on the CPU, and the content.
 
     Raises:
-        TalosValueError: the file is damaged, or of another version, kind or format.
+        OtherFile: the file is of another version, kind or format.
+        TalosValueError: it is damaged.
         TalosOSError: it cannot be read.
     """
     path = Path(path)
@@ -194,12 +201,12 @@ def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
     """Return the parsed metadata of a file, checked."""
     text = metadata.get("talos")
     if text is None and metadata.get("format") == '"talos"':
-        raise TalosValueError(
+        raise OtherFile(
             f"{path}: version must be {VERSION}, got {metadata.get('version')}, which an earlier "
             "build wrote; make it again"
         )
     if text is None:
-        raise TalosValueError(
+        raise OtherFile(
             f"{path}: must hold a {kind}, got a safetensors file that talos did not write; "
             "save one with .save()"
         )
@@ -212,16 +219,16 @@ def _about(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
         ) from None
     version, found = about.get("version"), about.get("kind")
     if type(version) is not int or version < VERSION:
-        raise TalosValueError(f"{path}: version must be {VERSION}, got {version!r}; make it again")
+        raise OtherFile(f"{path}: version must be {VERSION}, got {version!r}; make it again")
     if version > VERSION:
-        raise TalosValueError(
+        raise OtherFile(
             f"{path}: version must be at most {VERSION}, got {version}; upgrade talos-sparse"
         )
     if found != kind:
         loader = _LOADERS.get(found) if isinstance(found, str) else None
         remedy = f"load it with {loader}" if loader else "fetch it again"
         wanted, got = (each if each == "heads" else f"a {each}" for each in (kind, found))
-        raise TalosValueError(f"{path}: must hold {wanted}, got {got}; {remedy}")
+        raise OtherFile(f"{path}: must hold {wanted}, got {got}; {remedy}")
     if not intact:
         raise TalosValueError(
             f"{path}: the checksum of its metadata does not fit, it is damaged or was edited; "
@@ -245,8 +252,8 @@ def check_entries(entries: Any) -> None:
 
     Raises:
         TalosValueError: its structure differs; a size is negative or no integer; a name comes
-            twice; a size has more than 63 bits; tensors with hardly a selected entry, for which
-            the file holds next to nothing, are larger than any model.
+            twice; a size has more than 63 bits; there are too many dimensions; tensors with hardly
+            a selected entry, for which the file holds next to nothing, are larger than any model.
 
     Example:
         >>> check_entries([{"name": "w", "shape": [2], "encoding": "full", "nnz": 2}])
@@ -263,9 +270,15 @@ def check_entries(entries: Any) -> None:
     names = Counter(entry["name"] for entry in entries)
     if len(names) < len(entries):
         raise TalosValueError(f"tensors must name {names.most_common(1)[0][0]!r} once, not twice")
-    sizes = [prod(entry["shape"]) for entry in entries]
-    if max(sizes, default=0) >= 1 << 63 or any(max(e["shape"], default=0) >> 63 for e in entries):
-        raise TalosValueError("tensors must have sizes of 63 bits, got larger ones")
+    shapes = [entry["shape"] for entry in entries]
+    # A product of many large numbers would take minutes.
+    if any(len(each) > _MOST_DIMENSIONS or max(each, default=0) >> 63 for each in shapes) or any(
+        prod(each) >> 63 for each in shapes
+    ):
+        raise TalosValueError(
+            f"tensors must have sizes of 63 bits in at most {_MOST_DIMENSIONS} dimensions, got more"
+        )
+    sizes = [prod(each) for each in shapes]
     # Of these the memory is one of segments, not of selected entries.
     empty = sum(size for size, e in zip(sizes, entries, strict=True) if e["nnz"] << 16 < size)
     if empty > _MOST_EMPTY:

@@ -152,19 +152,43 @@ class Phase(ABC):
                 raise TalosValueError(
                     f"state must hold {name} as {own.dtype} {list(own.shape)}, got {found}"
                 )
-        own_state = self.optimizer.state_dict()
-        parts: dict[int, dict[str, Tensor]] = {n: dict(e) for n, e in own_state["state"].items()}
-        numbers = {name: number for number, name in enumerate(self.trained)}
+        saved_parts: dict[str, dict[str, Tensor]] = {}
         for place, value in state.items():
             if place.startswith("state/"):
                 name, _, key = place.removeprefix("state/").rpartition("/")
-                if name not in numbers:
-                    raise TalosValueError(f"state must hold what is trained, got {name}")
-                parts.setdefault(numbers[name], {})[key] = value
+                saved_parts.setdefault(name, {})[key] = value
+        if not saved_parts:
+            raise TalosValueError("state must hold the moments of what is trained, got none")
+        for name, moments in saved_parts.items():
+            if name not in self.trained:
+                raise TalosValueError(f"state must hold what is trained, got {name}")
+            self._check_moments(name, moments)
+        own_state = self.optimizer.state_dict()
+        parts: dict[int, dict[str, Tensor]] = {n: dict(e) for n, e in own_state["state"].items()}
+        for number, name in enumerate(self.trained):
+            if name in saved_parts:
+                parts[number] = {**parts.get(number, {}), **saved_parts[name]}
         self.optimizer.load_state_dict({**own_state, "state": parts})
         with torch.no_grad():
             for name in self.trained:
                 self._set_values(name, state[f"weights/{name}"])
+
+    def _check_moments(self, name: str, found: Mapping[str, Tensor]) -> None:
+        """Refuse a state that no step makes: torch's fused AdamW would write outside of it."""
+        shape, wanted = self._values(name).shape, self._moments(name)
+        right = set(found) == {"step", *wanted} and all(
+            (found[key].shape, found[key].dtype) == (shape, dtype) for key, dtype in wanted.items()
+        )
+        if not right or found["step"].shape or not found["step"].is_floating_point():
+            parts = {key: f"{each.dtype} {list(each.shape)}" for key, each in found.items()}
+            raise TalosValueError(
+                f"state must hold step as one number and {', '.join(wanted)} of {name} as "
+                f"{next(iter(wanted.values()))} {list(shape)}, got {parts}"
+            )
+
+    def _moments(self, name: str) -> dict[str, torch.dtype]:
+        """Return the dtype of each part of the optimizer's state in a weight's shape, by key."""
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), self._values(name).dtype)
 
     def resumed(self, state: Mapping[str, Tensor]) -> "Phase":
         """Return the phase that a state belongs to, this one or a later one, where it was."""

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from talos.distributed import is_sharded
@@ -111,6 +112,11 @@ class Sparse(Phase):
             for place, value in super().state().items()
             if not (place.startswith("state/") and place.endswith(("/base", "/fingerprint")))
         }
+
+    def _moments(self, name: str) -> dict[str, torch.dtype]:
+        own = self.trained[name].dtype
+        kept = torch.promote_types(own, torch.float32)
+        return dict.fromkeys(("exp_avg", "exp_avg_sq", *(["master"] if kept != own else [])), kept)
 
     def _values(self, name: str) -> Tensor:
         param = self.trained[name].detach()

@@ -24,18 +24,17 @@ from torch import Tensor, nn
 
 from talos.distributed import errors_on_all_ranks, is_sharded, rank
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
-from talos.files import load_file, save_file
+from talos.files import OtherFile, load_file, save_file
 from talos.files.atomic import sweep
 from talos.methods import Phase
 from talos.names import named_buffers, named_parameters
-from talos.options import integer
 from talos.task_vectors.fingerprints import fingerprint
 from talos.tensors import equal_bits
 from talos.training.order import Order, under
 
-__all__ = ["Checkpoints", "check_folder", "losses_in", "steps_in"]
+__all__ = ["Checkpoints", "check_checkpoint", "check_folder", "losses_in", "steps_in"]
 
-_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.safetensors")
 _KIND = "checkpoint"
 
 
@@ -55,10 +54,9 @@ class Checkpoints:
         losses: of the steps until there.
 
     Raises:
-        TalosTypeError: `folder` is no path.
-        TalosValueError: a number is out of range; or the checkpoint found belongs to a training
-            with other settings or initial weights; or none of those that are there is intact; or a
-            parameter is sharded.
+        TalosValueError: the checkpoint found belongs to a training with other settings or initial
+            weights; or none of those that are there is intact, or one is of another kind or
+            version; or a parameter is sharded.
         TalosOSError: the folder cannot be written; or it holds checkpoints and `resume` is False.
     """
 
@@ -72,22 +70,19 @@ class Checkpoints:
         keep: int,
         resume: bool,
     ) -> None:
-        if not isinstance(folder, str | os.PathLike):
-            raise TalosTypeError(
-                f"checkpoint must be the path of a folder, got {type(folder).__name__}"
-            )
         self.folder, self._model, self._settings = Path(folder), model, dict(settings)
-        self.every, self.keep = integer("every", every, 1), integer("keep", keep, 1)
+        self.every, self.keep = every, keep
         params = named_parameters(model)
         if sharded := [name for name, param in params.items() if is_sharded(param)]:
             raise TalosValueError(
                 f"checkpoint must be None with sharded parameters, got {len(sharded)} of them; "
                 "save and load with torch.distributed.checkpoint in a loop of your own"
             )
-        self._base = {name: fingerprint(param) for name, param in params.items()}
         self._buffers = {n: each.detach().clone() for n, each in named_buffers(model).items()}
+        self._base = {name: fingerprint(each) for name, each in {**params, **self._buffers}.items()}
         self.step = 0
         self.losses: list[float] = []
+        self._damaged: list[int] = []
         self._found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         with errors_on_all_ranks() as newest:
             if rank() == 0:
@@ -103,7 +98,10 @@ class Checkpoints:
         for step in steps:
             try:
                 self._found = load_file(_path(self.folder, step), _KIND, finite=False)
+            except OtherFile:
+                raise
             except TalosValueError as error:
+                self._damaged.append(step)
                 warnings.warn(f"a checkpoint was passed over: {error}", stacklevel=6)
                 continue
             return [step]
@@ -140,11 +138,13 @@ class Checkpoints:
         names = [n for n in {**self._base, **base} if self._base.get(n) != base.get(n)]
         if names:
             raise TalosValueError(
-                f"model must have the weights with which {path} began, got other ones in "
+                f"model must have the weights and buffers with which {path} began, got others in "
                 f"{', '.join(names[:5])}; load the base again"
             )
         with _understood(path):
             self.step, self.losses = step, [float(each) for each in tensors["losses"].tolist()]
+            if len(self.losses) != step:
+                raise ValueError(f"{len(self.losses)} losses")
             for place in content["orders"]:
                 if not all(0 <= operator.index(place[key]) < 1 << 63 for key in ("epoch", "taken")):
                     raise ValueError(f"the place {place} in the data")
@@ -155,13 +155,17 @@ class Checkpoints:
         """Return the phase that was reached, given the first; the model's buffers go there, too."""
         if self._found is None:
             return phase
-        tensors, _ = self._found
-        with _understood(_path(self.folder, self.step)):
-            phase = phase.resumed(under("phase/", tensors))
+        tensors, content = self._found
+        saved = under(f"buffers/{_place(content)}/", tensors)
+        with errors_on_all_ranks(), _understood(_path(self.folder, self.step)):
             own = named_buffers(self._model)
+            for name, each in saved.items():
+                if (each.shape, each.dtype) != (own[name].shape, own[name].dtype):
+                    raise ValueError(f"{each.dtype} {list(each.shape)} for the buffer {name}")
+            phase = phase.resumed(under("phase/", tensors))
             with torch.no_grad():
-                for name, saved in under("buffers/", tensors).items():
-                    own[name].copy_(saved)
+                for name, each in saved.items():
+                    own[name].copy_(each)
         return phase
 
     def go_to(self, order: Order) -> bool:
@@ -170,10 +174,10 @@ class Checkpoints:
             return False
         tensors, content = self._found
         self._found = None  # everything has been read
-        places = content["orders"]
-        # A rank more than there were has the data's place of rank 0, and generators of its own.
-        own = rank() if rank() < len(places) else 0
-        order.go_to(places[own], under(f"order/{own}/", tensors), draws=own == rank())
+        own = _place(content)
+        with errors_on_all_ranks():
+            place = content["orders"][own]
+            order.go_to(place, under(f"order/{own}/", tensors), draws=own == rank())
         return True
 
     def save(self, phase: Phase, order: Order, step: int, loss: float, last: bool) -> None:
@@ -185,34 +189,63 @@ class Checkpoints:
         self.losses.append(loss)
         if step % self.every and not last:
             return
-        with errors_on_all_ranks() as orders:
-            orders.append(order.state())
+        with errors_on_all_ranks() as parts:
+            parts.append((*order.state(), self._moved()))
         state = phase.state()  # of all ranks: it may be gathered
         with errors_on_all_ranks():
             if rank() == 0:
-                self._write(step, state, orders)
+                self._write(step, state, parts)
 
-    def _write(self, step: int, state: dict[str, Tensor], orders: list[Any]) -> None:
+    def _moved(self) -> dict[str, Tensor]:
+        """Return this rank's buffers that moved, on the CPU."""
+        return {
+            name: buffer.detach().cpu()
+            for name, buffer in named_buffers(self._model).items()
+            if (before := self._buffers.get(name)) is None or not equal_bits(before, buffer)
+        }
+
+    def _write(self, step: int, state: dict[str, Tensor], parts: list[Any]) -> None:
         tensors = {f"phase/{name}": tensor for name, tensor in state.items()}
-        for name, buffer in named_buffers(self._model).items():
-            before = self._buffers.get(name)
-            if before is None or not equal_bits(before, buffer):
-                tensors[f"buffers/{name}"] = buffer
-        for number, (_, own) in enumerate(orders):
+        for number, (_, own, moved) in enumerate(parts):
             tensors |= {f"order/{number}/{name}": tensor for name, tensor in own.items()}
+            tensors |= {f"buffers/{number}/{name}": buffer for name, buffer in moved.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
         content = {
             "step": step,
             "settings": self._settings,
             "base": self._base,
-            "orders": [place for place, _ in orders],
+            "orders": [place for place, _, _ in parts],
         }
-        self.folder.mkdir(exist_ok=True)
-        save_file(_path(self.folder, step), _KIND, tensors, content, finite=False)
-        # Those of later steps are damaged, or were left behind by the one resumed from.
-        kept = [each for each in steps_in(self.folder) if each <= step][: self.keep]
-        for each in set(steps_in(self.folder)) - set(kept):
-            _path(self.folder, each).unlink(missing_ok=True)
+        with _writable(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            save_file(_path(self.folder, step), _KIND, tensors, content, finite=False)
+            damaged = {each for each in self._damaged if each != step}
+            intact = [n for n in steps_in(self.folder) if n <= step and n not in damaged]
+            for each in {*intact[self.keep :], *damaged}:
+                _path(self.folder, each).unlink(missing_ok=True)
+            self._damaged = []
+
+
+def _place(content: Mapping[str, Any]) -> int:
+    """Return whose part of a checkpoint this rank takes: a rank more than there were, rank 0's.
+
+    Such a rank keeps generators of its own.
+    """
+    return rank() if rank() < len(content["orders"]) else 0
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Say of a folder what the system says of it."""
+    try:
+        yield
+    except TalosOSError:
+        raise
+    except OSError as error:
+        raise TalosOSError(
+            f"checkpoint must be a folder that can be written, got {folder} "
+            f"({error.strerror or error}); choose another"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -228,6 +261,32 @@ def _understood(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_checkpoint(folder: object, batches: object, *, resume: bool) -> None:
+    """Refuse a training that checkpoints are not for, before all ranks look at the folder.
+
+    Args:
+        folder: None: there will be none.
+        batches: of the training.
+        resume: go on from one.
+
+    Raises:
+        TalosTypeError: `folder` is no path.
+        TalosValueError: `resume` is given without a folder, or the batches cannot be found again.
+    """
+    if folder is None:
+        if resume:
+            raise TalosValueError("resume must be False without checkpoint, got True; pass both")
+    elif not isinstance(folder, str | os.PathLike):
+        raise TalosTypeError(
+            f"checkpoint must be the path of a folder, got {type(folder).__name__}"
+        )
+    elif getattr(batches, "persistent_workers", False):
+        raise TalosValueError(
+            "batches must be a loader with persistent_workers=False for a checkpoint, got True; "
+            "such workers draw on from one epoch to the next"
+        )
+
+
 def check_folder(folder: Path, *, resume: bool) -> None:
     """Refuse a folder that checkpoints cannot be written to, or that holds another training.
 
@@ -240,26 +299,22 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     Raises:
         TalosOSError: it is refused.
     """
-    if folder.exists() and not folder.is_dir():
-        raise TalosOSError(f"checkpoint must be a folder, got the file {folder}")
-    if not folder.parent.is_dir():
-        raise TalosOSError(
-            f"checkpoint must lie in an existing folder, got {folder}; make {folder.parent}"
-        )
-    if (steps := steps_in(folder)) and not resume:
-        raise TalosOSError(
-            f"checkpoint must be a folder without checkpoints, got {folder}, which has step "
-            f"{steps[0]}; pass resume=True, or choose another folder"
-        )
+    with _writable(folder):
+        if folder.exists() and not folder.is_dir():
+            raise TalosOSError(f"checkpoint must be a folder, got the file {folder}")
+        if not folder.parent.is_dir():
+            raise TalosOSError(
+                f"checkpoint must lie in an existing folder, got {folder}; make {folder.parent}"
+            )
+        if (steps := steps_in(folder)) and not resume:
+            raise TalosOSError(
+                f"checkpoint must be a folder without checkpoints, got {folder}, which has step "
+                f"{steps[0]}; pass resume=True, or choose another folder"
+            )
     there = folder if folder.exists() else folder.parent
-    try:
+    with _writable(there):
         sweep(folder)
         tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise TalosOSError(
-            f"checkpoint must be a folder that can be written, got {there} "
-            f"({error.strerror or error}); choose another"
-        ) from error
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -30,8 +30,8 @@ from talos.optim.param_groups import check_hyperparameters
 from talos.options import integer
 from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
-from talos.training.checkpoints import Checkpoints
-from talos.training.order import Order
+from talos.training.checkpoints import Checkpoints, check_checkpoint
+from talos.training.order import Order, stateful
 from talos.training.ranks import check_ranks, mean_loss, warn_of_same_batches
 
 __all__ = ["FineTuneStep", "fine_tune", "fine_tune_steps"]
@@ -85,7 +85,7 @@ def fine_tune(
     logits_fn: LogitsFunction | None = None,
     on_step: Callable[[FineTuneStep], object] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    every: int = 100,
+    every: int | None = None,
     keep: int = 2,
     resume: bool = False,
     data: Mapping[str, Any] | None = None,
@@ -124,7 +124,7 @@ def fine_tune(
         on_step: called with a `FineTuneStep` after each step.
         checkpoint: a folder for checkpoints, from which a training that was stopped goes on with
             the same bits; see docs/operations.md. The last step is always written.
-        every: steps from one checkpoint to the next.
+        every: steps from one checkpoint to the next; None: a tenth of the steps, at most 100.
         keep: how many of the newest checkpoints stay.
         resume: go on from the newest checkpoint that is intact, or begin if there is none. Pass the
             initial model and the same settings.
@@ -241,7 +241,7 @@ class _Run:
     logits_fn: LogitsFunction | None
     on_step: Callable[[FineTuneStep], object] | None
     checkpoint: str | os.PathLike[str] | None
-    every: int
+    every: int | None
     keep: int
     resume: bool
     data: Mapping[str, Any] | None
@@ -250,9 +250,11 @@ class _Run:
         """Check all settings and prepare the first phase; the model is left as it is."""
         with errors_on_all_ranks():
             settings = self._prepare()
-        check_ranks(self.model, settings)
+        own = ("checkpoint", "every", "keep", "resume")
+        check_ranks(self.model, settings | {name: str(getattr(self, name)) for name in own})
         self._checkpoints: Checkpoints | None = None
         if self.checkpoint is not None:
+            assert self.every is not None
             self._checkpoints = Checkpoints(
                 self.checkpoint,
                 self.model,
@@ -299,8 +301,10 @@ class _Run:
         self._total = self.steps * method.phases
         self._taken = 0
         self._digest: str | None = None  # of the first batch
-        if self.resume and self.checkpoint is None:
-            raise TalosValueError("resume must be False without checkpoint, got True; pass both")
+        if self.every is None:
+            self.every = min(100, max(1, self.steps // 10))
+        self.every, self.keep = integer("every", self.every, 1), integer("keep", self.keep, 1)
+        check_checkpoint(self.checkpoint, self.batches, resume=self.resume)
         return self._settings(method, hyper)
 
     def _settings(self, method: Method, hyper: Mapping[str, Any]) -> dict[str, str]:
@@ -308,8 +312,10 @@ class _Run:
         own = ("steps", "warmup", "max_grad_norm", "label_smoothing", "accumulate", "autocast")
         mask = {"mask": method.mask.fingerprint} if isinstance(method, Talos) else {}
         every = {name: getattr(self, name) for name in own}
-        found = {**(self.data or {}), **method.metadata, **mask, **hyper, **every}
-        return {name: str(value) for name, value in found.items()}
+        data = {f"data.{name}": value for name, value in (self.data or {}).items()}
+        loader = {"batches.state_dict": stateful(self.batches) is not None}
+        found = {**method.metadata, **mask, **hyper, **every, **loader, **data}
+        return {name: _text(value) for name, value in found.items()}
 
     def stream(self) -> Generator[FineTuneStep, None, TaskVector]:
         """Train: yield every step and return the task vector."""
@@ -420,6 +426,13 @@ def _cross_entropy(logits_fn: LogitsFunction, label_smoothing: float) -> LossFun
         return F.cross_entropy(logits, labels_of(batch), label_smoothing=label_smoothing)
 
     return loss
+
+
+def _text(value: object) -> str:
+    """Return a setting as a text that equal ones share: 1 and 1.0, a list and a tuple."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_text, value))})"
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _device(phase: Phase) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from talos.errors import TalosTypeError, TalosValueError
 from talos.training.randomness import random_states, set_random_states
 
-__all__ = ["Order", "under"]
+__all__ = ["Order", "stateful", "under"]
 
 
 class Order:
@@ -19,7 +19,7 @@ class Order:
     A place is found again by going through the epoch from its start: with the generators as they
     were then, a shuffling loader makes the same order, and the batches before the place are
     dropped. A loader with `state_dict` and `load_state_dict`, as those of torchdata, goes there by
-    itself.
+    itself, with the same generators.
 
     Args:
         batches: re-iterable.
@@ -85,7 +85,7 @@ class Order:
         content: dict[str, Any] = {"epoch": self.epoch, "taken": self.taken}
         tensors = {f"start/{name}": state for name, state in self._start.items()}
         tensors |= {f"now/{name}": s for name, s in random_states(self._generators).items()}
-        if (loader := _stateful(self.batches)) is not None:
+        if (loader := stateful(self.batches)) is not None:
             content["loader"] = _without_tensors(loader.state_dict(), tensors)
         return content, tensors
 
@@ -100,14 +100,21 @@ class Order:
             draws: False leaves the generators as they are now.
 
         Raises:
-            TalosValueError: an epoch has fewer batches than were taken.
+            TalosValueError: an epoch has fewer batches than were taken, or a loader does not take
+                its own state.
         """
         own = random_states(self._generators)
-        if (loader := _stateful(self.batches)) is not None:
-            loader.load_state_dict(_with_tensors(content["loader"], tensors))
+        set_random_states(under("start/", tensors), self._generators)
+        if (loader := stateful(self.batches)) is not None:
+            try:
+                loader.load_state_dict(_with_tensors(content["loader"], tensors))
+            except Exception as error:  # which one depends on the loader
+                raise TalosValueError(
+                    "batches.load_state_dict() must take the state of the checkpoint, got "
+                    f"{error!r:.200}; pass the same loader of the same data"
+                ) from error
             self._begin()
         else:
-            set_random_states(under("start/", tensors), self._generators)
             self._begin()
             assert self._iterator is not None
             skipped = sum(1 for _ in islice(self._iterator, content["taken"]))
@@ -128,7 +135,7 @@ def _generators_of(batches: object) -> list[torch.Generator]:
     return list(dict.fromkeys(each for each in found if isinstance(each, torch.Generator)))
 
 
-def _stateful(batches: object) -> Any:
+def stateful(batches: object) -> Any:
     """Return a loader that keeps its own place, else None."""
     methods = ("state_dict", "load_state_dict")
     return batches if all(hasattr(batches, each) for each in methods) else None

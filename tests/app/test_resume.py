@@ -61,7 +61,9 @@ def test_a_training_that_ctrl_c_stopped_goes_on(
     stop, shown[:] = False, []
     assert main([*words, *outputs("run"), "--resume"]) == 0
     assert shown == [4, 5, 6]
-    assert capsys.readouterr().out.split("entries")[1] == summary
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'run'}: goes on after step 4\n" in told.err
+    assert told.out.split("entries")[1] == summary
     whole, resumed = (tmp_path / name for name in ("whole", "run"))
     same = [each.with_suffix(".safetensors").read_bytes() for each in (whole, resumed)]
     assert same[0] == same[1]

@@ -184,7 +184,7 @@ SAID = (
     ("TalosRuntimeError: rank 1 raised KeyError: 'a broken sample'", "KeyError: 'a broken sample'"),
     ("rank 1 raised TalosValueError: lr must keep the loss finite, got nan at step 1",
      "TalosValueError: lr must keep the loss finite, got nan at step 1"),
-    ("max_grad_norm must be the same on all ranks, got '1.0' on rank 0 and 'None' on",) * BOTH,
+    ("max_grad_norm must be the same on all ranks, got '1' on rank 0 and 'None' on",) * BOTH,
     ("the sum of the bits of head.weight must be the same on all ranks",) * BOTH,
     ("model must not be wrapped in DistributedDataParallel",) * BOTH,
     ("rank 1 raised ValueError: the data end here", "ValueError: the data end here"),

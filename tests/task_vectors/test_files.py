@@ -411,6 +411,10 @@ def test_what_is_nested_as_deep_as_it_may_be_is_read_and_shown(tmp_path: Path) -
         ({"tensors": FULL, "made": {}, "more": 1}, "must hold tensors and made"),
         ({"tensors": FULL, "made": {}}, r"only a mask, got w\.values"),
         ({"tensors": [entry("full", 10**4000, 1)], "made": {}}, "sizes of 63 bits"),
+        (
+            {"tensors": [{**entry("full", 1, 1), "shape": [2**62] * 65}], "made": {}},
+            "at most 64 dim",
+        ),
     ],
 )
 def test_a_mask_that_lies_behind_right_checksums(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import talos
 from talos.errors import TalosError, TalosOSError, TalosValueError
-from talos.files import load_file, save_file
+from talos.files import checked, load_file, save_file
 from talos.masks import Mask
 from talos.methods import METHODS, Talos
 from talos.training import FineTuneStep, fine_tune, fine_tune_steps
@@ -125,16 +125,22 @@ class Drawn:
 
 
 class Stateful:
-    """Batches that know their place, as a loader of torchdata does; they draw nothing again."""
+    """Batches that know their place, as a loader of torchdata does, and draw an order as it does.
+
+    The state has the place, and not the order: that of an epoch is drawn at its beginning.
+    """
 
     def __init__(self, data: list[Any]) -> None:
         self.data, self.place = data, 0
         self.offset = torch.zeros(2)
 
     def __iter__(self) -> Iterator[Any]:
+        return self._rest(torch.randperm(len(self.data)).tolist())
+
+    def _rest(self, drawn: list[int]) -> Iterator[Any]:
         while self.place < len(self.data):
             self.place += 1
-            yield self.data[self.place - 1]
+            yield self.data[drawn[self.place - 1]]
         self.place = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,14 +252,18 @@ def test_later_ones_that_are_damaged_do_not_count_among_the_newest(tmp_path: Pat
         ({"lr": 0.1, "eps": 0.5}, r"got lr=0.1 \(there 0.001\), eps=0.5 \(there 1e-08\);"),
         ({"weight_decay": 0.1}, "weight_decay"),
         ({"betas": (0.8, 0.9)}, "betas"),
-        ({"max_grad_norm": None}, r"max_grad_norm=None \(there 1.0\)"),
+        ({"max_grad_norm": None}, r"max_grad_norm=None \(there 1\)"),
         ({"accumulate": 2}, "accumulate"),
         ({"label_smoothing": 0.1}, "label_smoothing"),
         ({"autocast": torch.bfloat16}, r"autocast=torch.bfloat16 \(there None\)"),
         ({"warmup": 3}, "warmup"),
         ({"method": "l_lora"}, r"method=l_lora \(there nonlinear\), rank=16 \(there none\)"),
-        ({"data": {"seed": 2}}, r"seed=2 \(there 1\)"),
-        ({"data": None}, r"seed=none \(there 1\)"),
+        ({"data": {"seed": 2}}, r"data.seed=2 \(there 1\)"),
+        ({"data": None}, r"data.lr=none \(there other\), data.seed=none \(there 1\)"),
+        ({"data": {"seed": 1, "lr": 2.0}}, r"got data.lr=2 \(there other\)"),
+        ({"batches": Stateful([])}, r"batches.state_dict=True \(there False\)"),
+        ({"batches": DataLoader([1], num_workers=1, persistent_workers=True)},
+         "batches must be a loader with persistent_workers=False for a checkpoint"),
         ({"resume": False}, r"must be a folder without checkpoints, .* step 4; pass resume=True"),
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"keep": 0}, "keep must be an integer of at least 1, got 0"),
@@ -266,19 +276,28 @@ def test_a_checkpoint_of_another_training_is_refused(
 ) -> None:
     model, data = attention_and_data()
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    given = {"steps": STEPS, "method": "nonlinear", "data": {"seed": 1}, "resume": True}
+    given = {"steps": STEPS, "method": "nonlinear", "data": DATA, "resume": True, "batches": data}
     with pytest.raises(TalosError, match=match):
-        fine_tune_steps(model, data, **{**given, "checkpoint": finished, **options})
+        fine_tune_steps(model, **{**given, "checkpoint": finished, **options})
     for name, value in model.state_dict().items():
         assert_bit_equal(value, before[name])
+
+
+DATA = {"seed": 1, "lr": "other"}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that is over."""
     folder = tmp_path_factory.mktemp("training") / "run"
-    train(*attention_and_data(), folder, method="nonlinear", data={"seed": 1})
+    train(*attention_and_data(), folder, method="nonlinear", data=DATA)
     return folder
+
+
+def test_equal_settings_are_the_same_however_they_are_written(finished: Path) -> None:
+    equal = {"betas": [0.9, 0.999], "max_grad_norm": 1, "weight_decay": 0}
+    equal |= {"data": {"lr": "other", "seed": 1.0}, "method": "nonlinear"}
+    assert train(*attention_and_data(), finished, **equal, resume=True)[0] == []
 
 
 def test_another_mask_and_other_initial_weights_are_refused(tmp_path: Path) -> None:
@@ -297,6 +316,66 @@ def test_another_mask_and_other_initial_weights_are_refused(tmp_path: Path) -> N
     model, data = attention_and_data(torch.bfloat16)
     with pytest.raises(TalosValueError, match="load the base again"):
         train(model, data, tmp_path / "run", mask=mask, resume=True)
+
+
+def test_other_buffers_are_refused(tmp_path: Path) -> None:
+    for shift in (0.0, 1.0):
+        model, data = attention_and_data()
+        model.register_buffer("shift", torch.full((2,), shift))
+        if shift == 0:
+            train(model, data, tmp_path / "run")
+            continue
+        with pytest.raises(TalosValueError, match=r"weights and buffers with .* others in shift;"):
+            train(model, data, tmp_path / "run", resume=True)
+
+
+def test_a_loader_that_does_not_take_its_state_is_told(tmp_path: Path) -> None:
+    model, data = attention_and_data()
+    train(model, Stateful(data), tmp_path / "run", steps=2)
+    folder = only(tmp_path / "run", 1, tmp_path / "one")
+    model, data = attention_and_data()
+    batches = Stateful(data)
+    batches.load_state_dict = lambda state: state["rows"]  # of another version, say
+    with pytest.raises(
+        TalosValueError, match=r"batches.load_state_dict\(\) .* KeyError\('rows'\);"
+    ):
+        train(model, batches, folder, steps=2, resume=True)
+
+
+def test_without_every_a_short_training_has_checkpoints(tmp_path: Path) -> None:
+    train(*attention_and_data(), tmp_path / "run", steps=20, every=None)
+    assert len(list((tmp_path / "run").iterdir())) == 10
+
+
+def test_a_folder_that_goes_away_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    for change, match in (
+        (place.rmdir, "must be a folder that can be written, got .*run .No such file"),
+        (lambda: (place / "run").write_text(""), "must be a folder that can be written.*exists"),
+    ):
+        place.mkdir()
+        events = fine_tune_steps(*attention_and_data(), steps=2, every=1, checkpoint=place / "run")
+        next(events)
+        change()
+        with pytest.raises(TalosOSError, match=match):
+            next(events)
+
+
+def test_an_intact_file_of_another_version_or_kind_stops_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(*attention_and_data(), folder, keep=2)
+    path = folder / "step-00000004.safetensors"
+    for version, match in ((99, "version must be at most 2, got 99; upgrade"), (1, "make it")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checked, "VERSION", version)
+            save_file(path, "checkpoint", {}, {})
+        before = path.read_bytes()
+        with pytest.raises(TalosValueError, match=f"step-00000004.safetensors: .*{match}"):
+            train(*attention_and_data(), folder, resume=True)
+        assert path.read_bytes() == before
+    Mask.from_dense({"w": torch.ones(2) > 0}).save(path)
+    with pytest.raises(TalosValueError, match=r"must hold a checkpoint, got a mask; load it with"):
+        train(*attention_and_data(), folder, resume=True)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -336,7 +415,8 @@ def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path: Path) -> No
     train(*attention_and_data(), folder, keep=1)
     path = folder / "step-00000004.safetensors"
     tensors, content = load_file(path, "checkpoint", finite=False)
-    weight = "phase/weights/q_proj.weight"
+    weight, state = "phase/weights/q_proj.weight", "phase/state/q_proj.weight/"
+    own = r"state must hold step as one number and exp_avg, exp_avg_sq of q_proj.weight as .*, got "
     for other, text in (
         (({}, content), "not a valid checkpoint"),
         ((tensors, content | {"step": 3}), "not a valid checkpoint"),
@@ -344,6 +424,20 @@ def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path: Path) -> No
         (({**tensors, weight: torch.zeros(2)}, content), "q_proj.weight as torch.float32 .8, 8"),
         (({k: v for k, v in tensors.items() if k != weight}, content), r"\[8, 8\], got none"),
         (({**tensors, "phase/state/other/step": torch.zeros(())}, content), "got other"),
+        (({**tensors, f"{state}exp_avg": torch.zeros(2)}, content), own + ".*float32 .2."),
+        (({**tensors, f"{state}exp_avg": torch.zeros(8, 8).double()}, content), own + ".*float64"),
+        (({**tensors, f"{state}step": torch.zeros(3)}, content), own + ".*'step': '.* .3."),
+        (({**tensors, f"{state}more": torch.zeros(8, 8)}, content), own + ".*'more'"),
+        (({k: v for k, v in tensors.items() if k != f"{state}exp_avg"}, content), own),
+        (({k: v for k, v in tensors.items() if "state" not in k}, content), "moments .* got none"),
+        (
+            ({**tensors, "buffers/0/x": torch.zeros(2)}, content),
+            r"not a valid checkpoint, got KeyE",
+        ),
+        (
+            ({**tensors, "losses": torch.zeros(2)}, content),
+            "not a valid checkpoint, got .*2 losses",
+        ),
     ):
         save_file(path, "checkpoint", *other, finite=False)
         model, data = attention_and_data()
@@ -352,9 +446,3 @@ def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path: Path) -> No
             train(model, data, folder, resume=True)
         for name, value in model.state_dict().items():
             assert_bit_equal(value, before[name])
-    Mask.from_dense({"w": torch.ones(2) > 0}).save(path)
-    with (
-        pytest.raises(TalosValueError, match="got 1 damaged"),
-        pytest.warns(UserWarning, match="must hold a checkpoint, got a mask"),
-    ):
-        train(*attention_and_data(), folder, resume=True)

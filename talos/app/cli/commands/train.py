@@ -120,7 +120,11 @@ def train(
     ] = None,
     every: Annotated[
         int | None,
-        typer.Option("--every", help="Steps from one checkpoint to the next, by default 100."),
+        typer.Option(
+            "--every",
+            help="Steps from one checkpoint to the next, by default a tenth of --steps and at most "
+            "100.",
+        ),
     ] = None,
     keep: Annotated[
         int | None,
@@ -223,12 +227,14 @@ def train(
         losses: list[float] = []
 
         def on_step(step: FineTuneStep) -> None:
+            if resume and not losses and number_of_process() == 0:
+                note(_begun(checkpoint, step.step - 1))
             losses.append(step.loss)
             bars.show(f"train {task.name}", step.step, step.steps, step.loss)
 
         reached = steps_in(checkpoint) if checkpoint is not None else []
         bars.show(f"train {task.name}", max(reached, default=0), steps * chosen.phases)
-        made = made_with(task, classifier.encoder, tokens, steps=steps, lr=rate, seed=seed)
+        about = made_with(task, classifier.encoder, tokens, seed=seed)
         with as_options({**options, "path": "--checkpoint"}):
             vector = fine_tune(
                 classifier,
@@ -238,11 +244,12 @@ def train(
                 lr=rate,
                 on_step=on_step,
                 checkpoint=checkpoint,
-                data=made | {"batch_size": batch_size},
+                data=about | {"batch_size": batch_size},
                 **numbers,
             )
         if number_of_process() > 0:  # all have the same vector; one writes it
             return
+        made = about | {"steps": steps, "lr": rate}
         vector = replace(vector, metadata=vector.metadata | made)
         vector.save(out)
     if checkpoint is not None:
@@ -280,6 +287,13 @@ def _share(batch: dict[str, Any], number: int, processes: int) -> dict[str, Any]
     return {key: value.chunk(processes)[number] for key, value in batch.items()}
 
 
+def _begun(checkpoint: Path | None, step: int) -> str:
+    """Return where a training with --resume begins."""
+    return f"{checkpoint}: " + (
+        f"goes on after step {step}" if step else "no checkpoint, begins anew"
+    )
+
+
 def _kept(checkpoint: Path | None, resume: bool) -> str:
     """Return what a training that Ctrl-C stopped leaves."""
     if checkpoint is None:
@@ -287,7 +301,7 @@ def _kept(checkpoint: Path | None, resume: bool) -> str:
     from talos.training.checkpoints import steps_in
 
     if not (steps := steps_in(checkpoint)):
-        return f"{checkpoint} has no checkpoint yet"
+        return "no checkpoint was written yet; a lower --every writes one sooner"
     again = "the same command" if resume else "the same command and --resume"
     return f"{checkpoint} has the checkpoint of step {steps[0]}; {again} goes on from there"
 
