@@ -248,7 +248,8 @@ def _train(folder: Path, stop: bool) -> TaskVector:
     batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(3)]
 
     def interrupt(event: FineTuneStep) -> None:
-        raise InterruptedError
+        if event.step == 2:  # a step's checkpoint is written after this call
+            raise InterruptedError
 
     loop = {"checkpoint": folder, "every": 1, "keep": 1, "resume": True}
     return fine_tune(model, batches, mask, steps=2, on_step=interrupt if stop else None, **loop)

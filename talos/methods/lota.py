@@ -61,7 +61,7 @@ class _Search(Dense):
     def __init__(self, method: Lota, setup: Setup) -> None:
         params = trainable(setup.model)
         # Refuse before the first training what the second cannot take.
-        check_not_wrapped(setup.model)
+        check_not_wrapped(params.values())
         for name, param in params.items():
             check_trainable(name, param)
         super().__init__(setup, params)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.distributed import sharding
@@ -186,13 +187,23 @@ def complete_groups(
             group.setdefault(key, value)
 
 
-def check_not_wrapped(model: nn.Module) -> None:
-    """Refuse a model that DistributedDataParallel wraps already."""
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise TalosRuntimeError(
-            "the optimizer must be made before DistributedDataParallel, which would wait for "
-            "gradients of frozen tensors; make SparseAdam first, then wrap the model"
-        )
+def check_not_wrapped(params: Collection[Tensor]) -> None:
+    """Refuse parameters that DistributedDataParallel wraps already, whoever holds the wrapper."""
+    if not (params and dist.is_available() and dist.is_initialized()):
+        return
+    if _ddp_holds(params):
+        gc.collect()  # of a wrapper that nobody uses any more
+        if _ddp_holds(params):
+            raise TalosRuntimeError(
+                "the optimizer must be made before DistributedDataParallel, which would wait for "
+                "gradients of frozen tensors; make SparseAdam first (in Lightning in __init__), "
+                "then wrap the model, or drop a wrapper that is not used any more"
+            )
+
+
+def _ddp_holds(params: Iterable[Tensor]) -> bool:
+    wrapper = nn.parallel.DistributedDataParallel
+    return any(isinstance(module, wrapper) for module in _modules_of(params))
 
 
 def check_not_flattened(model: nn.Module) -> None:

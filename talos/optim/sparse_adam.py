@@ -144,8 +144,7 @@ class SparseAdam(Bookkeeping):
                 check_hyperparameters({**defaults, **group}, read_tensors=True)
         self._parts = Parts(mask, {name: param for param, name in self._names.items()}, mesh)
         self._untrained = unselected(params, self._names)
-        if self._untrained and isinstance(model, nn.Module):
-            check_not_wrapped(model)
+        check_not_wrapped(self._untrained.values())
         self._stop_compacting: weakref.finalize[..., SparseAdam] | None = None
         self._moment_dtype = moment_dtype
         self._buckets: list[Bucket] = []

@@ -620,3 +620,11 @@ def test_a_sweep_names_demos_below_its_own_folder(
         path.write_text(json.dumps({**swept, "cells": [{"folder": folder}]}))
         assert main(["compare", str(path), str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_number_in_place_of_a_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    methods = [{"name": 10**400}]
+    path.write_text(json.dumps({**synthetic(), "methods": methods, "addition": "x"}))
+    with pytest.raises(TalosValueError, match="must hold the accuracies of each method"):
+        load_runs(path)

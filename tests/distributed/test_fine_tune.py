@@ -72,9 +72,9 @@ def train(method: Any, data: Any, **settings: Any) -> tuple[TaskVector, list[Fin
     return vector, steps
 
 
-def ranks_train() -> list[Any]:
+def ranks_train(methods: tuple[Any, ...]) -> list[Any]:
     found = []
-    for method in METHODS:
+    for method in methods:
         with counted() as sizes:
             vector, steps = train(method, batches(world_size())[rank() :: world_size()])
         found.append((vector, [(each.loss, each.grad_norm) for each in steps], sizes))
@@ -83,8 +83,9 @@ def ranks_train() -> list[Any]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_end_with_the_vector_of_one_process(size: int) -> None:
-    results = in_processes(size, ranks_train)
-    for number, method in enumerate(METHODS):
+    methods = METHODS if size == 2 else METHODS[:2]
+    results = in_processes(size, ranks_train, methods)
+    for number, method in enumerate(methods):
         one, steps = train(method, batches(size), accumulate=size)
         for found in results:
             vector, losses, sizes = found[number]

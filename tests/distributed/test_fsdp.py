@@ -7,6 +7,7 @@ which adds up the halves, so the bits are equal.
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 from talos import Mask, ResidentVectors, SparseAdam, TaskVector
 from talos.distributed import local, rank, whole, world_size
@@ -174,15 +180,18 @@ def load(folder: Path, then: Path) -> list[tuple[Any, TaskVector]]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [[2, 3], pytest.param([4, 2], marks=pytest.mark.slow)], ids=str)
+def test_a_checkpoint_goes_from_one_number_of_ranks_to_another(
+    sizes: list[int], tmp_path: Path
+) -> None:
     model, optimizer = prepared()
     train(model, optimizer, 2)
     save(tmp_path / "1", model, optimizer)
     saved, vector = whole_states(model, optimizer)
     wanted = leaves(saved)
-    for before, after in (("1", "4"), ("4", "2"), ("2", "3"), ("3", "1 again")):
+    names = ["1", *map(str, sizes), "1 again"]
+    for (before, after), size in zip(pairwise(names), [*sizes, 1], strict=True):
         folders = tmp_path / before, tmp_path / after
-        size = int(after[0])
         found = in_processes(size, load, *folders) if size > 1 else [load(*folders)]
         for states, other in (each for ours in found for each in ours):
             held = leaves(states)
@@ -307,7 +316,10 @@ def clipped_and_scaled() -> list[Tensor]:
 
     mesh = init_device_mesh("cpu", (world_size(), 1), mesh_dim_names=("copies", "shards"))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for options in ({"mesh": mesh}, {"mp_policy": policy}, {"reshard_after_forward": False}):
+    offload = CPUOffloadPolicy(pin_memory=False)
+    settings: list[dict[str, Any]] = [{"mesh": mesh}, {"mp_policy": policy}]
+    settings += [{"offload_policy": offload}, {"reshard_after_forward": False}]
+    for options in settings:
         model = shard(network(), **options)
         with torch.no_grad():
             model(torch.ones(1, 6))  # leaves the root's weights whole

@@ -448,8 +448,10 @@ def test_data_parallel_wrapping_must_come_after(tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
         mask = Mask.from_dense({"0.weight": torch.eye(3) > 0})
         wrapped = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(TalosRuntimeError, match="make SparseAdam first, then wrap"):
-            SparseAdam(wrapped, mask)
+        for given in (wrapped, model, list(model.named_parameters())):  # Lightning gives the model
+            with pytest.raises(TalosRuntimeError, match=r"make SparseAdam first .*, then wrap"):
+                SparseAdam(given, mask)
+        del wrapped, given
         optimizer = SparseAdam(model, mask)
         wrapped = nn.parallel.DistributedDataParallel(model)
         for _ in range(3):

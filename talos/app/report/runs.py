@@ -272,7 +272,7 @@ def _undamaged(path: Path, what: str, command: str) -> Iterator[None]:
     """Explain what reading a file of another structure raises."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise TalosValueError(
             f"{path} must hold {what}, got a damaged file ({error}); make it again with `{command}`"
         ) from error
