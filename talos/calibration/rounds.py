@@ -291,7 +291,8 @@ def _count(chosen: dict[str, Tensor], among: dict[str, Tensor] | None = None) ->
     if among is not None:
         parts = {name: part & among[name] for name, part in parts.items()}
     here = sum(int(part.sum()) for part in parts.values())
-    return int(_over_ranks(torch.tensor(here, device="cpu"), "sum", chosen))
+    found = torch.tensor(here, dtype=torch.int64, device="cpu")
+    return int(_over_ranks(found, "sum", chosen))
 
 
 def _over_ranks(number: Tensor, how: Literal["sum", "max"], found: dict[str, Tensor]) -> Tensor:
