@@ -69,6 +69,11 @@ class Parts:
         """Names of the tensors that ranks hold parts of."""
         return [name for name, param in self.params.items() if is_sharded(param)]
 
+    @property
+    def several(self) -> bool:
+        """Whether several ranks have the entries of a tensor."""
+        return self.mesh is not None or any(map(is_sharded, self.params.values()))
+
     def over(self, name: str) -> "tuple[DeviceMesh, tuple[Any, ...]] | None":
         """Return the mesh and placements by which ranks have a tensor's entries; None: all."""
         if self.mesh is None or is_sharded(self.params[name]):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.distributed import is_sharded, reshard
@@ -50,6 +51,7 @@ class Bookkeeping(torch.optim.Optimizer):
     _base: Base
     _mark: Mark
     _exchange: Exchange | None
+    _complete: bool
     _stepped: bool
     _clipping: Clipping
     _buffers: WatchedBuffers
@@ -60,16 +62,31 @@ class Bookkeeping(torch.optim.Optimizer):
         self._make_ready()
         return [bucket.check() for bucket in self._buckets]
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The param groups; before the first step with the parameters that the model has now."""
+        if self._complete and not self._stepped:
+            self.follow_sharding()
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     def _make_ready(self) -> None:
         """Take over changes of `state` and groups; before the first step follow the parameters."""
-        if not self._stepped:
-            self.follow_sharding()
         self._refresh()
         if self._stepped:
             return
-        own = {name: param for param, name in self._names.items()}
-        check_one_memory({**self._untrained, **own}, own)
-        if any(bucket.is_moved for bucket in self._buckets):
+        moved = any(bucket.is_moved for bucket in self._buckets)
+        with agreement(self._mask, self._names, self._parts.mesh):
+            own = {name: param for param, name in self._names.items()}
+            check_one_memory({**self._untrained, **own}, own)
+            if self._parts.several and not moved:
+                for bucket in self._buckets:
+                    bucket.check()
+        if moved:
             self._follow()
 
     def _refresh(self) -> None:
@@ -109,14 +126,16 @@ class Bookkeeping(torch.optim.Optimizer):
     def follow_sharding(self) -> None:
         """Take over the parameters that `fully_shard` put in place of this optimizer's.
 
-        The first step does this by itself.
+        Before the first step every use of `param_groups` does this by itself.
 
         Raises:
             TalosRuntimeError: the optimizer has made a step, or its gradients are compact.
         """
         moved = _sharded_instead(self._buffers.model, {**self._untrained, **self._parts.params})
-        if not moved:
-            return
+        known = {*self._names, *moved, *moved.values()}
+        groups = self.__dict__["param_groups"]
+        if not moved or any(param not in known for group in groups for param in group["params"]):
+            return  # with others in the groups, as Accelerate puts there for a while
         if self._stepped or self._stop_compacting is not None or self._parts.mesh is not None:
             raise TalosRuntimeError(
                 "the model must be sharded before the first step and before compact_gradients(), "
@@ -126,9 +145,8 @@ class Bookkeeping(torch.optim.Optimizer):
             )
         self._names = {moved.get(param, param): name for param, name in self._names.items()}
         self._untrained = {n: moved.get(param, param) for n, param in self._untrained.items()}
-        with agreement(self._mask, self._names):
-            for group in self.param_groups:
-                group["params"] = [moved.get(param, param) for param in group["params"]]
+        for group in groups:
+            group["params"] = [moved.get(param, param) for param in group["params"]]
         self._parts = parts = Parts(self._mask, {name: p for p, name in self._names.items()})
         self.state = defaultdict(dict, {moved.get(k, k): each for k, each in self.state.items()})
         self._build({p: take(parts, n, self.state.get(p, {})) for p, n in self._names.items()})
@@ -250,7 +268,7 @@ class Bookkeeping(torch.optim.Optimizer):
 
 def _sharded_instead(model: nn.Module | None, params: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
     """Return the sharded parameters that a model holds now in place of whole ones of its names."""
-    if model is None:
+    if model is None or not (dist.is_available() and dist.is_initialized()):
         return {}
     reshard(model)
     now = named_parameters(model, remove_duplicate=False)

@@ -213,6 +213,8 @@ class SparseAdam(Bookkeeping):
             check_hyperparameters(group)
         factor = self._clipping.take(checked)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # GradScaler's number of no gradient
+            found_inf = None
         for bucket, grads in zip(self._buckets, checked, strict=True):
             bucket.step(grads, self.param_groups[bucket.group], scale, found_inf, factor)
         if self._exchange is not None:

@@ -214,6 +214,85 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, each in value.items() for k, v in leaves(each, f"{path}/{key}").items()}
 
 
+def made(first: bool) -> tuple[nn.Module, SparseAdam]:
+    """A sharded model, and its optimizer, made before or after the sharding."""
+    model = network()
+    if not first:
+        shard(model)
+    optimizer = SparseAdam(model, some(network()), lr=1e-2)
+    return (shard(model) if first else model), optimizer
+
+
+def before_a_step(first: bool, folder: Path) -> list[Tensor]:
+    """Use an optimizer before its first step in all ways that look at the parameters."""
+
+    def loss(model: nn.Module, seed: int = 0) -> Tensor:
+        return model(next(batches(1, seed)).chunk(2)[rank()]).square().mean()
+
+    found: list[Tensor] = []
+    model, optimizer = made(first)
+    loss(model).backward()
+    optimizer.zero_grad()  # drops the gradients of a trial
+    loss(model, 1).backward()
+    optimizer.step()
+    found += weights(model).values()
+    for unscale in (False, True):
+        model, optimizer = made(first)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(loss(model)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        found += weights(model).values()
+    model, optimizer = made(first)
+    states = get_state_dict(model, optimizer)
+    loaded = dict(zip(("model", "optimizer"), states, strict=True))
+    dcp.load(loaded, checkpoint_id=folder)
+    states = loaded["model"], loaded["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    return [*found, optimizer.task_vector().values]
+
+
+def switched() -> tuple[nn.Module, SparseAdam]:
+    """Put parameters into the groups as Accelerate does while it shards a model."""
+    model = network()
+    optimizer = SparseAdam(model, some(network()), lr=1e-2)
+    (group,) = optimizer.param_groups
+    names = group["param_names"]
+    group["params"] = [torch.empty_like(param) for param in group["params"]]
+    shard(model)
+    (group,) = optimizer.param_groups
+    group["params"] = [model.get_parameter(name) for name in names]
+    return model, optimizer
+
+
+def starts(folder: Path) -> str:
+    """Compare all of that with an optimizer that was made after the sharding."""
+    model, optimizer = made(first=False)
+    train(model, optimizer, 2, ranks=world_size())
+    other, theirs = switched()
+    train(other, theirs, 2, ranks=world_size())
+    for one, wanted in zip(weights(other).values(), weights(model).values(), strict=True):
+        assert_bit_equal(one, wanted)
+    states = get_state_dict(model, optimizer)
+    dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
+    for one, wanted in zip(before_a_step(True, folder), before_a_step(False, folder), strict=True):
+        assert_bit_equal(one, wanted)
+    model, optimizer = made(first=True)
+    model(torch.ones(1, 6)).sum().backward()
+    if rank() == 1:
+        model[0].weight.grad = torch.zeros(7, 6)
+    with pytest.raises(TalosError) as refused:
+        optimizer.clip_grad_norm_(1.0)
+    return str(refused.value)
+
+
+def test_an_optimizer_follows_the_sharding_before_its_first_step(tmp_path: Path) -> None:
+    ours, theirs = in_processes(2, starts, tmp_path / "saved")
+    assert "grad must be sharded as its parameter" in theirs
+    assert theirs in ours
+
+
 def in_other_orders() -> dict[str, str]:
     """Train with optimizers made before `fully_shard`, and return errors of a wrong order."""
     wanted, expected = trained()[0]

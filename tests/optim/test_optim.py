@@ -182,6 +182,15 @@ def test_grad_scaler_with_skipped_steps() -> None:
     assert optimizer.state[model.bias]["step"].item() < STEPS
 
 
+def test_grad_scaler_without_a_gradient() -> None:
+    model, optimizer, *_ = pair()
+    before = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert_bit_equal(model.weight.detach(), before)
+
+
 def test_grad_scaler_with_unscale_and_clipping() -> None:
     model, optimizer, reference, oracle = pair()
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8) for _ in "ab"]
