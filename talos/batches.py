@@ -270,12 +270,23 @@ def known_length(batches: Any) -> int | None:
 def digest_of(batch: Any) -> str:
     """Return a hash of the content of a batch: 16 hex digits.
 
+    Raises:
+        TalosTypeError: its content cannot be read: it holds itself, or tensors without strides.
+
     Example:
         >>> import torch
         >>> digest_of((torch.zeros(2), [1])) == digest_of((torch.zeros(2), [1]))
         True
     """
-    return _hashed(repr(_content(batch)).encode())
+    try:
+        return _hashed(repr(_content(batch)).encode())
+    except Exception as error:  # whatever reading a foreign object raises
+        kind = type(error).__name__
+        raise TalosTypeError(
+            "batches must hold dense tensors, arrays, numbers and texts, in lists and dicts, so "
+            f"that ranks can compare them, got {type(batch).__name__}, and {kind} when it was "
+            "read; make such batches in a collate_fn"
+        ) from error
 
 
 def _content(value: Any) -> object:

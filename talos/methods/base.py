@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from talos.distributed import is_sharded
 from talos.errors import TalosValueError
 from talos.names import named_parameters
 from talos.optim import average_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "Phase",
     "Setup",
+    "check_unsharded",
     "logits_with",
     "trainable",
     "untrained",
@@ -247,6 +249,15 @@ def untrained(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Para
     """Return the parameters that require a gradient and are not trained."""
     own = {id(param) for param in trained}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+
+
+def check_unsharded(params: Mapping[str, Tensor], method: str) -> None:
+    """Refuse weights that ranks hold parts of, for a method that computes with whole ones."""
+    if sharded := [name for name, param in params.items() if is_sharded(param)]:
+        raise TalosValueError(
+            f"model must have whole weights for the method {method}, got {len(sharded)} that are "
+            f"sharded, e.g. {sharded[0]}; train it without fully_shard, or by another method"
+        )
 
 
 def logits_with(

@@ -31,8 +31,9 @@ from torch.utils.hooks import RemovableHandle
 from talos.architecture.attention import Projection
 from talos.errors import TalosValueError
 from talos.masks import Mask
-from talos.methods.base import Method, Phase, Setup, untrained
+from talos.methods.base import Method, Phase, Setup, check_unsharded, untrained
 from talos.methods.nonlinear import clip
+from talos.names import named_parameters
 from talos.optim.linear_backward import route, unroute
 from talos.options import integer, positive, read_seed
 from talos.params import select_attention
@@ -272,6 +273,7 @@ class _Adapted(Phase):
 
     def __init__(self, method: LLora, setup: Setup) -> None:
         super().__init__(setup)
+        check_unsharded(named_parameters(setup.model), method.name)
         self._adapters = _adapters(method, setup.model)
         self.params = {each.name: each.param for each in self._adapters}
         self._weights = [

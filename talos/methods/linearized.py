@@ -23,7 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from talos.batches import default_logits
 from talos.errors import TalosTypeError, TalosValueError
-from talos.methods.base import LogitsFunction, Method, Phase, Setup, logits_with, trainable
+from talos.methods.base import (
+    LogitsFunction,
+    Method,
+    Phase,
+    Setup,
+    check_unsharded,
+    logits_with,
+    trainable,
+)
 from talos.methods.nonlinear import Dense
 from talos.names import unwrapped
 
@@ -47,7 +55,7 @@ class LinearizedModel(nn.Module):
 
     Raises:
         TalosTypeError: the model is no module.
-        TalosValueError: no parameter requires a gradient, or the model is wrapped.
+        TalosValueError: no parameter requires a gradient, or the model is wrapped or sharded.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
@@ -75,6 +83,7 @@ class LinearizedModel(nn.Module):
                 f"{type(model).__name__}; pass the module inside it"
             )
         params = trainable(model)
+        check_unsharded(params, Linearized.name)
         own = {id(param): name for name, param in model.named_parameters()}
         self.model = model
         self.logits_fn = logits_fn or default_logits

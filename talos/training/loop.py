@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from talos.batches import default_logits, digest_of, labels_of
-from talos.distributed import errors_on_all_ranks, several_processes
+from talos.batches import default_logits, labels_of
+from talos.distributed import errors_on_all_ranks, is_sharded, several_processes
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Method, Phase, Talos, method_of
@@ -32,7 +32,12 @@ from talos.task_vectors import TaskVector
 from talos.tensors import WatchedBuffers
 from talos.training.checkpoints import Checkpoints
 from talos.training.order import Order
-from talos.training.ranks import check_ranks, mean_loss, warn_of_same_batches
+from talos.training.ranks import (
+    check_ranks,
+    digest_if_readable,
+    mean_loss,
+    warn_of_same_batches,
+)
 
 __all__ = ["FineTuneStep", "fine_tune", "fine_tune_steps"]
 
@@ -99,6 +104,8 @@ def fine_tune(
     Where torch.distributed runs several processes, all call this, each with batches of its own.
     Gradients and losses are the means over all ranks, so that every rank ends with the same weights
     and vector; of a mask only the selected entries are sent. An error on one rank is raised on all.
+    Models that FSDP2 shards are trained, too, without checkpoints and not by linearized or l_lora;
+    there an error of the loss or the batches is raised on its own rank only, and the others wait.
 
     Args:
         model: the model; not wrapped in DistributedDataParallel.
@@ -362,6 +369,8 @@ class _Run:
         try:
             loss = sum(self._backward(phase, next(stream)) for _ in range(self.accumulate))
         except Exception as raised:
+            if any(map(is_sharded, phase.trained.values())):
+                raise  # the other ranks wait in FSDP2, where no error reaches them
             error = raised  # the other ranks wait for this one's loss
         mean = mean_loss(loss, _device(phase))
         if not math.isfinite(mean):
@@ -394,7 +403,7 @@ class _Run:
     def _backward(self, phase: Phase, batch: Any) -> float:
         """Add a batch's share to the gradient, and return its share of the loss."""
         if self._digest is None and several_processes():
-            self._digest = digest_of(batch)
+            self._digest = digest_if_readable(batch)
         with _autocast(_device(phase), self.autocast):
             loss = self._loss(phase.module, batch)
         (loss / self.accumulate).backward()

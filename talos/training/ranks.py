@@ -6,16 +6,25 @@ of all ranks, so that all take the same step.
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from talos.distributed import check_same, errors_on_all_ranks, rank, several_processes, world_size
-from talos.errors import TalosValueError
+from talos.batches import digest_of
+from talos.distributed import (
+    check_same,
+    errors_on_all_ranks,
+    is_sharded,
+    rank,
+    several_processes,
+    world_size,
+)
+from talos.errors import TalosTypeError, TalosValueError
 from talos.task_vectors.fingerprints import bit_sums
 
-__all__ = ["check_ranks", "mean_loss", "warn_of_same_batches"]
+__all__ = ["check_ranks", "digest_if_readable", "mean_loss", "warn_of_same_batches"]
 
 
 def check_ranks(model: nn.Module, settings: Mapping[str, str]) -> None:
@@ -37,11 +46,12 @@ def check_ranks(model: nn.Module, settings: Mapping[str, str]) -> None:
     if not several_processes():
         return
     check_same(settings, "pass the same settings on each")
-    sums = bit_sums({name: each.detach() for name, each in model.state_dict().items()})
+    held = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
+    sums = bit_sums({name: each for name, each in held.items() if not is_sharded(each)})
     check_same(
         {f"the sum of the bits of {name}": each for name, each in sums.items()},
         "load the same weights on each, or send those of rank 0: for each in "
-        "model.state_dict().values(): torch.distributed.broadcast(each, 0)",
+        "[*model.parameters(), *model.buffers()]: torch.distributed.broadcast(each.data, 0)",
     )
 
 
@@ -59,15 +69,23 @@ def mean_loss(loss: float, device: torch.device) -> float:
     return float(total)
 
 
+def digest_if_readable(batch: Any) -> str:
+    """Return a hash of the content of a batch; "" if it cannot be read."""
+    try:
+        return digest_of(batch)
+    except TalosTypeError:
+        return ""
+
+
 def warn_of_same_batches(digest: str) -> None:
     """Warn, on rank 0, if all ranks train on the same batches; all ranks call this.
 
     Args:
-        digest: of this rank's first batch.
+        digest: of this rank's first batch; "" is like no other one.
     """
     with errors_on_all_ranks() as digests:
         digests.append(digest)
-    if len(set(digests)) < min(2, len(digests)) and rank() == 0:
+    if len(digests) > 1 and set(digests) == {digest} != {""} and rank() == 0:
         warnings.warn(
             f"the first batch is the same on all {len(digests)} ranks, so that they do the same "
             "work; give each its share, e.g. with torch.utils.data.DistributedSampler",

@@ -205,6 +205,8 @@ def all_refusals() -> dict[str, str]:
     warnings.simplefilter("ignore")
     first = ids()[:2] if rank() < 2 else ids((2, 2))
     alone = [dist.new_group([each]) for each in range(world_size())][rank()]
+    within_itself: list[Any] = []
+    within_itself.append(within_itself)
     return {
         "density": refused(reader(), ids(), density=0.1 + 0.1 * rank()),
         "out of range": refused(reader(), ids(), density=0.1 if rank() else 2.0),
@@ -212,6 +214,7 @@ def all_refusals() -> dict[str, str]:
         "weights": refused(other_weights(rank()), ids()),
         "batches": refused(reader(), first),
         "no batches": refused(reader(), []),
+        "unreadable": refused(reader(), [within_itself]),
         "logits_fn": refused(reader(), ids(), logits_fn=failing_in(1)),
         "loader": refused(reader(), broken_loader(), rounds=1),
         "nan": refused(reader(), ids(), logits_fn=late_nan),
@@ -239,6 +242,7 @@ def test_ranks_that_differ_or_fail_raise_on_all_of_them() -> None:
         "weights": "the weights of the model must be the same on all ranks, got ",
         "batches": "the same first batch on ranks 0, 1 of 3 only; pass the same list on each, or",
         "no batches": "batches must hold at least one sample, got 0",
+        "unreadable": "batches must hold dense tensors, arrays, numbers and texts, in lists and",
         "fisher_diag": "density must be the same on all ranks, got None on rank 0 and 0.2 on rank",
         "check": "check must be False for a model that is sharded, got True",
         "group": "group must hold the 3 ranks that the model is sharded over, got 1; leave it out",

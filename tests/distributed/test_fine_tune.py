@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from talos import FineTuneStep, Mask, TalosError, TaskVector, fine_tune
+from talos import FineTuneStep, Mask, TalosError, TalosValueError, TaskVector, fine_tune
 from talos.distributed import rank, world_size
 from talos.methods import LLora
 from tests.cases import assert_bit_equal, assert_close
@@ -22,6 +23,17 @@ from tests.distributed.test_ddp import counted
 STEPS = 3
 SAVED: dict[str, Any] = {"steps": STEPS}
 METHODS: tuple[Any, ...] = ("talos", "nonlinear", "linearized", LLora(rank=2), "lota")
+
+
+class _Holder:
+    """A batch that holds itself, so that its content cannot be read."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels, self.itself = x, labels, self
+
+
+def _held_loss(model: nn.Module, batch: _Holder) -> Tensor:
+    return nn.functional.cross_entropy(model(batch.x), batch.labels)
 
 
 class Model(nn.Module):
@@ -41,6 +53,13 @@ class Model(nn.Module):
             mixed = mixed + self.some(x)
         logits: Tensor = self.head(mixed)
         return logits
+
+
+class _Extra(Model):
+    """Its `state_dict` holds more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
 
 
 def mask_of(model: nn.Module) -> Mask:
@@ -103,6 +122,61 @@ def test_ranks_end_with_the_vector_of_one_process(size: int) -> None:
                 assert sizes == [1, one.mask.nnz + tensors] * STEPS  # the loss, and one call
 
 
+def same_layers(ranks: int) -> list[Any]:
+    """Batches that all use the layer `some`."""
+    found = batches(ranks)
+    for x, _ in found:
+        x[0, 0] = 1.0
+    return found
+
+
+def sharded_models_train(mask: Mask, folder: str) -> list[Any]:
+    own, results = same_layers(world_size())[rank() :: world_size()], []
+
+    def sharded(method: Any, **settings: Any) -> Any:
+        model = Model()
+        for layer in model.children():
+            fully_shard(layer)
+        fully_shard(model)
+        chosen = mask if method == "talos" else None
+        return fine_tune(model, own, chosen, method=method, steps=STEPS, lr=1e-2, **settings)
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        raise KeyError("a broken sample")
+
+    warnings.filterwarnings("ignore", ".* selected tensors got no gradient")
+    results += [sharded(method) for method in SHARDED]
+    for settings in ({"method": "linearized"}, {"method": LLora()}, {"checkpoint": folder}):
+        with pytest.raises(TalosValueError) as caught:
+            sharded(**{"method": "nonlinear", **settings})
+        results.append(str(caught.value))
+    with counted() as sizes, pytest.raises(KeyError):
+        sharded("nonlinear", loss_fn=broken)
+    results.append(sizes)
+    return results
+
+
+SHARDED = ("talos", "nonlinear", "lota")
+
+
+def test_models_that_fsdp2_shards_train_as_in_one_process(tmp_path: Path) -> None:
+    mask = mask_of(Model())
+    for found in in_processes(2, sharded_models_train, mask, str(tmp_path)):
+        for method, vector in zip(SHARDED, found, strict=False):
+            model, chosen = Model(), mask if method == "talos" else None
+            options: dict[str, Any] = {"method": method, "steps": STEPS, "lr": 1e-2}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* selected tensors got no gradient")
+                one = fine_tune(model, same_layers(2), chosen, accumulate=2, **options)
+            assert vector.mask == one.mask
+            assert_close(vector.values, one.values, reduction=True)
+        *said, sizes = found[len(SHARDED) :]
+        assert "whole weights for the method linearized, got 14 that are sharded" in said[0]
+        assert "whole weights for the method l_lora, got 14 that are sharded" in said[1]
+        assert "checkpoint must be None with sharded parameters" in said[2]
+        assert sizes == []  # no rank waits for another one's loss
+
+
 def refusals(folder: str) -> list[str]:
     """Return what each rank raises, case by case."""
     own = batches(world_size())[rank() :: world_size()]
@@ -150,6 +224,8 @@ def refusals(folder: str) -> list[str]:
     dist.barrier()  # no rank waits for another one
     uneven = own[: 2 - rank()]  # begins again where it ends
     train("talos", uneven)
+    train("nonlinear", [_Holder(*each) for each in own], loss_fn=_held_loss)
+    fine_tune(_Extra(), own, steps=1)
 
     def kill(step: FineTuneStep) -> None:
         raise KeyboardInterrupt
