@@ -125,7 +125,8 @@ def fisher_diag(
         group: the ranks that share the work; see `talos.calibrate`.
 
     Returns:
-        Scores, fp32, in the shapes of the parameters and on their devices.
+        Scores, fp32, in the shapes of the parameters and on their devices. Of a model that FSDP2
+        shards they are DTensors, sharded by rows over all ranks.
 
     Raises:
         TalosValueError: an option is out of range, there are no samples, no parameter is selected,
