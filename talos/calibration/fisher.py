@@ -33,7 +33,7 @@ from talos.calibration.ranks import AGREE, Waves, facts_of, total
 from talos.calibration.sharded import check_sharded
 from talos.distributed import check_same, errors_on_all_ranks, rank, reshard, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
-from talos.names import named_modules, unwrapped
+from talos.names import check_module, named_modules, unwrapped
 from talos.params import Rows, select_parameters
 
 __all__ = [
@@ -143,6 +143,7 @@ def fisher_diag(
         (torch.Size([3, 2]), 2)
     """
     with errors_on_all_ranks(group):
+        check_module(model)
         reshard(model)
         estimator = Estimator(target, draws, labels, seed)
         candidates = select_parameters(model, params)

@@ -43,7 +43,7 @@ from talos.distributed import (
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
-from talos.names import named_parameters
+from talos.names import check_module, named_parameters
 from talos.options import as_real, fraction, integer
 from talos.params import Candidate, Candidates, own_parameters, select_parameters
 
@@ -167,6 +167,7 @@ def calibrate(
                 "batches must be re-iterable, got an iterator, which the first of "
                 f"{rounds} rounds would exhaust; pass a list or a DataLoader"
             )
+        check_module(model)
         reshard(model)
         candidates = select_parameters(model, params)
         check_sharded(candidates, check, group)
