@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "as_part",
     "check_same",
     "errors_on_all_ranks",
     "is_sharded",
@@ -112,10 +113,27 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     """
     if not is_sharded(like):
         return part
+    sharded: Any = as_part(part, like)
+    found: Tensor = sharded.full_tensor()
+    return found
+
+
+def as_part(part: Tensor, like: Tensor) -> Tensor:
+    """Return the sharded tensor that the parts of all ranks are.
+
+    Args:
+        part: what this rank holds, shaped as `local(like)`; any dtype.
+        like: a tensor, sharded or not.
+
+    Returns:
+        A tensor sharded as `like`, of the same memory; `part` itself if `like` is not sharded.
+    """
+    if not is_sharded(like):
+        return part
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
-    sharded = DTensor.from_local(
+    return DTensor.from_local(
         part,
         like.device_mesh,
         like.placements,
@@ -123,8 +141,6 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
-    found: Tensor = sharded.full_tensor()
-    return found
 
 
 def reduced(

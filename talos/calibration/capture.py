@@ -17,8 +17,8 @@ not depend on it.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -35,7 +35,7 @@ from talos.calibration.hooks import hook_modules
 from talos.calibration.launches import Launches, Layer
 from talos.calibration.layouts import Layouts, Rows, Use, blocks
 from talos.calibration.routing import Router, eager
-from talos.calibration.sharded import gathered
+from talos.calibration.sharded import ShardedSums, gathered
 from talos.distributed import errors_on_all_ranks
 from talos.errors import TalosRuntimeError
 from talos.names import named_parameters, unwrapped
@@ -104,8 +104,8 @@ class Capture:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._model = unwrapped(model)
-        self.candidates = gathered(model, candidates)
-        self.sharded = self.candidates is not candidates
+        self.candidates, holders = gathered(model, candidates)
+        self.sharded = bool(holders)
         self.scale = scale
         self._group = group
         self._error: Exception | None = None
@@ -113,7 +113,8 @@ class Capture:
         self.reached: set[str] = set()
         self._batch = _Batch()
         self._stack = ExitStack()
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of a sharded model what ranks have not added up yet
+        self._shards = ShardedSums(candidates, holders, group) if self.sharded else None
 
     def __enter__(self) -> Self:
         named = named_parameters(self._model)  # of a sharded model not those of the candidates
@@ -126,6 +127,8 @@ class Capture:
             stack.enter_context(one_by_one(self._model, params))
             self._router = Router(self.candidates, self._record, self._receive)
             hook_modules(stack, self._model, self._router)
+            if self._shards is not None:
+                self._shards.hook_modules(stack, self._exchange)
             self._stack = stack.pop_all()
         return self
 
@@ -160,8 +163,11 @@ class Capture:
 
         Returns:
             By name in the order of the candidates, float64 in the parameters' shapes, on their
-            devices, times scale^2; rows that are no candidates are 0.
+            devices, times scale^2; rows that are no candidates are 0. Those of a sharded model are
+            sharded by rows, and the sums over all ranks.
         """
+        if self._shards is not None:
+            return self._shards.take()
         sums = {name: self._sum_of(name) for name in self.candidates}
         self._sums = {}
         return sums
@@ -207,7 +213,7 @@ class Capture:
         if self._most(int(again)):
             self._probe(losses, range(probes, self._layouts.most) if again else range(0))
             batch.only, batch.aside = batch.aside, set()
-            self._run(losses, "score" if again else "idle", retain_graph=not last)
+            self._run(losses, "score", retain_graph=not last)
             batch.only = None
         for use in batch.uses:
             use.signatures.clear()
@@ -258,7 +264,8 @@ class Capture:
                 "activation checkpointing must be the non-reentrant kind to be scored, got "
                 "use_reentrant=True; pass use_reentrant=False, or turn it off while calibrating"
             ) from error
-        with errors_on_all_ranks(self._group) if self.sharded else nullcontext():
+        one: AbstractContextManager[list[str]] = nullcontext([])
+        with errors_on_all_ranks(self._group) if self.sharded else one as left:
             if self._error is not None:
                 raised, self._error = self._error, None
                 raise raised
@@ -273,6 +280,15 @@ class Capture:
                     self._score(part)
             self._batch.received.clear()
             self._batch.launches.launch()
+            left.extend(self._sums if self.sharded else ())
+        if self._shards is not None:
+            self._exchange(self._shards.rest(left))
+
+    def _exchange(self, names: Iterable[str]) -> None:
+        """Add up the scores of a sharded model's parameters over all ranks, which all call this."""
+        if self._shards is not None and self._batch.phase == "score":
+            self._batch.launches.launch()
+            self._shards.add({name: self._sums.pop(name, None) for name in names})
 
     def _record(self, sink: Sink) -> None:
         """Note one use of the forward."""

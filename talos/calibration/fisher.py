@@ -33,7 +33,7 @@ from talos.calibration.ranks import AGREE, Waves, facts_of, total
 from talos.calibration.sharded import check_sharded
 from talos.distributed import check_same, errors_on_all_ranks, rank, reshard, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
-from talos.names import named_modules, unwrapped
+from talos.names import check_module, named_modules, unwrapped
 from talos.params import Rows, select_parameters
 
 __all__ = [
@@ -125,7 +125,8 @@ def fisher_diag(
         group: the ranks that share the work; see `talos.calibrate`.
 
     Returns:
-        Scores, fp32, in the shapes of the parameters and on their devices.
+        Scores, fp32, in the shapes of the parameters and on their devices. Of a model that FSDP2
+        shards they are DTensors, sharded by rows over all ranks.
 
     Raises:
         TalosValueError: an option is out of range, there are no samples, no parameter is selected,
@@ -142,6 +143,7 @@ def fisher_diag(
         (torch.Size([3, 2]), 2)
     """
     with errors_on_all_ranks(group):
+        check_module(model)
         reshard(model)
         estimator = Estimator(target, draws, labels, seed)
         candidates = select_parameters(model, params)

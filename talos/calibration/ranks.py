@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from talos.batches import digest_of, known_length
 from talos.calibration.capture import REMEDY, Capture
-from talos.distributed import errors_on_all_ranks, is_sharded, rank, world_size
+from talos.distributed import errors_on_all_ranks, is_sharded, local, rank, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
@@ -116,7 +116,7 @@ def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str,
         group: the ranks.
 
     Returns:
-        Scores by name, float32, the same on all ranks.
+        Scores by name, float32, the same on all ranks, or sharded where the sums are.
 
     Raises:
         TalosRuntimeError: no rank ever reached a parameter.
@@ -125,13 +125,14 @@ def total(capture: Capture, group: dist.ProcessGroup | None = None) -> dict[str,
     sums = capture.take()
     with errors_on_all_ranks(group) as reached:
         reached.append(capture.reached)
-    if len(reached) > 1:
+    if len(reached) > 1 and not capture.sharded:
         for work in [dist.all_reduce(each, group=group, async_op=True) for each in sums.values()]:
             work.wait()
     scores = {}
     for name in list(sums):
         scores[name] = sums.pop(name).float()  # tensor by tensor, for the memory
-    _check(scores, set().union(*reached))
+    with errors_on_all_ranks(group):
+        _check(scores, set().union(*reached))
     return scores
 
 
@@ -143,7 +144,8 @@ def _check(scores: Mapping[str, Tensor], reached: set[str]) -> None:
                 f"{name} must influence the logits, got no gradient of it in any batch, and "
                 f"zero scores would be selected first; {REMEDY}"
             )
-        if score.numel() and not isfinite(score.max()):  # squares: NaN is the largest
+        part = local(score)
+        if part.numel() and not isfinite(part.max()):  # squares: NaN is the largest
             raise TalosValueError(
                 f"scores of {name} must be finite, got NaN or infinity; look for overflow in "
                 "the model, or calibrate in float32"

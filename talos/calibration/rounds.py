@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from types import EllipsisType
 from typing import Any, Literal
 
@@ -28,17 +29,21 @@ from talos.calibration.left_out import warn_of_left_out
 from talos.calibration.ranks import AGREE, facts_of
 from talos.calibration.sharded import check_sharded
 from talos.distributed import (
+    as_part,
     check_same,
     errors_on_all_ranks,
     local,
     part_of,
+    reduced,
     reshard,
+    sharding,
+    whole,
     world_size,
 )
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.masks.lowest import lowest_entries
-from talos.names import named_parameters
+from talos.names import check_module, named_parameters
 from talos.options import as_real, fraction, integer
 from talos.params import Candidate, Candidates, own_parameters, select_parameters
 
@@ -80,11 +85,14 @@ def calibrate(
     process on equal hardware with as many threads. If the first batch is the same on all ranks, all
     batches must be, and each rank scores some of them. If no two first batches are the same, each
     rank scores its own (a `DistributedSampler`), as one process would that goes through the first
-    batches of all ranks, then through the second ones, and so on.
+    batches of all ranks, then through the second ones, and so on. So ranks must not shuffle the
+    same data differently: that counts as batches of their own, and scores each sample once a rank.
 
-    A model that FSDP2 shards is scored as it is. Every rank gets the whole mask, and keeps 8 bytes
-    for each scored weight while this runs. An error in the forward of one rank alone ends the other
-    ranks when torch.distributed's timeout is over; other errors are raised on all ranks at once.
+    A model that FSDP2 shards is scored as it is. Every rank gets the whole mask. While this runs it
+    keeps scores of its share of the weights only, 8 bytes a weight, and for a while those of whole
+    modules that were passed to `fully_shard`. An error in the forward of one rank alone ends the
+    other ranks when torch.distributed's timeout is over; other errors are raised on all ranks at
+    once.
 
     The mask's metadata hold these results, among others:
 
@@ -159,6 +167,7 @@ def calibrate(
                 "batches must be re-iterable, got an iterator, which the first of "
                 f"{rounds} rounds would exhaust; pass a list or a DataLoader"
             )
+        check_module(model)
         reshard(model)
         candidates = select_parameters(model, params)
         check_sharded(candidates, check, group)
@@ -175,7 +184,7 @@ def calibrate(
     left_out = warn_of_left_out(model, candidates, params)
     logits_fn = logits_fn or logits_and_positions
     scorer = Scorer(rounds, on_progress, logits_fn, estimator, check, group, halving=True)
-    kept, count = _all_of(candidates), entries
+    count = entries
     equal = False
     silent: dict[str, Tensor] = {}
     scored: list[int] = []  # samples of each round
@@ -187,23 +196,25 @@ def calibrate(
         for index in range(rounds):
             scores, *second = scorer.score(capture, bare, batches)
             scored.append(scorer.total or 0)
+            if index == 0:
+                kept = _all_of(candidates, scores)
             before, nnz = count, _nnz(density ** ((index + 1) / rounds) * entries, count, released)
             choose = partial(lowest_entries, k=nnz, among=kept, largest=select == "highest")
             halves = [choose(half) for half in (scores, *second)] if second else []
             for half in second:
                 for name, score in half.items():
-                    scores[name] += score
+                    local(scores[name]).add_(local(score))
             del second
             if index == 0:  # later rounds choose among the lowest, which may all be 0
-                equal = _all_equal(scores, candidates)
+                equal = entries > 1 and _all_equal(scores, kept)
                 # Damping wakes dead units: only the undamped model shows what has no gradient.
-                silent = {name: score == 0 for name, score in scores.items()}
+                silent = {name: local(score) == 0 for name, score in scores.items()}
             kept = choose(scores, all_ties=released)
             del scores, choose
-            count = sum(int(each.sum()) for each in kept.values())  # with all ties more than nnz
+            count = _count(kept)  # with all ties more than nnz
             if index + 1 < rounds:
                 damp_(kept)
-    dead = sum(int((mask & silent[name]).sum()) for name, mask in kept.items())
+    dead = _count(kept, silent)
     if equal:
         warnings.warn(
             "all scores are equal: the first weights are selected, which says nothing about the "
@@ -250,7 +261,7 @@ def calibrate(
         "stability": _overlap(halves, nnz),
         "stability_by_chance": nnz / before,
     }
-    dense = {name: mask.cpu() for name, mask in kept.items()}
+    dense = dict(kept)
     if released:
         chosen = {id(each.param) for each in candidates.values()}
         shapes = {name: param.shape for name, param in named_parameters(bare).items()}
@@ -272,7 +283,22 @@ def _overlap(halves: list[dict[str, Tensor]], nnz: int) -> float | None:
     if not halves:
         return None
     one, other = halves
-    return sum(int((one[name] & other[name]).sum()) for name in one) / nnz
+    return _count(one, {name: local(each) for name, each in other.items()}) / nnz
+
+
+def _count(chosen: dict[str, Tensor], among: dict[str, Tensor] | None = None) -> int:
+    """Count the chosen entries of all ranks that are among some others, given as local parts."""
+    parts = {name: local(each) for name, each in chosen.items()}
+    if among is not None:
+        parts = {name: part & among[name] for name, part in parts.items()}
+    here = sum(int(part.sum()) for part in parts.values())
+    found = torch.tensor(here, dtype=torch.int64, device="cpu")
+    return int(_over_ranks(found, "sum", chosen))
+
+
+def _over_ranks(number: Tensor, how: Literal["sum", "max"], found: dict[str, Tensor]) -> Tensor:
+    """Return the sum or the largest of what the ranks' parts of the tensors in `found` gave."""
+    return reduced(number, how, sharding(next(iter(found.values()))))
 
 
 @contextmanager
@@ -283,12 +309,12 @@ def _damping(candidates: Candidates, soft: float) -> Iterator[Callable[[dict[str
 
     def damp_(kept: dict[str, Tensor]) -> None:
         for name, each in candidates.items():
-            stays = kept[name]
-            if each.rows is not None:
-                stays = torch.ones_like(stays)
-                stays[_rows(each)] = kept[name][_rows(each)]
+            chosen = whole(local(kept[name]), kept[name])
+            stays = torch.ones_like(chosen)
+            stays[_rows(each)] = chosen[_rows(each)]
             torch.mul(base[name], soft, out=parts[name])
-            torch.where(part_of(stays, each.param), base[name], parts[name], out=parts[name])
+            own = part_of(stays, each.param).to(base[name].device)
+            torch.where(own, base[name], parts[name], out=parts[name])
 
     try:
         yield damp_
@@ -297,12 +323,13 @@ def _damping(candidates: Candidates, soft: float) -> Iterator[Callable[[dict[str
             part.copy_(base[name])
 
 
-def _all_of(candidates: Candidates) -> dict[str, Tensor]:
-    """Return the entries that may be selected: bool, in the shapes of the parameters."""
+def _all_of(candidates: Candidates, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries that may be selected: bool, shaped and sharded as the scores."""
     among = {}
     for name, each in candidates.items():
-        among[name] = torch.zeros(each.param.shape, dtype=torch.bool, device=each.param.device)
-        among[name][_rows(each)] = True
+        dense = torch.zeros(each.param.shape, dtype=torch.bool, device=scores[name].device)
+        dense[_rows(each)] = True
+        among[name] = as_part(part_of(dense, scores[name]).clone(), scores[name])
     return among
 
 
@@ -310,9 +337,14 @@ def _rows(each: Candidate) -> slice | EllipsisType:
     return ... if each.rows is None else slice(*each.rows)
 
 
-def _all_equal(scores: dict[str, Tensor], candidates: Candidates) -> bool:
-    """Whether several candidates have one and the same score."""
-    parts = [scores[name][_rows(each)] for name, each in candidates.items() if each.numel]
-    ends = [torch.aminmax(part) for part in parts]
-    low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
-    return low == high and sum(part.numel() for part in parts) > 1
+def _all_equal(scores: dict[str, Tensor], among: dict[str, Tensor]) -> bool:
+    """Whether all entries that may be selected have one and the same score."""
+    highest = [-inf, -inf]  # of the scores and of their negatives
+    for name, score in scores.items():
+        part = local(score)[local(among[name])]
+        if part.numel():
+            low, high = map(float, torch.aminmax(part))
+            highest = [max(highest[0], high), max(highest[1], -low)]
+    ends = torch.tensor(highest, dtype=torch.float64, device="cpu")
+    high, lowest = _over_ranks(ends, "max", scores).tolist()
+    return bool(high == -lowest)

@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from talos.distributed import local, whole
+from talos.distributed import as_part, local, sharding, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos_kernels import select_threshold
 
@@ -27,7 +27,8 @@ def lowest_entries(
 
     Args:
         scores: not negative, any shapes, one device, dtypes that `select_threshold` takes. Entries
-            that may not be selected are inf, or -inf if `largest`.
+            that may not be selected are inf, or -inf if `largest`. Or all of them are sharded by
+            rows over the same ranks, which all call this.
         k: how many, at most the number of entries that may be selected.
         among: bool, shaped as the scores: the entries to choose from. The scores of the others are
             overwritten with that infinity, which saves a second list of scores.
@@ -35,8 +36,8 @@ def lowest_entries(
         all_ties: select all entries equal to the k-th, so that there may be more than `k`.
 
     Returns:
-        bool tensors shaped as the scores, exactly k of them True; equal scores are taken in
-        (tensor, flat position) order.
+        bool tensors shaped and sharded as the scores, exactly k of them True; equal scores are
+        taken in (tensor, flat position) order.
 
     Raises:
         TalosValueError: a score is NaN, negative or the other infinity; `k` does not fit.
@@ -50,13 +51,19 @@ def lowest_entries(
         >>> lowest_entries(scores, 2, all_ties=True)["w"]
         tensor([True, True, True, True])
     """
+    parts = {name: local(score) for name, score in scores.items()}
     if among is not None:
-        for name, score in scores.items():
-            score.masked_fill_(~among[name], -inf if largest else inf)
-    threshold = select_threshold(list(scores.values()), k, largest, names=list(scores))
+        for name, part in parts.items():
+            part.masked_fill_(~local(among[name]), -inf if largest else inf)
+    shards = sharding(next(iter(scores.values()), None))
+    group = None if shards is None else shards[0].get_group()
+    threshold = select_threshold(list(parts.values()), k, largest, group, names=list(parts))
     if all_ties and k:
         threshold = replace(threshold, ties=None)
-    return {name: threshold.select(i, score) for i, (name, score) in enumerate(scores.items())}
+    return {
+        name: as_part(threshold.select(i, part), scores[name])
+        for i, (name, part) in enumerate(parts.items())
+    }
 
 
 def marked_scores(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from talos.architecture.layers import kind_of, layer_of
+from talos.distributed import local, whole
 from talos.errors import TalosTypeError, TalosValueError
 from talos.files import check_entries, load_file, save_file
 from talos.masks.disjoint import check_shapes, deal, draft
@@ -116,13 +117,17 @@ class Mask:
         """Compress dense selections.
 
         Args:
-            dense: tensors of the weights' shapes, bool or exactly 0 and 1.
+            dense: tensors of the weights' shapes, bool or exactly 0 and 1. Of sharded ones
+                (DTensor) all ranks get the whole mask, and must call this.
             metadata: how the mask was made; kept in it.
 
         Raises:
             TalosValueError: a tensor is neither bool nor exactly 0 and 1.
         """
-        indices = {name: TensorIndex.encode(_as_bool(name, t)) for name, t in dense.items()}
+        indices = {
+            name: TensorIndex.encode(_as_bool(name, whole(local(each), each)))
+            for name, each in dense.items()
+        }
         shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
         return cls(shapes, indices, dict(metadata or {}))
 

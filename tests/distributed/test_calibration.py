@@ -1,9 +1,11 @@
 """Calibration on several ranks: the mask of one process, and errors on all of them."""
 
+import gc
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import talos
+from talos.calibration.sharded import ShardedSums
 from talos.distributed import local, rank, whole, world_size
 from talos.errors import TalosError, TalosValueError
 from tests.distributed.processes import in_processes
@@ -46,6 +49,23 @@ class Reader(nn.Module):
         return logits
 
 
+class Routed(nn.Module):
+    """Rows are sorted, and each goes to one of two layers; in some batches one gets none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.every, self.plus, self.minus = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        order = rows[:, 1].argsort()
+        found = torch.zeros_like(rows).index_put((order,), self.every(rows[order]))
+        for layer, chosen in ((self.plus, rows[:, 0] > 0), (self.minus, rows[:, 0] <= 0)):
+            if bool(chosen.any()):
+                found = found.index_put((chosen,), layer(rows[chosen]), accumulate=True)
+        return found.view_as(x).tanh()
+
+
 def classes(model: nn.Module, batch: Tensor) -> Tensor:
     logits: Tensor = model(batch)
     return logits.mean(1)
@@ -65,6 +85,25 @@ def sharded() -> nn.Module:
     return model
 
 
+def sharded_otherwise() -> nn.Module:
+    """Over two dimensions of ranks, where they are even, some weights by columns, some not at all.
+
+    The embeddings, the last norm and the head stay whole.
+    """
+    model = reader()
+    if (size := world_size()) > 1:
+        sizes = (2, size // 2) if size % 2 == 0 else (1, size)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards"))
+        columns = mesh.size(1)
+
+        def placement(param: nn.Parameter) -> Shard:
+            return Shard(1 if param.ndim == 2 and param.shape[1] % columns == 0 else 0)
+
+        fully_shard(model.layer.self_attn, mesh=mesh)
+        fully_shard(model.layer, mesh=mesh, shard_placement_fn=placement)
+    return model
+
+
 def ids(sizes: tuple[int, ...] = (3, 1, 2, 4, 2, 3, 1)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(11, (size, 6), generator=generator) for size in sizes]
@@ -77,6 +116,30 @@ def dead() -> nn.Module:
     with torch.no_grad():
         model[0].bias[:4] = -100.0
     return model
+
+
+def sharded_dead() -> nn.Module:
+    """Of its last bias, three entries, the fourth rank has none."""
+    model = dead()
+    if world_size() > 1:
+        for part in (model[0], model[2]):
+            fully_shard(part)
+    return model
+
+
+def sharded_routed() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Routed(), nn.Linear(4, 4), Routed(), nn.Linear(4, 3))
+    if world_size() > 1:
+        for part in (*model, model):
+            fully_shard(part)
+    return model
+
+
+def routed_rows() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    found = [torch.randn(size, 3, 4, generator=generator) for size in (3, 2, 1, 4)]
+    return [found[0].abs(), found[1], found[2], -found[3].abs()]
 
 
 def rows() -> list[Tensor]:
@@ -103,11 +166,19 @@ CASES: dict[str, Callable[[], talos.Mask]] = {
     "sharded, draws": lambda: calibrate(
         sharded(), ids()[rank() :: world_size()], labels="importance", draws=2, params="proj|norm"
     ),
+    "sharded, ties": lambda: calibrate(sharded_dead(), rows(), params=".*"),
+    "sharded, all ties": lambda: calibrate(sharded_dead(), rows(), parity="released"),
+    "sharded, equal": lambda: calibrate(sharded_dead(), [torch.zeros(3, 4)], params="0.weight"),
+    "sharded, routed": lambda: calibrate(
+        sharded_routed(), routed_rows(), logits_fn=classes, draws=2
+    ),
+    "sharded, rows": lambda: calibrate(sharded(), ids(), logits_fn=classes, params="qk"),
+    "sharded otherwise": lambda: calibrate(sharded_otherwise(), ids(), logits_fn=classes),
     "own batches, one round": lambda: calibrate(
         reader(), ids()[rank() :: world_size()], logits_fn=classes, rounds=1
     ),
 }
-FEW = ("rounds", "ties", "own batches", "sharded")
+FEW = ("rounds", "ties", "own batches", "sharded", "sharded, ties", "sharded otherwise")
 
 
 def shard(dense: Tensor) -> Tensor:
@@ -135,7 +206,8 @@ def run_all() -> dict[str, Any]:
     )
     model = sharded()
     before = [whole(local(each), each).clone() for each in model.parameters()]
-    found["fisher_diag of shards"] = dict(talos.fisher_diag(model, ids(), logits_fn=classes))
+    scores = talos.fisher_diag(model, ids(), logits_fn=classes)
+    found["fisher_diag of shards"] = {name: whole(local(s), s) for name, s in scores.items()}
     calibrate(model, ids(), logits_fn=classes)
     for param, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(whole(local(param), param), value)
@@ -163,6 +235,37 @@ def test_the_mask_is_the_same_on_any_number_of_ranks() -> None:
             assert torch.equal(found["fisher_diag of shards"][name], score), name
         assert found["wrapped"] == one["rounds"], "DDP"
         assert found["alone"] == one["rounds"], "a group of one rank"
+
+
+def memory_of_shards() -> tuple[int, list[list[str]]]:
+    """Return the bytes of the largest float64 tensor between batches, and how sums came about."""
+    added: list[list[str]] = []
+    add, largest = ShardedSums.add, [0]
+
+    def note(sums: ShardedSums, scores: Any) -> None:
+        added.append(list(scores))
+        add(sums, scores)
+
+    def measure(progress: object) -> None:
+        there = [each for each in gc.get_objects() if type(each) is Tensor]
+        sizes = [each.untyped_storage().nbytes() for each in there if each.dtype == torch.float64]
+        largest[0] = max(largest[0], *sizes)
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 2))
+    for part in (model[0], model[2], model[4], model):
+        fully_shard(part)
+    batches = list(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(3)))
+    with mock.patch.object(ShardedSums, "add", note):
+        talos.fisher_diag(model, batches, params=".*", on_progress=measure)
+    return largest[0], [names for names in added if names]
+
+
+def test_a_rank_keeps_its_rows_only_and_adds_them_up_module_by_module() -> None:
+    for largest, added in in_processes(3, memory_of_shards):
+        assert largest == 8 * 3 * 7  # three of the seven rows of a weight
+        assert added == [[f"{layer}.weight", f"{layer}.bias"] for layer in (4, 2, 0)]
 
 
 def refused(model: nn.Module, batches: Any, **options: Any) -> str:
@@ -201,6 +304,11 @@ def late_nan(model: nn.Module, batch: Tensor) -> Tensor:
     return classes(model, batch) * (torch.nan if rank() == 1 and len(batch) == 1 else 1.0)
 
 
+def overflow(model: nn.Module, batch: Tensor) -> Tensor:
+    """The first class is always drawn, and its row of the head lies on the first of three ranks."""
+    return classes(model, batch) * 1e11 + torch.tensor([1e13, 0.0, 0.0])
+
+
 def all_refusals() -> dict[str, str]:
     warnings.simplefilter("ignore")
     first = ids()[:2] if rank() < 2 else ids((2, 2))
@@ -223,6 +331,9 @@ def all_refusals() -> dict[str, str]:
         "group": refused(sharded(), ids(), group=alone),
         "few batches": refused(sharded(), ids()[rank() : 2] if rank() else ids()[:1]),
         "nan of shards": refused(sharded(), ids(), logits_fn=late_nan),
+        "overflow of shards": refused(
+            sharded(), ids(), logits_fn=overflow, target="logit", params="head.weight"
+        ),
         "none": refused(reader(), ids()),
     }
 
@@ -254,6 +365,7 @@ def test_ranks_that_differ_or_fail_raise_on_all_of_them() -> None:
         "logits_fn": (1, "token 12 of 11", "ValueError: "),
         "loader": (1, "file 7 is gone", "OSError: "),
         "nan of shards": (1, "logits must be finite, got NaN", "TalosValueError: "),
+        "overflow of shards": (0, "scores of head.weight must be finite", "TalosValueError: "),
         "nan": (1, "logits must be finite, got NaN", "TalosValueError: "),
     }
     for number, found in enumerate(in_processes(3, all_refusals)):
