@@ -25,7 +25,7 @@ from talos.optim.clipping import Clipping
 from talos.optim.exchange import Exchange
 from talos.optim.marks import Mark
 from talos.optim.param_groups import alike, complete_groups, module_of
-from talos.optim.sharded_states import agreement, spread, take
+from talos.optim.sharded_states import agreement, check_shares, spread, take
 from talos.optim.states import ARRAYS, OWN, Saved, State, StateReader, checked_state, foreign
 from talos.optim.watching import hold, let_go
 from talos.params import check_one_memory
@@ -80,7 +80,7 @@ class Bookkeeping(torch.optim.Optimizer):
         if self._stepped:
             return
         moved = any(bucket.is_moved for bucket in self._buckets)
-        with agreement(self._mask, self._names, self._parts.mesh):
+        with agreement(self._mask, self._names, self._parts.mesh is not None):
             own = {name: param for param, name in self._names.items()}
             check_one_memory({**self._untrained, **own}, own)
             if self._parts.several and not moved:
@@ -187,8 +187,10 @@ class Bookkeeping(torch.optim.Optimizer):
             torch's dictionary. The state of a parameter also holds `base`, the initial weights at
             its selected entries, and `fingerprint`, that of the whole initial tensor.
 
-        Where parameters are sharded, all ranks call this. Their arrays are DTensors then, of which
-        each rank holds an even share, so that torch.distributed.checkpoint writes every value once.
+        Where parameters or their state are sharded, all ranks call this. The arrays of sharded
+        parameters are DTensors, of which each rank holds an even share:
+        torch.distributed.checkpoint writes every value once, `torch.save` only this rank's. With
+        `shard_state` the arrays are whole.
         """
         self._refresh()
         state = super().state_dict()
@@ -212,8 +214,8 @@ class Bookkeeping(torch.optim.Optimizer):
         sharded, all ranks call this.
 
         Raises:
-            TalosValueError: it belongs to another mask, or its groups, names or sizes differ. The
-                optimizer stays as it was.
+            TalosValueError: it belongs to another mask, its groups, names or sizes differ, or it
+                has one rank's share on several. The optimizer stays as it was.
         """
         self._regrouped()
         saved: list[Saved] = []
@@ -222,8 +224,9 @@ class Bookkeeping(torch.optim.Optimizer):
         # none. These hooks run after the caller's pre-hooks and before the caller's post-hooks.
         def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             reader = StateReader(self.param_groups, self.defaults, self._names, self._mask)
-            with agreement(self._mask, self._names, self._parts.mesh):
+            with agreement(self._mask, self._names, self._parts.mesh is not None):
                 saved.append(reader.read(state_dict))
+            check_shares(saved[0].states.values())
             return {**state_dict, "state": {}, "param_groups": saved[0].groups}
 
         def fill(_: torch.optim.Optimizer) -> None:

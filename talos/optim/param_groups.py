@@ -28,6 +28,7 @@ __all__ = [
     "check_not_wrapped",
     "check_trainable",
     "complete_groups",
+    "listed",
     "module_of",
     "named_groups",
     "selected_names",
@@ -35,6 +36,21 @@ __all__ = [
 ]
 
 NamedParams = Iterable[tuple[str, Tensor]]
+
+
+def listed(model: Any) -> tuple[Any, list[Tensor]]:
+    """Return a model argument with lists in place of iterators, and all tensors in it."""
+    if isinstance(model, nn.Module):
+        return model, list(model.parameters())
+    if not isinstance(model, Iterable) or isinstance(model, str | Tensor):
+        return model, []
+    items = [
+        {**item, "params": _listed({"params": item["params"]})} if isinstance(item, dict) else item
+        for item in model
+    ]
+    groups = [item["params"] if isinstance(item, dict) else [item] for item in items]
+    every = [each[-1] if isinstance(each, tuple) else each for group in groups for each in group]
+    return items, [each for each in every if isinstance(each, Tensor)]
 
 
 def named_groups(

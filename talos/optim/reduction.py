@@ -7,6 +7,7 @@ all-reduce of the selected entries. `average_gradients` needs no wrapper: one al
 and device. Neither sends an index, because each rank has the mask.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from talos.distributed import check_same, is_sharded, world_size
-from talos.errors import TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.optim.compact_gradient import CompactGradient
+from talos.optim.sharded_states import check_same_weights
 from talos.optim.sparse_adam import SparseAdam
+from talos.optim.watching import at_work
 from talos_kernels import Index, TensorIndex, gather_grad_, scatter_
 
 __all__ = ["average_gradients", "reduce_selected"]
@@ -32,7 +35,8 @@ def reduce_selected(ddp: nn.parallel.DistributedDataParallel, optimizer: SparseA
     The others become zero. Gradients may be compact: DDP takes them and gives them back. Its
     buckets stay as large as the tensors that the mask selects from.
 
-    Call it on every rank, once, after both are made and before the first backward.
+    Call it on every rank, once, after both are made and before the first backward. After
+    `optimizer.release()` gradients are averaged whole.
 
     Args:
         ddp: the wrapped model.
@@ -40,6 +44,7 @@ def reduce_selected(ddp: nn.parallel.DistributedDataParallel, optimizer: SparseA
             averaged whole.
 
     Raises:
+        TalosRuntimeError: `ddp` has a communication hook.
         TalosTypeError: `ddp` is no DistributedDataParallel, or `optimizer` no SparseAdam.
         TalosValueError: the optimizer trains nothing of the model; or masks or initial weights
             differ between ranks, which every rank raises.
@@ -84,26 +89,34 @@ def reduce_selected(ddp: nn.parallel.DistributedDataParallel, optimizer: SparseA
         "load one file on all ranks, or calibrate on all together",
         group,
     )
-    bases = optimizer.task_vector().fingerprints
-    check_same(
-        {f"the initial {name}": base for name, base in bases.items()},
-        "load the same weights on each before the optimizer is made",
-        group,
-    )
+    check_same_weights(optimizer.task_vector().fingerprints, group)
     indices = {param: optimizer.mask.indices[name] for param, name in names.items()}
-    selected = _Selected(indices, group)
-    ddp.register_comm_hook(None, lambda _, bucket: selected.reduce(bucket))
+    selected = _Selected(optimizer, indices, group)
+    try:
+        ddp.register_comm_hook(None, lambda _, bucket: selected.reduce(bucket))
+    except RuntimeError as error:
+        raise TalosRuntimeError(
+            f"ddp must have no communication hook yet, got one ({error!s:.80}); call "
+            "reduce_selected once, and for another optimizer wrap the model anew"
+        ) from error
 
 
 class _Selected:
     """The communication hook.
 
     Args:
+        optimizer: it trains the parameters; once it is released all entries count.
         indices: the selected entries of each parameter; those of others all count.
         group: the ranks.
     """
 
-    def __init__(self, indices: dict[Tensor, TensorIndex], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        optimizer: SparseAdam,
+        indices: dict[Tensor, TensorIndex],
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
         self._indices, self._group = indices, group
         # DDP makes its buckets anew after the first backward.
         self._packed: dict[int, tuple[list[int], Index]] = {}
@@ -129,6 +142,8 @@ class _Selected:
         return future
 
     def _index(self, number: int, params: list[Tensor]) -> Index:
+        if self._indices and not at_work(self._optimizer()):
+            self._indices, self._packed = {}, {}
         held = list(map(id, params))
         if number not in self._packed or self._packed[number][0] != held:
             parts = [self._indices.get(param) or _every(param) for param in params]
@@ -160,6 +175,9 @@ def average_gradients(
     Args:
         optimizer: any; the parameters of its groups, the same on every rank.
         group: the ranks; None: all.
+
+    Raises:
+        TalosTypeError: a gradient is sparse.
 
     Example:
         >>> from talos import Mask
@@ -206,4 +224,9 @@ def _held(param: Tensor) -> Tensor:
     """Return what holds a gradient in memory."""
     grad = param.grad
     assert grad is not None
+    if grad.layout != torch.strided:
+        raise TalosTypeError(
+            f"gradients must be dense, got {grad.layout} of a parameter of shape "
+            f"{tuple(param.shape)}; make the embedding with sparse=False"
+        )
     return grad.entries if isinstance(grad, CompactGradient) else grad

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from talos.distributed import (
@@ -22,13 +23,22 @@ from talos.distributed import (
     world_size,
 )
 from talos.errors import TalosValueError
+from talos.files import digest
 from talos.masks import Mask
 from talos.masks.parts import Parts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["agreement", "mesh_of_copies", "spread", "take"]
+__all__ = [
+    "agreement",
+    "check_copies",
+    "check_same_weights",
+    "check_shares",
+    "mesh_of_copies",
+    "spread",
+    "take",
+]
 
 ENTRIES = {"exp_avg", "exp_avg_sq", "master", "base"}
 """What the state of a parameter holds for each selected entry."""
@@ -54,7 +64,8 @@ def spread(parts: Parts, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
     The arrays of a tensor whose entries ranks share are DTensors of the whole `[nnz]`, spread
     evenly over all ranks. So a distributed checkpoint writes every value once and reads it on any
-    number of ranks.
+    number of ranks. Where ranks share the state of a whole parameter, the arrays are whole: what
+    one rank saves is complete.
     """
     param, found = parts.params[name], dict(state)
     if "base" in found:  # torch wants all arrays of a state dict on one device
@@ -66,50 +77,96 @@ def spread(parts: Parts, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     mesh, _ = over
     evenly = [Shard(0)] * mesh.ndim
     for key in sorted(ENTRIES & found.keys()):  # in one order on all ranks
-        every = parts.join(name, found[key])
-        found[key] = distribute_tensor(every, mesh, evenly, src_data_rank=None)
+        found[key] = every = parts.join(name, found[key])
+        if is_sharded(param):
+            found[key] = distribute_tensor(every, mesh, evenly, src_data_rank=None)
     found["step"] = reduced(found["step"], "max", over)  # a rank without an entry counts none
     return found
 
 
-def mesh_of_copies(shard_state: bool, params: Mapping[str, Tensor]) -> "DeviceMesh | None":
-    """Return the ranks that are to share an optimizer's state; None: each has its own.
+def check_shares(states: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse DTensors of which several ranks have one share: a file that one rank saved of its own.
+
+    Args:
+        states: from a state dict; if they hold DTensors, all ranks of these call this.
 
     Raises:
-        TalosValueError: the parameters are sharded, or on several kinds of devices.
+        TalosValueError: two ranks have the same share, and it is not one number.
     """
-    if not shard_state:
-        return None
+    every = [each[key] for each in states for key in sorted(ENTRIES & each.keys())]
+    sharded = list(filter(is_sharded, every))
+    if not sharded:
+        return
+    shares = list(map(local, sharded))
+    varied = any(bool((share != share[:1]).any()) for share in shares)
+    with errors_on_all_ranks(_mesh(sharded)) as digests:
+        digests.append(list(map(digest, shares)) if varied else [])
+    seen = [each for each in digests if each]
+    if any(each in seen[:place] for place, each in enumerate(seen)):
+        raise TalosValueError(
+            "state_dict must have a share of its own on each rank, got the same one on two; "
+            "save sharded state with torch.distributed.checkpoint, as docs/operations.md shows"
+        )
+
+
+def check_copies(shard_state: bool, params: Mapping[str, Tensor]) -> None:
+    """Refuse to share the state of sharded parameters, or of those on several kinds of devices."""
     kinds = {param.device.type for param in params.values()}
-    if len(kinds) > 1 or any(map(is_sharded, params.values())):
+    if shard_state and (len(kinds) > 1 or any(map(is_sharded, params.values()))):
         found = "several kinds of devices" if len(kinds) > 1 else "sharded parameters"
         raise TalosValueError(
             f"shard_state must be False with {found}, got True; the state of sharded parameters "
             "is sharded as they are"
         )
-    if not several_processes():
+
+
+def mesh_of_copies(shard_state: bool, params: Mapping[str, Tensor]) -> "DeviceMesh | None":
+    """Return the ranks that are to share an optimizer's state; None: each has its own."""
+    if not shard_state or not several_processes():
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(kinds.pop(), (world_size(),))
+    return init_device_mesh(next(iter(params.values())).device.type, (world_size(),))
+
+
+def check_same_weights(
+    fingerprints: Mapping[str, str], group: "dist.ProcessGroup | DeviceMesh | None"
+) -> None:
+    """Refuse initial weights that differ between ranks, which all call this.
+
+    Args:
+        fingerprints: of the weights, by name.
+        group: the ranks.
+
+    Raises:
+        TalosValueError: they differ.
+    """
+    check_same(
+        {f"the initial {name}": each for name, each in fingerprints.items()},
+        "load the same weights on each before the optimizer is made",
+        group,
+    )
+
+
+def _mesh(params: Iterable[Tensor]) -> "DeviceMesh | None":
+    """Return the mesh of the first tensor that is sharded."""
+    return next((found[0] for found in map(sharding, params) if found), None)
 
 
 @contextmanager
-def agreement(
-    mask: Mask, params: Iterable[Tensor], mesh: "DeviceMesh | None" = None
-) -> Iterator[None]:
+def agreement(mask: Mask, params: Iterable[Tensor], copies: bool = False) -> Iterator[None]:
     """Run the checks of an optimizer's arguments; ranks that share tensors fail together.
 
     Args:
         mask: the selection; those ranks must all have the same.
         params: of the model, sharded or not.
-        mesh: ranks that share the state of whole parameters.
+        copies: all ranks share the state of whole parameters.
 
     Raises:
         TalosValueError: the masks differ.
     """
-    mesh = next((found[0] for found in map(sharding, params) if found), mesh)
-    if mesh is None:
+    mesh = _mesh(params)
+    if mesh is None and not copies:
         yield
         return
     with errors_on_all_ranks(mesh):

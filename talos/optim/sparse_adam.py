@@ -37,12 +37,13 @@ from talos.optim.param_groups import (
     check_hyperparameters,
     check_not_flattened,
     check_not_wrapped,
+    listed,
     module_of,
     named_groups,
     selected_names,
     unselected,
 )
-from talos.optim.sharded_states import agreement, mesh_of_copies
+from talos.optim.sharded_states import agreement, check_copies, check_same_weights, mesh_of_copies
 from talos.optim.watching import hold, let_go, note_step, warn_of_no_gradient
 from talos.task_vectors import Patch, TaskVector
 from talos.tensors import WatchedBuffers
@@ -85,7 +86,8 @@ class SparseAdam(Bookkeeping):
     Raises:
         TalosValueError: the mask selects nothing, names a parameter that the model lacks, or has
             another shape; a selected parameter has requires_grad=False; a hyper-parameter is out
-            of range; ranks that share sharded parameters have other masks.
+            of range; ranks that share parameters or state have other masks, or with
+            `shard_state` other initial weights.
         TalosTypeError: a selected parameter is not float32, bfloat16, float16 or float64, or is on
             meta; or FullyShardedDataParallel (FSDP1) wraps the model.
         TalosRuntimeError: the model was wrapped in DistributedDataParallel before its tensors were
@@ -121,13 +123,9 @@ class SparseAdam(Bookkeeping):
         strict: bool = False,
         shard_state: bool = False,
     ) -> None:
-        check_arguments(mask, moment_dtype, seed)
         if isinstance(model, nn.Module):
             check_not_flattened(model)
             reshard(model)
-        groups = named_groups(model, mask.names)
-        params = by_name(groups)
-        self._mask = mask
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -135,13 +133,18 @@ class SparseAdam(Bookkeeping):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "seed": seed,
-            "mask": mask.fingerprint,
         }
-        mesh = mesh_of_copies(shard_state, params)
-        with agreement(mask, params.values(), mesh):
+        model, tensors = listed(model)
+        with agreement(mask, tensors, shard_state):
+            check_arguments(mask, moment_dtype, seed)
+            groups = named_groups(model, mask.names)
+            params = by_name(groups)
+            check_copies(shard_state, params)
             self._names = selected_names(model, params, mask, strict)
             for group in groups:
                 check_hyperparameters({**defaults, **group}, read_tensors=True)
+        self._mask = mask
+        mesh = mesh_of_copies(shard_state, params)
         self._parts = Parts(mask, {name: param for param, name in self._names.items()}, mesh)
         self._untrained = unselected(params, self._names)
         check_not_wrapped(self._untrained.values())
@@ -152,10 +155,12 @@ class SparseAdam(Bookkeeping):
         self._clipping = Clipping(self._buckets)
         self._buffers = WatchedBuffers(module_of(model, self._names))
         self._stepped = self._trained = self._complete = False
-        super().__init__(groups, defaults)
+        super().__init__(groups, {**defaults, "mask": mask.fingerprint})
         self._complete = True
         self._build({})
         self._base = Base.of(self._buckets)
+        if mesh is not None:
+            check_same_weights(self._base.fingerprints, mesh)
         self._show()
         self.freeze()
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from talos.masks import Mask
 
-__all__ = ["hold", "let_go", "note_step", "warn_of_no_gradient"]
+__all__ = ["at_work", "hold", "let_go", "note_step", "warn_of_no_gradient"]
 
 
 def warn_of_no_gradient(stacklevel: int) -> None:
@@ -123,6 +123,11 @@ def let_go(owner: torch.optim.Optimizer) -> bool:
     if not _held and _hooks:
         _hooks.pop().remove()
     return held is not None
+
+
+def at_work(owner: torch.optim.Optimizer | None) -> bool:
+    """Return whether an optimizer lives and was not released."""
+    return owner is not None and owner in _held
 
 
 def _overlap(mask: Mask, name: str, other: Mask, other_name: str) -> bool:

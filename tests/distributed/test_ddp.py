@@ -208,11 +208,22 @@ def other_parameters() -> None:
     optimizer = SparseAdam({"a.weight": model.a.weight}.items(), mask)
     wrapped = DistributedDataParallel(model)
     reduce_selected(wrapped, optimizer)
+    with pytest.raises(TalosError, match=r"ddp must have no communication hook yet, got one \("):
+        reduce_selected(wrapped, optimizer)
     torch.manual_seed(rank())
-    model.a.weight.register_hook(lambda grad: grad.fill_diagonal_(rank()) / (torch.eye(4) > 0))
+    spread = model.a.weight.register_hook(
+        lambda grad: grad.fill_diagonal_(rank()) / (torch.eye(4) > 0)
+    )
     wrapped(torch.randn(3, 4)).sum().backward()
     assert_bit_equal(model.a.weight.grad, torch.eye(4) / 2)
     grad = model.b.weight.grad
+    assert grad.count_nonzero() == 16
+    check_same({"gradient": grad.tolist()}, "")
+    spread.remove()
+    optimizer.release()  # from here on whole gradients are averaged
+    model.zero_grad()
+    wrapped(torch.randn(3, 4)).sum().backward()
+    grad = model.a.weight.grad
     assert grad.count_nonzero() == 16
     check_same({"gradient": grad.tolist()}, "")
 
@@ -258,6 +269,9 @@ def refusals() -> list[str]:
     optimizer = SparseAdam(model, own)
     note(lambda: reduce_selected(wrapped(), optimizer))
     optimizer.release()
+    words = nn.Embedding(4, 4, sparse=True)
+    words(torch.tensor([1])).sum().backward()
+    note(lambda: average_gradients(SparseAdam(words, mask)))
     torch.manual_seed(rank())
     nn.init.normal_(model.weight)
     optimizer = SparseAdam(model, mask)
@@ -286,6 +300,7 @@ REFUSALS = (
     "optimizer must be a SparseAdam, got SGD",
     "optimizer must train parameters of ddp, got those of another model",
     r"mask must be the same on all ranks, got '\w+' on rank 0 and '\w+' on rank 1; load one file",
+    "gradients must be dense, got torch.sparse_coo of a parameter of shape",
     r"the initial weight must be the same on all ranks, got .* on rank 1; load the same weights",
     "gradients of sharded parameters must stay dense, got weight",
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -278,6 +279,14 @@ def starts(folder: Path) -> str:
     dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
     for one, wanted in zip(before_a_step(True, folder), before_a_step(False, folder), strict=True):
         assert_bit_equal(one, wanted)
+    before = optimizer.task_vector()
+    own = optimizer.state_dict()
+    if rank() == 0:
+        torch.save(own, folder / "rank0.pt")
+    dist.barrier()
+    with pytest.raises(TalosValueError, match="a share of its own on each rank"):
+        optimizer.load_state_dict(torch.load(folder / "rank0.pt", weights_only=True))
+    assert optimizer.task_vector() == before
     model, optimizer = made(first=True)
     model(torch.ones(1, 6)).sum().backward()
     if rank() == 1:
@@ -333,6 +342,17 @@ def in_other_orders() -> dict[str, str]:
     with pytest.raises(TalosError) as failed:
         SparseAdam(shard(network()), some(network()), lr=1e-2 - rank())
     found["rate"] = str(failed.value)
+    wrong: dict[str, tuple[Any, dict[str, Any]]] = {
+        "seed must be": (some(network()), {"seed": -1}),
+        "mask must be a talos.Mask": (None, {}),
+        "names are the mask's": (Mask.from_dense({"other": torch.ones(7, 6) > 0}), {}),
+    }
+    for message, (mask, options) in wrong.items():
+        model = shard(network())
+        given = (some(network()), {}) if rank() == 0 else (mask, options)
+        for params in (model.parameters(), [{"params": model.parameters()}]):
+            with pytest.raises(TalosError, match=message):
+                SparseAdam(params, given[0], **given[1])
     with pytest.raises(TalosRuntimeError) as compact:
         SparseAdam(shard(network()), some(network())).compact_gradients()
     found["compact"] = str(compact.value)
