@@ -89,7 +89,7 @@ def reduce_selected(ddp: nn.parallel.DistributedDataParallel, optimizer: SparseA
         "load one file on all ranks, or calibrate on all together",
         group,
     )
-    check_same_weights(optimizer.task_vector().fingerprints, group)
+    check_same_weights(optimizer._base.fingerprints, group)
     indices = {param: optimizer.mask.indices[name] for param, name in names.items()}
     selected = _Selected(optimizer, indices, group)
     try:
