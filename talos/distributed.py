@@ -35,7 +35,8 @@ __all__ = [
     "world_size",
 ]
 
-_SENT = "_talos_sent_to_all_ranks"  # set on an error that all ranks know of
+_SENT = "_talos_sent_to_all_ranks"  # set on an error that all ranks know of, in an outer block
+_open: list[int] = []  # one of each block of `errors_on_all_ranks` that has not ended
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -220,10 +221,13 @@ def errors_on_all_ranks(
     """
     error: Exception | None = None
     values: list[Any] = []
+    _open.append(len(_open))
     try:
         yield values
     except Exception as raised:
         error = raised
+    finally:
+        _open.pop()
     if world_size() > 1 and not _was_sent(error):
         text = None if error is None else f"rank {rank()} raised {type(error).__name__}: {error}"
         found = _gathered((text, values), group)
@@ -231,17 +235,25 @@ def errors_on_all_ranks(
         if error is None and failed:
             error = TalosRuntimeError(failed[0])
         values[:] = [each for _, own in found for each in own]
-        if error is not None:
+        if error is not None and _open:
             setattr(error, _SENT, True)
     if error is not None:
+        if not _open:  # the same error may be raised again
+            for each in _causes(error):
+                vars(each).pop(_SENT, None)
         raise error
 
 
 def _was_sent(error: BaseException | None) -> bool:
     """Return whether all ranks know of an error, or of the one that it was made from."""
-    while error is not None and not hasattr(error, _SENT):
+    return any(_SENT in vars(each) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Go through an error, the one that it was made from, and so on."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error is not None
 
 
 def check_same(

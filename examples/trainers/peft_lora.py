@@ -35,7 +35,8 @@ def train(model: nn.Module, folder: Path) -> talos.SparseAdam:
             optimizer.zero_grad()
         if number % 4 == 0:  # PEFT's save_pretrained would save the adapter alone
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(saved | {"done": number}, last)
+            torch.save(saved | {"done": number}, folder / "new.pt")
+            (folder / "new.pt").replace(last)  # so that a kill leaves no half of one
     optimizer.task_vector().rename(FROM_PEFT).save(folder / "base.safetensors")  # for a plain base
     return optimizer
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from talos.app.cli import main
+from talos.app.cli.options import as_options
+from talos.errors import TalosRuntimeError
 from talos.task_vectors import TaskVector
 from tests.tiny import save_tiny_encoder
 
@@ -99,3 +101,45 @@ def test_other_commands_refuse_several_processes(
         "error: talos inspect must run in one process, got 2 by WORLD_SIZE; start it without "
         "torchrun\n"
     )
+
+
+def test_processes_that_do_not_meet_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["calibrate", "--help"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: the processes must meet at MASTER_ADDR and MASTER_PORT, got ")
+    assert found.endswith("; start them with torchrun\n")
+
+
+def test_an_error_of_another_process_names_its_rank_and_the_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        with as_options({"rank": "--rank", "path": "--mask"}):
+            raise TalosRuntimeError("rank 1 raised TalosOSError: path must be a file, got none")
+
+    monkeypatch.setattr("talos.app.cli.app.app", fail)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "error: rank 1: --mask must be a file, got none\n"
+
+
+def test_a_process_that_is_gone_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("talos.app.cli.app.app", fail)
+    text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection reset by peer"
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "error: every process must run to the end, got one that is gone; its own output may say "
+        "why; a training with --checkpoint goes on with --resume\n"
+    )
+    text = "a fault of our own"
+    with pytest.raises(RuntimeError, match="our own"):
+        main(["train"])

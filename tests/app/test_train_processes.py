@@ -1,6 +1,8 @@
 """`talos train` in several processes: each takes its share of every batch."""
 
+import contextlib
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -32,10 +34,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, *words: str) -> int:
+def train(folder: Path, *words: str, steps: int = 6, batch_size: int = 8) -> int:
     out = f"v{world_size()}.safetensors"
     given = ["--model", folder / "tiny", "--data", folder / "pets.csv", "--out", folder / out]
-    return main([*map(str, ["train", *given]), "--steps", "6", "--batch-size", "8", *words])
+    given += ["--steps", steps, "--batch-size", batch_size]
+    return main([*map(str, ["train", *given]), *words])
 
 
 def test_the_vector_is_that_of_one_process(
@@ -49,6 +52,19 @@ def test_the_vector_is_that_of_one_process(
     assert two.fingerprints == one.fingerprints
     difference = two.values - one.values  # sums of another order, which Adam divides by small ones
     assert difference.norm() <= REDUCTION_TOLERANCES[torch.float32].rtol * one.values.norm()
+
+
+def whole_batches(folder: Path) -> tuple[int, str]:
+    """Trains on batches of 39 rows, which two processes cannot share."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = train(folder, steps=1, batch_size=40)
+    return status, said.getvalue()
+
+
+def test_a_batch_that_all_processes_take_whole_is_meant(folder: Path) -> None:
+    for status, said in in_processes(2, whole_batches, folder):
+        assert status == 0, said
+        assert "first batch" not in said
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(

@@ -103,3 +103,24 @@ def test_an_error_in_an_outer_block_reaches_ranks_in_an_inner_one() -> None:
     other = "again: rank 0 raised TalosValueError: out must be a file, got none"
     assert in_processes(3, fail_outside, 0)[1:] == [other, other]
     assert in_processes(2, fail_outside, 9) == ["[0, 1]", "[0, 1]"]
+
+
+BROKEN = TalosValueError("the data must be whole, got a half")
+
+
+def fail_twice() -> list[str]:
+    said = []
+    for _ in range(2):
+        try:
+            with errors_on_all_ranks(), errors_on_all_ranks():
+                if rank() == 1:
+                    raise BROKEN
+        except (TalosRuntimeError, TalosValueError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_one_error_may_be_raised_again() -> None:
+    text = "the data must be whole, got a half"
+    remote = f"rank 1 raised TalosValueError: {text}"
+    assert in_processes(2, fail_twice) == [[remote] * 2, [text] * 2]

@@ -24,9 +24,10 @@ from talos.app.cli.commands import (
     train,
 )
 from talos.app.cli.console import Interrupted, printable
+from talos.app.cli.options import OF_A_RANK
 from talos.app.cli.parsing import Command, usage_message
-from talos.app.cli.processes import IN_SEVERAL, errors_of_all, joined, several
-from talos.errors import TalosError, TalosOSError, TalosValueError
+from talos.app.cli.processes import IN_SEVERAL, errors_of_all, is_loss, joined, several
+from talos.errors import TalosError, TalosOSError, TalosRuntimeError, TalosValueError
 
 __all__ = ["app", "main"]
 
@@ -129,8 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None:  # it was closed; its number would be that of the next file
         return _fail(TalosOSError("stdout must be open, got none; redirect it to /dev/null"))
-    with joined():
-        return _run(arguments)
+    try:
+        with joined():
+            return _run(arguments)
+    except TalosRuntimeError as error:
+        return _fail(error)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -149,6 +153,15 @@ def _run(arguments: Sequence[str] | None) -> int:
         return int(status or 0)
     except (TalosError, typer.TyperException) as error:
         return _fail(error)
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        return _fail(
+            TalosRuntimeError(
+                "every process must run to the end, got one that is gone; its own output may say "
+                "why; a training with --checkpoint goes on with --resume"
+            )
+        )
     except Interrupted as interrupted:
         sys.stderr.write(f"\ninterrupted: {interrupted}\n")
     except (KeyboardInterrupt, typer.Abort):
@@ -179,5 +192,6 @@ def _warn(
 def _fail(error: TalosError | typer.TyperException) -> int:
     """Print an error in one line."""
     text = usage_message(error) if isinstance(error, typer.TyperException) else str(error)
+    text = OF_A_RANK.sub(r"rank \1: ", text, count=1)
     sys.stderr.write(f"error: {printable(' '.join(text.split()))}\n")
     return 2

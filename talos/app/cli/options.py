@@ -14,6 +14,7 @@ from talos.app.tasks.standard_library import SOURCES
 from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = [
+    "OF_A_RANK",
     "Batch",
     "Data",
     "Json",
@@ -77,6 +78,9 @@ Length = Annotated[
     ),
 ]
 
+OF_A_RANK = re.compile(r"rank (\d+) raised Talos\w+: ")
+"""How a message begins that another process sent: see `talos.distributed.errors_on_all_ranks`."""
+
 
 @contextmanager
 def as_options(words: Mapping[str, str]) -> Iterator[None]:
@@ -89,7 +93,9 @@ def as_options(words: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except TalosError as error:
-        text = str(error)
+        begin = OF_A_RANK.match(str(error))
+        head = begin.group() if begin else ""
+        text = str(error)[len(head) :]
         for argument, option in words.items():
             if option and text.startswith(f"{argument} "):
                 text = f"{option}{text[len(argument) :]}"
@@ -97,7 +103,7 @@ def as_options(words: Mapping[str, str]) -> Iterator[None]:
             if not option:
                 remedy = rf"[,;] (?:or )?pass {remedy}[^;,]*"
             text = re.sub(remedy, option, text)
-        raise type(error)(text) from error
+        raise type(error)(head + text) from error
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["IN_SEVERAL", "errors_of_all", "joined", "several"]
+from talos.errors import TalosRuntimeError
+
+__all__ = ["IN_SEVERAL", "errors_of_all", "is_loss", "joined", "several"]
 
 IN_SEVERAL = ("calibrate", "train")
 """The commands that share their work among processes."""
@@ -32,11 +34,22 @@ def errors_of_all() -> contextlib.AbstractContextManager[object]:
     return errors_on_all_ranks()
 
 
+def is_loss(error: RuntimeError) -> bool:
+    """Return whether an error says that another process is gone: gloo has no type for it."""
+    dist = sys.modules.get("torch.distributed")
+    return "gloo/transport" in str(error) or (
+        dist is not None and isinstance(error, dist.DistError)
+    )
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Join the group of the processes that torchrun started, and leave it when the block ends.
 
     Only rank 0 prints. Each process has the GPU of its LOCAL_RANK where there are GPUs.
+
+    Raises:
+        TalosRuntimeError: the processes do not meet.
     """
     if several() == 1:
         yield
@@ -47,7 +60,13 @@ def joined() -> Iterator[None]:
     with_gpus = torch.cuda.is_available()
     if with_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if with_gpus else "gloo")
+    try:
+        dist.init_process_group("nccl" if with_gpus else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TalosRuntimeError(
+            "the processes must meet at MASTER_ADDR and MASTER_PORT, got "
+            f"{str(error).splitlines()[0]}; start them with torchrun"
+        ) from error
     try:
         with contextlib.ExitStack() as silent:
             if dist.get_rank() > 0:

@@ -1,6 +1,7 @@
 """`talos train`: fine-tune, and write the task vector."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,8 @@ def train(
             max_length=tokens,
             seed=seed,
         )
+        # A first batch that `_share` gives whole to each is meant.
+        warnings.filterwarnings("ignore", "the first batch is the same on all")
         own_batches = [_share(each, number_of_process(), world_size()) for each in batches]
         torch.manual_seed(seed + number_of_process())  # dropout
         losses: list[float] = []
