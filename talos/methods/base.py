@@ -169,7 +169,12 @@ class Phase(ABC):
         parts: dict[int, dict[str, Tensor]] = {n: dict(e) for n, e in own_state["state"].items()}
         for number, name in enumerate(self.trained):
             if name in saved_parts:
-                parts[number] = {**parts.get(number, {}), **saved_parts[name]}
+                # Fused AdamW walks moments and weights in the order of their memory.
+                laid_out = {
+                    key: _laid_out(value, self.trained[name])
+                    for key, value in saved_parts[name].items()
+                }
+                parts[number] = {**parts.get(number, {}), **laid_out}
         self.optimizer.load_state_dict({**own_state, "state": parts})
         with torch.no_grad():
             for name in self.trained:
@@ -253,6 +258,13 @@ class Method(ABC):
         if "seed" in settings:
             settings["method_seed"] = settings.pop("seed")
         return {"method": self.name, **settings}
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor with the strides of another one of its shape, else itself."""
+    if value.shape != like.shape or value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -182,6 +182,15 @@ def test_the_data_of_workers_go_on_in_their_order(tmp_path: Path) -> None:
     resumed_everywhere(make, tmp_path, steps=4, method="nonlinear")
 
 
+def test_weights_in_another_order_of_memory_go_on(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model, data = attention_and_data()
+        model.head.weight = nn.Parameter(model.head.weight.detach().t().contiguous().t())
+        return model, data
+
+    resumed_everywhere(make, tmp_path, method="nonlinear", steps=3)
+
+
 def test_a_buffer_that_moves_goes_on(tmp_path: Path) -> None:
     def make() -> tuple[nn.Module, Any]:
         _, data = attention_and_data()
