@@ -82,6 +82,16 @@ def test_a_training_that_ctrl_c_stopped_goes_on(
         err = capsys.readouterr().err
         assert "error: --resume must go on with the settings of " in err
         assert text in err
+    data = Path(words[words.index("--data") + 1])
+    assert data.suffix == ".csv"
+    rows = data.read_text()
+    with pytest.MonkeyPatch.context() as patch:  # other texts to train on, the same to test on
+        patch.setattr("talos.app.tasks.task.Task.fingerprint", lambda self: "the same")
+        assert main([*words, *outputs("more")]) == 0
+        data.write_text(rows.replace("meow", "purr"))
+        assert main([*words, *outputs("more"), "--resume", "--overwrite"]) == 2
+    data.write_text(rows)
+    assert "data.batches=" in capsys.readouterr().err
 
 
 def replaced(words: list[str], option: str, value: str) -> list[str]:

@@ -180,6 +180,7 @@ def train(
     from talos.app.cli.reading import show_data, show_other_tasks, tokens_for
     from talos.app.demo.judge import training_batches
     from talos.app.provenance import made_with
+    from talos.batches import digest_of
     from talos.distributed import rank as number_of_process
     from talos.distributed import world_size
     from talos.masks import Mask
@@ -247,7 +248,7 @@ def train(
                 lr=rate,
                 on_step=on_step,
                 checkpoint=checkpoint,
-                data=about | {"batch_size": batch_size},
+                data=about | {"batch_size": batch_size, "batches": digest_of(batches)},
                 **numbers,
             )
         if number_of_process() > 0:  # all have the same vector; one writes it
