@@ -252,7 +252,7 @@ def check_entries(entries: Any) -> None:
 
     Raises:
         TalosValueError: its structure differs; a size is negative or no integer; a name comes
-            twice; a size has more than 63 bits; there are too many dimensions; tensors with hardly
+            twice; a size has more than 63 bits; there are too many dimensions; indices with hardly
             a selected entry, for which the file holds next to nothing, are larger than any model.
 
     Example:
@@ -279,8 +279,12 @@ def check_entries(entries: Any) -> None:
             f"tensors must have sizes of 63 bits in at most {_MOST_DIMENSIONS} dimensions, got more"
         )
     sizes = [prod(each) for each in shapes]
-    # Of these the memory is one of segments, not of selected entries.
-    empty = sum(size for size, e in zip(sizes, entries, strict=True) if e["nnz"] << 16 < size)
+    # The memory of such an index is one of segments, not of selected entries; a patch has none.
+    empty = sum(
+        size
+        for size, entry in zip(sizes, entries, strict=True)
+        if entry["encoding"] in ("bitmap", "u16") and entry["nnz"] << 16 < size
+    )
     if empty > _MOST_EMPTY:
         raise TalosValueError(
             f"tensors with hardly a selected entry must be smaller, got {empty} entries"
