@@ -152,7 +152,7 @@ def ours(
             itemsize=dtype.itemsize,
             moment=moment_dtype.itemsize,
         ),
-        state_bytes=lambda: nbytes(optimizer.state_dict()["state"]) + mask.nbytes,
+        state_bytes=lambda: optimizer.nbytes,
     )
 
 

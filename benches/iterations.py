@@ -18,6 +18,7 @@ from benches import measure
 from benches.workload import Workload
 from talos.masks import Mask
 from talos.methods import LogitsFunction, Phase
+from talos.optim import SparseAdam
 from talos.optim.compact_gradient import CompactGradient
 
 HYPER: dict[str, Any] = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -60,7 +61,6 @@ class Running:
         allowed: returns the entries that may move; None for all.
         bytes_moved: what a step must move at least; None where there is no model of it.
         own_state: what is kept from step to step beside the optimizer's state.
-        index_bytes: of the compressed selection.
         finish: called at the end.
         separate: whether `module` trains a copy of the model, or weights beside it.
     """
@@ -73,7 +73,6 @@ class Running:
     allowed: Callable[[], Mask | None] = lambda: None
     bytes_moved: int | None = None
     own_state: Any = ()
-    index_bytes: int = 0
     finish: Callable[[], object] = lambda: None
     separate: bool = False
 
@@ -104,8 +103,10 @@ class Running:
 
     def state_bytes(self) -> int:
         """Return the memory kept from step to step."""
+        if isinstance(self.optimizer, SparseAdam):  # its index, too; not the initial weights
+            return self.optimizer.nbytes
         kept = [*stored_in(self.optimizer.state), *stored_in(self.own_state)]
-        return measure.held_bytes(kept, self.workload.device) + self.index_bytes
+        return measure.held_bytes(kept, self.workload.device)
 
     def gradient_bytes(self) -> tuple[int, int]:
         """Return the bytes that a backward allocates, and those held all the time.

@@ -76,7 +76,6 @@ def _sparse(
         phase,
         allowed=lambda: mask,
         bytes_moved=sparse_step(parts, mask.nbytes, compact=compact),
-        index_bytes=mask.nbytes,
     )
     if not compact:  # the phase has made them compact
         phase.optimizer.compact_gradients(False)

@@ -280,7 +280,7 @@ SWEEPS = (
     Sweep(f"{TRITON}.select_threshold", "STEPS", numbers(64, 16, 256), threshold, EAGER),
     Sweep(f"{TRITON}.select_threshold", "NUM_WARPS", WARPS, threshold, EAGER),
     Sweep(f"{TRITON}.sddmm", "plan", dict(product_plans()), product),
-    Sweep("talos.calibration.capture", "_QUEUE_BYTES", QUEUES, queued, EAGER),
+    Sweep("talos.calibration.launches", "_QUEUE_BYTES", QUEUES, queued, EAGER),
     Sweep(f"{TRITON}.add_delta", "NUM_WARPS", WARPS, added),
     Sweep(f"{TRITON}.gather_grad", "NUM_WARPS", WARPS, gathered),
 )
