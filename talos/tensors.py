@@ -30,6 +30,7 @@ __all__ = [
     "moved_buffers",
     "place",
     "readable_size",
+    "sums_of_bits",
     "trim_heap",
     "true_places",
     "warn_of_moved",
@@ -178,6 +179,26 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
         return False
     a, b = (each.detach().to_dense().reshape(-1).view(torch.uint8) for each in (a, b))
     return torch.equal(a, b)
+
+
+def sums_of_bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the sum of each tensor's elements, their bits read as integers.
+
+    Equal values have equal sums, whatever their strides and their place in memory: so processes
+    compare what they hold. Tensors without values, sparse ones and subclasses are left out.
+
+    Example:
+        >>> sums_of_bits({"a": torch.ones(3, dtype=torch.int32), "b": torch.ones(2, device="meta")})
+        {'a': 3}
+    """
+    return {
+        name: int(each.detach().reshape(-1).view(INTEGERS[each.element_size()]).sum())
+        for name, each in tensors.items()
+        if type(each) in (Tensor, torch.nn.Parameter)
+        and not each.is_meta
+        and each.layout == torch.strided
+        and each.element_size() in INTEGERS
+    }
 
 
 def true_places(dense: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import talos
 from talos.errors import TalosValueError
-from talos.tensors import check_separate, place
+from talos.tensors import check_separate, place, sums_of_bits
 
 
 def addresses(tensor: Tensor) -> list[int]:
@@ -128,3 +128,16 @@ def test_no_method_trains_two_parameters_of_one_memory_apart(method: str) -> Non
     batches = [(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(TalosValueError, match=r"one parameter, got table.weight and head.weight"):
         talos.fine_tune(Tied(), batches, method=method, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+def test_equal_values_have_equal_sums_of_bits_wherever_they_lie(dtype: torch.dtype) -> None:
+    values = torch.randn(4, 4).to(dtype)
+    shifted = torch.zeros(17, dtype=dtype)[1:].view(4, 4).copy_(values)
+    across = values.t().contiguous().t()
+    other = values.clone()
+    other[0, 0] = not other[0, 0]
+    held = {"plain": values, "shifted": shifted, "across": across, "other": other}
+    sums = sums_of_bits(held | {"meta": values.to("meta")})
+    assert sums["plain"] == sums["shifted"] == sums["across"] != sums["other"]
+    assert "meta" not in sums

@@ -10,22 +10,20 @@ from itertools import chain, islice
 from math import isfinite
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from talos.batches import digest_of, known_length
 from talos.calibration.capture import REMEDY, Capture
-from talos.distributed import errors_on_all_ranks, is_sharded, local, rank, world_size
+from talos.distributed import errors_on_all_ranks, local, rank, world_size
 from talos.errors import TalosRuntimeError, TalosValueError
 from talos.names import named_parameters
 from talos.params import Candidates
+from talos.tensors import sums_of_bits
 
 __all__ = ["AGREE", "Waves", "facts_of", "total"]
 
 AGREE = "pass the same model and the same settings on each rank"
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Waves:
@@ -155,14 +153,11 @@ def _check(scores: Mapping[str, Tensor], reached: set[str]) -> None:
 def facts_of(model: nn.Module, candidates: Candidates) -> dict[str, object]:
     """Return what ranks must agree on of a model: its candidates and its weights, as hashes."""
     chosen = [(name, tuple(each.param.shape), each.rows) for name, each in candidates.items()]
-    sums = [
-        int(param.detach().reshape(-1).view(_INTEGERS[param.element_size()]).sum())
-        for param in named_parameters(model).values()
-        if param.is_floating_point() and param.element_size() in _INTEGERS and not is_sharded(param)
-    ]
+    params = named_parameters(model)
+    sums = sums_of_bits({name: each for name, each in params.items() if each.is_floating_point()})
     return {
         "the selected parameters of the model": digest_of(repr(chosen)),
-        "the weights of the model": digest_of(repr(sums)),
+        "the weights of the model": digest_of(repr(list(sums.values()))),
     }
 
 

@@ -16,13 +16,12 @@ from talos.batches import digest_of
 from talos.distributed import (
     check_same,
     errors_on_all_ranks,
-    is_sharded,
     rank,
     several_processes,
     world_size,
 )
 from talos.errors import TalosTypeError, TalosValueError
-from talos.task_vectors.fingerprints import bit_sums
+from talos.tensors import sums_of_bits
 
 __all__ = ["check_ranks", "digest_if_readable", "mean_loss", "warn_of_same_batches"]
 
@@ -47,7 +46,7 @@ def check_ranks(model: nn.Module, settings: Mapping[str, str]) -> None:
         return
     check_same(settings, "pass the same settings on each")
     held = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
-    sums = bit_sums({name: each for name, each in held.items() if not is_sharded(each)})
+    sums = sums_of_bits(held)
     check_same(
         {f"the sum of the bits of {name}": each for name, each in sums.items()},
         "load the same weights on each, or send those of rank 0: for each in "
