@@ -16,7 +16,7 @@ from talos.errors import TalosOSError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["atomic_folder", "atomic_write", "sweep"]
+__all__ = ["atomic_folder", "atomic_write", "sweep", "system_errors"]
 
 _PREFIX, _SUFFIX = ".talos-", ".tmp"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         b'whole'
     """
     target = Path(os.path.realpath(path))
-    with _explained(target):
+    with _writable(target):
         if target.exists() and not target.is_file():
             raise TalosOSError(
                 f"path must be a regular file, got {target}, a folder or device; choose another"
@@ -86,7 +86,7 @@ def atomic_folder(
         b'whole'
     """
     target = Path(os.path.realpath(path))
-    with _explained(target):
+    with _writable(target):
         with _workplace(target.parent) as folder:
             new = Path(folder, "new")
             new.mkdir()
@@ -117,16 +117,29 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def system_errors(problem: str, remedy: str) -> Iterator[None]:
+    """Raise a TalosOSError in place of an error of the system, whose words it holds.
+
+    Args:
+        problem: what must be, and what was found.
+        remedy: what to do about it.
+
+    Raises:
+        TalosOSError: the block raised an OSError.
+    """
     try:
         yield
     except TalosOSError:
         raise
     except OSError as error:
-        raise TalosOSError(
-            f"path must be writable, got {target} ({error.strerror or error}); check that its "
-            "folder exists, may be written and has room"
-        ) from error
+        raise TalosOSError(f"{problem} ({error.strerror or error}); {remedy}") from error
+
+
+def _writable(target: Path) -> contextlib.AbstractContextManager[None]:
+    return system_errors(
+        f"path must be writable, got {target}",
+        "check that its folder exists, may be written and has room",
+    )
 
 
 @contextlib.contextmanager

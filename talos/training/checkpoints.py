@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from talos.distributed import errors_on_all_ranks, is_sharded, rank
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.files import OtherFile, load_file, save_file
-from talos.files.atomic import sweep
+from talos.files.atomic import sweep, system_errors
 from talos.methods import Phase
 from talos.names import named_buffers, named_parameters
 from talos.task_vectors.fingerprints import fingerprint
@@ -234,18 +234,10 @@ def _place(content: Mapping[str, Any]) -> int:
     return rank() if rank() < len(content["orders"]) else 0
 
 
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Say of a folder what the system says of it."""
-    try:
-        yield
-    except TalosOSError:
-        raise
-    except OSError as error:
-        raise TalosOSError(
-            f"checkpoint must be a folder that can be written, got {folder} "
-            f"({error.strerror or error}); choose another"
-        ) from error
+def _writable(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return system_errors(
+        f"checkpoint must be a folder that can be written, got {folder}", "choose another"
+    )
 
 
 @contextlib.contextmanager
