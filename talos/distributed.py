@@ -6,7 +6,7 @@ DTensor's own business, so nothing here computes with offsets.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,6 +25,7 @@ __all__ = [
     "errors_on_all_ranks",
     "is_sharded",
     "local",
+    "mesh_of",
     "part_of",
     "rank",
     "reduced",
@@ -69,6 +70,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def sharding(tensor: Any) -> "tuple[DeviceMesh, tuple[Any, ...]] | None":
     """Return the mesh and the placements of a sharded tensor; None of another one."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
+def mesh_of(tensors: Iterable[Tensor]) -> "DeviceMesh | None":
+    """Return the mesh of the first tensor that is sharded; None where none is."""
+    return next((found[0] for found in map(sharding, tensors) if found), None)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A BERT with random weights and a character vocabulary, in a folder as transformers saves it."""
 
+import csv
 from pathlib import Path
 
 import torch
@@ -28,3 +29,16 @@ def save_tiny_encoder(folder: Path) -> Path:
     model.save_pretrained(folder, safe_serialization=True)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+def save_pets(folder: Path, pairs: int, *rows: tuple[str, str]) -> Path:
+    """Writes texts of cats and dogs in turn, then further rows of a text and its label."""
+    path = folder / "pets.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label"])
+        for i in range(pairs):
+            writer.writerow([f"meow {i}, purr", "cat"])
+            writer.writerow([f"woof {i}, bark", "dog"])
+        writer.writerows(rows)
+    return path

@@ -16,9 +16,9 @@ from talos.distributed import (
     errors_on_all_ranks,
     is_sharded,
     local,
+    mesh_of,
     reduced,
     several_processes,
-    sharding,
     whole,
     world_size,
 )
@@ -99,7 +99,7 @@ def check_shares(states: Iterable[Mapping[str, Any]]) -> None:
         return
     shares = list(map(local, sharded))
     varied = any(bool((share != share[:1]).any()) for share in shares)
-    with errors_on_all_ranks(_mesh(sharded)) as digests:
+    with errors_on_all_ranks(mesh_of(sharded)) as digests:
         digests.append(list(map(digest, shares)) if varied else [])
     seen = [each for each in digests if each]
     if any(each in seen[:place] for place, each in enumerate(seen)):
@@ -148,11 +148,6 @@ def check_same_weights(
     )
 
 
-def _mesh(params: Iterable[Tensor]) -> "DeviceMesh | None":
-    """Return the mesh of the first tensor that is sharded."""
-    return next((found[0] for found in map(sharding, params) if found), None)
-
-
 @contextmanager
 def agreement(mask: Mask, params: Iterable[Tensor], copies: bool = False) -> Iterator[None]:
     """Run the checks of an optimizer's arguments; ranks that share tensors fail together.
@@ -165,7 +160,7 @@ def agreement(mask: Mask, params: Iterable[Tensor], copies: bool = False) -> Ite
     Raises:
         TalosValueError: the masks differ.
     """
-    mesh = _mesh(params)
+    mesh = mesh_of(params)
     if mesh is None and not copies:
         yield
         return

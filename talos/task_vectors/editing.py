@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos.distributed import errors_on_all_ranks, local, reshard, sharding
+from talos.distributed import errors_on_all_ranks, local, mesh_of, reshard
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
 from talos.masks import Mask
 from talos.masks.parts import Parts
@@ -173,8 +173,8 @@ class ModelEdit:
 
     def _together(self) -> AbstractContextManager[Any]:
         """Return a block in which ranks that share weights fail together."""
-        found = next((each for each in map(sharding, self._touched.values()) if each), None)
-        return nullcontext() if found is None else errors_on_all_ranks(found[0])
+        mesh = mesh_of(self._touched.values())
+        return nullcontext() if mesh is None else errors_on_all_ranks(mesh)
 
     def take_off(self) -> None:
         """Write the old bits back to the selected entries.

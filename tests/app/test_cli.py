@@ -1,6 +1,5 @@
 """The command line: help, errors in one line with nothing written, files that go round."""
 
-import csv
 import os
 import re
 import shlex
@@ -44,7 +43,7 @@ from talos.params import select_parameters
 from talos.task_vectors import Patch, TaskVector
 from tests.app.test_report import synthetic
 from tests.task_vectors.test_resident_vectors import Watch
-from tests.tiny import save_tiny_encoder
+from tests.tiny import save_pets, save_tiny_encoder
 from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2, save_tiny_t5
 
 COMMANDS = {
@@ -70,14 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "pets.csv"
-    with path.open("w", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["text", "label"])
-        for i in range(60):
-            rows.writerow([f"meow {i}, purr", "cat"])
-            rows.writerow([f"woof {i}, bark", "dog"])
-    return str(path)
+    return str(save_pets(tmp_path_factory.mktemp("data"), 60))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Commands that torchrun starts in several processes: the same file, one voice, exit code 2."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from talos.app.cli import main
 from talos.app.cli.options import as_options
 from talos.errors import TalosRuntimeError
 from talos.task_vectors import TaskVector
-from tests.tiny import save_tiny_encoder
+from tests.tiny import save_pets, save_tiny_encoder
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 COMMAND = ("-m", "talos.app.cli")
@@ -23,12 +22,7 @@ COMMAND = ("-m", "talos.app.cli")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_tiny_encoder(tmp_path / "tiny")
-    with (tmp_path / "pets.csv").open("w", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["text", "label"])
-        for i in range(30):
-            rows.writerow([f"meow {i}, purr", "cat"])
-            rows.writerow([f"woof {i}, bark", "dog"])
+    save_pets(tmp_path, 30)
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """`talos train` in several processes: each takes its share of every batch."""
 
 import contextlib
-import csv
 import io
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from talos.distributed import world_size
 from talos.task_vectors import TaskVector
 from tests.cases import REDUCTION_TOLERANCES
 from tests.distributed.processes import in_processes
-from tests.tiny import save_tiny_encoder
+from tests.tiny import save_pets, save_tiny_encoder
 
 
 @pytest.fixture
@@ -24,13 +23,7 @@ def folder(tmp_path: Path) -> Path:
     own = json.loads(config.read_text())
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps(own | none))
-    with (tmp_path / "pets.csv").open("w", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["text", "label"])
-        for i in range(23):
-            rows.writerow([f"meow {i}, purr", "cat"])
-            rows.writerow([f"woof {i}, bark", "dog"])
-        rows.writerow(["meow, but otherwise", "cat"])
+    save_pets(tmp_path, 23, ("meow, but otherwise", "cat"))
     return tmp_path
 
 
