@@ -1,7 +1,6 @@
-"""Experiments: a recipe in TOML, run cell by cell, that ends in tables.
+"""Experiments: models, tasks, methods and seeds out of one recipe; each cell is made once.
 
-`read_recipe` reads a recipe. A cell is one step of it: a mask, a trained vector, an evaluation.
-Nothing here prints.
+A cell is one step: a mask, a trained vector, an evaluation. Nothing here prints.
 """
 
 from talos.app.experiments.recipe import Recipe, Row, read_recipe
