@@ -57,11 +57,9 @@ class VisionEncoder(ZeroShotEncoder):
         square = pillow.new("RGB", (self.size, self.size))
         place = (self.size - width) // 2, (self.size - height) // 2
         square.paste(image.convert("RGB").resize((width, height), smooth), place)
-        values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        mean, std = (
-            torch.tensor(each, device="cpu").view(3, 1, 1) for each in (self.mean, self.std)
-        )
-        return (values - mean) / std
+        values = np.asarray(square, np.float32) / 255  # [size, size, 3]
+        normal = (values - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(normal.transpose(2, 0, 1).copy())
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the unit vectors of images.
