@@ -57,6 +57,10 @@ def joined() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    # Its functions keep the group that there is when it is imported as their default. Imported
+    # later, they would keep this group, whose threads then end the process with SIGABRT.
+    import torch.distributed.nn.functional
+
     with_gpus = torch.cuda.is_available()
     if with_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
