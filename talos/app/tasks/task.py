@@ -197,10 +197,17 @@ class LabelledSplits(ABC, Generic[E]):
         collate, lengths = self._inputs(split, tokenizer, max_length)
         return Batches(labels, collate, batch_size, lengths, seed)
 
-    def fingerprint(self) -> str:
-        """Return 16 hex digits of the test examples: texts, or pixels and names of files."""
+    def fingerprint(self, split: str = "test") -> str:
+        """Return 16 hex digits of a split's examples: texts, or pixels and names of files.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Raises:
+            TalosValueError: there is no such split.
+        """
         digest = hashlib.sha256()
-        for example in self.test:
+        for example in self.examples(split):
             raw = self._content(example)
             digest.update(len(raw).to_bytes(8, "little") + raw + str(example.label).encode())
         return digest.hexdigest()[:16]
