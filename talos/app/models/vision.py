@@ -58,8 +58,8 @@ class VisionEncoder(ZeroShotEncoder):
         place = (self.size - width) // 2, (self.size - height) // 2
         square.paste(image.convert("RGB").resize((width, height), smooth), place)
         values = np.asarray(square, np.float32) / 255  # [size, size, 3]
-        normal = (values - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(normal.transpose(2, 0, 1).copy())
+        mean, std = (np.array(each, np.float32) for each in (self.mean, self.std))
+        return torch.from_numpy(((values - mean) / std).transpose(2, 0, 1).copy())
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the unit vectors of images.
