@@ -12,7 +12,7 @@ import torch
 
 import talos
 from talos.app.demo.folder import clear, prepare
-from talos.app.demo.judge import TaskModels, load_tasks, training_batches
+from talos.app.demo.judge import TaskModels, calibration_batches, load_tasks, training_batches
 from talos.app.demo.machine import default_device
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
@@ -162,10 +162,10 @@ class _Demo:
     def calibrate(self, models: TaskModels, task: Task | ImageTask) -> Mask:
         """Find the least sensitive entries for one task, and save the mask."""
         settings = self.settings
-        batches = training_batches(
+        batches = calibration_batches(
             task,
             models.encoder,
-            count=min(settings.samples, len(task.train)),
+            count=settings.samples,
             batch_size=settings.calibration_batch_size,
             max_length=settings.max_length,
             seed=settings.seed,
