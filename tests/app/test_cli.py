@@ -180,7 +180,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "calibrate --data none.csv --out m.safetensors",
-            "--data must be a built-in task, .* got none.csv; built in are",
+            "--data must be a built-in task, .* got none.csv; built in are .* more",
         ),
         (
             "calibrate --data a --out m.safetensors --labels importance --draws exact",
