@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from talos.app.cli.options import as_options
-from talos.app.demo.machine import default_device
+from talos.app.experiments.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
 from talos.app.models.clip import PREFIX
 from talos.app.models.folders import find_folder
 from talos.app.models.heads import classifier_for
+from talos.app.models.packages import PACKAGED
 from talos.app.tasks import ImageTask, Task, load_any
 from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
@@ -54,7 +55,7 @@ def load_rows(data: str, model: str, split: str | None = None) -> Rows:
 def find_model(model: str) -> str:
     """Find a model, and download one of the hub; return what it reads, texts or images."""
     with as_options({"source": "--model"}):
-        here = model == "minilm" or model.startswith(PREFIX)
+        here = model in PACKAGED or model.startswith(PREFIX)
         return "images" if takes_images(model if here else str(find_folder(model)[0])) else "texts"
 
 
@@ -78,7 +79,7 @@ def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
                 f"--model must read the {task.reads} of {task.name}, got {model}, which reads "
                 f"{reads}; take "
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
-                + (" or a CLIP as --model" if reads == "texts" else "")
+                + (" or a model of images as --model" if reads == "texts" else "")
             )
 
 
