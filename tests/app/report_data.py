@@ -184,8 +184,8 @@ def made_up(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
         "recipe": {
             "title": "Made-up tasks & models",
             "seeds": list(SEEDS),
-            "models": list(models),
-            "tasks": list(TASKS),
+            "models": [{"source": model, "name": model} for model in models],
+            "tasks": [{"data": task, "name": None, "settings": {}} for task in TASKS],
             "calibration": {"density": 0.1, "rounds": 4, "samples": 256},
             "training": {"steps": 80, "batch_size": 32, "max_length": 48, "weight_decay": 0.0},
             "evaluation": {"coefficients": 21, "control_share": 0.95, "resamples": 2000},
