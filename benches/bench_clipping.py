@@ -15,8 +15,8 @@ import torch
 from benches import measure
 from benches.results import Record, add_result
 from talos import SparseAdam, calibrate
-from talos.app.demo.judge import calibration_batches, training_batches
 from talos.app.demo.settings import DemoSettings
+from talos.app.experiments.judging import calibration_batches, training_batches
 from talos.app.models import load_encoder
 from talos.app.tasks import load_task
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import talos
 from benches import measure
 from benches.results import add_result
-from talos.app.demo.judge import TaskModels, training_batches
+from talos.app.experiments.judging import TaskModels, training_batches
 from talos.app.models import load_encoder
 from talos.app.tasks import load_task
 from talos.evaluation import Bootstrap, scaling_coefs

@@ -24,7 +24,7 @@ from benches.results import OURS, Record
 from benches.scoring import Scores, samples
 from benches.workload import Batch
 from talos import Mask
-from talos.app.demo.judge import calibration_batches
+from talos.app.experiments.judging import calibration_batches
 from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.app.tasks import load_task
 from talos.params import select_parameters

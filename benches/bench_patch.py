@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benches import measure
 from benches.results import OURS, Record, add_result
 from talos import Mask, Patch, SparseAdam, calibrate
-from talos.app.demo.judge import calibration_batches, training_batches
+from talos.app.experiments.judging import calibration_batches, training_batches
 from talos.app.models import ZeroShotClassifier, load_encoder
 from talos.app.tasks import load_task
 from tests.cases import assert_bit_equal

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import talos
 from talos.app.cli import main
 from talos.app.cli.loading import load_data
-from talos.app.demo.judge import logits_of
+from talos.app.experiments.judging import logits_of
 from talos.app.models import load_encoder
 from talos.app.models.heads import HEAD_FILE, load_heads, save_heads
 from talos.errors import TalosValueError

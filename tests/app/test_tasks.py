@@ -572,7 +572,7 @@ def test_load_file_refuses_a_missing_file_and_wrong_arguments(tmp_path):
 
 
 def test_calibration_batches_hold_the_first_texts_of_the_order_by_length(tmp_path):
-    from talos.app.demo.judge import calibration_batches
+    from talos.app.experiments.judging import calibration_batches
     from talos.app.models import load_encoder
     from tests.tiny import save_tiny_encoder
 

@@ -11,7 +11,7 @@ from talos.app.cli.console import Bars
 from talos.app.cli.forgetting import Forgetting
 from talos.app.cli.measurements import MEASUREMENTS, Figures, Subject
 from talos.app.cli.suggestions import of_model, subtracts
-from talos.app.demo.judge import TaskModels
+from talos.app.experiments.judging import TaskModels
 from talos.app.models import Encoder
 from talos.app.report.runs import to_hex
 from talos.app.tasks import ImageTask, Task

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from talos.app.cli.options import as_options
-from talos.app.demo.machine import default_device
+from talos.app.experiments.machine import default_device
 from talos.app.models import Classifier, Encoder, takes_images
 from talos.app.models import load_encoder as load
 from talos.app.models.clip import PREFIX

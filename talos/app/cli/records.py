@@ -41,7 +41,7 @@ def write_record(json: str | None, command: str, figures: Mapping[str, Any]) -> 
     """
     if json is None:
         return
-    from talos.app.demo.machine import versions
+    from talos.app.experiments.machine import versions
     from talos.app.report.results import json_text, write_json
 
     record = {

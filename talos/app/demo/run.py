@@ -12,14 +12,15 @@ import torch
 
 import talos
 from talos.app.demo.folder import clear, prepare
-from talos.app.demo.judge import TaskModels, load_tasks, training_batches
-from talos.app.demo.machine import default_device
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
+from talos.app.experiments.judging import TaskModels, training_batches
+from talos.app.experiments.machine import default_device
 from talos.app.models import Encoder, load_encoder
 from talos.app.provenance import base_of, made_with
 from talos.app.report import save_results, write_report
-from talos.app.tasks import ImageTask, Task
+from talos.app.tasks import ImageTask, Task, available_tasks, load_task
+from talos.errors import TalosValueError
 from talos.evaluation import (
     Negation,
     Outcomes,
@@ -284,3 +285,22 @@ class _Demo:
                 "entries": entries,
             }
         )
+
+
+def load_tasks(settings: DemoSettings) -> list[Task]:
+    """Load the tasks that the settings name, or the first of those available.
+
+    Raises:
+        TalosValueError: a task is unknown, or fewer are available than asked for.
+    """
+    names = list(settings.tasks)
+    if not names:
+        available = available_tasks()
+        if len(available) < settings.task_count:
+            raise TalosValueError(
+                f"task_count must be at most {len(available)}, the tasks that this Python holds "
+                f"enough text for ({', '.join(available)}), got {settings.task_count}"
+            )
+        names = available[: settings.task_count]
+    # Always in the splits of seed 0, as in `talos eval`: no vector is judged on its training data.
+    return [load_task(name, sizes=settings.sizes) for name in names]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from talos.app.demo.judge import TaskModels
-from talos.app.demo.machine import machine, versions
 from talos.app.demo.settings import TITLES, DemoSettings
+from talos.app.experiments.judging import TaskModels
+from talos.app.experiments.machine import machine, versions
 from talos.app.report import SCHEMA, SCHEMA_VERSION
 from talos.app.tasks import ImageTask, Task
 from talos.evaluation import Addition, Bootstrap, Estimate, Negation

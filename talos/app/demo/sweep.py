@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from talos.app.demo.folder import clear, prepare
-from talos.app.demo.machine import machine, versions
 from talos.app.demo.run import run_demo
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress
+from talos.app.experiments.machine import machine, versions
 from talos.app.models import Encoder
 from talos.app.report import save_results, write_report
 from talos.app.report.results import FIGURES, SCHEMA_VERSION, SWEEP_SCHEMA

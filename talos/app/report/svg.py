@@ -1,17 +1,37 @@
-"""Inline SVG made by matplotlib: text stays text, and nothing is loaded from elsewhere."""
+"""Pictures made by matplotlib: inline SVG whose text stays text, and files of SVG or PNG."""
 
 import io
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
 from talos.app.report.results import Results
 from talos.app.report.style import EDGE, INK, LINE, METHODS
 
-__all__ = ["draw", "method_colour"]
+__all__ = ["Panel", "draw", "folded", "method_colour", "picture", "save"]
 
-_WIDTH = 4.5  # inches: a phone scales the figure to 380 px, and text of 9 points to 11 px
+_WIDTH = 4.5  # inches: a phone scales the picture to 360 px, and text of 9 points to 10 px
+_LETTERS = 44  # of the title of a row that fit into a line of the legend
+_PIXELS = 200  # an inch of a PNG
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the plots that a picture has below each other.
+
+    Attributes:
+        height: inches.
+        paint: draws on the axes that it is given; what it labels is in the picture's legend.
+        title: above the plot; empty: none.
+    """
+
+    height: float
+    paint: Callable[[Any], None]
+    title: str = ""
 
 
 def method_colour(results: Results, method: str) -> str:
@@ -21,20 +41,63 @@ def method_colour(results: Results, method: str) -> str:
 
 
 def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
-    """Draw one figure.
+    """Draw a picture of one plot that has its own legend; see `picture`."""
+    return picture(name, [Panel(height, paint)])
+
+
+def picture(name: str, panels: Sequence[Panel]) -> str:
+    """Draw plots below each other, with one legend above them.
 
     Args:
-        name: makes the figure's ids unique on the page.
-        height: inches.
-        paint: draws on the axes that it is given.
+        name: makes the ids of the picture unique on a page.
+        panels: the plots, at least one.
 
     Returns:
-        An SVG element, the same bytes in every run.
+        An SVG element without a background, the same bytes in every run.
 
     Raises:
         TalosRuntimeError: matplotlib is missing.
     """
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    name = _as_id(name)
+    return _inline(_drawn(name, panels, "svg", transparent=True).decode(), name)
+
+
+def save(path: Path, name: str, panels: Sequence[Panel]) -> None:
+    """Write a picture on white ground to a file, .svg or .png.
+
+    Raises:
+        TalosRuntimeError: matplotlib is missing.
+        TalosOSError: the file cannot be written.
+    """
+    from talos.files import atomic_write
+
+    made = _drawn(_as_id(name), panels, path.suffix[1:], facecolor="white", dpi=_PIXELS)
+    if path.suffix == ".svg":  # its first lines name a document type that lies elsewhere
+        text = made.decode()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        made = text.encode()
+    atomic_write(path, lambda new: new.write_bytes(made))
+
+
+def folded(text: str, letters: int, lines: int = 2) -> str:
+    r"""Break a text into lines, and cut what is still too long.
+
+    Example:
+        >>> folded("TaLoS, density 0.05, disjoint", 12).split("\n")
+        ['TaLoS,', 'density…']
+    """
+    return "\n".join(
+        textwrap.wrap(text, letters, max_lines=lines, placeholder="…") or [text[:letters]]
+    )
+
+
+def _as_id(name: str) -> str:
+    """Return an id that no other name has."""
+    return re.sub(r"[^A-Za-z0-9_]", lambda odd: "-" if odd[0] == "-" else f"-{ord(odd[0]):x}", name)
+
+
+def _drawn(name: str, panels: Sequence[Panel], form: str, **how: Any) -> bytes:
+    """Return the bytes of a file of matplotlib."""
     matplotlib = import_package("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,6 +111,10 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
         "axes.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.0,
+        "axes.titleweight": "bold",
+        "axes.titlecolor": INK,
         "xtick.color": INK,
         "ytick.color": INK,
         "text.color": INK,
@@ -55,18 +122,40 @@ def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
         "grid.color": LINE,
         "legend.frameon": False,
     }
+    metadata: dict[str, None] = {"Software": None}
+    if form == "svg":
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        paint(figure.add_subplot())
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return _inline(buffer.getvalue(), name)
+        heights = [panel.height for panel in panels]
+        plots = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, panel in zip(plots, panels, strict=True):
+            if panel.title:
+                axes.set_title(folded(panel.title, 50))
+            panel.paint(axes)
+        figure.set_size_inches(_WIDTH, sum(heights) + _legend(figure, plots))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, metadata=metadata, **how)
+    return buffer.getvalue()
+
+
+def _legend(figure: Any, plots: Any) -> float:
+    """Put one legend above all plots, where no line can run through it; return its height."""
+    found: dict[str, Any] = {}
+    for axes in plots:
+        if axes.get_legend() is None:
+            handles, labels = axes.get_legend_handles_labels()
+            found = dict(zip(labels, handles, strict=True)) | found
+    if not found:
+        return 0.0
+    labels = [folded(label, _LETTERS) for label in found]
+    columns = 2 if len(found) > 1 and max(map(len, found)) <= _LETTERS // 2 - 2 else 1
+    figure.legend(
+        found.values(), labels, loc="outside upper left", ncols=columns, fontsize=9.5, numpoints=2
+    )
+    lines: int = sum(label.count("\n") + 1 for label in labels)
+    return 0.2 + 0.2 * lines / columns
 
 
 def _inline(svg: str, name: str) -> str:

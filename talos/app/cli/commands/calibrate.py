@@ -165,7 +165,7 @@ def calibrate(
         raise TalosValueError("--out must be a file to write, got none; or pass --dry-run")
     from talos.app.cli.loading import load_classifier, load_data
     from talos.app.cli.reading import show_data, tokens_for
-    from talos.app.demo.judge import calibration_batches
+    from talos.app.experiments.judging import calibration_batches
     from talos.app.provenance import base_of, made_with
     from talos.calibration import calibrate as find
     from talos.calibration.fisher import CalibrationProgress

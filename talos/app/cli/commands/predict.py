@@ -80,7 +80,7 @@ def predict(
     lines = out is not None and out.suffix.lower() == ".jsonl"
     from talos.app.cli.loading import load_encoder, load_rows
     from talos.app.cli.reading import show_rows
-    from talos.app.demo.judge import logits_of
+    from talos.app.experiments.judging import logits_of
     from talos.files import atomic_write
 
     with on_interrupt("nothing was written"), Bars() as bars:

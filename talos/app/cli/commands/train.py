@@ -178,7 +178,7 @@ def train(
 
     from talos.app.cli.loading import load_classifier, load_data
     from talos.app.cli.reading import show_data, show_other_tasks, tokens_for
-    from talos.app.demo.judge import training_batches
+    from talos.app.experiments.judging import training_batches
     from talos.app.provenance import made_with
     from talos.batches import digest_of
     from talos.distributed import rank as number_of_process

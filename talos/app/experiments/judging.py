@@ -7,17 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from talos.app.demo.settings import DemoSettings
 from talos.app.models import Classifier, Encoder
 from talos.app.models.heads import classifier_for
-from talos.app.tasks import Batches, ImageTask, Task, available_tasks, load_task
+from talos.app.tasks import Batches, ImageTask, Task
 from talos.batches import evaluation_mode
-from talos.errors import TalosValueError
 from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["TaskModels", "calibration_batches", "load_tasks", "logits_of", "training_batches"]
+__all__ = ["TaskModels", "calibration_batches", "logits_of", "training_batches"]
 
 Batch = dict[str, Tensor]
 
@@ -157,25 +155,6 @@ def logits_of(
 
 def _logits(batches: Iterable[Batch]) -> Judge:
     return lambda module: torch.cat([module(batch) for batch in batches]).cpu()
-
-
-def load_tasks(settings: DemoSettings) -> list[Task]:
-    """Load the tasks that the settings name, or the first of those available.
-
-    Raises:
-        TalosValueError: a task is unknown, or fewer are available than asked for.
-    """
-    names = list(settings.tasks)
-    if not names:
-        available = available_tasks()
-        if len(available) < settings.task_count:
-            raise TalosValueError(
-                f"task_count must be at most {len(available)}, the tasks that this Python holds "
-                f"enough text for ({', '.join(available)}), got {settings.task_count}"
-            )
-        names = available[: settings.task_count]
-    # Always in the splits of seed 0, as in `talos eval`: no vector is judged on its training data.
-    return [load_task(name, sizes=settings.sizes) for name in names]
 
 
 def training_batches(

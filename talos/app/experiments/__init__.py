@@ -1,0 +1,1 @@
+"""Experiments: models, tasks, methods and seeds out of one recipe; each cell is made once."""

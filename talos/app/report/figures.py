@@ -1,0 +1,191 @@
+"""The figures of a study, each as a picture and as a table of the same numbers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from talos.app.report import comparisons, curves, matrices
+from talos.app.report.results import Results
+from talos.app.report.rows import Table
+from talos.app.report.svg import Panel, picture, save
+
+__all__ = ["FIGURES", "Figure"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One kind of figure, which every model of a study may have.
+
+    Attributes:
+        name: what `talos plot` calls it.
+        title: a heading.
+        about: what it shows and how to read it, in a sentence or three.
+        needs: what a recipe must have for it.
+        panels: its plots of a model, none where the results have nothing for it.
+        table: the numbers of its plots of a model.
+    """
+
+    name: str
+    title: str
+    about: str
+    needs: str
+    panels: Callable[[Results, str], list[Panel]]
+    table: Callable[[Results, str], Table]
+
+    def available(self, results: Results, model: str | None = None) -> bool:
+        """Return whether the results have what it needs, of a model or of any."""
+        models = [each["name"] for each in results["models"]] if model is None else [model]
+        return any(self.panels(results, each) for each in models)
+
+    def draw(self, results: Results, model: str) -> str:
+        """Return its plots below each other as one SVG element without a background."""
+        return picture(f"{self.name}-{model}", self.panels(results, model))
+
+    def pictures(self, results: Results, model: str) -> list[str]:
+        """Return an SVG element for each plot, for a page that lays them out itself."""
+        panels = enumerate(self.panels(results, model))
+        return [picture(f"{self.name}-{model}-{place}", [panel]) for place, panel in panels]
+
+    def save(self, results: Results, model: str, path: Path) -> None:
+        """Write its plots below each other to a file, .svg or .png, on white ground.
+
+        Raises:
+            TalosRuntimeError: matplotlib is missing.
+            TalosOSError: the file cannot be written.
+        """
+        save(path, self.name, self.panels(results, model))
+
+
+def _measure(name: str) -> str:
+    return f'"{name}" among the measures of [evaluation]'
+
+
+FIGURES: Mapping[str, Figure] = {
+    each.name: each
+    for each in (
+        Figure(
+            "summary",
+            "All tasks in one model",
+            "The test accuracy of the model with all task vectors added, mean over the tasks, with "
+            "its 95 % interval over test examples and seeds; small strokes are the seeds. Below: "
+            "the difference from the first row, on the same examples. An interval that does not "
+            "touch the line is a difference that chance does not explain.",
+            "two tasks",
+            comparisons.summary,
+            comparisons.summary_table,
+        ),
+        Figure(
+            "coefficient",
+            "Accuracy against the coefficient",
+            "The mean accuracy on validation data of the pretrained model plus the coefficient "
+            "times the sum of all task vectors, mean over the seeds. Large markers: the "
+            "coefficients that were chosen.",
+            "two coefficients",
+            curves.coefficient,
+            curves.coefficient_table,
+        ),
+        Figure(
+            "rates",
+            "Learning rates",
+            "The accuracy on validation data for each learning rate that was tried. Large markers: "
+            "the rate that was chosen, the best of all vectors added.",
+            "a method with two learning rates",
+            curves.rates,
+            curves.rates_table,
+        ),
+        Figure(
+            "density",
+            "Accuracy against the density",
+            "The test accuracy for each share of trained entries, with 95 % intervals as bands. "
+            "Dotted: the rows without several densities.",
+            "a method with two densities",
+            curves.density,
+            curves.density_table,
+        ),
+        Figure(
+            "negation",
+            "Forgetting a task",
+            "The pretrained model minus a task vector: the test accuracy on the task to forget, "
+            "against the mean of the other tasks, with 95 % intervals. Better is up and left.",
+            _measure("negation"),
+            comparisons.negation,
+            comparisons.negation_table,
+        ),
+        Figure(
+            "interference",
+            "Interference",
+            "What one task's vector, added alone, does to every task: 100 % is the accuracy of the "
+            "pretrained model. The diagonal is the gain on its own task. Elsewhere less than 100 % "
+            "is harm.",
+            _measure("interference"),
+            matrices.interference,
+            matrices.over_tasks_table("interference"),
+        ),
+        Figure(
+            "disentanglement",
+            "Disentanglement error",
+            "How often the model with two vectors predicts otherwise than the model with the "
+            "task's own vector alone, the sum of both tasks' shares. 0 everywhere: the vectors do "
+            "not disturb each other.",
+            _measure("disentanglement"),
+            matrices.disentanglement,
+            matrices.disentanglement_table,
+        ),
+        Figure(
+            "linearity",
+            "Linearity",
+            "Each task's tuned model against its first-order expansion at the same weights, a "
+            "marker for each task. On the dashed line both are as good: training stayed in the "
+            "linear regime, where task vectors add up.",
+            _measure("linearity"),
+            comparisons.linearity,
+            comparisons.linearity_table,
+        ),
+        Figure(
+            "drift",
+            "Gradient drift",
+            "How far training moves the gradient of the output from where it began, mean over the "
+            "tasks. 0: the model behaves like its first-order expansion.",
+            _measure("drift"),
+            curves.drift,
+            curves.drift_table,
+        ),
+        Figure(
+            "structure",
+            "What the masks select",
+            "The share of each layer's and kind's entries that is trained, mean over the tasks. A "
+            "dot: there are no such weights.",
+            "a method with masks",
+            matrices.structure,
+            matrices.structure_table,
+        ),
+        Figure(
+            "overlap",
+            "Overlap of the masks",
+            "How far the masks of two tasks select the same entries: those in both, divided by "
+            "those in either. Random masks of density d have d / (2 - d).",
+            "a method with masks",
+            matrices.overlap,
+            matrices.over_tasks_table("mask_iou"),
+        ),
+        Figure(
+            "sensitivity",
+            "Sensitivity transfer",
+            "The entries that one task needs least, a tenth, are set to zero; every task is judged "
+            "without them. 100 % is the accuracy of the pretrained model: near it everywhere, what "
+            "one task does not need, no task needs.",
+            _measure("sensitivity"),
+            matrices.sensitivity,
+            matrices.over_tasks_table("sensitivity"),
+        ),
+        Figure(
+            "cost",
+            "Costs",
+            "The median time of a step of training, the peak memory of the process, and the size "
+            "of one task vector's file.",
+            "a trained method",
+            comparisons.cost,
+            comparisons.cost_table,
+        ),
+    )
+}
