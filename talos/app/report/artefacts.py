@@ -7,7 +7,7 @@ from typing import Any
 
 from talos.app.report.html import details, escape, row_label, table
 from talos.app.report.results import Results
-from talos.app.report.rows import runs_of, titles
+from talos.app.report.rows import runs_of
 from talos.tensors import readable_size
 
 __all__ = ["made", "next_steps", "trained"]

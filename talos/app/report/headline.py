@@ -27,12 +27,12 @@ def compared(results: Results) -> str:
     """Say what was compared."""
     rows = list(_named(results).values())
     models = _listed([model["name"] for model in results["models"]])
+    tasks = _count(len(results["tasks"]), "task")
     seeds = _count(max((entry["seeds"] for entry in results["summary"]), default=1), "seed")
-    named = f": {_listed(rows)}" if len(rows) <= _MANY else ""
-    ways = _count(len(rows), "way")
-    return (
-        f"{ways} of fine-tuning {models} on {_count(len(results['tasks']), 'task')}, with {seeds}"
-        f"{named}. Each task is learned alone and gives a task vector, an edit of the weights. The "
+    named = f"{_listed(rows)}: " if len(rows) <= _MANY else ""
+    return _capital(
+        f"{named}{_count(len(rows), 'way')} of fine-tuning {models}, compared on {tasks} with "
+        f"{seeds}. Each task is learned alone and gives a task vector, an edit of the weights. The "
         "vectors of all tasks are then added to one model, which is tested on all tasks."
     )
 
@@ -85,13 +85,13 @@ def winner(results: Results, model: str) -> str:
         sentences.append(
             f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high}."
         )
-    if len(found) > 2:
         kinds: dict[str, list[str]] = {"better": [], "worse": [], "not clear": []}
-        for row, each in found.items():
-            kinds.get(verdict(each), []).append(named[row])
-        parts = (f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows)
-        sentences.append(f"Compared with {named[first]}: {'; '.join(parts)}.")
-    return " ".join(sentences)
+        for row in (row for row in rivals if row != first):
+            kinds[verdict(found[row])].append(named[row])
+        parts = [f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows]
+        if parts:
+            sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
+    return _capital(" ".join(sentences))
 
 
 def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
@@ -140,6 +140,10 @@ def _named(results: Results) -> dict[str, str]:
     """Return the rows' titles for a sentence: `TaLoS (density 0.1)` for `TaLoS, density 0.1`."""
     parts = {row: title.partition(", ") for row, title in titles(results).items()}
     return {row: f"{a} ({b})" if b else a for row, (a, _, b) in parts.items()}
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _listed(names: Sequence[str]) -> str:

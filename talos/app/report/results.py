@@ -142,17 +142,19 @@ def check_results(results: Any, where: str = "results") -> None:
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
         raise TalosValueError(
-            f"{where} must be a results.json of `talos experiment` (schema {SCHEMA!r}), got another file"
+            f"{where} must be a results.json of `talos experiment` (schema {SCHEMA!r}), got "
+            "another file"
         )
     if results.get("schema_version") != SCHEMA_VERSION:
         raise TalosValueError(
             f"{where} must have schema_version {SCHEMA_VERSION}, got "
-            f"{results.get('schema_version')!r}; make it again with this version's `talos experiment`"
+            f"{results.get('schema_version')!r}; run this version's `talos experiment`"
         )
     missing = [key for key in _KEYS if key not in results]
     if missing:
         raise TalosValueError(
-            f"{where} must hold {', '.join(missing)}, got a file without; run `talos experiment` again"
+            f"{where} must hold {', '.join(missing)}, got a file without; run `talos experiment` "
+            "again"
         )
 
 

@@ -66,6 +66,7 @@ th:first-child,td:first-child{position:sticky;left:0;background:var(--page)}
 td.n,th.n{text-align:right;white-space:nowrap}
 th.n{white-space:normal}
 td small{color:var(--soft);font-size:.8rem}
+header td small{display:block}
 .dot{display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.4em}
 .long{min-width:15rem}
 .row{display:flex;align-items:baseline;min-width:8rem}
