@@ -41,7 +41,7 @@ def summary(results: Results, model: str) -> list[Panel]:
             results,
             found,
             "accuracy of the model with all vectors added, %",
-            (zero_shot, "dashed: the pretrained model"),
+            (zero_shot, "dotted: the pretrained model"),
         )
     ]
     if gaps:
@@ -238,10 +238,11 @@ def _intervals(
 
     def paint(axes: Any) -> None:
         at, text = line
-        axes.axvline(at, color=GREY, linewidth=1.2, linestyle="--" if text else "-")
         for (row, each), (top, middle) in zip(found.items(), places, strict=True):
             style = row_style(results, row)
             value, low, high = (100 * each[key] for key in ("value", "low", "high"))
+            ends = [middle - 0.6, middle + 0.6]
+            axes.plot([at, at], ends, ":" if text else "-", color=GREY, linewidth=1.5)
             axes.plot([low, high], [middle] * 2, color=style.colour, linewidth=2)
             axes.plot(
                 *([value], [middle], style.marker),
@@ -256,7 +257,7 @@ def _intervals(
         _rows(axes, places, label + (f"\n({text})" if text else ""))
         axes.xaxis.grid(True)
 
-    return Panel(height + 0.6, paint)
+    return Panel(height + 0.75, paint)
 
 
 def _bars(
@@ -277,7 +278,7 @@ def _bars(
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
 
-    return Panel(height + 0.3, paint, label)
+    return Panel(height + 0.1, paint, label)
 
 
 def _places(names: Sequence[str]) -> tuple[list[tuple[float, float]], float]:

@@ -24,6 +24,7 @@ _ON_LIGHT = "#111827"  # on a cell, whose colour no theme changes
 _SHORT = {"query": "q", "key": "k", "value": "v", "attention out": "attn\nout"}
 _FEW = 7  # columns whose cells have room for a decimal; more have their labels upright
 _MOST = 12  # columns whose cells have room for a number
+_LETTERS = 34  # of all columns' labels beside each other
 _INCH = 0.34  # the height of a line of cells
 
 Values = Sequence[Sequence[float | None]]
@@ -31,13 +32,13 @@ Values = Sequence[Sequence[float | None]]
 
 def interference(results: Results, model: str) -> list[Panel]:
     """Return the plots of what each vector does to each task."""
-    labels = ("vector of the task", "accuracy on the task, % of the pretrained model's")
+    labels = ("vector of the task", "accuracy on the task,\n% of the pretrained model's")
     return _over_tasks(results, model, "interference", *labels, low=70, high=130, colours="RdBu")
 
 
 def sensitivity(results: Results, model: str) -> list[Panel]:
     """Return the plots of what is left without the entries that a task needs least."""
-    labels = ("a tenth pruned by the task", "accuracy on the task, % of the pretrained model's")
+    labels = ("a tenth pruned by the task", "accuracy on the task,\n% of the pretrained model's")
     return _over_tasks(results, model, "sensitivity", *labels, low=70, high=130, colours="RdBu")
 
 
@@ -74,10 +75,10 @@ def structure(results: Results, model: str) -> list[Panel]:
             short = [_SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
             _heat(axes, values, layers, short, low=0, high=high, colours="YlGnBu")
             axes.set_ylabel("layer")
-            axes.set_xlabel("density, %")
+            axes.set_xlabel("kind of weights (numbers: density, %)")
 
         inch = _INCH if len(layers) < 16 else 0.24
-        return Panel(1.1 + inch * len(layers), paint, titles(results)[row])
+        return Panel(0.9 + inch * len(layers), paint, titles(results)[row])
 
     return [panel(row, *each) for row, each in found.items()]
 
@@ -107,13 +108,14 @@ def disentanglement(results: Results, model: str) -> list[Panel]:
             values = [[None if v is None else 100 * v for v in line] for line in error]
             top = max(high, 1.0)
             mesh = _heat(axes, values, labels, labels, low=0, high=top, colours="YlGnBu")
-            axes.set_ylabel(f"coefficient of {tasks[0]}")
-            axes.set_xlabel(f"coefficient of {tasks[1]}")
+            one, two = (_cut(task, 24) for task in tasks)
+            axes.set_ylabel(f"coefficient of\n{one}")
+            axes.set_xlabel(f"coefficient of {two}")
             if len(coefs) > _MOST:
                 label = "disagreement, % of both tasks"
                 axes.figure.colorbar(mesh, ax=axes, label=label).outline.set_visible(False)
 
-        height = 1.0 + min(0.3 * len(coefs), 3.2)
+        height = 0.8 + min(max(0.3 * len(coefs), 1.6), 3.4)
         return Panel(height, paint, titles(results)[row])
 
     return [panel(row, each["tasks"], each["coefs"], each["error"]) for row, each in found.items()]
@@ -144,7 +146,7 @@ def _over_tasks(
             axes.set_ylabel(row_label)
             axes.set_xlabel(column_label)
 
-        return Panel(1.5 + _INCH * len(tasks), paint, titles(results)[row])
+        return Panel(1.3 + _INCH * len(tasks), paint, titles(results)[row])
 
     return [panel(row, each) for row, each in with_row(results, part, model).items()]
 
@@ -216,27 +218,21 @@ def _heat(
                 "·" if value is None else f"{value:.{1 if few else 0}f}",
                 ha="center",
                 va="center",
-                fontsize=9,
+                fontsize=9 if len(columns) < 10 else 8,
                 color=GREY if value is None else "white" if dark else _ON_LIGHT,
             )
     every = 1 if numbered else -(-len(columns) // 6)
     down = 1 if len(rows) <= _MOST or len(rows) != len(columns) else every
-    wide = few and max(map(len, columns), default=0) < 44 // len(columns)
-    cut = [_cut(label, 8 if wide and few else 18) for label in columns]
-    axes.set_xticks([j + 0.5 for j in range(0, len(columns), every)], cut[::every])
-    axes.set_yticks(
-        [i + 0.5 for i in range(0, len(rows), down)], [_cut(label, 18) for label in rows[::down]]
-    )
+    across, upright = ([_cut(label) for label in labels] for labels in (columns, rows))
+    axes.set_xticks([j + 0.5 for j in range(0, len(columns), every)], across[::every])
+    axes.set_yticks([i + 0.5 for i in range(0, len(rows), down)], upright[::down])
     axes.tick_params(length=0, labelsize=9)
-    upright = max((len(line) for label in cut for line in label.split("\n")), default=0)
-    if upright > 44 // len(columns):
+    if max(len(line) for label in across for line in label.split("\n")) > _LETTERS // len(columns):
         axes.tick_params(axis="x", rotation=90)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     return mesh
 
 
-def _cut(label: str, letters: int) -> str:
-    return "\n".join(
-        line if len(line) <= letters else line[: letters - 1] + "…" for line in label.split("\n")
-    )
+def _cut(label: str, letters: int = 18) -> str:
+    return label if len(label) <= letters else label[: letters - 1] + "…"

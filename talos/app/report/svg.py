@@ -15,6 +15,7 @@ __all__ = ["Panel", "draw", "folded", "picture", "save"]
 
 _WIDTH = 4.5  # inches: a phone scales the picture to 360 px, and text of 9 points to 10 px
 _LETTERS = 44  # of the title of a row that fit into a line of the legend
+_TITLE = 46  # of a plot's title, which is bold
 _PIXELS = 200  # an inch of a PNG
 
 
@@ -23,7 +24,7 @@ class Panel:
     """One of the plots that a picture has below each other.
 
     Attributes:
-        height: inches.
+        height: inches, without the title.
         paint: draws on the axes that it is given; what it labels is in the picture's legend.
         title: above the plot; empty: none.
     """
@@ -104,10 +105,6 @@ def _drawn(name: str, panels: Sequence[Panel], form: str, **how: Any) -> bytes:
         "axes.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10.0,
-        "axes.titleweight": "bold",
-        "axes.titlecolor": INK,
         "xtick.color": INK,
         "ytick.color": INK,
         "text.color": INK,
@@ -121,19 +118,25 @@ def _drawn(name: str, panels: Sequence[Panel], form: str, **how: Any) -> bytes:
     with matplotlib.rc_context(style):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        heights = [panel.height for panel in panels]
-        plots = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-        for axes, panel in zip(plots, panels, strict=True):
-            if panel.title:
-                axes.set_title(folded(panel.title, 50))
-            panel.paint(axes)
+        titles = [folded(panel.title, _TITLE) for panel in panels]
+        heights = [
+            panel.height + (0.2 + 0.18 * title.count("\n") if title else 0.0)
+            for panel, title in zip(panels, titles, strict=True)
+        ]
+        plots = []
+        parts = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+        for part, panel, title in zip(parts, panels, titles, strict=True):
+            if title:  # from the left edge: an axis may begin far to the right of its labels
+                part.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+            plots.append(part.add_subplot())
+            panel.paint(plots[-1])
         figure.set_size_inches(_WIDTH, sum(heights) + _legend(figure, plots))
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata=metadata, **how)
     return buffer.getvalue()
 
 
-def _legend(figure: Any, plots: Any) -> float:
+def _legend(figure: Any, plots: Sequence[Any]) -> float:
     """Put one legend above all plots, where no line can run through it; return its height."""
     found: dict[str, Any] = {}
     for axes in plots:
@@ -144,9 +147,7 @@ def _legend(figure: Any, plots: Any) -> float:
         return 0.0
     labels = [folded(label, _LETTERS) for label in found]
     columns = 2 if len(found) > 1 and max(map(len, found)) <= _LETTERS // 2 - 2 else 1
-    figure.legend(
-        found.values(), labels, loc="outside upper left", ncols=columns, fontsize=9.5, numpoints=2
-    )
+    figure.legend(found.values(), labels, loc="outside upper left", ncols=columns, fontsize=9.5)
     lines: int = sum(label.count("\n") + 1 for label in labels)
     return 0.2 + 0.2 * lines / columns
 
