@@ -46,8 +46,15 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
             with as_options({"--model": "models"}):
                 find_model(model.source)
     with as_options(words), on_interrupt(lambda: kept(out)), Bars() as bars:
+        begun = set[str]()
 
         def show(progress: Progress) -> None:
+            if progress.done < progress.total:
+                begun.add(progress.label)
+            elif progress.label not in begun:  # a cell that was done before
+                return
+            else:
+                begun.remove(progress.label)
             left = "" if progress.left is None else f", about {duration(progress.left)} left"
             label = f"{progress.cells}/{progress.all_cells}{left} · {progress.label}"
             bars.show(label, progress.done, progress.total, progress.loss)

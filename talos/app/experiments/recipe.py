@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from talos.app.experiments.settings import (
 )
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.files import SUFFIXES
+from talos.app.tasks.load import load_any
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
 
@@ -51,7 +53,7 @@ TITLES = {
 
 _FOLDER = Path(__file__).parent.parent / "recipes"
 _OF_TRAINING = ("steps", "weight_decay", "warmup", "accumulate")
-_OF_TASKS = ("text", "label")
+_OF_TASKS = tuple(each for each in signature(load_any).parameters if each != "sizes")
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ def _model(entry: Any, folder: Path) -> ModelEntry:
 
 def _task(entry: Any, folder: Path) -> TaskEntry:
     table = _entry("tasks", entry, "data")
-    check_keys("tasks", table, ("data", "name", *_OF_TASKS))
+    check_keys("tasks", table, _OF_TASKS)
     settings = {key: value for key, value in table.items() if key not in ("data", "name")}
     name = table.get("name")
     data = _beside_recipe(table["data"], folder)

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,8 @@ from talos.app.experiments.results import Gathered, chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
-from talos.app.tasks import ImageTask, Task, load_task
+from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.load import load_any
 from talos.errors import TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
@@ -127,11 +128,10 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    loaded: list[Task | ImageTask] = []
-    for entry in recipe.tasks:
-        task = load_task(entry.data, sizes=recipe.training.sizes)
-        loaded.append(task if entry.name is None else replace(task, name=entry.name))
-    return loaded
+    return [
+        load_any(entry.data, recipe.training.sizes, name=entry.name or "", **entry.settings)
+        for entry in recipe.tasks
+    ]
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
