@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from talos.app.models import Encoder
 from talos.app.nearest import several
@@ -18,7 +18,15 @@ from talos.names import match_tensors, named_parameters
 from talos.task_vectors.fingerprints import base_fingerprints
 from talos.task_vectors.sums import origins
 
-__all__ = ["USUAL_LENGTH", "base_of", "differences", "made_with", "other_tasks", "tokens_of"]
+__all__ = [
+    "USUAL_LENGTH",
+    "base_of",
+    "differences",
+    "digest_of_weights",
+    "made_with",
+    "other_tasks",
+    "tokens_of",
+]
 
 USUAL_LENGTH = 48  # tokens of a text
 
@@ -47,7 +55,15 @@ def made_with(
 
 def base_of(mask: Mask, model: nn.Module) -> str:
     """Return a fingerprint of the weights that a mask may select of: 16 hex digits."""
-    params = match_tensors(mask.shapes, named_parameters(model))
+    return digest_of_weights(match_tensors(mask.shapes, named_parameters(model)))
+
+
+def digest_of_weights(params: Mapping[str, Tensor]) -> str:
+    """Return a fingerprint of named weights: 16 hex digits.
+
+    Args:
+        params: the weights; edits of this library on them do not count.
+    """
     found = json.dumps(base_fingerprints(params), sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 

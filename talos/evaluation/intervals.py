@@ -124,19 +124,36 @@ class Bootstrap:
             TalosValueError: there is no task, a task is unknown or has another number of outcomes,
                 or the metric is not defined for a resample.
         """
-        self._check(outcomes)
-        models = {task: [self._picked(each) for each in own] for task, own in outcomes.items()}
-        taken = {task: torch.stack([m.taken.double() for m in own]) for task, own in models.items()}
-        value = float(statistic({task: self.metric.figures(each) for task, each in taken.items()}))
-        resampled = statistic({task: self._resampled(task, own) for task, own in models.items()})
+        found = self.resampled(outcomes, statistic)
         limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
-        low, high = resampled.quantile(limits).tolist()
+        value, (low, high) = float(found[0]), found[1:].quantile(limits).tolist()
         return {
             "value": value,
             "low": min(low, value),
             "high": max(high, value),
-            "n": sum(self._examples[task] for task in models),
+            "n": sum(self._examples[task] for task in outcomes),
         }
+
+    def resampled(self, outcomes: Mapping[str, Sequence[Model]], statistic: Statistic) -> Tensor:
+        """Return a statistic of figures on all examples, and in each resample.
+
+        Args:
+            outcomes: as of a call.
+            statistic: takes for each task the models' figures, float64 `[..., models]`, and
+                returns `[..., k]`, or `[...]`.
+
+        Returns:
+            float64 `[1 + resamples, k]`, or `[1 + resamples]`.
+
+        Raises:
+            TalosValueError: as a call.
+        """
+        self._check(outcomes)
+        models = {task: [self._picked(each) for each in own] for task, own in outcomes.items()}
+        taken = {task: torch.stack([m.taken.double() for m in own]) for task, own in models.items()}
+        whole = {task: self.metric.figures(each)[None] for task, each in taken.items()}
+        drawn = {task: self._resampled(task, own) for task, own in models.items()}
+        return torch.cat([statistic(whole), statistic(drawn)])
 
     def table(self, outcomes: Mapping[str, Tensor], statistic: Statistic) -> Tensor:
         """Return a statistic on all examples and in each resample, to choose a model by.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from talos.errors import TalosTypeError, TalosValueError
 from talos.evaluation.coefficients import checked_coefs, choose, scaling_coefs, why_zero
-from talos.evaluation.intervals import Estimate, over_tasks
+from talos.evaluation.intervals import Estimate, Picked, over_tasks
 from talos.evaluation.outcomes import Outcomes
 from talos.options import fraction
 from talos.task_vectors import TaskVector
@@ -60,6 +60,7 @@ class Negation:
         control: the mean figure of the control tasks on test examples.
         target_zero_shot: `target` of the pretrained model.
         control_zero_shot: `control` of the pretrained model.
+        picked: the outcomes of the target and of each control task on test examples.
     """
 
     grid: list[NegationPoint] = field(repr=False)
@@ -69,6 +70,7 @@ class Negation:
     control: Estimate
     target_zero_shot: Estimate
     control_zero_shot: Estimate
+    picked: dict[str, Picked] = field(repr=False)
 
 
 def negation(
@@ -172,6 +174,7 @@ def negation(
         control=mean({task: test[task] for task in others}),
         target_zero_shot=mean({target: before[target]}),
         control_zero_shot=mean({task: before[task] for task in others}),
+        picked=test,
     )
 
 

@@ -243,6 +243,27 @@ class Outcomes:
             task: self.of(split, vector, tasks=[task])[task] for task, vector in vectors.items()
         }
 
+    def remember(
+        self,
+        split: Split,
+        found: Mapping[str, Tensor],
+        vector: TaskVector | None = None,
+        coef: float = 1.0,
+    ) -> None:
+        """Keep outcomes that `of` returned earlier, also in another process.
+
+        Args:
+            split: as of `of`.
+            found: `[n]` of each task.
+            vector: as of `of`.
+            coef: as of `of`.
+        """
+        number = 0.0 if vector is None else coef
+        known = self._known_of(None if number == 0 else vector)
+        for task, each in found.items():
+            self._lengths.setdefault((split, task), len(each))
+            known[(number, id(self._judges[split][task]), task)] = each
+
     def figures(self, outcomes: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the figure of each task.
 

@@ -223,6 +223,7 @@ def _negation(subject: Subject) -> Figures:
         if len(found.grid) < total:  # it gave up
             subject.bars.show(label, total, total)
         figures[task] = asdict(found)
+        del figures[task]["picked"]
         if one is not None:
             subject.chosen = 0.0 - found.scaling_coef
             subject.edited = subject.answers("forgot", vector, subject.chosen)

@@ -3,13 +3,14 @@
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import talos
 
-__all__ = ["default_device", "machine", "versions"]
+__all__ = ["default_device", "forget_peak", "machine", "peak_bytes", "versions"]
 
 _PACKAGES = ("numpy", "safetensors", "transformers", "tokenizers", "matplotlib")
 
@@ -28,6 +29,25 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now on, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that the GPU, or else this process, took; None: not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, LookupError):
+        return None
 
 
 def versions() -> dict[str, str]:

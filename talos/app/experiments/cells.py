@@ -1,0 +1,474 @@
+"""How the cells of one model are made: zero-shot answers, masks, vectors, and what they are worth.
+
+A cell depends on its key alone. Every draw inside it has a seed of the key, and what it takes from
+other cells it reads from their files. So it has the same bits whichever cells were made before it,
+in this process or in another.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+import talos
+from talos.app.experiments import measures
+from talos.app.experiments.answers import pack, unpack
+from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
+from talos.app.experiments.machine import forget_peak, peak_bytes
+from talos.app.experiments.places import Place
+from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.store import Cell, Key, Store
+from talos.app.models import Encoder
+from talos.app.provenance import base_of, digest_of_weights, made_with
+from talos.app.tasks import ImageTask, Task
+from talos.evaluation import GradientDrift, Outcomes, predictions
+from talos.masks import Mask
+from talos.merging import merge_of
+from talos.methods import METHODS, method_of
+from talos.names import named_parameters
+from talos.params import select_parameters
+from talos.task_vectors import TaskVector
+from talos.tensors import trim_heap
+from talos.training import FineTuneStep
+
+__all__ = ["Cells", "Made"]
+
+_LAST = 10  # steps whose mean loss is the last one
+_DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
+_GRID_POINTS = 11  # of a disentanglement map, each way
+
+Tick = Callable[[int, int, float | None], None]
+"""Takes the number of steps that are done, of all, and the loss of the last one."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a cell holds.
+
+    Attributes:
+        found: as of `Cell`.
+        step_seconds: as of `Cell`.
+    """
+
+    found: dict[str, Any]
+    step_seconds: float | None = None
+
+
+class Cells:
+    """The cells of a model, each made at most once.
+
+    Args:
+        recipe: the recipe.
+        name: the model's name.
+        encoder: the model; its weights are restored after each cell.
+        tasks: the tasks.
+        store: where cells are kept.
+        on_tick: called while a cell is made.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        encoder: Encoder,
+        tasks: Sequence[Task | ImageTask],
+        store: Store,
+        on_tick: Tick,
+    ) -> None:
+        self.recipe, self.name, self.store = recipe, name, store
+        self.tasks = {task.name: task for task in tasks}
+        self.models = TaskModels(encoder, tasks)
+        self._on_tick = on_tick
+        self._tokens = {task.name: _tokens(task, encoder, recipe) for task in tasks}
+        params = named_parameters(self.models.model)
+        weights = digest_of_weights(params)
+        self._data = {task.name: self._data_of(task, weights) for task in tasks}
+        self.facts = {
+            "parameters": sum(param.numel() for param in params.values()),
+            "maskable": sum(c.numel for c in select_parameters(self.models.model).values()),
+            "dense_bytes": 4 * sum(param.numel() for param in params.values()),
+        }
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        """The right answers of the model and its edits; it knows those of the pretrained model."""
+        outcomes = self._outcomes()
+        for task in self.tasks:
+            found = self.pretrained(task).found
+            for split in ("validation", "test"):
+                outcomes.remember(split, unpack({task: found[split]}, self.examples(split)))
+        return outcomes
+
+    def _outcomes(self, **options: Any) -> Outcomes:
+        evaluation = self.recipe.evaluation
+        return self.models.outcomes(
+            max_length=self._tokens,
+            batch_size=evaluation.batch_size,
+            resamples=evaluation.resamples,
+            **options,
+        )
+
+    @cached_property
+    def _expansions(self) -> Outcomes:
+        return self.outcomes.through(self.models.linearized())
+
+    def judged(self, row: Row) -> Outcomes:
+        """Return the outcomes of a row's edits: those of linearized training on the expansion."""
+        return self._expansions if row.method == "linearized" else self.outcomes
+
+    def examples(self, split: str) -> dict[str, int]:
+        """Return the number of examples of each task."""
+        return {name: len(task.examples(split)) for name, task in self.tasks.items()}
+
+    def make(self, place: Place, row: Row | None = None) -> Cell:
+        """Return the cell of a place; it is made if it is not done yet.
+
+        Args:
+            place: the place.
+            row: the place's row; None: of all.
+        """
+        if row is None:
+            return self.pretrained(place.task)
+        kind, lr, seed, task = place.kind, place.lr, place.seed, place.task
+        if kind == "mask":
+            return self.mask(row, seed, task)
+        if kind == "addition":
+            return self.addition(row, lr, seed)
+        of_tasks = {"vector": self.vector, "negation": self.negation, "drift": self.drift}
+        if kind in of_tasks:
+            return of_tasks[kind](row, lr, seed, task)
+        return self.measured(kind, row, lr, seed)
+
+    def pretrained(self, task: str) -> Cell:
+        """Return the cell of the pretrained model's right answers on one task."""
+
+        def make(tick: Tick) -> Made:
+            outcomes, found = self._outcomes(), {}
+            for split in ("validation", "test"):
+                found[split] = pack(outcomes.of(split, tasks=[task]))[task]
+            return Made(found)
+
+        content = {"batch_size": self.recipe.evaluation.batch_size, **self._data[task]}
+        return self._cell("pretrained", (task,), content, make)
+
+    def mask(self, row: Row, seed: int, task: str) -> Cell:
+        """Return the cell of a task's mask: of a row that calibrates."""
+        calibration = row.calibration
+        assert calibration is not None
+        settings = asdict(calibration)
+        disjoint = settings.pop("disjoint")
+        content = {**self._data[task], "calibration": settings, "seed": seed}
+        if disjoint:
+            plain = replace(row, calibration=replace(calibration, disjoint=False))
+            keys = {name: self.mask(plain, seed, name).key.digest[:16] for name in self.tasks}
+            content["disjoint"] = keys
+
+        def make(tick: Tick) -> Made:
+            if disjoint:
+                given = {name: self._load_mask(plain, seed, name) for name in self.tasks}
+                dealt = Mask.disjoint(given)[task]
+                mask = replace(dealt, metadata=given[task].metadata | dealt.metadata)
+            else:
+                mask = self._calibrated(task, settings, seed, tick)
+            made = self._made_with(task)
+            made["base"] = base_of(mask, self.models.classifiers[task])
+            path = self.store.file("masks", key)
+            replace(mask, metadata=mask.metadata | made).save(path)
+            return Made(
+                {
+                    "file": path.relative_to(self.store.folder).as_posix(),
+                    "bytes": path.stat().st_size,
+                    "nnz": mask.nnz,
+                    "stability": mask.metadata.get("stability"),
+                }
+            )
+
+        words = (row.method, f"density-{calibration.density:g}", f"seed-{seed}", task)
+        key = self._key("mask", words, content)
+        return self._made(key, make)
+
+    def _calibrated(self, task: str, settings: Mapping[str, Any], seed: int, tick: Tick) -> Mask:
+        options = dict(settings)
+        batches = calibration_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=min(options.pop("samples"), len(self.tasks[task].train)),
+            batch_size=options.pop("batch_size"),
+            max_length=self._tokens[task],
+            seed=seed,
+        )
+        done, total = 0, options["rounds"] * len(batches)
+
+        def count(_: object) -> None:
+            nonlocal done
+            done += 1
+            tick(done, total, None)
+
+        model = self.models.classifiers[task]
+        return talos.calibrate(model, batches, **options, seed=seed, on_progress=count)
+
+    def vector(self, row: Row, lr: float, seed: int, task: str) -> Cell:
+        """Return the cell of a task's vector, with the right answers of its own model."""
+
+        def make(tick: Tick) -> Made:
+            return self._trained(row, lr, seed, task, key, tick)
+
+        key = self._vector_key(row, lr, seed, task)
+        return self._made(key, make)
+
+    def _vector_key(self, row: Row, lr: float, seed: int, task: str) -> Key:
+        training = {k: v for k, v in asdict(row.training).items() if k not in _OF_DATA}
+        content: dict[str, Any] = {**self._data[task], "method": row.method, "training": training}
+        content |= {"settings": dict(row.settings), "lr": lr, "seed": seed}
+        content["batch_size"] = self.recipe.evaluation.batch_size
+        if row.calibration is not None:
+            content["mask"] = self.mask(row, seed, task).key.digest[:16]
+        settings = [f"{key}-{value}" for key, value in row.settings.items()]
+        if row.calibration is not None:
+            settings = [f"density-{row.calibration.density:g}"]
+        words = (row.method, *settings, f"lr-{lr:g}", f"seed-{seed}", task)
+        return self._key("vector", words, content)
+
+    def _trained(self, row: Row, lr: float, seed: int, task: str, key: Key, tick: Tick) -> Made:
+        path = self.store.file("vectors", key)
+        mask = None if row.calibration is None else self._load_mask(row, seed, task)
+        times: list[float] = [time.perf_counter()]
+        losses: list[float] = []
+
+        def on_step(step: FineTuneStep) -> None:
+            times.append(time.perf_counter())
+            losses.append(step.loss)
+            tick(step.step, step.steps, step.loss)
+
+        vector = self._fine_tuned(row, lr, seed, task, mask, on_step)
+        made = self._made_with(task, steps=row.training.steps, lr=lr, seed=seed)
+        # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
+        vector = replace(vector, metadata=vector.metadata | made).astype(torch.bfloat16)
+        vector.save(path)
+        outcomes = self.judged(row)
+        with outcomes.resident(vector):
+            answers = {
+                split: pack(outcomes.of(split, vector, tasks=[task]))[task]
+                for split in ("validation", "test")
+            }
+        last = losses[-_LAST:]
+        steps = sorted(after - before for before, after in pairwise(times))
+        return Made(
+            {
+                "file": path.relative_to(self.store.folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "entries": vector.mask.nnz,
+                "steps": len(losses),
+                "first_loss": losses[0],
+                "last_loss": sum(last) / len(last),
+                **answers,
+            },
+            step_seconds=median(steps),
+        )
+
+    def _fine_tuned(
+        self,
+        row: Row,
+        lr: float,
+        seed: int,
+        task: str,
+        mask: Mask | None,
+        on_step: Callable[[FineTuneStep], object],
+    ) -> TaskVector:
+        training = row.training
+        batches = training_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=training.steps * training.accumulate * training.batch_size,
+            batch_size=training.batch_size,
+            max_length=self._tokens[task],
+            seed=seed,
+        )
+        torch.manual_seed(seed)  # dropout
+        try:
+            return talos.fine_tune(
+                self.models.classifiers[task],
+                batches,
+                method=method_of(row.method, mask, {"seed": seed} | dict(row.settings)),
+                steps=training.steps,
+                lr=lr,
+                warmup=training.warmup,
+                weight_decay=training.weight_decay,
+                accumulate=training.accumulate,
+                autocast=None if training.autocast is None else torch.bfloat16,
+                on_step=on_step,
+            )
+        finally:
+            self.models.restore_()
+
+    def addition(self, row: Row, lr: float, seed: int) -> Cell:
+        """Return the cell of one model for all tasks: the row's vectors, merged."""
+
+        def make(tick: Tick) -> Made:
+            vectors = {task: self.load_vector(row, lr, seed, task) for task in self.tasks}
+            settings = {key: value for key, value in row.merge.items() if key != "method"}
+            merged = merge_of(row.merge["method"], settings).merge(vectors.values())
+            return Made(measures.add(self.judged(row), vectors, merged, evaluation, tick))
+
+        evaluation = self.recipe.evaluation
+        content = {
+            "vectors": self._vectors(row, lr, seed),
+            "merge": dict(row.merge),
+            "coefficients": evaluation.coefficients,
+            "resamples": evaluation.resamples,
+        }
+        return self._cell("addition", (row.row, f"lr-{lr:g}", f"seed-{seed}"), content, make)
+
+    def negation(self, row: Row, lr: float, seed: int, task: str) -> Cell:
+        """Return the cell of forgetting a task."""
+
+        def make(tick: Tick) -> Made:
+            vector = self.load_vector(row, lr, seed, task)
+            return Made(measures.negate(self.judged(row), vector, task, evaluation, tick))
+
+        evaluation = self.recipe.evaluation
+        content = {
+            "target": task,
+            "vector": self._vector_key(row, lr, seed, task).digest[:16],
+            "tasks": self._data,
+            "coefficients": evaluation.coefficients,
+            "control_share": evaluation.control_share,
+            "resamples": evaluation.resamples,
+        }
+        words = (row.method, f"lr-{lr:g}", f"seed-{seed}", task)
+        return self._cell("negation", words, content, make)
+
+    def measured(self, kind: str, row: Row, lr: float, seed: int) -> Cell:
+        """Return the cell of a measure of all vectors of a row.
+
+        Args:
+            kind: overlap, interference, disentanglement, linearity or sensitivity.
+            row: the row.
+            lr: the learning rate.
+            seed: the seed.
+        """
+
+        def load(task: str) -> TaskVector:
+            return self.load_vector(row, lr, seed, task)
+
+        def make(tick: Tick) -> Made:
+            names = list(self.tasks)
+            if kind == "disentanglement":
+                outcomes = self._outcomes(judge=predictions)
+                if row.method == "linearized":
+                    outcomes = outcomes.through(self.models.linearized())
+                vectors = {task: load(task) for task in pair}
+                return Made(measures.disentangle(outcomes, vectors, _GRID_POINTS, tick))
+            if kind == "overlap":
+                return Made(measures.overlap({task: load(task).mask for task in names}))
+            measure = getattr(measures, kind)
+            return Made(measure(self.judged(row), names, load, tick))
+
+        pair = self.recipe.evaluation.pair or tuple(self.tasks)[:2]
+        content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed)}
+        if kind == "disentanglement":
+            content = {"vectors": {task: content["vectors"][task] for task in pair}}
+        if kind != "overlap":
+            content["resamples"] = self.recipe.evaluation.resamples
+        return self._cell(kind, (row.method, f"lr-{lr:g}", f"seed-{seed}"), content, make)
+
+    def drift(self, row: Row, lr: float, seed: int, task: str) -> Cell:
+        """Return the cell of the gradient's drift, for which a vector is trained once more."""
+
+        def make(tick: Tick) -> Made:
+            mask = None if row.calibration is None else self._load_mask(row, seed, task)
+            batches = calibration_batches(
+                self.tasks[task],
+                self.models.encoder,
+                count=_DRIFT_EXAMPLES,
+                batch_size=_DRIFT_BATCH,
+                max_length=self._tokens[task],
+                seed=seed,
+            )
+            model, steps = self.models.classifiers[task], row.training.steps
+            every = max(1, steps * METHODS[row.method].phases // _DRIFT_POINTS)
+            drift = GradientDrift(model, batches, mask, every=every)
+
+            def on_step(step: FineTuneStep) -> None:
+                drift(step)
+                tick(step.step, step.steps, step.loss)
+
+            self._fine_tuned(row, lr, seed, task, mask, on_step)
+            initial = drift.initial or 1.0
+            return Made(
+                {"points": [asdict(p) | {"ratio": p.squared / initial} for p in drift.points]}
+            )
+
+        content = {"vector": self._vector_key(row, lr, seed, task).digest[:16]}
+        words = (row.method, f"lr-{lr:g}", f"seed-{seed}", task)
+        return self._cell("drift", words, content, make)
+
+    def load_vector(self, row: Row, lr: float, seed: int, task: str) -> TaskVector:
+        """Read a vector, and tell the outcomes what its own model answered."""
+        cell = self.vector(row, lr, seed, task)
+        vector = TaskVector.load(self.store.folder / cell.found["file"])
+        for split in ("validation", "test"):
+            known = unpack({task: cell.found[split]}, self.examples(split))
+            self.judged(row).remember(split, known, vector)
+        return vector
+
+    def _load_mask(self, row: Row, seed: int, task: str) -> Mask:
+        return Mask.load(self.store.folder / self.mask(row, seed, task).found["file"])
+
+    def _vectors(self, row: Row, lr: float, seed: int) -> dict[str, str]:
+        return {task: self._vector_key(row, lr, seed, task).digest[:16] for task in self.tasks}
+
+    def _made_with(self, task: str, **settings: object) -> dict[str, Any]:
+        return made_with(self.tasks[task], self.models.encoder, self._tokens[task], **settings)
+
+    def _data_of(self, task: Task | ImageTask, weights: str) -> dict[str, Any]:
+        """Return what a task gives to a key: model, examples, labels."""
+        return {
+            "weights": weights,
+            "task": task.name,
+            "splits": [task.fingerprint(split) for split in ("train", "validation", "test")],
+            "class_names": list(task.class_names),
+            "class_texts": list(task.class_texts),
+            "max_length": self._tokens[task.name] if task.reads == "texts" else None,
+        }
+
+    def _key(self, kind: str, words: Sequence[str], content: Mapping[str, Any]) -> Key:
+        return Key(kind, (self.name, *words), content)
+
+    def _cell(
+        self,
+        kind: str,
+        words: Sequence[str],
+        content: Mapping[str, Any],
+        make: Callable[[Tick], Made],
+    ) -> Cell:
+        return self._made(self._key(kind, words, content), make)
+
+    def _made(self, key: Key, make: Callable[[Tick], Made]) -> Cell:
+        """Return a finished cell, or make it."""
+        cell = self.store.read(key)
+        if cell is not None:
+            return cell
+        forget_peak()
+        start = time.perf_counter()
+
+        self._on_tick(0, 1, None)
+        made = make(self._on_tick)
+        seconds = time.perf_counter() - start
+        trim_heap()
+        return self.store.write(key, made.found, seconds, peak_bytes(), made.step_seconds)
+
+
+_OF_DATA = ("max_length", "sizes")  # in every key by themselves: tokens, and fingerprints of splits
+
+
+def _tokens(task: Task | ImageTask, encoder: Encoder, recipe: Recipe) -> int:
+    """Return the tokens of a text: those of the recipe, or as many as the model takes."""
+    most = encoder.most_tokens(task.class_texts) if task.reads == "texts" else None
+    asked = recipe.training.max_length
+    return asked if most is None else min(asked, most)

@@ -1,0 +1,409 @@
+"""From cells to `results.json`: rates are chosen, runs summed up over seeds.
+
+Nothing is evaluated here: the same cells give the same bits.
+
+An interval of a summary has two levels. In each resample seeds are drawn with replacement, and test
+examples, once for all seeds and rows. So it holds what other examples and other seeds would change,
+and differences between rows are paired.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cached_property
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos.app.experiments.answers import unpack, unpack_picked
+from talos.app.experiments.machine import machine, versions
+from talos.app.experiments.places import Place
+from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.store import Cell
+from talos.app.tasks import ImageTask, Task
+from talos.evaluation import Bootstrap, Estimate
+from talos.evaluation.intervals import Model, over_tasks
+
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Gathered", "chosen_rate", "results_of"]
+
+SCHEMA, SCHEMA_VERSION = "talos-experiment", 1
+
+_MATRICES = ("interference", "sensitivity")
+_FIGURES = ("alone", "added", "normalised", "target", "control")
+
+
+class Gathered:
+    """The cells of an experiment, by their places.
+
+    Args:
+        recipe: the recipe.
+        tasks: the tasks.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Sequence[Task | ImageTask]) -> None:
+        self.recipe, self.tasks = recipe, list(tasks)
+        self.cells: dict[Place, Cell] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.chosen: dict[tuple[str, str], float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks."""
+        return [task.name for task in self.tasks]
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """The number of test examples of each task."""
+        return {task.name: len(task.test) for task in self.tasks}
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """Of the test examples."""
+        return Bootstrap(self.examples, resamples=self.recipe.evaluation.resamples)
+
+    @cached_property
+    def draws(self) -> Tensor:
+        """The seeds that each resample draws: int64 `[1 + resamples, seeds]`; first all of them."""
+        count = len(self.recipe.seeds)
+        generator = torch.Generator().manual_seed(0)
+        size = (self.recipe.evaluation.resamples, count)
+        drawn = torch.randint(count, size, generator=generator, dtype=torch.int64, device="cpu")
+        return torch.cat([torch.arange(count, dtype=torch.int64, device="cpu")[None], drawn])
+
+    def done(self) -> list[tuple[str, Row]]:
+        """Return the models and rows that are measured with all seeds."""
+        return [
+            (model, row)
+            for model in self.models
+            for row in self.recipe.rows
+            if (model, row.row) in self.chosen
+        ]
+
+    def of_tasks(self, place: Place) -> dict[str, Any]:
+        """Return what the cells of all tasks found at a place."""
+        return {name: self.cells[place._replace(task=name)].found for name in self.names}
+
+
+def chosen_rate(gathered: Gathered, model: str, row: Row) -> float:
+    """Return the learning rate of the best merged model on validation data, with the first seed.
+
+    Of equally good ones the smallest is taken.
+    """
+    rates = _rates(gathered, model, row)
+    best = max(each["added"] for each in rates)
+    return float(next(each["lr"] for each in rates if each["added"] == best))
+
+
+def results_of(gathered: Gathered) -> dict[str, Any]:
+    """Return the results in the schema of `talos.app.report.results`.
+
+    Args:
+        gathered: the cells of every model and row that is `chosen`.
+    """
+    recipe, done = gathered.recipe, gathered.done()
+    sums = {(model, row.row): _Summary(gathered, model, row) for model, row in done}
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "title": recipe.title,
+        "machine": machine(),
+        "versions": versions(),
+        "recipe": recipe.plain(),
+        "models": [{"name": name, **facts} for name, facts in gathered.models.items()],
+        "tasks": [_task(task) for task in gathered.tasks],
+        "rows": [_row(row) for row in recipe.rows if any(row is each for _, each in done)],
+        "zero_shot": {model: _zero_shot(gathered, model) for model in gathered.models},
+        "rates": _nested(done, lambda model, row: _rates(gathered, model, row)),
+        "runs": [_run(gathered, *each, seed) for each in done for seed in recipe.seeds],
+        "summary": [
+            each.entry(sums.get((model, recipe.rows[0].row))) for (model, _), each in sums.items()
+        ],
+        **_measures(gathered, done),
+        "files": _files(gathered),
+        "timings": _timings(gathered, done),
+    }
+
+
+def _nested(
+    done: Sequence[tuple[str, Row]], make: Callable[[str, Row], Any]
+) -> dict[str, dict[str, Any]]:
+    """Return model -> row -> what is made of them; None is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for model, row in done:
+        made = make(model, row)
+        if made is not None:
+            found.setdefault(model, {})[row.row] = made
+    return found
+
+
+def _task(task: Task | ImageTask) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "description": task.description,
+        "reads": task.reads,
+        "classes": len(task.class_names),
+        "chance": 1 / len(task.class_names),
+        "examples": {split: len(task.examples(split)) for split in ("train", "validation", "test")},
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    settings = dict(row.settings) if row.calibration is None else asdict(row.calibration)
+    training = asdict(row.training)
+    settings |= {key: training[key] for key in ("steps", "batch_size", "weight_decay")}
+    return {
+        "row": row.row,
+        "title": row.title,
+        "method": row.method,
+        "settings": settings | {"merge": dict(row.merge)},
+        "lr": list(row.lr),
+    }
+
+
+def _zero_shot(gathered: Gathered, model: str) -> dict[str, Estimate]:
+    found = gathered.of_tasks(Place("pretrained", model))
+    return _estimates(gathered, {task: each["test"] for task, each in found.items()})
+
+
+def _estimates(gathered: Gathered, answers: Mapping[str, str]) -> dict[str, Estimate]:
+    outcomes = unpack(answers, gathered.examples)
+    return {task: gathered.bootstrap.mean({task: each}) for task, each in outcomes.items()}
+
+
+def _rates(gathered: Gathered, model: str, row: Row) -> list[dict[str, Any]]:
+    """Return what each rate reached on validation data, with the first seed."""
+    validation = {task.name: len(task.validation) for task in gathered.tasks}
+    found = []
+    for lr in row.lr:
+        place = Place("vector", model, row.row, lr, gathered.recipe.seeds[0])
+        digits = {task: each["validation"] for task, each in gathered.of_tasks(place).items()}
+        answers = unpack(digits, validation)
+        added = gathered.cells[place._replace(kind="addition")].found
+        coef = added["scaling_coef"]
+        point = next(each for each in added["grid"] if each["scaling_coef"] == coef)
+        found.append(
+            {
+                "lr": lr,
+                "alone": fmean(float(each.double().mean()) for each in answers.values()),
+                "added": point["absolute"],
+                "normalised": point["normalised"],
+                "scaling_coef": coef,
+                "chosen": gathered.chosen.get((model, row.row)) == lr,
+            }
+        )
+    return found
+
+
+def _run(gathered: Gathered, model: str, row: Row, seed: int) -> dict[str, Any]:
+    lr = gathered.chosen[model, row.row]
+    place = Place("vector", model, row.row, lr, seed)
+    vectors = gathered.of_tasks(place)
+    added = gathered.cells[place._replace(kind="addition")].found
+    forgot = {
+        task: gathered.cells.get(place._replace(kind="negation", task=task))
+        for task in gathered.names
+    }
+    return {
+        "model": model,
+        "row": row.row,
+        "seed": seed,
+        "lr": lr,
+        "trainable": round(fmean(each["entries"] for each in vectors.values())),
+        "bytes": round(fmean(each["bytes"] for each in vectors.values())),
+        "single": _estimates(gathered, {task: each["test"] for task, each in vectors.items()}),
+        "training": {
+            task: {key: each[key] for key in ("steps", "first_loss", "last_loss")}
+            for task, each in vectors.items()
+        },
+        "addition": {k: v for k, v in added.items() if k not in ("single", "picked")},
+        "negation": {
+            task: cell and {k: v for k, v in cell.found.items() if k != "picked"}
+            for task, cell in forgot.items()
+        },
+    }
+
+
+class _Summary:
+    """The figures of a row over all seeds, on all examples and in each resample.
+
+    Args:
+        gathered: the cells.
+        model: the model.
+        row: the row.
+    """
+
+    def __init__(self, gathered: Gathered, model: str, row: Row) -> None:
+        self._gathered, self._model, self._row = gathered, model, row
+        self._lr = gathered.chosen[model, row.row]
+        added = [self._place("addition", seed) for seed in gathered.recipe.seeds]
+        found = [gathered.cells[place].found for place in added]
+        picked = [unpack_picked(each["picked"], gathered.examples) for each in found]
+        single = [unpack(each["single"], gathered.examples) for each in found]
+        ratio = gathered.bootstrap.metric.ratio
+        self.figures: dict[str, Tensor] = {
+            "alone": self._figures(single, lambda each: each),
+            "added": self._figures(picked, lambda each: each),
+            "normalised": self._figures(
+                [*picked, *single],
+                lambda each: ratio(each[..., : len(picked)], each[..., len(picked) :]),
+            ),
+            **self._negated(),
+        }
+
+    def _place(self, kind: str, seed: int, task: str = "") -> Place:
+        return Place(kind, self._model, self._row.row, self._lr, seed, task)
+
+    def _figures(
+        self, models: Sequence[Mapping[str, Model]], of: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the mean over the tasks, `[1 + resamples, seeds]`."""
+        return self._gathered.bootstrap.resampled(
+            {task: [each[task] for each in models] for task in self._gathered.names},
+            lambda figures: over_tasks({task: of(each) for task, each in figures.items()}),
+        )
+
+    def _negated(self) -> dict[str, Tensor]:
+        """Return the mean target and control over the tasks to forget, if they were measured."""
+        gathered = self._gathered
+        names, seeds = gathered.names, gathered.recipe.seeds
+        cells = [
+            gathered.cells.get(self._place("negation", seed, task))
+            for task in names
+            for seed in seeds
+        ]
+        found = [unpack_picked(c.found["picked"], gathered.examples) for c in cells if c]
+        if len(found) < len(cells):
+            return {}
+
+        def both(figures: Mapping[str, Tensor]) -> Tensor:
+            targets, controls = [], []
+            for place, target in enumerate(names):
+                own = slice(place * len(seeds), (place + 1) * len(seeds))
+                targets.append(figures[target][..., own])
+                others = [figures[other][..., own] for other in names if other != target]
+                controls.append(torch.stack(others).mean(0))
+            return torch.cat([torch.stack(targets).mean(0), torch.stack(controls).mean(0)], -1)
+
+        models: dict[str, list[Model]] = {name: [each[name] for each in found] for name in names}
+        table = gathered.bootstrap.resampled(models, both)
+        return {"target": table[:, : len(seeds)], "control": table[:, len(seeds) :]}
+
+    def entry(self, first: "_Summary | None") -> dict[str, Any]:
+        """Return the entry of the summary, with the differences from the first row."""
+        compared = None
+        if first is not None and first is not self:
+            compared = {
+                key: self._over_seeds(self.figures[key] - first.figures[key])
+                for key in ("added", "normalised")
+            }
+        return {
+            "model": self._model,
+            "row": self._row.row,
+            "lr": self._lr,
+            "seeds": len(self._gathered.recipe.seeds),
+            "figures": {key: self._figure(key) for key in _FIGURES},
+            "against_first": compared,
+        }
+
+    def _figure(self, key: str) -> dict[str, Any] | None:
+        table = self.figures.get(key)
+        if table is None:
+            return None
+        return self._over_seeds(table) | {"by_seed": table[0].tolist()}
+
+    def _over_seeds(self, table: Tensor) -> dict[str, Any]:
+        means = table.gather(1, self._gathered.draws).mean(1)
+        limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+        value, (low, high) = float(means[0]), means[1:].quantile(limits).tolist()
+        return {"value": value, "low": min(low, value), "high": max(high, value)}
+
+
+def _measures(gathered: Gathered, done: Sequence[tuple[str, Row]]) -> dict[str, Any]:
+    """Return what is measured of the vectors of the first seed."""
+
+    def found(kind: str, model: str, row: Row, task: str = "") -> dict[str, Any] | None:
+        lr = 0.0 if kind == "mask" else gathered.chosen[model, row.row]
+        place = Place(kind, model, row.row, lr, gathered.recipe.seeds[0], task)
+        cell = gathered.cells.get(place)
+        return None if cell is None else cell.found
+
+    def of(kind: str, key: str | None) -> dict[str, Any]:
+        def make(model: str, row: Row) -> Any:
+            cell = found(kind, model, row)
+            return cell if cell is None or key is None else cell[key]
+
+        return _nested(done, make)
+
+    def masks(model: str, row: Row) -> dict[str, Any] | None:
+        cell = found("overlap", model, row)
+        if cell is None:
+            return None
+        calibrated = {task: found("mask", model, row, task) for task in gathered.names}
+        return {
+            task: {**each, "stability": (calibrated[task] or {}).get("stability")}
+            for task, each in cell["masks"].items()
+        }
+
+    def drift(model: str, row: Row) -> dict[str, Any] | None:
+        cells = {task: found("drift", model, row, task) for task in gathered.names}
+        return {task: cell["points"] for task, cell in cells.items() if cell} or None
+
+    return {
+        "masks": _nested(done, masks),
+        "mask_iou": of("overlap", "iou"),
+        **{kind: of(kind, "matrix") for kind in _MATRICES},
+        "disentanglement": of("disentanglement", None),
+        "linearity": of("linearity", "tasks"),
+        "drift": _nested(done, drift),
+    }
+
+
+def _files(gathered: Gathered) -> list[dict[str, Any]]:
+    """Return the vectors and masks; one that several rows share is listed with the first."""
+    files: dict[str, dict[str, Any]] = {}
+    for place, cell in gathered.cells.items():
+        if "file" in cell.found:
+            entry = {"path": cell.found["file"], "kind": place.kind, "model": place.model}
+            entry |= {"row": place.row, "task": place.task, "seed": place.seed}
+            entry["lr"] = place.lr or None
+            entry["bytes"] = cell.found["bytes"]
+            entry["entries"] = cell.found.get("entries", cell.found.get("nnz"))
+            files.setdefault(entry["path"], entry)
+    return list(files.values())
+
+
+def _timings(gathered: Gathered, done: Sequence[tuple[str, Row]]) -> dict[str, Any]:
+    """Return the seconds of all cells, by kind and by row."""
+    by_kind: dict[str, float] = {}
+    for (kind, _), cell in {
+        (place.kind, cell.key.digest): cell for place, cell in gathered.cells.items()
+    }.items():
+        by_kind[kind] = round(by_kind.get(kind, 0.0) + cell.seconds, 3)
+
+    def by_row(model: str, row: Row) -> dict[str, Any]:
+        own = {
+            kind: [
+                cell
+                for place, cell in gathered.cells.items()
+                if place[:3] == (kind, model, row.row)
+            ]
+            for kind in ("mask", "vector")
+        }
+        seconds = {kind: round(sum(c.seconds for c in cells), 3) for kind, cells in own.items()}
+        steps = [cell.step_seconds for cell in own["vector"] if cell.step_seconds is not None]
+        peaks = [cell.peak_bytes for cell in own["vector"] if cell.peak_bytes is not None]
+        return {
+            "calibrate": seconds["mask"],
+            "train": seconds["vector"],
+            "step": median(steps) if steps else None,
+            "peak_bytes": max(peaks, default=None),
+        }
+
+    return {
+        "total": round(sum(by_kind.values()), 3),
+        "by_kind": by_kind,
+        "by_row": _nested(done, by_row),
+    }

@@ -1,0 +1,220 @@
+"""Run an experiment: every cell of a recipe that is not done yet, then `results.json`."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from talos.app.experiments.cells import Cells
+from talos.app.experiments.machine import default_device
+from talos.app.experiments.places import Place, all_places, judged_places, swept_places
+from talos.app.experiments.recipe import Recipe, Row, TaskEntry
+from talos.app.experiments.results import Gathered, chosen_rate, results_of
+from talos.app.experiments.store import Cell, opened
+from talos.app.models import Encoder, load_encoder, takes_images
+from talos.app.nearest import did_you_mean
+from talos.app.report.results import write_json
+from talos.app.tasks import ImageTask, Task, load_task
+from talos.errors import TalosValueError
+
+__all__ = ["Progress", "run_experiment"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The progress of an experiment.
+
+    Attributes:
+        label: what is done: the kind of cell and its names.
+        done: steps of this cell that are done.
+        total: all its steps.
+        loss: the training loss of the last step.
+        cells: cells that are done.
+        all_cells: all cells.
+        left: seconds that are left, about; None: not known yet.
+    """
+
+    label: str
+    done: int
+    total: int
+    loss: float | None = None
+    cells: int = 0
+    all_cells: int = 0
+    left: float | None = None
+
+
+def run_experiment(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    only: Sequence[str] | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    on_note: Callable[[str], object] = lambda note: None,
+    encoders: Mapping[str, Encoder] | None = None,
+    tasks: Sequence[Task | ImageTask] | None = None,
+) -> dict[str, Any]:
+    """Run an experiment, or go on with one that was stopped, and write `results.json`.
+
+    Every cell is written whole or not at all, `results.json` last. A run that was killed and
+    started again ends with the same numbers.
+
+    Args:
+        recipe: the recipe.
+        out: the folder; it is made where it is missing.
+        only: names of models and rows to run, of each kind at least one or none, which means all.
+            The results hold these and no others.
+        overwrite: begin anew in the folder of an earlier run; other files stay.
+        on_progress: called at every step.
+        on_note: called with a sentence for each damaged cell, which is made anew.
+        encoders: models by name, instead of those that the recipe names; their weights are
+            restored.
+        tasks: the tasks, instead of those that the recipe names.
+
+    Returns:
+        The results, see `talos.app.report.results`.
+
+    Raises:
+        TalosValueError: a name of `only` is unknown, a model cannot read the tasks, or a training
+            fails.
+        TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
+            data cannot be found.
+        TalosRuntimeError: an optional package is missing.
+    """
+    models, rows = _chosen(recipe, only)
+    with opened(Path(out), overwrite=overwrite, on_note=on_note) as store:
+        loaded = [load_entry(entry, recipe) for entry in recipe.tasks] if tasks is None else tasks
+        names = [task.name for task in loaded]
+        gathered = Gathered(recipe, loaded)
+        watch = _Watch(all_places(recipe, models, rows, names), on_progress)
+        for entry in recipe.models:
+            if entry.name not in models:
+                continue
+            encoder = (encoders or {}).get(entry.name)
+            if encoder is None:
+                _check_reads(entry.source, loaded)
+                watch.say(f"load {entry.name}")
+                encoder = load_encoder(entry.source).to(default_device())
+            cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
+            gathered.models[entry.name] = {"source": entry.source, **cells.facts}
+
+            def finish(
+                places: Iterable[Place], row: Row | None = None, cells: Cells = cells
+            ) -> None:
+                for place in places:
+                    watch.begin(place)
+                    gathered.cells[place] = cells.make(place, row)
+                    watch.end(place, gathered.cells[place])
+
+            finish(Place("pretrained", entry.name, task=name) for name in names)
+            for row in rows:
+                finish(swept_places(recipe, entry.name, row, names), row)
+                lr = chosen_rate(gathered, entry.name, row)
+                finish(judged_places(recipe, entry.name, row, names, lr), row)
+                gathered.chosen[entry.name, row.row] = lr
+            del cells, encoder, finish
+        watch.say("sum up")
+        results = results_of(gathered)
+        write_json(results, store.folder / "results.json")
+    return results
+
+
+def load_entry(entry: TaskEntry, recipe: Recipe) -> Task | ImageTask:
+    """Load a task of a recipe, in its splits.
+
+    Args:
+        entry: the task.
+        recipe: whose sizes are taken.
+
+    Raises:
+        TalosValueError: the data is unknown or damaged.
+        TalosOSError: it cannot be read.
+    """
+    task: Task | ImageTask = load_task(entry.data, sizes=recipe.training.sizes)
+    return task if entry.name is None else replace(task, name=entry.name)
+
+
+def _chosen(recipe: Recipe, only: Sequence[str] | None) -> tuple[list[str], list[Row]]:
+    """Return the models and rows to run."""
+    models, rows = [each.name for each in recipe.models], list(recipe.rows)
+    known = [*models, *(row.row for row in rows)]
+    for name in only or ():
+        if name not in known:
+            raise TalosValueError(
+                f"only must name models or rows, {', '.join(known)}, got {name}"
+                f"{did_you_mean(name, known)}"
+            )
+    own = [name for name in models if name in (only or ())]
+    picked = [row for row in rows if row.row in (only or ())]
+    return own or models, picked or rows
+
+
+def _check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
+    """Refuse tasks whose examples a model does not read."""
+    reads = "images" if takes_images(source) else "texts"
+    for task in tasks:
+        if task.reads != reads:
+            raise TalosValueError(
+                f"models must read the {task.reads} of {task.name}, got {source}, which reads "
+                f"{reads}; put it in a recipe of its own"
+            )
+
+
+class _Watch:
+    """Counts cells, and estimates the time that is left.
+
+    Args:
+        places: all cells that the run has, with their rows.
+        on_progress: as of `run_experiment`.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[tuple[Place, Row | None]],
+        on_progress: Callable[[Progress], object],
+    ) -> None:
+        self._left = Counter(place.kind for place, _ in places)
+        self._all, self._done = len(places), 0
+        self._seconds: dict[str, list[float]] = {}
+        self._seen: set[str] = set()
+        self._on_progress = on_progress
+        self._label = ""
+
+    def say(self, label: str) -> None:
+        """Begin a step that makes no cell."""
+        self._label = label
+        self.tick(0, 1)
+        self.tick(1, 1)
+
+    def begin(self, place: Place) -> None:
+        """Begin a cell."""
+        of_row = (f"{place.lr:g}" if place.lr else "", f"seed {place.seed}" if place.row else "")
+        words = (place.kind, place.model, place.row, *of_row, place.task)
+        self._label = " · ".join(word for word in words if word)
+
+    def tick(self, done: int, total: int, loss: float | None = None) -> None:
+        """Report a step of it."""
+        left = self._time_left()
+        self._on_progress(Progress(self._label, done, total, loss, self._done, self._all, left))
+
+    def end(self, place: Place, cell: Cell) -> None:
+        """End a cell, which may have been done before."""
+        if cell.key.digest not in self._seen:
+            self._seen.add(cell.key.digest)
+            self._seconds.setdefault(place.kind, []).append(cell.seconds)
+            self._left[place.kind] -= 1
+            self._done = min(self._done + 1, self._all)
+        self.tick(1, 1)
+
+    def _time_left(self) -> float | None:
+        """Return the cells that are left times the mean of their kind; None before the first."""
+        every = [seconds for found in self._seconds.values() for seconds in found]
+        if not every:
+            return None
+        return sum(
+            max(count, 0) * fmean(self._seconds.get(kind, every))
+            for kind, count in self._left.items()
+        )
