@@ -114,7 +114,7 @@ def test_no_two_rows_look_alike() -> None:
     assert len({each.marker for each in styles[:8]}) == 8  # not by their colours alone
 
 
-@pytest.mark.parametrize("name", ("coefficient", "rates", "density", "linearity"))
+@pytest.mark.parametrize("name", ["coefficient", "rates", "density", "linearity"])
 def test_the_table_has_the_points_of_the_curves(name: str) -> None:
     results, figure = studied(), FIGURES[name]
     points, _ = painted(figure.panels(results, MODEL))
@@ -134,7 +134,7 @@ def test_the_table_of_drift_has_its_points() -> None:
     }
 
 
-@pytest.mark.parametrize("name", (*HEAT_MAPS[1:], "cost"))
+@pytest.mark.parametrize("name", [*HEAT_MAPS[1:], "cost"])
 def test_the_table_has_the_numbers_in_the_picture(name: str) -> None:
     results, figure = studied(), FIGURES[name]
     _, words = painted(figure.panels(results, MODEL))
@@ -188,6 +188,13 @@ def test_the_smallest_study_has_what_it_measured() -> None:
         assert FIGURES[name].draw(results, MODEL).startswith("<svg")
         assert FIGURES[name].table(results, MODEL)[1]
     assert FIGURES["drift"].pictures(results, MODEL) == []
+
+
+def test_a_page_has_a_picture_for_each_row_but_no_legend_twice() -> None:
+    results = studied()
+    assert len(FIGURES["overlap"].pictures(results, MODEL)) == 2  # of the rows with masks
+    [rates] = FIGURES["rates"].pictures(results, MODEL)
+    assert rates.count("non-linear fine-tuning") == 1
 
 
 def test_figures_are_of_the_models_that_have_them() -> None:
