@@ -45,7 +45,8 @@ def smallest() -> Results:
     for part in ("masks", "mask_iou"):
         results[part] = {}
     [run], [summary] = results["runs"], results["summary"]
-    run["negation"], run["single"] = None, {task: run["single"][task] for task in kept}
+    run["negation"] = dict.fromkeys(kept)
+    run["single"] = {task: run["single"][task] for task in kept}
     summary["figures"] |= {"target": None, "control": None}
     for each in summary["figures"].values():
         if each:

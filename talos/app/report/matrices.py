@@ -110,12 +110,13 @@ def disentanglement(results: Results, model: str) -> list[Panel]:
             mesh = _heat(axes, values, labels, labels, low=0, high=top, colours="YlGnBu")
             one, two = (_cut(task, 24) for task in tasks)
             axes.set_ylabel(f"coefficient of\n{one}")
-            axes.set_xlabel(f"coefficient of {two}")
+            said = "" if len(coefs) > _MOST else "\n(numbers: other predictions, %)"
+            axes.set_xlabel(f"coefficient of {two}{said}")
             if len(coefs) > _MOST:
-                label = "disagreement, % of both tasks"
+                label = "other predictions, %"
                 axes.figure.colorbar(mesh, ax=axes, label=label).outline.set_visible(False)
 
-        height = 0.8 + min(max(0.3 * len(coefs), 1.6), 3.4)
+        height = 1.0 + min(max(0.3 * len(coefs), 1.6), 3.4)
         return Panel(height, paint, titles(results)[row])
 
     return [panel(row, each["tasks"], each["coefs"], each["error"]) for row, each in found.items()]
