@@ -160,7 +160,9 @@ def test_the_table_of_the_summary_has_estimates_and_differences() -> None:
             found = [f"{100 * each['figures'][key][end]:.1f}" for end in ("value", "low", "high")]
             assert cell == "{} ({} to {})".format(*found)
     assert lines[0][4] == ""
-    assert re.fullmatch(r"\+1\.2 \(-0\.[45] to \+3\.1\)", lines[1][4])
+    gap = results["summary"][1]["against_first"]["added"]
+    value, low, high = (f"{100 * gap[end]:+.1f}" for end in ("value", "low", "high"))
+    assert lines[1][4] == f"{value} ({low} to {high})"
 
 
 def test_the_table_of_negation_has_the_pretrained_model_and_each_row() -> None:
@@ -246,14 +248,14 @@ def test_plot_writes_a_picture_and_shows_its_numbers(
 ) -> None:
     assert main(["plot", "overlap", "study"]) == 0
     out, err = capsys.readouterr()
-    text = (folder / "overlap.svg").read_text()
+    text = (folder / "study" / "overlap.svg").read_text()
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
     assert "DTD" not in text
     assert "metadata" not in text
     assert "exceptions <b>" in out
     assert "100.0" in out
     assert "of minilm; the others: a <b> & $_$" in err
-    assert "open overlap.svg" in err
+    assert "open study/overlap.svg" in err
     assert main(["plot", "overlap", "study"]) == 0  # made anew
     lines = ["plot", "overlap", "study/results.json", "--out", "overlap.png", "--model", MODEL]
     assert main(lines) == 0
@@ -281,7 +283,7 @@ def test_plot_refuses_what_the_study_does_not_have(
     assert out == ""
     assert err.startswith("error: ")
     assert message in err
-    assert not (folder / "density.svg").exists()
+    assert not (folder / "study" / "density.svg").exists()
 
 
 def test_plot_explains_a_damaged_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,4 +293,4 @@ def test_plot_explains_a_damaged_file(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["plot", "interference", "study"]) == 2
     _, err = capsys.readouterr()
     assert "DIR must hold results as `talos experiment` writes them" in err
-    assert not (folder / "interference.svg").exists()
+    assert not (folder / "study" / "interference.svg").exists()

@@ -32,7 +32,8 @@ def plot(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="The picture to write (.svg or .png); by default NAME.svg, made anew."
+            "--out",
+            help="The picture to write (.svg or .png); by default NAME.svg in DIR, made anew.",
         ),
     ] = None,
     model: Annotated[
@@ -50,7 +51,7 @@ def plot(
 
     check_choice("NAME", name, FIGURES)
     file = results_file(results)
-    picture = Path(f"{name}.svg") if out is None else out
+    picture = out or file.parent / f"{name}.svg"
     check_output(picture, overwrite or out is None, (".svg", ".png"))
     loaded, figure = load_results(file), FIGURES[name]
     with as_written(file):
