@@ -178,7 +178,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "calibrate --data none.csv --out m.safetensors",
-            "--data must be a built-in task, .* got none.csv; built in are",
+            "--data must be a built-in task, .* got none.csv; built in are .* more",
         ),
         (
             "calibrate --data a --out m.safetensors --labels importance --draws exact",
@@ -249,7 +249,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
         ("compare none.json", "RUN must be an existing file, got none.json"),
         ("inspect none.safetensors", "FILE must be an existing file"),
-        ("report none.json --out r.html", "RESULTS must be an existing file"),
+        ("report none.json --out r.html", "DIR must be an existing file"),
         ("demo --out file", "must be a folder, got the file"),
         ("demo --out .", "--overwrite"),
     ],

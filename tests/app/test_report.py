@@ -288,6 +288,7 @@ def test_not_finite_results_are_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TalosOSError, match="must be writable"):
         report.write_report(made_up(), tmp_path / "none" / "report.html")

@@ -42,7 +42,7 @@ def next_steps(results: Results) -> str:
     vectors = {f["task"]: f["path"] for f in _files(results, "vector", model["name"], row)}
     masks = [f["path"] for f in _files(results, "mask", model["name"], row)]
     data = {task.get("name") or task["data"]: task["data"] for task in results["recipe"]["tasks"]}
-    lines = []
+    lines: list[tuple[str, list[tuple[str, ...]]]] = []
     if vectors:
         lines.append(("inspect a task vector", [("inspect", next(iter(vectors.values())))]))
     if masks:
@@ -72,7 +72,7 @@ def next_steps(results: Results) -> str:
     )
     return "".join(
         f"<p class=step>{escape(label)}</p><pre><code>"
-        + escape("\n".join(shlex.join(["talos", *map(str, each)]) for each in commands))
+        + escape("\n".join(shlex.join(["talos", *each]) for each in commands))
         + "</code></pre>"
         for label, commands in lines
     )

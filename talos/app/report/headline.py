@@ -100,11 +100,11 @@ def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
     A pair with the first row has an interval of its own; else the best row's must leave out the
     other's value.
     """
-    for one, other in ((best, row), (row, best)):
-        if found[one]["against_first"] is None:
-            return verdict(found[other]) == "not clear"
-    added = (found[each]["figures"]["added"] for each in (best, row))
-    return next(added)["low"] <= next(added)["value"]
+    first = next(iter(found))
+    if first in (best, row):
+        return verdict(found[row if first == best else best]) == "not clear"
+    added, other = (found[each]["figures"]["added"] for each in (best, row))
+    return bool(added["low"] <= other["value"])
 
 
 def no_edits(results: Results) -> list[str]:
