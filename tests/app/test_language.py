@@ -68,6 +68,26 @@ def test_logits_are_the_log_probabilities_of_the_answers(model: LanguageModel) -
                 torch.testing.assert_close(logits[i, j], expected, atol=1e-4, rtol=1e-5)
 
 
+def test_a_text_may_have_answers_of_its_own(model: LanguageModel, tmp_path: Path) -> None:
+    rows = [("the old cat", ("sleeps", "is 12 dogs")), ("wow", ("no", "yes")), ("a", ("b", "c"))]
+    task = Task("t", "", ("1", "2"), ("1", "2"), [Example(a, 1, "", b) for a, b in rows], [], [])
+    first, second = task.batches("train", model.tokenizer, batch_size=2)
+    assert first["choice_ids"].shape[:2] == (2, 2)
+    assert first["choice_ids"].shape[2] > second["choice_ids"].shape[2]
+    with torch.no_grad():
+        logits = torch.cat([model.classifier(task.class_texts)(each) for each in (first, second)])
+        for i, (text, answers) in enumerate(rows):
+            for j, answer in enumerate(answers):
+                expected = log_probability(model, text, answer)
+                torch.testing.assert_close(logits[i, j], expected, atol=1e-4, rtol=1e-5)
+    encoder = load_encoder(save_tiny_encoder(tmp_path / "bert"))
+    with pytest.raises(TalosValueError, match="tokenizer must be that of a language model, got "):
+        task.batches("train", encoder.tokenizer)
+    short = Task("t", "", ("1", "2"), ("1", "2"), [Example("a", 1, "", ("b",))], [], [])
+    with pytest.raises(TalosValueError, match="answers must be one for each of 2 classes, got 1"):
+        short.batches("train", model.tokenizer)
+
+
 def test_every_parameter_is_the_models_and_no_answer_is_in_the_state(model: LanguageModel) -> None:
     one = model.classifier(TEXTS)
     assert isinstance(one, AnswerClassifier)

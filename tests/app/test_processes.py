@@ -137,3 +137,28 @@ def test_a_process_that_is_gone_is_told(
     text = "a fault of our own"
     with pytest.raises(RuntimeError, match="our own"):
         main(["train"])
+
+
+def test_the_group_ends_with_its_block() -> None:
+    """Threads that outlive it end the process with SIGABRT, now and then."""
+    script = """
+import os
+from talos.app.cli import processes
+
+processes.several = lambda: 2
+with processes.joined():
+    import torch.distributed.nn.functional
+    inside = len(os.listdir("/proc/self/task"))
+print(inside, len(os.listdir("/proc/self/task")))
+"""
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **group, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    inside, after = map(int, found.stdout.split())
+    assert after == 1 < inside

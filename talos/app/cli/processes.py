@@ -1,6 +1,7 @@
 """Commands in several processes, as torchrun starts them: one group, one that prints and writes."""
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,10 @@ def joined() -> Iterator[None]:
         return
     import torch
     import torch.distributed as dist
+
+    # Its functions keep the group that there is when it is imported as their default. Imported
+    # later, they would keep this group, whose threads then end the process with SIGABRT.
+    importlib.import_module("torch.distributed.nn.functional")
 
     with_gpus = torch.cuda.is_available()
     if with_gpus:

@@ -44,6 +44,7 @@ class LanguageModel(Encoder):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        tokenizer.answer_ids = self.answer_ids  # for tasks whose texts have answers of their own
 
     def classifier(
         self, class_texts: Sequence[str], head: Tensor | None = None
@@ -128,13 +129,15 @@ class AnswerClassifier(Classifier):
         """Return the log-probability of each answer.
 
         Args:
-            batch: `input_ids` and `attention_mask`, both int64 [B, T]; other entries are ignored.
+            batch: `input_ids` and `attention_mask`, both int64 [B, T], and `choice_ids`,
+                int64 [B, C, L], where texts have answers of their own; other entries are ignored.
 
         Returns:
             float32 [B, C].
         """
         asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        asked["choice_ids"] = self.head.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
+        shared = self.head.expand(len(asked["input_ids"]), -1, -1)  # [B, C, L]
+        asked["choice_ids"] = batch.get("choice_ids", shared)
         logits: Tensor = batches.choice_logits(self.encoder.model, asked)
         return logits
 

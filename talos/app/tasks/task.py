@@ -37,11 +37,15 @@ class Example:
         text: the text.
         label: index into the task's `class_names`.
         origin: where the text was found, for example a file of the standard library.
+        answers: what this text can be answered with, one text per class, where the answers differ
+            from text to text; only a language model chooses among them. Empty: the answers are the
+            task's `class_texts`.
     """
 
     text: str
     label: int
     origin: str = ""
+    answers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -159,7 +163,8 @@ class LabelledSplits(ABC, Generic[E]):
     ) -> Batches:
         """Return the batches of a split.
 
-        A batch of texts holds `input_ids` and `attention_mask`, both int64 [B, T]. A batch of
+        A batch of texts holds `input_ids` and `attention_mask`, both int64 [B, T], and, where
+        texts have answers of their own, `choice_ids`, int64 [B, C, L], padded with -100. A batch of
         images holds `pixel_values`, float32 [B, 3, H, W]. Both hold `labels`, int64 [B].
 
         Args:
@@ -175,7 +180,8 @@ class LabelledSplits(ABC, Generic[E]):
 
         Raises:
             TalosValueError: there is no such split, `batch_size` is below 1, `max_length` is
-                below 3, or the tokenizer has no token for padding.
+                below 3, or the tokenizer has no token for padding. Or the texts have answers of
+                their own, and the tokenizer is not that of a language model.
 
         Example:
             >>> task = Task("t", "", ("a", "b"), ("a", "b"), [Example("x y z", 1)], [], [])
@@ -221,12 +227,12 @@ class Task(LabelledSplits[Example]):
 
     reads = "texts"
     # Token ids by split, length and tokenizer. The tokenizer is kept, so that its id stays its own.
-    _tokens: dict[tuple[str, int, int], tuple[Any, list[list[int]]]] = field(
+    _tokens: dict[tuple[str, int, int], tuple[Any, list[list[int]], "list[Tensor]"]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def _content(self, example: Example) -> bytes:
-        return example.text.encode()
+        return "\0".join((example.text, *example.answers)).encode()
 
     def _inputs(self, split: str, tokenizer: Any, max_length: int) -> tuple[Collate, Sequence[int]]:
         if max_length < 3:
@@ -243,15 +249,39 @@ class Task(LabelledSplits[Example]):
         if key not in self._tokens:
             options = {"padding": False, "truncation": True, "max_length": max_length}
             token_ids = tokenizer(texts, **options)["input_ids"] if texts else []
-            self._tokens[key] = (tokenizer, token_ids)
-        token_ids = self._tokens[key][1]
-        return partial(_padded, token_ids, tokenizer.pad_token_id), [len(ids) for ids in token_ids]
+            self._tokens[key] = (tokenizer, token_ids, self._choices(split, tokenizer))
+        _, token_ids, choices = self._tokens[key]
+        collate = partial(_padded, token_ids, choices, tokenizer.pad_token_id)
+        return collate, [len(ids) for ids in token_ids]
+
+    def _choices(self, split: str, tokenizer: Any) -> "list[Tensor]":
+        """Return the tokens of each text's own answers, int64 [C, L]; none where it has none."""
+        answers = [example.answers for example in self.examples(split)]
+        if not any(answers):
+            return []
+        if not hasattr(tokenizer, "answer_ids"):
+            raise TalosValueError(
+                f"tokenizer must be that of a language model, got {type(tokenizer).__name__}: the "
+                f"texts of {self.name} have answers of their own; take another model or task"
+            )
+        classes = len(self.class_names)
+        for place, each in enumerate(answers):
+            if len(each) != classes:
+                raise TalosValueError(
+                    f"answers must be one for each of {classes} classes, got {len(each)} in "
+                    f"example {place} of {split}; give each text as many answers"
+                )
+        rows: Tensor = tokenizer.answer_ids([answer for each in answers for answer in each])
+        return list(rows.unflatten(0, (len(answers), classes)))
 
 
 def _padded(
-    token_ids: Sequence[Sequence[int]], pad_token_id: int, places: Sequence[int]
+    token_ids: Sequence[Sequence[int]],
+    choices: "Sequence[Tensor]",
+    pad_token_id: int,
+    places: Sequence[int],
 ) -> "dict[str, Tensor]":
-    """Return `input_ids` and `attention_mask`, padded to the longest text of the batch."""
+    """Return the inputs of the texts at these places, padded to the longest one of them."""
     import torch
 
     shape = len(places), max(len(token_ids[place]) for place in places)
@@ -261,4 +291,9 @@ def _padded(
         ids = token_ids[place]
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
         attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if choices:
+        answers = torch.stack([choices[place] for place in places])  # [B, C, L]
+        longest = int((answers >= 0).sum(-1).max())
+        batch["choice_ids"] = answers[..., :longest].contiguous()  # a loss takes a view of it
+    return batch
