@@ -15,7 +15,6 @@ from talos.app.experiments.recipe import Recipe, Row, TaskEntry
 from talos.app.experiments.results import Gathered, chosen_rate, results_of
 from talos.app.experiments.store import Cell, opened
 from talos.app.models import Encoder, load_encoder, takes_images
-from talos.app.nearest import did_you_mean
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task, load_task
 from talos.errors import TalosValueError
@@ -50,7 +49,6 @@ def run_experiment(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
-    only: Sequence[str] | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], object] = lambda progress: None,
     on_note: Callable[[str], object] = lambda note: None,
@@ -65,11 +63,10 @@ def run_experiment(
     Args:
         recipe: the recipe.
         out: the folder; it is made where it is missing.
-        only: names of models and rows to run, of each kind at least one or none, which means all.
-            The results hold these and no others.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew.
+        on_note: called with a sentence for each damaged cell, which is made anew, and for each
+            learning rate at which a training fails.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -78,21 +75,17 @@ def run_experiment(
         The results, see `talos.app.report.results`.
 
     Raises:
-        TalosValueError: a name of `only` is unknown, a model cannot read the tasks, or a training
-            fails.
+        TalosValueError: a model cannot read the tasks, or a row trains with none of its rates.
         TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
     """
-    models, rows = _chosen(recipe, only)
     with opened(Path(out), overwrite=overwrite, on_note=on_note) as store:
         loaded = [load_entry(entry, recipe) for entry in recipe.tasks] if tasks is None else tasks
         names = [task.name for task in loaded]
         gathered = Gathered(recipe, loaded)
-        watch = _Watch(all_places(recipe, models, rows, names), on_progress)
+        watch = _Watch(all_places(recipe, names), on_progress)
         for entry in recipe.models:
-            if entry.name not in models:
-                continue
             encoder = (encoders or {}).get(entry.name)
             if encoder is None:
                 _check_reads(entry.source, loaded)
@@ -105,12 +98,16 @@ def run_experiment(
                 places: Iterable[Place], row: Row | None = None, cells: Cells = cells
             ) -> None:
                 for place in places:
+                    if gathered.failed(place):
+                        continue
                     watch.begin(place)
-                    gathered.cells[place] = cells.make(place, row)
-                    watch.end(place, gathered.cells[place])
+                    cell = gathered.cells[place] = cells.make(place, row)
+                    watch.end(place, cell)
+                    if "failed" in cell.found:
+                        on_note(f"{cell.key.name}: {cell.found['failed']}")
 
             finish(Place("pretrained", entry.name, task=name) for name in names)
-            for row in rows:
+            for row in recipe.rows:
                 finish(swept_places(recipe, entry.name, row, names), row)
                 lr = chosen_rate(gathered, entry.name, row)
                 finish(judged_places(recipe, entry.name, row, names, lr), row)
@@ -135,21 +132,6 @@ def load_entry(entry: TaskEntry, recipe: Recipe) -> Task | ImageTask:
     """
     task: Task | ImageTask = load_task(entry.data, sizes=recipe.training.sizes)
     return task if entry.name is None else replace(task, name=entry.name)
-
-
-def _chosen(recipe: Recipe, only: Sequence[str] | None) -> tuple[list[str], list[Row]]:
-    """Return the models and rows to run."""
-    models, rows = [each.name for each in recipe.models], list(recipe.rows)
-    known = [*models, *(row.row for row in rows)]
-    for name in only or ():
-        if name not in known:
-            raise TalosValueError(
-                f"only must name models or rows, {', '.join(known)}, got {name}"
-                f"{did_you_mean(name, known)}"
-            )
-    own = [name for name in models if name in (only or ())]
-    picked = [row for row in rows if row.row in (only or ())]
-    return own or models, picked or rows
 
 
 def _check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
