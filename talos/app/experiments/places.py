@@ -83,7 +83,7 @@ def all_places(recipe: Recipe, names: Sequence[str]) -> list[tuple[Place, Row | 
         names: the names of the tasks.
     """
     found: dict[object, tuple[Place, Row | None]] = {}
-    for model in (entry.name for entry in recipe.models):
+    for model in [each.name for each in recipe.models]:
         for task in names:
             place = Place("pretrained", model, task=task)
             found[place] = place, None

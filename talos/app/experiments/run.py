@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 from talos.app.experiments.cells import Cells
 from talos.app.experiments.machine import default_device
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
-from talos.app.experiments.recipe import Recipe, Row, TaskEntry
+from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import Gathered, chosen_rate, results_of
-from talos.app.experiments.store import Cell, opened
+from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
-from talos.app.tasks import ImageTask, Task, load_task
+from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.load import load_any
 from talos.errors import TalosValueError
 
-__all__ = ["Progress", "run_experiment"]
+__all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,18 @@ def run_experiment(
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
     """
+    check(Path(out), overwrite=overwrite)
+    loaded = load_tasks(recipe) if tasks is None else tasks
+    for entry in recipe.models:
+        if entry.name not in (encoders or {}):
+            check_reads(entry.source, loaded)
     with opened(Path(out), overwrite=overwrite, on_note=on_note) as store:
-        loaded = [load_entry(entry, recipe) for entry in recipe.tasks] if tasks is None else tasks
         names = [task.name for task in loaded]
         gathered = Gathered(recipe, loaded)
         watch = _Watch(all_places(recipe, names), on_progress)
         for entry in recipe.models:
             encoder = (encoders or {}).get(entry.name)
             if encoder is None:
-                _check_reads(entry.source, loaded)
                 watch.say(f"load {entry.name}")
                 encoder = load_encoder(entry.source).to(default_device())
             cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
@@ -119,23 +123,33 @@ def run_experiment(
     return results
 
 
-def load_entry(entry: TaskEntry, recipe: Recipe) -> Task | ImageTask:
-    """Load a task of a recipe, in its splits.
+def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
+    """Load the tasks of a recipe, in their splits.
 
     Args:
-        entry: the task.
-        recipe: whose sizes are taken.
+        recipe: the recipe.
 
     Raises:
-        TalosValueError: the data is unknown or damaged.
+        TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    task: Task | ImageTask = load_task(entry.data, sizes=recipe.training.sizes)
-    return task if entry.name is None else replace(task, name=entry.name)
+    sizes = recipe.training.sizes
+    return [
+        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
+        for entry in recipe.tasks
+    ]
 
 
-def _check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
-    """Refuse tasks whose examples a model does not read."""
+def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
+    """Refuse tasks whose examples a model does not read.
+
+    Args:
+        source: the model, as a recipe names it.
+        tasks: the tasks.
+
+    Raises:
+        TalosValueError: the model reads texts and a task holds images, or the other way round.
+    """
     reads = "images" if takes_images(source) else "texts"
     for task in tasks:
         if task.reads != reads:
