@@ -66,7 +66,8 @@ def run_experiment(
         out: the folder; it is made where it is missing.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew.
+        on_note: called with a sentence for each damaged cell, which is made anew, and for each
+            learning rate at which a training fails.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -75,7 +76,7 @@ def run_experiment(
         The results, see `talos.app.report.results`.
 
     Raises:
-        TalosValueError: a model cannot read the tasks, or a training fails.
+        TalosValueError: a model cannot read the tasks, or a row trains with none of its rates.
         TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
@@ -101,9 +102,13 @@ def run_experiment(
                 places: Iterable[Place], row: Row | None = None, cells: Cells = cells
             ) -> None:
                 for place in places:
+                    if gathered.failed(place):
+                        continue
                     watch.begin(place)
-                    gathered.cells[place] = cells.make(place, row)
-                    watch.end(place, gathered.cells[place])
+                    cell = gathered.cells[place] = cells.make(place, row)
+                    watch.end(place, cell)
+                    if "failed" in cell.found:
+                        on_note(f"{cell.key.name}: {cell.found['failed']}")
 
             finish(Place("pretrained", entry.name, task=name) for name in names)
             for row in recipe.rows:
@@ -128,8 +133,9 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
+    sizes = recipe.training.sizes
     return [
-        load_any(entry.data, recipe.training.sizes, name=entry.name or "", **entry.settings)
+        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
         for entry in recipe.tasks
     ]
 
