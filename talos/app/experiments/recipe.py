@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from talos.app.experiments.settings import (
 )
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.files import SUFFIXES
+from talos.app.tasks.load import load_any
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
 
@@ -32,6 +34,7 @@ __all__ = [
     "read_recipe",
     "recipe_names",
     "recipe_of",
+    "takes_density",
 ]
 
 T = TypeVar("T", Calibration, Training, Evaluation)
@@ -50,7 +53,7 @@ TITLES = {
 
 _FOLDER = Path(__file__).parent.parent / "recipes"
 _OF_TRAINING = ("steps", "weight_decay", "warmup", "accumulate")
-_OF_TASKS = ("text", "label")
+_OF_TASKS = tuple(each for each in signature(load_any).parameters if each != "sizes")
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def _model(entry: Any, folder: Path) -> ModelEntry:
 
 def _task(entry: Any, folder: Path) -> TaskEntry:
     table = _entry("tasks", entry, "data")
-    check_keys("tasks", table, ("data", "name", *_OF_TASKS))
+    check_keys("tasks", table, _OF_TASKS)
     settings = {key: value for key, value in table.items() if key not in ("data", "name")}
     name = table.get("name")
     data = _beside_recipe(table["data"], folder)
@@ -309,6 +312,16 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
             rates,
             merge,
         )
+
+
+def takes_density(method: str) -> bool:
+    """Return whether rows of a method may differ in density; False for an unknown one.
+
+    Example:
+        >>> takes_density("talos"), takes_density("nonlinear")
+        (True, False)
+    """
+    return method in TITLES and "density" in _settings_of(method)
 
 
 def _settings_of(method: str) -> list[str]:
@@ -362,7 +375,6 @@ def _merge(given: Any) -> dict[str, Any]:
 
 def _rates(given: Any) -> tuple[float, ...]:
     rates = [positive("lr", each) for each in _values("lr", given)]
-    check_differ("lr", rates)
     return tuple(sorted(rates))
 
 
@@ -371,6 +383,7 @@ def _values(key: str, given: Any) -> list[Any]:
     if isinstance(given, list):
         if not given:
             raise TalosValueError(f"{key} must hold at least one value, got an empty list")
+        check_differ(key, given)
         return given
     return [given]
 
