@@ -13,7 +13,7 @@ __all__ = ["EXAMPLES", "experiment", "facts"]
 
 EXAMPLES = (
     "talos experiment demo --out demo",
-    "talos experiment text --dry-run",
+    "talos experiment study.toml --dry-run",
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
 # What messages of the loaders name otherwise than a recipe does.
