@@ -44,10 +44,11 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv, .tsv or "
-        ".jsonl file with the columns text and label; a third one, label_text, may describe the "
-        "labels. For CLIP: digits, or a folder with one subfolder of images per class. Your rows "
-        "or images are split 80/10/10 into train, validation and test within each class, the same "
+        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}, digits, or one of a "
+        "package, such as cifar10: docs/data.md lists them), or a .csv, .tsv or .jsonl file with "
+        "the columns text and label; a third one, label_text, may describe the labels. For models "
+        "of images: a folder with one subfolder of images per class. Your rows or images are split "
+        "80/10/10 into train, validation and test within each class, the same "
         "in every command.",
     ),
 ]
