@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,8 +15,10 @@ from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import Gathered, chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
+from talos.app.nearest import did_you_mean
 from talos.app.report.results import write_json
-from talos.app.tasks import ImageTask, Task, load_task
+from talos.app.tasks import ImageTask, Task, load_any
+from talos.app.tasks.files import COLUMNS
 from talos.errors import TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
@@ -124,13 +126,19 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         recipe: the recipe.
 
     Raises:
-        TalosValueError: data is unknown or damaged.
+        TalosValueError: data is unknown or damaged, or has a setting that does not exist.
         TalosOSError: it cannot be read.
     """
+    sizes = recipe.training.sizes
     loaded: list[Task | ImageTask] = []
     for entry in recipe.tasks:
-        task = load_task(entry.data, sizes=recipe.training.sizes)
-        loaded.append(task if entry.name is None else replace(task, name=entry.name))
+        columns = {str(key): str(value) for key, value in entry.settings.items()}
+        if wrong := [key for key in columns if key not in COLUMNS]:
+            raise TalosValueError(
+                f"tasks must have no other keys than data, name, {', '.join(COLUMNS)}, got "
+                f"{wrong[0]} in {entry.title}{did_you_mean(wrong[0], COLUMNS)}"
+            )
+        loaded.append(load_any(entry.data, sizes, name=entry.name or "", **columns))
     return loaded
 
 
