@@ -372,5 +372,5 @@ def test_a_recipe_takes_them_all(data: Path) -> None:
     assert (photos.name, films.name) == ("cifar10", "films")
     assert [len(films.examples(split)) for split in SPLITS] == [20, 9, 9]
     recipe.write_text(RECIPE.format(tasks=f'"cifar10", {own.replace("text =", "texts =")}'))
-    with pytest.raises(TalosValueError, match="got texts in films; did you mean text"):
+    with pytest.raises(TalosValueError, match="got texts; did you mean text"):
         load_tasks(read_recipe(recipe))

@@ -15,10 +15,9 @@ from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import Gathered, chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
-from talos.app.nearest import did_you_mean
 from talos.app.report.results import write_json
-from talos.app.tasks import ImageTask, Task, load_any
-from talos.app.tasks.files import COLUMNS
+from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.load import load_any
 from talos.errors import TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
@@ -67,7 +66,8 @@ def run_experiment(
         out: the folder; it is made where it is missing.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew.
+        on_note: called with a sentence for each damaged cell, which is made anew, and for each
+            learning rate at which a training fails.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -76,7 +76,7 @@ def run_experiment(
         The results, see `talos.app.report.results`.
 
     Raises:
-        TalosValueError: a model cannot read the tasks, or a training fails.
+        TalosValueError: a model cannot read the tasks, or a row trains with none of its rates.
         TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
@@ -102,9 +102,13 @@ def run_experiment(
                 places: Iterable[Place], row: Row | None = None, cells: Cells = cells
             ) -> None:
                 for place in places:
+                    if gathered.failed(place):
+                        continue
                     watch.begin(place)
-                    gathered.cells[place] = cells.make(place, row)
-                    watch.end(place, gathered.cells[place])
+                    cell = gathered.cells[place] = cells.make(place, row)
+                    watch.end(place, cell)
+                    if "failed" in cell.found:
+                        on_note(f"{cell.key.name}: {cell.found['failed']}")
 
             finish(Place("pretrained", entry.name, task=name) for name in names)
             for row in recipe.rows:
@@ -126,20 +130,14 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         recipe: the recipe.
 
     Raises:
-        TalosValueError: data is unknown or damaged, or has a setting that does not exist.
+        TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
     sizes = recipe.training.sizes
-    loaded: list[Task | ImageTask] = []
-    for entry in recipe.tasks:
-        columns = {str(key): str(value) for key, value in entry.settings.items()}
-        if wrong := [key for key in columns if key not in COLUMNS]:
-            raise TalosValueError(
-                f"tasks must have no other keys than data, name, {', '.join(COLUMNS)}, got "
-                f"{wrong[0]} in {entry.title}{did_you_mean(wrong[0], COLUMNS)}"
-            )
-        loaded.append(load_any(entry.data, sizes, name=entry.name or "", **columns))
-    return loaded
+    return [
+        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
+        for entry in recipe.tasks
+    ]
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
