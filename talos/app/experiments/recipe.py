@@ -14,9 +14,11 @@ from talos.app.experiments.settings import (
     Training,
     check_choice,
     check_differ,
+    check_params,
     check_text,
 )
 from talos.app.nearest import beside, did_you_mean
+from talos.app.tasks.files import SUFFIXES
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
 
@@ -48,10 +50,7 @@ TITLES = {
 
 _FOLDER = Path(__file__).parent.parent / "recipes"
 _OF_TRAINING = ("steps", "weight_decay", "warmup", "accumulate")
-_OF_TASKS = (
-    *("text", "label", "image", "subset", "train", "validation", "test"),
-    *("template", "class_texts", "revision"),
-)
+_OF_TASKS = ("text", "label")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,11 @@ class TaskEntry:
     data: str
     name: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The task's name, as far as the recipe alone knows it."""
+        return self.name or Path(self.data).stem
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,18 @@ class Recipe:
     rows: tuple[Row, ...]
     training: Training
     evaluation: Evaluation
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        names = [task.title for task in self.tasks]
+        check_differ("tasks", names)
+        measures = self.evaluation.measures
+        if len(names) < 2 and measures:
+            raise TalosValueError(
+                f"tasks must be at least two, got {names[0]}; {measures[0]} compares tasks"
+            )
+        for name in self.evaluation.pair:
+            check_choice("pair", name, names)
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as dictionaries, lists, texts and numbers, defaults filled in."""
@@ -221,12 +237,6 @@ def _read(content: Mapping[str, Any], folder: Path) -> Recipe:
     models = tuple(_model(entry, folder) for entry in _several(content, "models"))
     check_differ("models", [each.name for each in models])
     tasks = tuple(_task(entry, folder) for entry in _several(content, "tasks"))
-    check_differ("tasks", [each.name or Path(each.data).stem for each in tasks])
-    if len(tasks) < 2 and evaluation.measures:
-        raise TalosValueError(
-            f"tasks must be at least two, got {tasks[0].data}; {evaluation.measures[0]} compares "
-            "tasks"
-        )
     rows = [
         row for entry in _several(content, "methods") for row in _rows(entry, calibration, training)
     ]
@@ -261,7 +271,12 @@ def _task(entry: Any, folder: Path) -> TaskEntry:
 def _beside_recipe(name: str, folder: Path) -> str:
     """Return a file or folder that a recipe names, found from the recipe's folder; else a name."""
     path = folder / Path(name).expanduser()
-    return str(path) if path.exists() else name
+    if path.exists():
+        return str(path)
+    if path.suffix.lower() in SUFFIXES:
+        near = did_you_mean(str(path), beside(path))
+        raise TalosOSError(f"tasks must be files that exist, got {path}{near}")
+    return name
 
 
 def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[Row]:
@@ -317,6 +332,8 @@ def _method_settings(
         for key in ("density", "params")
         if key in own and key not in chosen
     }
+    if "params" in chosen:
+        check_params(chosen["params"])
     made = METHODS[method](**shared, **chosen)
     return {key: value for key in own if (value := getattr(made, key)) is not None}
 

@@ -11,16 +11,15 @@ from typing import Any
 from talos.app.experiments.cells import Cells
 from talos.app.experiments.machine import default_device
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
-from talos.app.experiments.recipe import Recipe, Row, TaskEntry
+from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import Gathered, chosen_rate, results_of
-from talos.app.experiments.store import Cell, opened
+from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
-from talos.app.nearest import did_you_mean
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task, load_task
 from talos.errors import TalosValueError
 
-__all__ = ["Progress", "run_experiment"]
+__all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ def run_experiment(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
-    only: Sequence[str] | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], object] = lambda progress: None,
     on_note: Callable[[str], object] = lambda note: None,
@@ -65,8 +63,6 @@ def run_experiment(
     Args:
         recipe: the recipe.
         out: the folder; it is made where it is missing.
-        only: names of models and rows to run, of each kind at least one or none, which means all.
-            The results hold these and no others.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
         on_note: called with a sentence for each damaged cell, which is made anew.
@@ -78,24 +74,23 @@ def run_experiment(
         The results, see `talos.app.report.results`.
 
     Raises:
-        TalosValueError: a name of `only` is unknown, a model cannot read the tasks, or a training
-            fails.
+        TalosValueError: a model cannot read the tasks, or a training fails.
         TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
     """
-    models, rows = _chosen(recipe, only)
+    check(Path(out), overwrite=overwrite)
+    loaded = load_tasks(recipe) if tasks is None else tasks
+    for entry in recipe.models:
+        if entry.name not in (encoders or {}):
+            check_reads(entry.source, loaded)
     with opened(Path(out), overwrite=overwrite, on_note=on_note) as store:
-        loaded = [load_entry(entry, recipe) for entry in recipe.tasks] if tasks is None else tasks
         names = [task.name for task in loaded]
         gathered = Gathered(recipe, loaded)
-        watch = _Watch(all_places(recipe, models, rows, names), on_progress)
+        watch = _Watch(all_places(recipe, names), on_progress)
         for entry in recipe.models:
-            if entry.name not in models:
-                continue
             encoder = (encoders or {}).get(entry.name)
             if encoder is None:
-                _check_reads(entry.source, loaded)
                 watch.say(f"load {entry.name}")
                 encoder = load_encoder(entry.source).to(default_device())
             cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
@@ -110,7 +105,7 @@ def run_experiment(
                     watch.end(place, gathered.cells[place])
 
             finish(Place("pretrained", entry.name, task=name) for name in names)
-            for row in rows:
+            for row in recipe.rows:
                 finish(swept_places(recipe, entry.name, row, names), row)
                 lr = chosen_rate(gathered, entry.name, row)
                 finish(judged_places(recipe, entry.name, row, names, lr), row)
@@ -122,38 +117,33 @@ def run_experiment(
     return results
 
 
-def load_entry(entry: TaskEntry, recipe: Recipe) -> Task | ImageTask:
-    """Load a task of a recipe, in its splits.
+def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
+    """Load the tasks of a recipe, in their splits.
 
     Args:
-        entry: the task.
-        recipe: whose sizes are taken.
+        recipe: the recipe.
 
     Raises:
-        TalosValueError: the data is unknown or damaged.
+        TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    task: Task | ImageTask = load_task(entry.data, sizes=recipe.training.sizes)
-    return task if entry.name is None else replace(task, name=entry.name)
+    loaded: list[Task | ImageTask] = []
+    for entry in recipe.tasks:
+        task = load_task(entry.data, sizes=recipe.training.sizes)
+        loaded.append(task if entry.name is None else replace(task, name=entry.name))
+    return loaded
 
 
-def _chosen(recipe: Recipe, only: Sequence[str] | None) -> tuple[list[str], list[Row]]:
-    """Return the models and rows to run."""
-    models, rows = [each.name for each in recipe.models], list(recipe.rows)
-    known = [*models, *(row.row for row in rows)]
-    for name in only or ():
-        if name not in known:
-            raise TalosValueError(
-                f"only must name models or rows, {', '.join(known)}, got {name}"
-                f"{did_you_mean(name, known)}"
-            )
-    own = [name for name in models if name in (only or ())]
-    picked = [row for row in rows if row.row in (only or ())]
-    return own or models, picked or rows
+def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
+    """Refuse tasks whose examples a model does not read.
 
+    Args:
+        source: the model, as a recipe names it.
+        tasks: the tasks.
 
-def _check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
-    """Refuse tasks whose examples a model does not read."""
+    Raises:
+        TalosValueError: the model reads texts and a task holds images, or the other way round.
+    """
     reads = "images" if takes_images(source) else "texts"
     for task in tasks:
         if task.reads != reads:

@@ -17,6 +17,7 @@ __all__ = [
     "Training",
     "check_choice",
     "check_differ",
+    "check_params",
     "check_text",
 ]
 
@@ -68,13 +69,7 @@ class Calibration:
         check_choice("labels", self.labels, ("sampled", "importance"))
         check_choice("target", self.target, ("log_prob", "logit"))
         check_choice("select", self.select, ("lowest", "highest"))
-        check_text("params", self.params)
-        try:
-            re.compile(self.params)
-        except re.error as error:
-            raise TalosValueError(
-                f"params must be a preset or a regular expression, got {self.params!r}: {error}"
-            ) from None
+        check_params(self.params)
         if not isinstance(self.disjoint, bool):
             raise TalosValueError(f"disjoint must be true or false, got {self.disjoint!r}")
 
@@ -162,6 +157,21 @@ class Evaluation:
             check_choice("measures", each, MEASURES)
         if len(self.pair) not in (0, 2):
             raise TalosValueError(f"pair must name two tasks, got {', '.join(self.pair)}")
+
+
+def check_params(value: Any) -> str:
+    """Return the name of a preset or a regular expression over parameters' names.
+
+    Raises:
+        TalosValueError: it is none.
+    """
+    try:
+        re.compile(check_text("params", value))
+    except re.error as error:
+        raise TalosValueError(
+            f"params must be a preset or a regular expression, got {value!r}: {error}"
+        ) from None
+    return str(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from talos.app.models.folders import class_name
 from talos.app.models.language import AnswerClassifier, LanguageModel
 from talos.app.models.load import can_load, load_encoder, takes_images
 from talos.app.models.text import TextEncoder
+from talos.app.models.vision import VisionEncoder
 
 __all__ = [
     "AnswerClassifier",
@@ -21,6 +22,7 @@ __all__ = [
     "LanguageModel",
     "TextEncoder",
     "TransformersClipEncoder",
+    "VisionEncoder",
     "ZeroShotClassifier",
     "ZeroShotEncoder",
     "can_load",

