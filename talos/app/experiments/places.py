@@ -53,6 +53,8 @@ def judged_places(
 ) -> Iterator[Place]:
     """Yield the further cells of a row at its chosen learning rate.
 
+    The sum is measured with all seeds, everything else with the first.
+
     Args:
         recipe: the recipe.
         model: the model's name.
@@ -64,8 +66,8 @@ def judged_places(
     for seed in recipe.seeds:
         if seed != first:
             yield from _trained(model, row, lr, seed, names)
-        if "negation" in measures:
-            yield from (Place("negation", model, row.row, lr, seed, task) for task in names)
+    if "negation" in measures:
+        yield from (Place("negation", model, row.row, lr, first, task) for task in names)
     kinds = [kind for kind in _OF_ROWS if kind in measures]
     if row.method in SPARSE:
         kinds.append("overlap")

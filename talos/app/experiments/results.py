@@ -266,14 +266,13 @@ class _Summary:
         )
 
     def _negated(self) -> dict[str, Tensor]:
-        """Return the mean target and control over the tasks to forget, if they were measured."""
+        """Return the mean target and control over the tasks to forget, if they were measured.
+
+        They are of the first seed, `[1 + resamples, 1]`.
+        """
         gathered = self._gathered
-        names, seeds = gathered.names, gathered.recipe.seeds
-        cells = [
-            gathered.cells.get(self._place("negation", seed, task))
-            for task in names
-            for seed in seeds
-        ]
+        names, first = gathered.names, gathered.recipe.seeds[0]
+        cells = [gathered.cells.get(self._place("negation", first, task)) for task in names]
         found = [unpack_picked(c.found["picked"], gathered.examples) for c in cells if c]
         if len(found) < len(cells):
             return {}
@@ -281,15 +280,14 @@ class _Summary:
         def both(figures: Mapping[str, Tensor]) -> Tensor:
             targets, controls = [], []
             for place, target in enumerate(names):
-                own = slice(place * len(seeds), (place + 1) * len(seeds))
-                targets.append(figures[target][..., own])
-                others = [figures[other][..., own] for other in names if other != target]
+                targets.append(figures[target][..., place])
+                others = [figures[other][..., place] for other in names if other != target]
                 controls.append(torch.stack(others).mean(0))
-            return torch.cat([torch.stack(targets).mean(0), torch.stack(controls).mean(0)], -1)
+            return torch.stack([torch.stack(targets).mean(0), torch.stack(controls).mean(0)], -1)
 
         models: dict[str, list[Model]] = {name: [each[name] for each in found] for name in names}
         table = gathered.bootstrap.resampled(models, both)
-        return {"target": table[:, : len(seeds)], "control": table[:, len(seeds) :]}
+        return {"target": table[:, :1], "control": table[:, 1:]}
 
     def entry(self, first: "_Summary | None") -> dict[str, Any]:
         """Return the entry of the summary, with the differences from the first row."""
@@ -315,7 +313,8 @@ class _Summary:
         return self._over_seeds(table) | {"by_seed": table[0].tolist()}
 
     def _over_seeds(self, table: Tensor) -> dict[str, Any]:
-        means = table.gather(1, self._gathered.draws).mean(1)
+        draws = self._gathered.draws.clamp(max=table.shape[1] - 1)
+        means = table.gather(1, draws).mean(1)
         limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
         value, (low, high) = float(means[0]), means[1:].quantile(limits).tolist()
         return {"value": value, "low": min(low, value), "high": max(high, value)}
