@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from talos.app.experiments import read_recipe
 from talos.app.models import load_encoder
-from talos.app.tasks.hub import load_hub, paper_sets
+from talos.app.tasks.hub import PAPER, load_hub, paper_sets
 from talos.app.tasks.images import ImageTask
+from talos.app.tasks.load import load_any
 from talos.app.tasks.task import Task
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from tests.tiny import save_tiny_encoder
@@ -182,7 +184,7 @@ def test_what_a_set_does_not_hold_is_named(tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "text must be a column of .*, got 'text'; its columns are premise, hypothesis"),
         ({"text": "premis"}, "did you mean premise"),
-        ({"text": "premise", "label": "lable"}, "label must be a column of .*did you mean label"),
+        ({"text": "premise", "label": "lbel"}, "label must be a column of .*did you mean label"),
         ({"template": "{premisse}"}, "template must name columns of .*did you mean premise"),
         ({"text": "premise", "answers": ["a"]}, "answers must be one for each of the 2 classes"),
         ({"text": "premise", "class_texts": ["a"]}, "class_texts must be one for each of the 2"),
@@ -242,3 +244,29 @@ def test_the_papers_sets_are_asked_for_by_their_names(monkeypatch: pytest.Monkey
     assert len(paper_sets()) == 17
     for name, settings in paper_sets().items():
         assert set(settings) <= set(load_hub.__kwdefaults__) | {"data"}, name
+
+
+def test_a_name_and_settings_are_passed_on_and_others_are_refused(tmp_path: Path) -> None:
+    data = saved(tmp_path / "rte", train=text_set(text_rows(30)))
+    task = load_any(data, (4, 2, 2), name="entails", text="premise", answers=["yes", "no"])
+    assert task.name == "entails"
+    assert task.class_texts == ("yes", "no")
+    assert [len(each) for each in contents(task)] == [4, 2, 2]
+    recipe = tmp_path / "a.toml"
+    recipe.write_text(
+        'models = ["minilm"]\ntasks = ["digits", {data = "hf:rte", answers = ["yes", "no"]}]\n'
+        '[[methods]]\nmethod = "talos"\n'
+    )
+    entry = read_recipe(recipe).tasks[1]
+    assert entry.data == data
+    assert entry.settings == {"answers": ["yes", "no"]}
+    with pytest.raises(TalosValueError, match="test must be left out with digits, got 'a'; it is"):
+        load_any("digits", test="a")
+    with pytest.raises(TalosValueError, match="text must be left out with paper:mnist, got 'a'"):
+        load_any("paper:mnist", text="a")
+
+
+def test_the_papers_recipes_name_its_sets() -> None:
+    names = [f"{PAPER}{name}" for name in paper_sets()]
+    tasks = [each.data for name in ("paper-clip", "paper-t5") for each in read_recipe(name).tasks]
+    assert tasks == [name for name in names if name not in ("paper:imagenet", "paper:rte")]

@@ -8,23 +8,23 @@ The data sets of the paper are a table in paper.toml, in the same keys as `load_
 
 import contextlib
 import functools
-import hashlib
 import logging
 import random
-import re
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
 from talos.app.nearest import did_you_mean, several
-from talos.app.tasks.images import ImageExample, ImageTask, Stored
-from talos.app.tasks.splits import SPLITS, words
-from talos.app.tasks.task import Example, Task
-from talos.errors import TalosOSError, TalosTypeError, TalosValueError
+from talos.app.tasks.columns import Columns
+from talos.app.tasks.images import ImageTask
+from talos.app.tasks.registry import checked_sizes
+from talos.app.tasks.splits import SPLITS
+from talos.app.tasks.task import Task
+from talos.errors import TalosOSError, TalosValueError
 
 __all__ = ["PAPER", "PREFIX", "load_hub", "paper_sets"]
 
@@ -32,7 +32,6 @@ PREFIX = "hf:"
 PAPER = "paper:"
 _TEST = ("test", "validation", "valid", "val", "dev", "eval")  # the first with labels is taken
 _SHARES = {"train": 8, "validation": 1, "test": 1}  # of a split that several are taken of
-_FIELD = re.compile(r"\{([\w.]+)\}")
 _SEED = "talos 0"  # as of every data, the splits are the same in every command
 
 
@@ -96,13 +95,13 @@ def load_hub(
     if data.startswith(PAPER):
         return _load_paper(data, sizes)
     given = {"train": train, "validation": validation, "test": test}
-    source = _Source(_open(data, revision), data, text, label, _strings("template", template))
-    most = _checked_sizes(sizes)
+    source = Columns(_open(data, revision), data, text, label, template)
+    most = (None,) * len(SPLITS) if sizes is None else checked_sizes(sizes, 1)
     splits, repeats = _divided(source, given, most, source.reader(answers))
     name, place = _name(data), data.removeprefix(PREFIX)
     origin = name if Path(place).expanduser().is_dir() else place
     about = f"Rows of {origin}; no text or picture is in two splits."
-    texts = source.class_texts(answers, _strings("class_texts", class_texts))
+    texts = source.class_texts(answers, class_texts)
     kind: Callable[..., Task | ImageTask] = ImageTask if source.image else Task
     return kind(name, about, source.classes, texts, *splits, source=origin, repeats=repeats)
 
@@ -118,148 +117,8 @@ def _load_paper(data: str, sizes: Sequence[int] | None) -> Task | ImageTask:
     return replace(load_hub(sizes=sizes, **known[name]), name=name)
 
 
-class _Picture(Stored):
-    """An encoded picture of a data set, which is read when it is opened."""
-
-    def __init__(self, rows: Any, place: int, column: str) -> None:
-        self._at = rows, place, column
-        self.key = hashlib.sha256(self.read()).digest()
-
-    def read(self) -> bytes:
-        """Return the encoded picture."""
-        rows, place, column = self._at
-        found = rows[place][column]
-        content: bytes = found["bytes"] or Path(found["path"]).read_bytes()
-        return content
-
-    def __str__(self) -> str:
-        return f"row {self._at[1]} of the data set"
-
-
-@dataclass
-class _Source:
-    """The splits of a data set, with what is to be read of them."""
-
-    splits: Mapping[str, Any]
-    data: str
-    text: str
-    label: str
-    template: Sequence[str]
-
-    def __post_init__(self) -> None:
-        """Find the columns and the classes; refuse a set without them."""
-        datasets = import_package("datasets")
-        features = next(iter(self.splits.values())).features
-        pictures = [name for name, each in features.items() if isinstance(each, datasets.Image)]
-        self.image = "" if self.text or not pictures else pictures[0]
-        if self.image:
-            column, plain = self.image, datasets.Image(decode=False)
-            self.splits = {name: s.cast_column(column, plain) for name, s in self.splits.items()}
-        elif not self.template:
-            self.text = self.text or "text"
-        self.columns = list(features)
-        for key, column in (("label", self.label), ("text", self.text)):
-            if column and column not in self.columns:
-                raise TalosValueError(
-                    f"{key} must be a column of {self.data}, got {column!r}"
-                    f"{did_you_mean(column, self.columns)}; its columns are {several(self.columns)}"
-                )
-        names = getattr(features[self.label], "names", None)
-        values = {name: [*split[self.label]] for name, split in self.splits.items()}
-        if names is None:
-            found = {v for split in values.values() for v in split if not _missing(v)}
-            numbers = all(re.fullmatch(r"-?\d{1,18}", str(v)) for v in found)
-            ordered = sorted(found, key=lambda v: (int(v) if numbers else 0, str(v)))
-        else:
-            ordered = list(range(len(names)))
-        self.classes = tuple(map(str, ordered if names is None else names))
-        if len(self.classes) < 2:
-            raise TalosValueError(
-                f"label must be a column with two classes or more, got {len(self.classes)} in "
-                f"{self.label} of {self.data}; name another column"
-            )
-        places = {value: place for place, value in enumerate(ordered)}
-        self.labels = {
-            name: [None if _missing(v) else places.get(v) for v in split]
-            for name, split in values.items()
-        }
-
-    def class_texts(self, answers: str | Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
-        """Return the text of each class."""
-        shared = [] if isinstance(answers, str) or any(map(_FIELD.search, answers)) else answers
-        texts = given or list(shared) or [words(name.split(",")[0]) for name in self.classes]
-        if len(texts) != len(self.classes):
-            which = "class_texts" if given else "answers"
-            raise TalosValueError(
-                f"{which} must be one for each of the {len(self.classes)} classes of {self.data} "
-                f"({several(self.classes)}), got {len(texts)}"
-            )
-        if not self.image:
-            return tuple(texts)
-        ways = self.template or ["a photo of a {label}"]
-        if not all("{label}" in way for way in ways):
-            raise TalosValueError(
-                f"template must hold {{label}} for pictures, got {several(list(ways))}; as in "
-                "'a photo of a {label}.'"
-            )
-        return tuple("\n".join(way.replace("{label}", text) for way in ways) for text in texts)
-
-    def reader(self, answers: str | Sequence[str]) -> Callable[[Any, int, int], tuple[bytes, Any]]:
-        """Return what makes an example of a split's rows, a place and a label: with its key."""
-        if self.image:
-            if answers:
-                raise TalosValueError(
-                    f"answers must be left out with pictures, got {answers!r:.80}; give class_texts"
-                )
-            return functools.partial(_picture, self.image)
-        if len(self.template) > 1:
-            raise TalosValueError(
-                f"template must be one text, got {len(self.template)}; several are for pictures"
-            )
-        way = self.template[0] if self.template else f"{{{self.text}}}"
-        own: str | Sequence[str] = ()
-        if isinstance(answers, str) or any(map(_FIELD.search, answers)):
-            own = answers
-
-        def make(rows: Any, place: int, label: int) -> tuple[bytes, Example]:
-            row = rows[place]
-            text = self._filled("template", way, row).strip()
-            if isinstance(own, str):
-                found = tuple(map(str, self._field("answers", own, row)))
-            else:
-                found = tuple(self._filled("answers", each, row) for each in own)
-            if found and len(found) != len(self.classes):
-                raise TalosValueError(
-                    f"answers must be one for each of {len(self.classes)} classes "
-                    f"({several(self.classes)}), got {len(found)} in row {place} of {self.data}"
-                )
-            return "\0".join((text, *found)).encode(), Example(text, label, "", found)
-
-        return make
-
-    def _filled(self, key: str, way: str, row: Mapping[str, Any]) -> str:
-        return _FIELD.sub(lambda match: str(self._field(key, match[1], row)), way)
-
-    def _field(self, key: str, path: str, row: Mapping[str, Any]) -> Any:
-        """Return a column of a row, or a part of it: `choices.text`."""
-        found: Any = row
-        for part in path.split("."):
-            if not isinstance(found, Mapping) or part not in found:
-                raise TalosValueError(
-                    f"{key} must name columns of {self.data}, got {path!r}"
-                    f"{did_you_mean(path, self.columns)}; its columns are {several(self.columns)}"
-                )
-            found = found[part]
-        return found
-
-
-def _picture(column: str, rows: Any, place: int, label: int) -> tuple[bytes, ImageExample]:
-    picture = _Picture(rows, place, column)
-    return picture.key, ImageExample(picture, label)
-
-
 def _divided(
-    source: _Source,
+    source: Columns,
     given: Mapping[str, str],
     sizes: Sequence[int | None],
     make: Callable[[Any, int, int], tuple[bytes, Any]],
@@ -294,7 +153,7 @@ def _divided(
     return [found[role] for role in SPLITS], repeats
 
 
-def _roles(source: _Source, given: Mapping[str, str]) -> dict[str, str]:
+def _roles(source: Columns, given: Mapping[str, str]) -> dict[str, str]:
     """Return which split of the set each of the three is taken of."""
     labelled = [
         name for name, split in source.labels.items() if any(each is not None for each in split)
@@ -420,26 +279,3 @@ def _name(data: str) -> str:
     name = data.removeprefix(PREFIX)
     folder = Path(name).expanduser()
     return folder.resolve().name if folder.is_dir() else "-".join(name.split("/")[1:] or [name])
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or value == -1
-
-
-def _strings(key: str, given: str | Sequence[str]) -> Sequence[str]:
-    """Return texts of a setting, of which one may stand alone."""
-    found = [given] if isinstance(given, str) else list(given)
-    if not all(isinstance(each, str) for each in found):
-        raise TalosTypeError(f"{key} must be a text or a list of texts, got {given!r:.80}")
-    return found
-
-
-def _checked_sizes(sizes: Sequence[int] | None) -> Sequence[int | None]:
-    """Return the three sizes, or three times None."""
-    if sizes is None:
-        return (None,) * len(SPLITS)
-    if not all(isinstance(size, int) for size in sizes):
-        raise TalosTypeError(f"sizes must be three integers, got {sizes!r}")
-    if len(sizes) != len(SPLITS) or min(sizes) < 1:
-        raise TalosValueError(f"sizes must be three numbers of at least 1, got {tuple(sizes)}")
-    return sizes
