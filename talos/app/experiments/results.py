@@ -23,6 +23,7 @@ from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.store import Cell
 from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Estimate
 from talos.evaluation.intervals import Model, over_tasks
 
@@ -81,6 +82,13 @@ class Gathered:
             if (model, row.row) in self.chosen
         ]
 
+    def failed(self, place: Place) -> bool:
+        """Return whether the vectors of an addition's cell could not be trained."""
+        if place.kind != "addition":
+            return False
+        vectors = self.of_tasks(place._replace(kind="vector"))
+        return any("failed" in each for each in vectors.values())
+
     def of_tasks(self, place: Place) -> dict[str, Any]:
         """Return what the cells of all tasks found at a place."""
         return {name: self.cells[place._replace(task=name)].found for name in self.names}
@@ -90,8 +98,16 @@ def chosen_rate(gathered: Gathered, model: str, row: Row) -> float:
     """Return the learning rate of the best merged model on validation data, with the first seed.
 
     Of equally good ones the smallest is taken.
+
+    Raises:
+        TalosValueError: a training fails at every rate.
     """
     rates = _rates(gathered, model, row)
+    if not rates:
+        place = Place("vector", model, row.row, row.lr[0], gathered.recipe.seeds[0])
+        found = gathered.of_tasks(place)
+        why = next(each["failed"] for each in found.values() if "failed" in each)
+        raise TalosValueError(f"lr must be one that {row.row} trains with on {model}; {why}")
     best = max(each["added"] for each in rates)
     return float(next(each["lr"] for each in rates if each["added"] == best))
 
@@ -174,11 +190,13 @@ def _estimates(gathered: Gathered, answers: Mapping[str, str]) -> dict[str, Esti
 
 
 def _rates(gathered: Gathered, model: str, row: Row) -> list[dict[str, Any]]:
-    """Return what each rate reached on validation data, with the first seed."""
+    """Return what each rate reached on validation data, with the first seed; no failed ones."""
     validation = {task.name: len(task.validation) for task in gathered.tasks}
     found = []
     for lr in row.lr:
         place = Place("vector", model, row.row, lr, gathered.recipe.seeds[0])
+        if gathered.failed(place._replace(kind="addition")):
+            continue
         digits = {task: each["validation"] for task, each in gathered.of_tasks(place).items()}
         answers = unpack(digits, validation)
         added = gathered.cells[place._replace(kind="addition")].found
