@@ -196,10 +196,11 @@ def test_what_a_set_does_not_hold_is_named(tmp_path: Path) -> None:
     for settings, message in wrong:
         with pytest.raises(TalosValueError, match=message):
             load_hub(data, **settings)
+    number: Any = 3
     with pytest.raises(TalosTypeError, match="template must be a text or a list of texts"):
-        load_hub(data, template=[3])  # type: ignore[list-item]
+        load_hub(data, template=[number])
     with pytest.raises(TalosTypeError, match="sizes must be three integers"):
-        load_hub(data, ("a", 1, 1), text="premise")  # type: ignore[arg-type]
+        load_hub(data, (number, 1, number / 2), text="premise")
     one = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["c", "c"]})
     with pytest.raises(TalosValueError, match="a column with two classes or more, got 1"):
         load_hub(saved(tmp_path / "one", train=one))
@@ -214,7 +215,7 @@ def test_a_set_that_cannot_be_loaded_is_told(
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(TalosOSError, match=r"got hf:a/b, which could not .*on the Hub\); check"):
         load_hub("hf:a/b")
-    with pytest.raises(TalosValueError, match=r"got paper:mnits; did you mean mnist\?"):
+    with pytest.raises(TalosValueError, match=r"got paper:mnits; did you mean paper:mnist\?"):
         load_hub("paper:mnits")
 
 

@@ -110,9 +110,10 @@ def _load_paper(data: str, sizes: Sequence[int] | None) -> Task | ImageTask:
     name = data.removeprefix(PAPER)
     known = paper_sets()
     if name not in known:
+        names = [PAPER + each for each in known]
         raise TalosValueError(
-            f"data must be one of the paper's sets, got {data}{did_you_mean(name, known)}; known "
-            f"are {', '.join(PAPER + each for each in known)}"
+            f"data must be one of the paper's sets, got {data}"
+            f"{did_you_mean(data, names)}; known are {', '.join(names)}"
         )
     return replace(load_hub(sizes=sizes, **known[name]), name=name)
 
