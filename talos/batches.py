@@ -215,8 +215,9 @@ def _decoder_choices(model: nn.Module, ids: Tensor, mask: Tensor, choices: Tenso
         dtype = next(model.parameters()).dtype
         inputs["attention_mask"] = _branched(inputs["attention_mask"], branch, dtype)
     last = 1 + len(branch)  # the end of the prompt, and the answers
-    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-        inputs["logits_to_keep"] = last
+    options = {"logits_to_keep": last, "use_cache": False}
+    taken = inspect.signature(unwrapped(model).forward).parameters
+    inputs |= {key: value for key, value in options.items() if key in taken}
     logits: Tensor = model(**inputs).logits[:, -last:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     where = torch.zeros(count, longest, dtype=torch.int64, device=ids.device)  # predicts a token

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.evaluation.coefficients import stand_ins
 from talos.evaluation.intervals import Bootstrap, Picked, Statistic
 from talos.evaluation.judging import ACCURACY, Judge, Metric, Models, ask
 from talos.names import check_module
@@ -38,10 +39,6 @@ Split = Literal["test", "validation", "control"]
 
 _Key = tuple[float, int, str]  # coefficient, the judge's id, task
 _EDIT = "edit"
-# Where resamples' coefficients are tested beside the chosen one: the outer ones of the three points
-# with the moments of a normal distribution, at -1.73 and 1.73 deviations. Their intervals hold the
-# figure as often as those of 20 quantiles (benches/bench_coefficients.py).
-_RANKS = (0.042, 0.958)
 
 
 class Outcomes:
@@ -168,18 +165,14 @@ class Outcomes:
         Returns:
             The outcomes of each task.
         """
-        numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
-        ordered = places[1:][numbers[places[1:]].argsort()]
-        ends = [int(ordered[int(rank * len(ordered))]) for rank in _RANKS]
-        used = sorted({int(places[0]), *ends})
-        rows = (numbers[:, None] - numbers[used]).abs().argmin(1)
+        used, rows = stand_ins(coefs, places)
         tasks = list(tasks)
         found = [self.of("test", vector, coefs[i], tasks) for i in used]
         return {
             task: Picked(
                 found[used.index(int(places[0]))][task],
                 torch.stack([each[task] for each in found]),
-                rows[places[1:]],
+                rows,
             )
             for task in tasks
         }

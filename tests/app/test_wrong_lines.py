@@ -62,6 +62,8 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("report", "DIR", "must be given, got none"),
     ("demo", "--out", "must be given, got none"),
     ("predict --data pets.csv", "--model", "must be given, got none"),
+    ("plot", "NAME", "must be given, got none; see `talos plot --help`"),
+    ("plot cost", "DIR", "must be given, got none"),
     ("predict --model base", "--data", "must be given, got none"),
     ("predict --model a --model b --data pets.csv", "--model", "must be given once, got a and b"),
     ("predict --model base --data pets.csv --batch-size 0", "--batch-size", "at least 1, got 0"),
@@ -211,6 +213,9 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("export vector.safetensors --base base --out o --max-length 9", "--max-length", "without --"),
     ("export vector.safetensors --data a --format delta --out o", "--data", "be left out with"),
     ("predict --model base --data pets.csv --split tst", "--split", "did you mean test?"),
+    ("plot sumary images", "NAME", "got sumary; did you mean summary?"),
+    ("plot cost rn.json", "DIR", "did you mean run.json?"),
+    ("plot cost images", "DIR", "must hold a results.json, got images without"),
     ("extract bse base --out w.safetensors", "BASE", "must be a readable file, got bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),
@@ -252,6 +257,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("compare run.json", "run.json", "must be the JSON of `talos eval --json`"),
     ("report run.json --out p.html", "run.json", "must be a results.json of `talos experiment`"),
     ("merge recipe.toml", "recipe.toml", "did you mean method?"),
+    ("plot cost run.json", "run.json", "must be a results.json of `talos experiment`"),
     ("merge pets.csv other.toml --out w.safetensors", "pets.csv", "not a safetensors file"),
     # Outputs that cannot be written
     ("calibrate --data pets.csv --out m.pt", "--out", "must end in .safetensors, got m.pt"),
@@ -267,6 +273,8 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("eval --data pets.csv --json run.txt", "--json", "must end in .json, got run.txt"),
     ("report run.json --out page.htm", "--out", "must end in .html, got page.htm"),
     ("demo --out pets.csv", "--out", "must be a folder, got the file pets.csv"),
+    ("plot cost run.json --out cost.pdf", "--out", "must end in .svg or .png, got cost.pdf"),
+    ("plot cost run.json --out none/cost.svg", "--out", "an existing folder"),
     ("demo --out images", "--out", "pass --overwrite"),
     # Options that do not go together
     (

@@ -20,6 +20,7 @@ from talos.app.cli.commands import (
     extract,
     inspect,
     merge,
+    plot,
     predict,
     report,
     train,
@@ -38,6 +39,7 @@ Command.facts = {
     "train": train.facts,
     "merge": merge.facts,
     "eval": evaluate.facts,
+    "plot": plot.facts,
 }
 
 _CTRL_C = 130  # also what typer returns for it
@@ -71,6 +73,7 @@ for _command, _examples in (
     (predict.predict, predict.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
+    (plot.plot, plot.EXAMPLES),
 ):
     app.command(
         "eval" if _command is evaluate.evaluate else _command.__name__,

@@ -125,11 +125,16 @@ def check_input(name: str, path: Path, words: Iterable[str] = ()) -> None:
 
 
 def check_output(
-    path: Path, overwrite: bool, suffix: str = ".safetensors", *, name: str = "--out"
+    path: Path,
+    overwrite: bool,
+    suffix: str | tuple[str, ...] = ".safetensors",
+    *,
+    name: str = "--out",
 ) -> None:
     """Refuse an output that could not be written, or that exists without --overwrite."""
-    if path.suffix != suffix:
-        raise TalosValueError(f"{name} must end in {suffix}, got {path}")
+    suffixes = (suffix,) if isinstance(suffix, str) else suffix
+    if path.suffix not in suffixes:
+        raise TalosValueError(f"{name} must end in {' or '.join(suffixes)}, got {path}")
     if not path.parent.is_dir():
         raise TalosOSError(f"{name} must lie in an existing folder, got {path}; make {path.parent}")
     if path.is_dir():
