@@ -74,20 +74,24 @@ def winner(results: Results, model: str) -> str:
         )
     close = [named[row] for row in rivals if _close(found, best, row)]
     lead = f" is ahead, but without a clear lead over {_few(close)}" if close else " wins"
-    beside = before if best == first else f"{named[first]} {shares[first]}, {before}"
+    second = max(rivals, key=lambda row: added[row]["value"])
+    beside = [
+        f"{named[row]} {shares[row]}" for row in dict.fromkeys((second, first)) if row != best
+    ]
     sentences = [
         f"{named[best]}{lead}: with all task vectors added it answers {shares[best]} of the test "
-        f"examples right, {beside}."
+        f"examples right, {', '.join((*beside, before))}."
     ]
-    if best != first:
-        gap = found[best]["against_first"]["added"]
+    gaps = found[best]["against_first"]
+    if gaps:
+        gap = gaps["added"]
         value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
         sentences.append(
             f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high}."
         )
         kinds: dict[str, list[str]] = {"better": [], "worse": [], "not clear": []}
         for row in (row for row in rivals if row != first):
-            kinds[verdict(found[row])].append(named[row])
+            kinds.get(verdict(found[row]), []).append(named[row])
         parts = [f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows]
         if parts:
             sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
@@ -102,7 +106,7 @@ def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
     """
     first = next(iter(found))
     if first in (best, row):
-        return verdict(found[row if first == best else best]) == "not clear"
+        return verdict(found[row if first == best else best]) not in ("better", "worse")
     added, other = (found[each]["figures"]["added"] for each in (best, row))
     return bool(added["low"] <= other["value"])
 
@@ -123,8 +127,8 @@ def no_edits(results: Results) -> list[str]:
             left = [
                 task
                 for run in runs
-                for task, each in (run["negation"] or {}).items()
-                if each["scaling_coef"] == 0
+                for task, each in run["negation"].items()
+                if each and each["scaling_coef"] == 0
             ]
             if left:
                 tasks = _listed(list(dict.fromkeys(left)))

@@ -20,7 +20,7 @@ EXAMPLES = (
 )
 # The option behind each key of the recipe that a message may begin with.
 _OPTIONS = {
-    "tasks": "--data",
+    **dict.fromkeys(("tasks", "data", "path"), "--data"),
     "models": "--model",
     "method": "--methods",
     "[[methods]]": "--methods",

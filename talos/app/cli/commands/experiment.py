@@ -13,9 +13,11 @@ __all__ = ["EXAMPLES", "experiment", "facts"]
 
 EXAMPLES = (
     "talos experiment demo --out demo",
-    "talos experiment text --dry-run",
+    "talos experiment study.toml --dry-run",
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
+# What messages of the loaders name otherwise than a recipe does.
+_WORDS = {"data": "tasks", "path": "tasks"}
 
 
 def experiment(
@@ -72,11 +74,12 @@ def experiment(
         chosen = select(read_recipe(recipe), only or ())
     if out is None or dry_run:
         out = out or Path(Path(recipe).stem)
-        show_plan(chosen, out)
+        with as_options(_WORDS):
+            show_plan(chosen, out)
         parts = [word for each in only or () for word in ("--only", each)]
         next_step(command("experiment", recipe, *parts, "--out", out))
         return
-    after_run(chosen, run(chosen, out, overwrite=overwrite, words={}), out)
+    after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
 
 def facts() -> dict[str, str]:
