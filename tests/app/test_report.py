@@ -56,7 +56,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def page() -> tuple[Page, str]:
     """The rendered page, parsed."""
-    text = report.render(made_up())
+    text = report.render(made_up(MODELS[1:]))
     parser = Page()
     parser.feed(text)
     parser.close()
@@ -66,7 +66,7 @@ def page() -> tuple[Page, str]:
 
 def test_every_number_is_on_the_page(page: tuple[Page, str]) -> None:
     words = " ".join(page[0].words)
-    results = made_up()
+    results = made_up(MODELS[1:])
     for each in results["summary"]:
         for figure in each["figures"].values():
             assert percent(figure["value"]) in words
@@ -74,7 +74,7 @@ def test_every_number_is_on_the_page(page: tuple[Page, str]) -> None:
         assert f"{each['lr']:g}" in words
         gap = each["against_first"]
         assert gap is None or f"{100 * gap['added']['value']:+.1f}" in words
-    for model in MODELS:
+    for model in MODELS[1:]:
         for task, each in results["zero_shot"][model].items():
             assert task in words
             assert percent(each["value"]) in words
@@ -90,8 +90,10 @@ def test_every_number_is_on_the_page(page: tuple[Page, str]) -> None:
         assert text in words, text
 
 
-def test_the_first_screen_says_what_was_compared_and_who_won(page: tuple[Page, str]) -> None:
-    (header,) = re.findall(r"<header>(.*?)</header>", page[1], re.DOTALL)
+@pytest.mark.usefixtures("undrawn")
+def test_the_first_screen_says_what_was_compared_and_who_won() -> None:
+    text = report.render(made_up())
+    (header,) = re.findall(r"<header>(.*?)</header>", text, re.DOTALL)
     results = made_up()
     leads = re.findall(r"<p class=lead>(.*?)</p>", header)
     assert leads[0].startswith(
@@ -321,6 +323,6 @@ def test_a_page_is_made_again_in_its_folder(
     assert main(["report", str(tmp_path)]) == 0
     assert page.read_text().startswith("<!doctype html>")
     out = capsys.readouterr().out
-    assert winner(made_up(), MODELS[0]) in out
-    added = made_up()["summary"][0]["figures"]["added"]
+    assert winner(made_up(MODELS[:1]), MODELS[0]) in out
+    added = made_up(MODELS[:1])["summary"][0]["figures"]["added"]
     assert f"{percent(added['value'])} {percent(added['low'])}–{percent(added['high'])}" in out

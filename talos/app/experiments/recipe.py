@@ -20,6 +20,7 @@ from talos.app.experiments.settings import (
 )
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.files import SUFFIXES
+from talos.app.tasks.hub import PREFIX
 from talos.app.tasks.load import load_any
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
@@ -273,9 +274,9 @@ def _task(entry: Any, folder: Path) -> TaskEntry:
 
 def _beside_recipe(name: str, folder: Path) -> str:
     """Return a file or folder that a recipe names, found from the recipe's folder; else a name."""
-    path = folder / Path(name).expanduser()
+    path = folder / Path(name.removeprefix(PREFIX)).expanduser()
     if path.exists():
-        return str(path)
+        return PREFIX * name.startswith(PREFIX) + str(path)
     if path.suffix.lower() in SUFFIXES:
         near = did_you_mean(str(path), beside(path))
         raise TalosOSError(f"tasks must be files that exist, got {path}{near}")
