@@ -192,6 +192,7 @@ def made_up(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
             "seeds": list(SEEDS),
             "models": [{"source": model, "name": model} for model in models],
             "tasks": [{"data": task, "name": None, "settings": {}} for task in TASKS],
+            "rows": [{"row": row, "title": title} for row, (title, *_) in ROWS.items()],
             "training": {"steps": 80, "batch_size": 32, "max_length": 48, "warmup": None},
             "evaluation": {"coefficients": 21, "control_share": 0.95, "resamples": 2000},
         },

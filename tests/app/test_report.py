@@ -186,6 +186,19 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_what_failed_is_named() -> None:
+    results = made_up(MODELS[:1])
+    del results["rates"][MODELS[0]][FIRST][2]
+    for part in ("runs", "summary"):
+        results[part] = [each for each in results[part] if each["row"] != "random"]
+    text = report.render(results)
+    assert "<p>TaLoS, density 0.1: training failed at 0.003.</p>" in text
+    said = "Not measured, because it failed or was not run: random mask."
+    assert report.headline(results)[-1] == said
+    assert f"<p class=more>{said}</p>" in text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_repeats() -> None:
     assert report.render(made_up()) == report.render(made_up())
 
@@ -225,6 +238,7 @@ def test_the_headline_is_honest() -> None:
 def test_one_row_alone_renders() -> None:
     results = made_up(MODELS[:1])
     results["rows"] = results["rows"][:1]
+    results["recipe"]["rows"] = results["recipe"]["rows"][:1]
     for part in ("runs", "summary", "files"):
         results[part] = [each for each in results[part] if each["row"] == FIRST]
     text = report.render(results)

@@ -9,7 +9,7 @@ from talos.app.report.html import escape, estimate, row_label, table
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, runs_of, span, titles
 
-__all__ = ["added_by_task", "answer", "negated_by_task", "tasks", "why_zero"]
+__all__ = ["added_by_task", "answer", "failed_rates", "negated_by_task", "tasks", "why_zero"]
 
 
 def answer(results: Results, model: str) -> str:
@@ -96,6 +96,17 @@ def negated_by_task(results: Results, model: str) -> str:
                 others = f"<small>others {percent(control)}</small>"
                 before[task] = f"{percent(target)} {others}"
     return _by_task(results, model, before, cell) if before else ""
+
+
+def failed_rates(results: Results, model: str) -> str:
+    """Return a line for each row with rates that were tried and have no figures."""
+    found = []
+    for each in results["rows"]:
+        known = [point["lr"] for point in results["rates"].get(model, {}).get(each["row"], ())]
+        failed = [f"{lr:g}" for lr in each["lr"] if lr not in known]
+        if known and failed:
+            found.append(f"{each['title']}: training failed at {', '.join(failed)}.")
+    return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
 def why_zero(results: Results, model: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, titles
 
-__all__ = ["compared", "headline", "no_edits", "summaries", "verdict", "winner", "zero_shot"]
+__all__ = ["compared", "headline", "remarks", "summaries", "verdict", "winner", "zero_shot"]
 
 _MANY = 4  # rows that a sentence lists by name
 
@@ -20,7 +20,7 @@ def headline(results: Results) -> list[str]:
         sentence = winner(results, model["name"])
         if sentence:
             found.append(f"{model['name']}: {sentence}" if several else sentence)
-    return found + no_edits(results)
+    return found + remarks(results)
 
 
 def compared(results: Results) -> str:
@@ -111,13 +111,18 @@ def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
     return bool(added["low"] <= other["value"])
 
 
-def no_edits(results: Results) -> list[str]:
-    """Say which searches chose the coefficient 0."""
+def remarks(results: Results) -> list[str]:
+    """Say what has no figures, and which searches chose the coefficient 0."""
     found = []
     for model in results["models"]:
-        at = f" on {model['name']}" if len(results["models"]) > 1 else ""
+        name = model["name"]
+        at = f" on {name}" if len(results["models"]) > 1 else ""
+        measured = summaries(results, name)
+        asked = [each["title"] for each in results["recipe"]["rows"] if each["row"] not in measured]
+        if asked:
+            found.append(f"Not measured{at}, because it failed or was not run: {'; '.join(asked)}.")
         for row, title in _named(results).items():
-            runs = [r for r in results["runs"] if (r["model"], r["row"]) == (model["name"], row)]
+            runs = [run for run in results["runs"] if (run["model"], run["row"]) == (name, row)]
             none = sum(run["addition"]["scaling_coef"] == 0 for run in runs)
             if none:
                 found.append(
