@@ -66,7 +66,7 @@ def test_an_experiment_and_eval_judge_the_same_rows(
 
 
 def test_the_same_recipe_repeats_and_the_encoder_is_left_alone(tmp_path: Path) -> None:
-    encoder = tiny_encoder(tmp_path / "model")
+    encoder = tiny_encoder(tmp_path / "tiny-model")  # the name that `run_tiny` takes, too
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     recipe = tiny_recipe(seeds=[0], methods=[{"method": "talos"}, {"method": "linearized"}])
     given: dict[str, Any] = {"encoders": {"tiny": encoder}, "tasks": tiny_tasks()}
