@@ -96,15 +96,16 @@ _DRAWINGS = Package(
     "easy_vqa",
     module="easy_vqa",
 )
+# None is derived from another: Carlito is from Lato, FreeSans from Nimbus Sans, Hack from DejaVu.
 _FONTS = Package(
     "fonts of Debian",
     "each its own free one",
     "mkdir -p {data}/fonts && cd {data}/fonts && apt-get download "
-    "fonts-cabin fonts-cantarell fonts-clear-sans fonts-comfortaa fonts-comic-neue fonts- "
-    "courier-prime fonts-crosextra-caladea fonts-crosextra-carlito fonts-dejavu-core fonts- "
-    "ebgaramond fonts-freefont-otf fonts-hack fonts-inconsolata fonts-junicode fonts-lato "
-    "fonts-liberation fonts-linuxlibertine fonts-lobstertwo fonts-oldstandard fonts-open-sans "
-    "fonts-quicksand fonts-sil-gentium-basic fonts-urw-base35 "
+    "fonts-cabin fonts-cantarell fonts-clear-sans fonts-comfortaa fonts-comic-neue "
+    "fonts-courier-prime fonts-crosextra-caladea fonts-dejavu-core fonts-ebgaramond "
+    "fonts-inconsolata fonts-junicode fonts-lato fonts-liberation fonts-linuxlibertine "
+    "fonts-lobstertwo fonts-oldstandard fonts-open-sans fonts-quicksand "
+    "fonts-sil-gentium-basic fonts-urw-base35 "
     "&& for each in *.deb; do dpkg -x $each .; done",
     "fonts",
 )

@@ -170,9 +170,10 @@ def letters(folder: Path) -> list[Picture]:
         if _SYMBOLS.search(file.name) or not file.is_file():  # a link may lead nowhere
             continue
         drawn = font.truetype(str(file), LETTER_SIZE * 3 // 4)
+        family = str(drawn.getname()[0]).split()[0]  # "Lato Black" and "Lato Light" are Lato
         for label, letter in enumerate(string.ascii_uppercase):
             image = pillow.new("L", (LETTER_SIZE, LETTER_SIZE))
             middle = LETTER_SIZE // 2, LETTER_SIZE // 2
             draw.Draw(image).text(middle, letter, fill=255, font=drawn, anchor="mm")
-            found.append(Picture(np.asarray(image), label, str(drawn.getname()[0])))
+            found.append(Picture(np.asarray(image), label, family))
     return _unique(found)
