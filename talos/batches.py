@@ -117,8 +117,10 @@ def logits_and_positions(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor,
 def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the log-probability of each answer to choose among: a language model as a classifier.
 
-    Logits are made only at the positions that predict an answer, if the model's `forward` takes
-    `logits_to_keep` as the decoders of transformers do.
+    A prompt runs once for all of its answers. Those of a decoder lie behind it in one row; each
+    sees the prompt and itself. A decoder that takes no mask of its own, such as a recurrent one,
+    gets a row for each answer of several tokens instead. Logits are made only at the positions that
+    predict an answer, if the model's `forward` takes `logits_to_keep`.
 
     Args:
         model: an encoder-decoder or a decoder of transformers.
@@ -144,15 +146,12 @@ def choice_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     bare: Any = unwrapped(model)
     ids, mask, choices = _checked_choices(batch)
+    if not _is_encoder_decoder(bare):
+        return _decoder_choices(model, ids, mask, choices)
     answers = choices.flatten(0, 1)  # [B * C, L]
-    prompts, seen = (each.repeat_interleave(choices.shape[1], 0) for each in (ids, mask))
-    if _is_encoder_decoder(bare):
-        encoder = bare.get_encoder()  # once a prompt, not once an answer
-        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        hidden = hidden.repeat_interleave(choices.shape[1], 0)
-        logits = model(encoder_outputs=(hidden,), attention_mask=seen, labels=answers).logits
-    else:
-        logits = _decoder_logits(model, prompts, seen, answers)
+    hidden = bare.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden, seen = (each.repeat_interleave(choices.shape[1], 0) for each in (hidden, mask))
+    logits = model(encoder_outputs=(hidden,), attention_mask=seen, labels=answers).logits
     losses = functional.cross_entropy(
         logits.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none"
     )
@@ -182,29 +181,89 @@ def _checked_choices(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     return ids, mask, choices
 
 
-def _decoder_logits(model: nn.Module, prompts: Tensor, seen: Tensor, answers: Tensor) -> Tensor:
-    """Return the logits [B * C, L, V] that predict the answers behind their prompts.
+def _decoder_choices(model: nn.Module, ids: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
+    """Return the log-probabilities [B, C] of the answers behind their prompts.
 
     Args:
         model: a decoder.
-        prompts: int64 [B * C, S].
-        seen: the prompts' attention mask.
-        answers: int64 [B * C, L], padded with -100.
+        ids: int64 [B, S], the prompts.
+        mask: their attention mask.
+        choices: int64 [B, C, L], padded with -100.
     """
-    seen = seen.long()
-    order = seen.argsort(stable=True, dim=1)  # padding goes left: the prompts end together
-    prompts, seen = prompts.gather(1, order), seen.gather(1, order)
-    seen = torch.cat([seen, (answers != IGNORED).long()], 1)
+    shape = choices.shape[:2]
+    order = mask.long().argsort(stable=True, dim=1)  # padding goes left: the prompts end together
+    ids, seen = ids.gather(1, order), mask.long().gather(1, order)
+    counted = choices != IGNORED
+    # An answer's last token predicts nothing that counts, so it is no input.
+    used = counted[:, :, 1:].flatten(1).any(0)  # [C * (L - 1)]
+    if shape[1] > 1 and bool(used.any()) and not _takes_branches(model, ids.shape[1], used):
+        ids, seen = (each.repeat_interleave(shape[1], 0) for each in (ids, seen))
+        choices = choices.flatten(0, 1)[:, None]  # [B * C, 1, L]
+        counted = choices != IGNORED
+        used = counted[:, :, 1:].flatten(1).any(0)
+    count, longest = choices.shape[1:]
+    follows = counted[:, :, 1:].flatten(1)[:, used].long()
+    numbers = torch.arange(count * (longest - 1), dtype=torch.int64, device=ids.device)[used]
+    branch, depth = numbers // max(longest - 1, 1), numbers % max(longest - 1, 1)
+    places = (seen.cumsum(1) - 1).clamp_min(0)
     inputs: dict[str, Any] = {
-        "input_ids": torch.cat([prompts, answers.clamp_min(0)], 1),
-        "attention_mask": seen,
-        "position_ids": (seen.cumsum(1) - 1).clamp_min(0),
+        "input_ids": torch.cat([ids, choices[:, :, :-1].flatten(1)[:, used].clamp_min(0)], 1),
+        "attention_mask": torch.cat([seen, follows], 1),
+        "position_ids": torch.cat([places, seen.sum(1, keepdim=True) + depth], 1),
     }
-    last = answers.shape[1] + 1  # the end of the prompt, and the answer
-    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-        inputs["logits_to_keep"] = last
-    logits: Tensor = model(**inputs).logits
-    return logits[:, -last:-1]
+    if count > 1 and len(branch):
+        dtype = next(model.parameters()).dtype
+        inputs["attention_mask"] = _branched(inputs["attention_mask"], branch, dtype)
+    last = 1 + len(branch)  # the end of the prompt, and the answers
+    options = {"logits_to_keep": last, "use_cache": False}
+    taken = inspect.signature(unwrapped(model).forward).parameters
+    inputs |= {key: value for key, value in options.items() if key in taken}
+    logits: Tensor = model(**inputs).logits[:, -last:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    where = torch.zeros(count, longest, dtype=torch.int64, device=ids.device)  # predicts a token
+    where[:, 1:] = used.cumsum(0).view(count, longest - 1)
+    rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)[:, None, None]
+    found = logits[rows, where, choices.clamp_min(0)] - logits.logsumexp(2)[:, where]
+    return found.masked_fill(~counted, 0).sum(2).view(shape)
+
+
+def _takes_branches(model: nn.Module, prompt: int, used: Tensor) -> bool:
+    """Return whether a decoder of transformers takes a mask for each position, and positions.
+
+    Args:
+        model: the decoder.
+        prompt: the tokens of a prompt.
+        used: whether there is a token at each place behind it.
+    """
+    bare: Any = unwrapped(model)
+    config = getattr(bare, "config", None)
+    windows = ("sliding_window", "attention_chunk_size", "window_size")  # they count places in rows
+    narrowest = min((getattr(config, name, None) or prompt + len(used)) for name in windows)
+    return (
+        not getattr(bare, "_is_stateful", True)
+        and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
+        and not getattr(config, "alibi", False)
+        and "position_ids" in inspect.signature(bare.forward).parameters
+        and prompt + len(used) <= narrowest
+    )
+
+
+def _branched(seen: Tensor, branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to attention scores [B, 1, T, T]: 0, or the lowest number.
+
+    Args:
+        seen: int64 [B, T], whether there is a token.
+        branch: int64 [K], the answer of each of the last K places; the others are the prompt's.
+        dtype: of the scores.
+    """
+    total = seen.shape[1]
+    groups = torch.full((total,), -1, dtype=torch.int64, device=seen.device)
+    groups[total - len(branch) :] = branch
+    visible = (groups == -1) | (groups[:, None] == groups)  # [query, key]
+    visible = visible.tril() & (seen != 0)[:, None]
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # a softmax may be float32
+    added = torch.zeros(visible.shape, dtype=dtype, device=seen.device)
+    return added.masked_fill(~visible, lowest)[:, None]
 
 
 def labels_of(batch: Any) -> Tensor:

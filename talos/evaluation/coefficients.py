@@ -9,10 +9,15 @@ from torch import Tensor
 from talos.errors import TalosTypeError, TalosValueError
 from talos.options import as_real, integer
 
-__all__ = ["checked_coefs", "choose", "scaling_coefs", "why_zero"]
+__all__ = ["RANKS", "checked_coefs", "choose", "scaling_coefs", "stand_ins", "why_zero"]
 
 # Figures that differ by less than this share are equal: they differ by rounding.
 _EQUAL = 1e-9
+
+# Which of the resamples' coefficients are tested beside the chosen one: the outer ones of the three
+# points that have the moments of a normal distribution, at -1.73 and 1.73 deviations. Their
+# intervals differ little from those of 20 quantiles (benches/bench_coefficients.py).
+RANKS = (0.042, 0.958)
 
 
 def scaling_coefs(count: int = 21) -> list[float]:
@@ -107,6 +112,32 @@ def choose(
     away = torch.where(others, (numbers - numbers[middle[1:]].mean()).abs(), torch.inf)
     middle[0] = unbeaten.int().argmax() if unbeaten.any() else away.argmin()
     return order[middle]
+
+
+def stand_ins(
+    coefs: Sequence[float], places: Tensor, ranks: Sequence[float] = RANKS
+) -> tuple[list[int], Tensor]:
+    """Choose few coefficients that stand for those that resamples choose: the nearest one does.
+
+    Args:
+        coefs: the coefficients.
+        places: int64 `[1 + resamples]`, as `choose` returns them.
+        ranks: quantiles of the resamples' coefficients, each in [0, 1).
+
+    Returns:
+        Places in `coefs`, ascending, the chosen one among them; and for each resample, int64
+        `[resamples]`, which of them stands for its coefficient.
+
+    Example:
+        >>> stand_ins([0.0, 0.1, 0.5, 0.6], torch.tensor([2, 2, 3, 1, 2]))
+        ([1, 2, 3], tensor([1, 2, 0, 1]))
+    """
+    numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
+    ordered = places[1:][numbers[places[1:]].argsort()]
+    ends = [int(ordered[int(rank * len(ordered))]) for rank in ranks]
+    used = sorted({int(places[0]), *ends})
+    nearest = (numbers[:, None] - numbers[used]).abs().argmin(1)
+    return used, nearest[places[1:]]
 
 
 def why_zero(

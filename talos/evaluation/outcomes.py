@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.evaluation.coefficients import stand_ins
 from talos.evaluation.intervals import Bootstrap, Picked, Statistic
 from talos.evaluation.judging import ACCURACY, Judge, Metric, Models, ask
 from talos.names import check_module
@@ -38,7 +39,6 @@ Split = Literal["test", "validation", "control"]
 
 _Key = tuple[float, int, str]  # coefficient, the judge's id, task
 _EDIT = "edit"
-_QUANTILES = 20  # of the coefficients that resamples choose
 
 
 class Outcomes:
@@ -153,8 +153,8 @@ class Outcomes:
     ) -> dict[str, Picked]:
         """Return the test outcomes at a chosen coefficient, with those that resamples choose.
 
-        At most 21 coefficients are evaluated: the chosen one and 20 quantiles of what the resamples
-        choose, so each that 5 % choose is among them. The nearest one stands for any other.
+        At most three coefficients are evaluated: the chosen one, and the ones that 4 % of the
+        resamples' choices lie below and above. The nearest one stands for any other.
 
         Args:
             vector: the edit.
@@ -165,19 +165,14 @@ class Outcomes:
         Returns:
             The outcomes of each task.
         """
-        numbers = torch.tensor(coefs, dtype=torch.float64, device="cpu")
-        ordered = places[1:][numbers[places[1:]].argsort()]
-        parts = torch.arange(_QUANTILES, dtype=torch.float32, device="cpu")
-        shares = ordered[((parts + 0.5) / _QUANTILES * len(ordered)).long()]
-        used = sorted({int(places[0]), *shares.tolist()})
-        rows = (numbers[:, None] - numbers[used]).abs().argmin(1)
+        used, rows = stand_ins(coefs, places)
         tasks = list(tasks)
         found = [self.of("test", vector, coefs[i], tasks) for i in used]
         return {
             task: Picked(
                 found[used.index(int(places[0]))][task],
                 torch.stack([each[task] for each in found]),
-                rows[places[1:]],
+                rows,
             )
             for task in tasks
         }

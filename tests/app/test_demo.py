@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from talos.app.cli import main
-from talos.app.cli.tables import overview
 from talos.app.demo import TITLES, DemoSettings, Progress, kept, run_demo
 from talos.app.demo.folder import prepare
+from talos.app.demo.report import load_results
+from talos.app.demo.report.tables import overview
 from talos.app.experiments.judging import TaskModels
 from talos.app.models import load_encoder
-from talos.app.report import load_results
 from talos.app.tasks import load_task
 from talos.errors import TalosOSError, TalosValueError
 from talos.masks import Mask

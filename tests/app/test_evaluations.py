@@ -23,7 +23,7 @@ from talos.app.report.runs import compare, from_hex, load_runs, to_hex
 from talos.app.tasks import Task
 from talos.errors import TalosValueError
 from talos.names import named_parameters
-from tests.app.test_report import synthetic
+from tests.app.report_data import MODELS, made_up
 from tests.tiny import save_tiny_encoder
 
 Term = tuple[float, str]  # a coefficient and the task of a vector
@@ -513,12 +513,9 @@ def test_a_comparison_says_what_is_linearized_and_cuts_nothing(
             run_of({"a": torch.ones(3) > 0}, tasks={"a": {"examples": math.inf}}),
             "got a damaged file",
         ),
-        (synthetic() | {"methods": 3}, "the accuracies of each method, got a damaged file"),
-        (synthetic() | {"addition": {}}, "the accuracies of each method, got a damaged file"),
-        (
-            synthetic()
-            | {"addition": {key: {"tasks": {"a": 3}} for key in synthetic()["addition"]}},
-            "the accuracies of each method, got a damaged file",
+        *(
+            (made_up() | {part: wrong}, "the accuracies of each run, got a damaged file")
+            for part, wrong in (("models", 3), ("runs", [{"seed": 0}]), ("runs", [{"seed": []}]))
         ),
         (run_of({"a": torch.ones(3) > 0}, vectors=[{}]), "evaluate them with --metric addition"),
     ],
@@ -535,23 +532,28 @@ def test_files_that_cannot_be_compared_are_refused(
         raise TalosValueError(err)
 
 
-def test_the_methods_of_a_demo_have_estimates_only(
+def test_the_runs_of_an_experiment_have_estimates_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.json"
-    results = synthetic()
-    results["settings"]["model"] = "tiny"
+    results = made_up(MODELS[:1])
+    results["models"][0]["source"] = "tiny"
     path.write_text(json.dumps(results))
     assert main(["compare", str(path)]) == 0
     out, shown = capsys.readouterr()
     assert "without answers, so without differences" in shown
     assert "talos eval --model tiny --data TASK --vector" in shown
-    assert re.search(r"mean +\S+ talos +0.65 ", out)
-    rows = compare(load_runs(path))
-    added = synthetic()["addition"]
-    assert [row.accuracy for row in rows[:2]] == [each["absolute"] for each in added.values()]
-    assert [row.normalised for row in rows[:2]] == [each["normalised"] for each in added.values()]
+    assert re.search(r"mean +\S+ talos-density-0.1, seed 0 +0.65 ", out)
+    rows, runs = compare(load_runs(path)), results["runs"]
+    added = [run["addition"] for run in runs]
+    assert [row.accuracy for row in rows[: len(runs)]] == [each["absolute"] for each in added]
+    assert [row.normalised for row in rows[: len(runs)]] == [each["normalised"] for each in added]
     assert all(row.difference is None for row in rows)
+    path.write_text(json.dumps(made_up()))
+    assert main(["compare", str(path)]) == 0
+    out, shown = capsys.readouterr()
+    assert "random, a <b> & $_$, seed 2" in out
+    assert "the runs are of different models" in shown
 
 
 @pytest.mark.parametrize(
@@ -604,27 +606,9 @@ def test_a_file_of_another_model_is_named(
     assert not out.exists()
 
 
-def test_a_sweep_names_demos_below_its_own_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.json"
-    swept = dict.fromkeys(("created", "machine", "versions", "settings", "tasks", "methods"), 0)
-    swept |= dict.fromkeys(("zero_shot", "summary", "timings"), 0)
-    swept |= {"schema": "talos-demo-sweep", "schema_version": 1}
-    for folder, message in (
-        (".", "must hold the accuracies of each method"),  # itself
-        ("..", "a folder that is not below its own"),
-        ("/", "a folder that is not below its own"),
-        (3, "must hold the folder of each run"),
-    ):
-        path.write_text(json.dumps({**swept, "cells": [{"folder": folder}]}))
-        assert main(["compare", str(path), str(path)]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_a_number_in_place_of_a_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    methods = [{"name": 10**400}]
-    path.write_text(json.dumps({**synthetic(), "methods": methods, "addition": "x"}))
-    with pytest.raises(TalosValueError, match="must hold the accuracies of each method"):
+    runs = [{"model": MODELS[0], "row": "a", "seed": 10**400, "addition": "x"}]
+    path.write_text(json.dumps({**made_up(), "runs": runs}))
+    with pytest.raises(TalosValueError, match="must hold the accuracies of each run"):
         load_runs(path)

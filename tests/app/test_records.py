@@ -87,14 +87,14 @@ def test_merge_extract_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_comparisons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.app.test_report import synthetic
+    from tests.app.report_data import made_up
 
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(synthetic()))
+    path.write_text(json.dumps(made_up()))
     found = record(capsys, "compare", path)
-    added = synthetic()["addition"]
-    assert [row["accuracy"] for row in found["rows"][:2]] == [
-        each["absolute"] for each in added.values()
+    runs = made_up()["runs"]
+    assert [row["accuracy"] for row in found["rows"][: len(runs)]] == [
+        run["addition"]["absolute"] for run in runs
     ]
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from talos.app.cli import main
 from talos.app.demo import DemoSettings, run_sweep, sweep
-from talos.app.report import load_results
-from talos.app.report.results import FIGURES
+from talos.app.demo.report import load_results
+from talos.app.demo.report.results import FIGURES
 from talos.app.tasks import load_file
 from talos.errors import TalosValueError
 from talos.masks import Mask

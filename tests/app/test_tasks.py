@@ -412,6 +412,25 @@ def test_seed_and_epoch_shuffle(small):
     assert sorted(lengths(seed=5)) == [1, 2, 3, 4, 5, 7, 9]
 
 
+def test_batches_of_similar_length_hold_the_same_examples_in_each_window(small):
+    plain = small.batches("train", Characters(), batch_size=2, seed=3)
+    similar = plain.similar_lengths(window=2)
+    longest_first = set()
+    for epoch in range(4):
+        plain.set_epoch(epoch)
+        similar.set_epoch(epoch)
+        order = similar.order()
+        assert sorted(order[:4]) == sorted(plain.order()[:4])
+        assert sorted(order) == list(range(7))
+        one, two, three, four = (
+            [similar.lengths[place] for place in order[start : start + 2]] for start in (0, 2, 4, 6)
+        )
+        assert min(one) > max(two) or min(two) > max(one)
+        assert min(three) > max(four)  # the rest is last
+        longest_first.add(min(one) > max(two))
+    assert longest_first == {True, False}
+
+
 def test_an_empty_split_has_no_batches(small):
     assert list(small.batches("test", Characters())) == []
 

@@ -173,14 +173,19 @@ def language_model(kind: str) -> nn.Module:
     if kind == "GPT-2":
         config = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2)
         return transformers.GPT2LMHeadModel(config).double().eval()
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 13, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    if kind == "Mistral":
+        config = transformers.MistralConfig(**sizes, head_dim=4, sliding_window=4)
+        return transformers.MistralForCausalLM(config).double().eval()
+    attention = "eager" if kind == "eager Llama" else "sdpa"
+    config = transformers.LlamaConfig(**sizes, attn_implementation=attention)
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
-CHOICES = torch.tensor([[4, 5, -100], [6, -100, -100], [7, 8, 9]])
+CHOICES = torch.tensor([[4, 5, -100, -100], [6, -100, -100, -100], [7, 8, 9, 3]])
 
 
 def log_prob_alone(model: nn.Module, prompt: Tensor, answer: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ def log_prob_alone(model: nn.Module, prompt: Tensor, answer: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("kind", ["T5", "GPT-2", "Llama"])
+@pytest.mark.parametrize("kind", ["T5", "GPT-2", "Llama", "eager Llama", "Mistral"])
 def test_answers_have_the_log_probability_that_each_has_alone(kind: str, side: str) -> None:
     model = language_model(kind)
     ids = IDS
@@ -221,7 +226,7 @@ def test_decoders_make_logits_only_where_an_answer_is_predicted(kind: str) -> No
     shapes: list[torch.Size] = []
     model.lm_head.register_forward_hook(lambda head, inputs, output: shapes.append(output.shape))
     found = choice_logits(model, batch)
-    assert shapes == [(9, 1 + CHOICES.shape[1], 13)]
+    assert shapes == [(3, 1 + 1 + 3, 13)]  # behind the prompt, 4, 7, 8 and 9
 
     class Whole(nn.Module):
         """Hides the argument, as a model without it."""
@@ -235,8 +240,49 @@ def test_decoders_make_logits_only_where_an_answer_is_predicted(kind: str) -> No
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
             )
 
-    assert torch.equal(found, choice_logits(Whole(), batch))
-    assert shapes[1][1] == IDS.shape[1] + CHOICES.shape[1]
+    torch.testing.assert_close(found, choice_logits(Whole(), batch))
+    assert shapes[1] == (9, IDS.shape[1] + 3, 13)  # it may take no mask for each place
+
+
+def test_answers_of_one_token_need_no_row_of_their_own() -> None:
+    model = language_model("Llama")
+    seen: list[torch.Size] = []
+    model.model.register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(options["input_ids"].shape), with_kwargs=True
+    )
+    answers = torch.tensor([[4, -100], [6, -100], [7, -100]]).expand(3, -1, -1)
+    batch = {"input_ids": IDS, "attention_mask": MASK, "choice_ids": answers}
+    found = choice_logits(model, batch)
+    assert seen == [IDS.shape]
+    alone = log_prob_alone(model, IDS[1][IDS[1] > 0], torch.tensor([7]))
+    torch.testing.assert_close(found[1, 2], alone)
+
+
+def test_each_prompt_may_have_answers_of_its_own() -> None:
+    model = language_model("Llama")
+    answers = torch.stack([CHOICES, CHOICES.roll(1, 0), CHOICES.roll(2, 0)])
+    batch = {"input_ids": IDS, "attention_mask": MASK, "choice_ids": answers}
+    found = choice_logits(model, batch)
+    for row, prompt in enumerate(IDS):
+        for choice, answer in enumerate(answers[row]):
+            alone = log_prob_alone(model, prompt[prompt > 0], answer[answer >= 0])
+            torch.testing.assert_close(found[row, choice], alone)
+
+
+def test_training_gets_the_gradient_of_answers_that_are_alone() -> None:
+    model = language_model("Llama")
+    batch = {"input_ids": IDS, "attention_mask": MASK, "choice_ids": CHOICES.expand(3, -1, -1)}
+    labels = torch.tensor([2, 0, 1])
+    functional.cross_entropy(choice_logits(model, batch), labels).backward()
+    found = {name: param.grad.clone() for name, param in model.named_parameters()}
+    model.zero_grad()
+    alone = [
+        [log_prob_alone(model, prompt[prompt > 0], answer[answer >= 0]) for answer in CHOICES]
+        for prompt in IDS
+    ]
+    functional.cross_entropy(torch.stack([torch.stack(row) for row in alone]), labels).backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(found[name], param.grad, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["T5", "GPT-2", "Llama"])

@@ -19,6 +19,7 @@ from talos.app.cli.commands import (
     extract,
     inspect,
     merge,
+    plot,
     predict,
     report,
     train,
@@ -36,6 +37,7 @@ Command.facts = {
     "train": train.facts,
     "merge": merge.facts,
     "eval": evaluate.facts,
+    "plot": plot.facts,
 }
 
 _CTRL_C = 130  # also what typer returns for it
@@ -68,6 +70,7 @@ for _command, _examples in (
     (predict.predict, predict.EXAMPLES),
     (inspect.inspect, inspect.EXAMPLES),
     (report.report, report.EXAMPLES),
+    (plot.plot, plot.EXAMPLES),
 ):
     app.command(
         "eval" if _command is evaluate.evaluate else _command.__name__,

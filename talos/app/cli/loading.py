@@ -1,7 +1,6 @@
 """Load models and data by the names that the options take."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from talos.app.cli.options import as_options
 from talos.app.experiments.machine import default_device
@@ -11,10 +10,7 @@ from talos.app.models.clip import PREFIX
 from talos.app.models.folders import find_folder
 from talos.app.models.heads import classifier_for
 from talos.app.models.packages import PACKAGED
-from talos.app.nearest import beside, did_you_mean
-from talos.app.tasks import ImageTask, Task, load_digits, load_file, load_image_folder, load_task
-from talos.app.tasks.files import SUFFIXES
-from talos.app.tasks.standard_library import SOURCES
+from talos.app.tasks import ImageTask, Task, load_any
 from talos.app.tasks.unlabelled import Rows, split_of
 from talos.app.tasks.unlabelled import load_rows as read_rows
 from talos.errors import TalosValueError
@@ -23,33 +19,9 @@ __all__ = ["check_names", "find_model", "load_classifier", "load_data", "load_en
 
 
 def load_data(data: str) -> Task | ImageTask:
-    """Load a built-in task, a file or a folder of images, in the splits of seed 0.
-
-    The commands' --seed does not change the splits: otherwise a model could be evaluated on its
-    training data.
-    """
-    path = Path(data)
-    with as_options({"path": "--data", "name": "--data"}):
-        if path.is_file():
-            return load_file(path)
-        if data == "digits":
-            return load_digits()
-        if path.is_dir():
-            images = load_image_folder(path)
-            images.check()
-            return images
-        known = [source.name for source in SOURCES]
-        if data in known:
-            return load_task(data)
-    files = [each for each in beside(path) if Path(each).suffix.lower() in SUFFIXES]
-    stems = {str(Path(each).with_suffix("")): each for each in files}
-    near = did_you_mean(data, [*known, "digits", *files])
-    near = f"; did you mean {stems[data]}?" if data in stems else near
-    near = near or f"; built in are {', '.join(known)}"
-    raise TalosValueError(
-        "--data must be a built-in task, digits, or an existing .csv, .tsv or .jsonl file or "
-        f"folder of images, got {data}{near}"
-    )
+    """Load the data of --data; see `load_any`."""
+    with as_options({"path": "--data", "name": "--data", "data": "--data"}):
+        return load_any(data)
 
 
 def check_names(tasks: Sequence[Task | ImageTask]) -> list[str]:

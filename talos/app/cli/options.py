@@ -44,10 +44,11 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}), or a .csv, .tsv or "
-        ".jsonl file with the columns text and label; a third one, label_text, may describe the "
-        "labels. For CLIP: digits, or a folder with one subfolder of images per class. Your rows "
-        "or images are split 80/10/10 into train, validation and test within each class, the same "
+        help=f"A built-in task ({', '.join(task.name for task in SOURCES)}, digits, or one of a "
+        "package, such as cifar10: docs/data.md lists them), or a .csv, .tsv or .jsonl file with "
+        "the columns text and label; a third one, label_text, may describe the labels. For models "
+        "of images: a folder with one subfolder of images per class. Your rows or images are split "
+        "80/10/10 into train, validation and test within each class, the same "
         "in every command.",
     ),
 ]
@@ -124,11 +125,16 @@ def check_input(name: str, path: Path, words: Iterable[str] = ()) -> None:
 
 
 def check_output(
-    path: Path, overwrite: bool, suffix: str = ".safetensors", *, name: str = "--out"
+    path: Path,
+    overwrite: bool,
+    suffix: str | tuple[str, ...] = ".safetensors",
+    *,
+    name: str = "--out",
 ) -> None:
     """Refuse an output that could not be written, or that exists without --overwrite."""
-    if path.suffix != suffix:
-        raise TalosValueError(f"{name} must end in {suffix}, got {path}")
+    suffixes = (suffix,) if isinstance(suffix, str) else suffix
+    if path.suffix not in suffixes:
+        raise TalosValueError(f"{name} must end in {' or '.join(suffixes)}, got {path}")
     if not path.parent.is_dir():
         raise TalosOSError(f"{name} must lie in an existing folder, got {path}; make {path.parent}")
     if path.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 
 from talos.app.cli.console import command
 from talos.app.tasks.files import SUFFIXES
-from talos.app.tasks.standard_library import SOURCES
+from talos.app.tasks.load import built_in
 from talos.errors import TalosError
 
 __all__ = [
@@ -56,7 +56,7 @@ def after_vector(file: Path, metadata: Mapping[str, Any], model: tuple[str, ...]
 
 def data_options(tasks: Iterable[object]) -> list[str]:
     """Return --data of each task: built in, or a file of its name here; others only have names."""
-    known = [*(source.name for source in SOURCES), "digits"]
+    known = built_in()
     found = []
     for task in filter(None, tasks):
         files = [f"{task}{end}" for end in SUFFIXES]

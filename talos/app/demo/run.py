@@ -12,13 +12,13 @@ import torch
 
 import talos
 from talos.app.demo.folder import clear, prepare
+from talos.app.demo.report import save_results, write_report
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress, Progress
 from talos.app.demo.summary import Measured, summarise
-from talos.app.experiments.judging import TaskModels, training_batches
+from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
 from talos.app.experiments.machine import default_device
 from talos.app.models import Encoder, load_encoder
 from talos.app.provenance import base_of, made_with
-from talos.app.report import save_results, write_report
 from talos.app.tasks import ImageTask, Task, available_tasks, load_task
 from talos.errors import TalosValueError
 from talos.evaluation import (
@@ -59,7 +59,7 @@ def run_demo(
         tasks: use these tasks instead of built-in ones of the names in `settings.tasks`.
 
     Returns:
-        The results, see `talos.app.report.results`.
+        The results, see `talos.app.demo.report.results`.
 
     Raises:
         TalosValueError: a task is unknown, or fewer tasks are available than asked for.
@@ -163,10 +163,10 @@ class _Demo:
     def calibrate(self, models: TaskModels, task: Task | ImageTask) -> Mask:
         """Find the least sensitive entries for one task, and save the mask."""
         settings = self.settings
-        batches = training_batches(
+        batches = calibration_batches(
             task,
             models.encoder,
-            count=min(settings.samples, len(task.train)),
+            count=settings.samples,
             batch_size=settings.calibration_batch_size,
             max_length=settings.max_length,
             seed=settings.seed,

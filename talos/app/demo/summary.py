@@ -1,4 +1,4 @@
-"""The results of a run in the schema of `talos.app.report.results`."""
+"""The results of a run in the schema of `talos.app.demo.report.results`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from talos.app.demo.report import SCHEMA, SCHEMA_VERSION
 from talos.app.demo.settings import TITLES, DemoSettings
 from talos.app.experiments.judging import TaskModels
 from talos.app.experiments.machine import machine, versions
-from talos.app.report import SCHEMA, SCHEMA_VERSION
 from talos.app.tasks import ImageTask, Task
 from talos.evaluation import Addition, Bootstrap, Estimate, Negation
 from talos.masks import Mask
@@ -49,7 +49,7 @@ def summarise(
     training: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return the results in the schema of `talos.app.report.results`, without `timings`.
+    """Return the results in the schema of `talos.app.demo.report.results`, without `timings`.
 
     Args:
         settings: the settings of the run.

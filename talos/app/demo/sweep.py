@@ -10,12 +10,12 @@ from statistics import fmean
 from typing import Any
 
 from talos.app.demo.folder import clear, prepare
+from talos.app.demo.report import save_results, write_report
+from talos.app.demo.report.results import FIGURES, SCHEMA_VERSION, SWEEP_SCHEMA
 from talos.app.demo.run import run_demo
 from talos.app.demo.settings import TITLES, DemoSettings, OnProgress
 from talos.app.experiments.machine import machine, versions
 from talos.app.models import Encoder
-from talos.app.report import save_results, write_report
-from talos.app.report.results import FIGURES, SCHEMA_VERSION, SWEEP_SCHEMA
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.methods import METHODS
@@ -50,7 +50,7 @@ def run_sweep(
         tasks: as of `run_demo`.
 
     Returns:
-        The results of the sweep, see `talos.app.report.results`.
+        The results of the sweep, see `talos.app.demo.report.results`.
 
     Raises:
         TalosValueError: a density or seed is out of range or given twice, or as of `run_demo`.

@@ -26,6 +26,7 @@ from talos.app.experiments.store import Cell, Key, Store
 from talos.app.models import Encoder
 from talos.app.provenance import base_of, digest_of_weights, made_with
 from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
 from talos.evaluation import GradientDrift, Outcomes, predictions
 from talos.masks import Mask
 from talos.merging import merge_of
@@ -40,7 +41,7 @@ __all__ = ["Cells", "Made"]
 
 _LAST = 10  # steps whose mean loss is the last one
 _DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
-_GRID_POINTS = 11  # of a disentanglement map, each way
+_GRID_POINTS = 11  # of a disentanglement map, each way, at most
 
 Tick = Callable[[int, int, float | None], None]
 """Takes the number of steps that are done, of all, and the loss of the last one."""
@@ -245,7 +246,12 @@ class Cells:
             losses.append(step.loss)
             tick(step.step, step.steps, step.loss)
 
-        vector = self._fine_tuned(row, lr, seed, task, mask, on_step)
+        try:
+            vector = self._fine_tuned(row, lr, seed, task, mask, on_step)
+        except TalosValueError as error:
+            if not losses:  # it could not begin
+                raise
+            return Made({"failed": str(error)})
         made = self._made_with(task, steps=row.training.steps, lr=lr, seed=seed)
         # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
         vector = replace(vector, metadata=vector.metadata | made).astype(torch.bfloat16)
@@ -363,7 +369,8 @@ class Cells:
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
                 vectors = {task: load(task) for task in pair}
-                return Made(measures.disentangle(outcomes, vectors, _GRID_POINTS, tick))
+                points = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
+                return Made(measures.disentangle(outcomes, vectors, points, tick))
             if kind == "overlap":
                 return Made(measures.overlap({task: load(task).mask for task in names}))
             measure = getattr(measures, kind)
@@ -373,6 +380,7 @@ class Cells:
         content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed)}
         if kind == "disentanglement":
             content = {"vectors": {task: content["vectors"][task] for task in pair}}
+            content["coefficients"] = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
         if kind != "overlap":
             content["resamples"] = self.recipe.evaluation.resamples
         return self._cell(kind, (row.method, f"lr-{lr:g}", f"seed-{seed}"), content, make)

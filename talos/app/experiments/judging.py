@@ -168,12 +168,14 @@ def training_batches(
 ) -> list[Batch]:
     """Draw `count` examples of the training split, each epoch in another order.
 
+    Examples of similar length share a batch, which needs little padding.
+
     Returns:
         Batches on the encoder's device; the last one is cut to give `count` examples.
     """
     given = task.batches(
         "train", encoder.tokenizer, batch_size=batch_size, max_length=max_length, seed=seed
-    )
+    ).similar_lengths()
     batches: list[Batch] = []
     epoch, left = 0, count
     while left > 0:

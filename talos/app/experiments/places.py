@@ -12,7 +12,6 @@ SPARSE = ("talos", "random", "magnitude", "lota")
 """The methods whose vectors select a part of the weights."""
 
 _OF_ROWS = ("interference", "disentanglement", "linearity", "sensitivity")
-_NO_DRIFT = ("linearized", "l_lora")  # what they train is linear in its weights
 
 
 class Place(NamedTuple):
@@ -53,6 +52,8 @@ def judged_places(
 ) -> Iterator[Place]:
     """Yield the further cells of a row at its chosen learning rate.
 
+    The sum is measured with all seeds, everything else with the first.
+
     Args:
         recipe: the recipe.
         model: the model's name.
@@ -64,15 +65,13 @@ def judged_places(
     for seed in recipe.seeds:
         if seed != first:
             yield from _trained(model, row, lr, seed, names)
-        if "negation" in measures:
-            yield from (Place("negation", model, row.row, lr, seed, task) for task in names)
-    kinds = [kind for kind in _OF_ROWS if kind in measures]
+    if "negation" in measures:
+        yield from (Place("negation", model, row.row, lr, first, task) for task in names)
+    kinds = [kind for kind in _OF_ROWS if kind in measures and _applies(kind, row)]
     if row.method in SPARSE:
         kinds.append("overlap")
-    elif "sensitivity" in kinds:
-        kinds.remove("sensitivity")
     yield from (Place(kind, model, row.row, lr, first) for kind in kinds)
-    if "drift" in measures and row.method not in _NO_DRIFT:
+    if "drift" in measures and _applies("drift", row):
         yield from (Place("drift", model, row.row, lr, first, task) for task in names)
 
 
@@ -104,6 +103,15 @@ def _trained(model: str, row: Row, lr: float, seed: int, names: Sequence[str]) -
             yield Place("mask", model, row.row, 0.0, seed, task)
         yield Place("vector", model, row.row, lr, seed, task)
     yield Place("addition", model, row.row, lr, seed)
+
+
+def _applies(kind: str, row: Row) -> bool:
+    """Return whether a measure says something of a method."""
+    if kind == "sensitivity":
+        return row.method in SPARSE
+    if kind == "drift":  # what these train is linear in its weights
+        return row.method not in ("linearized", "l_lora")
+    return kind != "linearity" or row.method != "linearized"
 
 
 def _shared(kind: str, row: Row) -> str:

@@ -23,6 +23,7 @@ from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.store import Cell
 from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Estimate
 from talos.evaluation.intervals import Model, over_tasks
 
@@ -81,6 +82,13 @@ class Gathered:
             if (model, row.row) in self.chosen
         ]
 
+    def failed(self, place: Place) -> bool:
+        """Return whether the vectors of an addition's cell could not be trained."""
+        if place.kind != "addition":
+            return False
+        vectors = self.of_tasks(place._replace(kind="vector"))
+        return any("failed" in each for each in vectors.values())
+
     def of_tasks(self, place: Place) -> dict[str, Any]:
         """Return what the cells of all tasks found at a place."""
         return {name: self.cells[place._replace(task=name)].found for name in self.names}
@@ -90,8 +98,16 @@ def chosen_rate(gathered: Gathered, model: str, row: Row) -> float:
     """Return the learning rate of the best merged model on validation data, with the first seed.
 
     Of equally good ones the smallest is taken.
+
+    Raises:
+        TalosValueError: a training fails at every rate.
     """
     rates = _rates(gathered, model, row)
+    if not rates:
+        place = Place("vector", model, row.row, row.lr[0], gathered.recipe.seeds[0])
+        found = gathered.of_tasks(place)
+        why = next(each["failed"] for each in found.values() if "failed" in each)
+        raise TalosValueError(f"lr must be one that {row.row} trains with on {model}; {why}")
     best = max(each["added"] for each in rates)
     return float(next(each["lr"] for each in rates if each["added"] == best))
 
@@ -174,11 +190,13 @@ def _estimates(gathered: Gathered, answers: Mapping[str, str]) -> dict[str, Esti
 
 
 def _rates(gathered: Gathered, model: str, row: Row) -> list[dict[str, Any]]:
-    """Return what each rate reached on validation data, with the first seed."""
+    """Return what each rate reached on validation data, with the first seed; no failed ones."""
     validation = {task.name: len(task.validation) for task in gathered.tasks}
     found = []
     for lr in row.lr:
         place = Place("vector", model, row.row, lr, gathered.recipe.seeds[0])
+        if gathered.failed(place._replace(kind="addition")):
+            continue
         digits = {task: each["validation"] for task, each in gathered.of_tasks(place).items()}
         answers = unpack(digits, validation)
         added = gathered.cells[place._replace(kind="addition")].found
@@ -266,14 +284,13 @@ class _Summary:
         )
 
     def _negated(self) -> dict[str, Tensor]:
-        """Return the mean target and control over the tasks to forget, if they were measured."""
+        """Return the mean target and control over the tasks to forget, if they were measured.
+
+        They are of the first seed, `[1 + resamples, 1]`.
+        """
         gathered = self._gathered
-        names, seeds = gathered.names, gathered.recipe.seeds
-        cells = [
-            gathered.cells.get(self._place("negation", seed, task))
-            for task in names
-            for seed in seeds
-        ]
+        names, first = gathered.names, gathered.recipe.seeds[0]
+        cells = [gathered.cells.get(self._place("negation", first, task)) for task in names]
         found = [unpack_picked(c.found["picked"], gathered.examples) for c in cells if c]
         if len(found) < len(cells):
             return {}
@@ -281,15 +298,14 @@ class _Summary:
         def both(figures: Mapping[str, Tensor]) -> Tensor:
             targets, controls = [], []
             for place, target in enumerate(names):
-                own = slice(place * len(seeds), (place + 1) * len(seeds))
-                targets.append(figures[target][..., own])
-                others = [figures[other][..., own] for other in names if other != target]
+                targets.append(figures[target][..., place])
+                others = [figures[other][..., place] for other in names if other != target]
                 controls.append(torch.stack(others).mean(0))
-            return torch.cat([torch.stack(targets).mean(0), torch.stack(controls).mean(0)], -1)
+            return torch.stack([torch.stack(targets).mean(0), torch.stack(controls).mean(0)], -1)
 
         models: dict[str, list[Model]] = {name: [each[name] for each in found] for name in names}
         table = gathered.bootstrap.resampled(models, both)
-        return {"target": table[:, : len(seeds)], "control": table[:, len(seeds) :]}
+        return {"target": table[:, :1], "control": table[:, 1:]}
 
     def entry(self, first: "_Summary | None") -> dict[str, Any]:
         """Return the entry of the summary, with the differences from the first row."""
@@ -315,7 +331,8 @@ class _Summary:
         return self._over_seeds(table) | {"by_seed": table[0].tolist()}
 
     def _over_seeds(self, table: Tensor) -> dict[str, Any]:
-        means = table.gather(1, self._gathered.draws).mean(1)
+        draws = self._gathered.draws.clamp(max=table.shape[1] - 1)
+        means = table.gather(1, draws).mean(1)
         limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
         value, (low, high) = float(means[0]), means[1:].quantile(limits).tolist()
         return {"value": value, "low": min(low, value), "high": max(high, value)}

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,8 @@ from talos.app.experiments.results import Gathered, chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
-from talos.app.tasks import ImageTask, Task, load_task
+from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.load import load_any
 from talos.errors import TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
@@ -65,7 +66,8 @@ def run_experiment(
         out: the folder; it is made where it is missing.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew.
+        on_note: called with a sentence for each damaged cell, which is made anew, and for each
+            learning rate at which a training fails.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -74,7 +76,7 @@ def run_experiment(
         The results, see `talos.app.report.results`.
 
     Raises:
-        TalosValueError: a model cannot read the tasks, or a training fails.
+        TalosValueError: a model cannot read the tasks, or a row trains with none of its rates.
         TalosOSError: the folder holds other files, is in use or cannot be written, or a model or
             data cannot be found.
         TalosRuntimeError: an optional package is missing.
@@ -100,9 +102,13 @@ def run_experiment(
                 places: Iterable[Place], row: Row | None = None, cells: Cells = cells
             ) -> None:
                 for place in places:
+                    if gathered.failed(place):
+                        continue
                     watch.begin(place)
-                    gathered.cells[place] = cells.make(place, row)
-                    watch.end(place, gathered.cells[place])
+                    cell = gathered.cells[place] = cells.make(place, row)
+                    watch.end(place, cell)
+                    if "failed" in cell.found:
+                        on_note(f"{cell.key.name}: {cell.found['failed']}")
 
             finish(Place("pretrained", entry.name, task=name) for name in names)
             for row in recipe.rows:
@@ -127,11 +133,11 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    loaded: list[Task | ImageTask] = []
-    for entry in recipe.tasks:
-        task = load_task(entry.data, sizes=recipe.training.sizes)
-        loaded.append(task if entry.name is None else replace(task, name=entry.name))
-    return loaded
+    sizes = recipe.training.sizes
+    return [
+        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
+        for entry in recipe.tasks
+    ]
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:

@@ -1,177 +1,136 @@
-"""The sections on accuracy: tasks, single tasks, addition, negation, interference."""
+"""The page's tables of accuracies: who won, the tasks, addition and negation task by task."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
 
-from talos.app.report import charts, heatmaps
-from talos.app.report.html import escape, estimate, figure, method_label, section, table
-from talos.app.report.results import Results, percent
+from talos.app.report.headline import summaries, verdict, zero_shot
+from talos.app.report.html import escape, estimate, row_label, table
+from talos.app.report.results import Results
+from talos.app.report.rows import percent, runs_of, span, titles
 
-__all__ = ["addition", "interference", "negation", "single", "tasks"]
+__all__ = ["added_by_task", "answer", "negated_by_task", "tasks", "why_zero"]
+
+
+def answer(results: Results, model: str) -> str:
+    """Return the table that says who won: a line for the pretrained model and for each row."""
+    found = summaries(results, model)
+    if not found:
+        return ""
+    before = percent(zero_shot(results, model))
+    best = max(each["figures"]["added"]["value"] for each in found.values())
+    columns: dict[str, list[str]] = {
+        "": ["pretrained"],
+        "all added": [before],
+        f"against {escape(next(iter(titles(results).values())))}": [""],
+        "alone": [before],
+        "normalised": [""],
+        "forgotten task": [before],
+        "its other tasks": [before],
+        "learning rate": [""],
+        "seeds": [""],
+    }
+    for row, each in found.items():
+        figures, gap = each["figures"], each["against_first"]
+        added = estimate(figures["added"])
+        wins = len(found) > 1 and figures["added"]["value"] == best
+        cells = (
+            row_label(results, row),
+            f"<span class=best>{added}</span>" if wins else added,
+            f"{_gap(gap['added'])} <small>{verdict(each)}</small>" if gap else "",
+            *(estimate(figures[key]) for key in ("alone", "normalised", "target", "control")),
+            f"{each['lr']:g}",
+            str(each["seeds"]),
+        )
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    shown = {head: cells for head, cells in columns.items() if head == "" or any(cells[1:])}
+    return table(list(shown), zip(*shown.values(), strict=True))
 
 
 def tasks(results: Results) -> str:
-    """Return the section that lists the tasks with their classes and examples."""
-    rows = []
-    for task in results["tasks"]:
-        used = task["examples"]
-        rows.append(
-            (
-                f"<b>{escape(task['name'])}</b>",
-                f"<div class=long>{escape(task['description'])}</div>",
-                str(task["classes"]),
-                f"{used['train']:,}",
-                f"{used['validation']:,}",
-                f"{used['test']:,}",
-            )
-        )
-    return section(
-        "The tasks",
-        "Texts or images are classified by comparing their embedding with the embeddings of the "
-        "class texts (a frozen zero-shot head); a language model chooses among the class texts. "
-        "Scaling coefficients are chosen on validation examples. All "
-        "numbers in the tables below are measured on test examples.",
-        table(
-            ("task", "what it asks", "classes", "train", "validation", "test"), rows, text_columns=2
-        ),
-    )
-
-
-def single(results: Results) -> str:
-    """Return the section that compares zero-shot and single-task accuracy."""
-    methods = results["methods"]
-    rows = []
-    for task in results["tasks"]:
-        name = task["name"]
-        row = [escape(name), estimate(results["zero_shot"][name])]
-        row += [estimate(results["single"][m["name"]][name]) for m in methods]
-        rows.append(row)
-    mean = ["<i>mean</i>", _mean(results["zero_shot"])]
-    mean += [_mean(results["single"][m["name"]]) for m in methods]
-    rows.append(mean)
-    return section(
-        "Single-task accuracy",
-        "Test accuracy in per cent with its 95 % bootstrap interval: the pretrained encoder, and "
-        "the encoder tuned on that task alone.",
-        table(("task", "zero-shot", *(method_label(results, m) for m in methods)), rows),
-    )
-
-
-def addition(results: Results) -> str:
-    """Return the section on the merged models and the choice of the coefficient."""
-    methods = results["methods"]
-    added = [results["addition"][m["name"]] for m in methods]
-    rows = [
-        ["scaling coefficient", *(f"<b>{a['scaling_coef']:.2f}</b>" for a in added)],
-        ["absolute", *(estimate(a["absolute"]) for a in added)],
-        ["normalised", *(estimate(a["normalised"]) for a in added)],
-    ]
-    for task in results["tasks"]:
-        rows.append([escape(task["name"]), *(estimate(a["tasks"][task["name"]]) for a in added)])
-    return section(
-        "Addition: one model for all tasks",
-        "base + scaling coefficient × (sum of all task vectors). Absolute: mean accuracy over the "
-        "tasks. Normalised: the mean of each task's accuracy divided by that of its own single-task"
-        " model. Task rows: accuracy of the merged model.",
-        "<div class=pair>",
-        table(("", *(method_label(results, m) for m in methods)), rows),
-        figure(
-            charts.accuracy_curve(results),
-            "Mean validation accuracy of the merged model; a dot marks the chosen coefficient.",
-            "accuracy of the merged model against the scaling coefficient",
-        ),
-        "</div>",
-        _why_zero((method["title"], each) for method, each in zip(methods, added, strict=True)),
-    )
-
-
-def negation(results: Results) -> str:
-    """Return the section on how far each task was forgotten, and what that costs the others."""
-    methods = results["methods"]
-    rows = []
-    for task in results["tasks"]:
-        for method in methods:
-            entry = results["negation"][method["name"]][task["name"]]
-            rows.append(
-                (
-                    f"{escape(task['name'])}<br>{method_label(results, method)}",
-                    f"{entry['scaling_coef']:.2f}",
-                    percent(entry["target_zero_shot"]["value"]),
-                    estimate(entry["target"]),
-                    percent(entry["control_zero_shot"]["value"]),
-                    estimate(entry["control"]),
-                )
-            )
-    share = percent(results["settings"].get("control_share", 0.95))
-    pictures = "".join(
-        figure(
-            charts.negation_curve(results, task["name"]),
-            f"Forgetting {task['name']}: validation accuracy, target solid, control dashed.",
-            f"negation of {task['name']} against the scaling coefficient",
+    """Return the table of the tasks with their classes and examples."""
+    lines = [
+        (
+            f"<b>{escape(task['name'])}</b>",
+            f"<div class=long>{escape(task['description'])}</div>",
+            escape(task["reads"]),
+            str(task["classes"]),
+            percent(task["chance"]),
+            *(f"{task['examples'][split]:,}" for split in ("train", "validation", "test")),
         )
         for task in results["tasks"]
-    )
-    return section(
-        "Negation: forgetting one task",
-        "base − scaling coefficient × task vector. The control is the mean of the other tasks. The "
-        f"coefficient keeps {share} % of its pretrained validation accuracy. Of those that do, it "
-        "is the nearest to the mean of the best ones of resamples, where the best one has the "
-        "lowest accuracy on the target. Target: lower is better. Control: higher is better. Test "
-        "accuracy, before and after.",
-        table(
-            (
-                "task forgotten, method",
-                "coef.",
-                "target before",
-                "target after",
-                "control before",
-                "control after",
-            ),
-            rows,
-        ),
-        _why_zero(
-            (f"{task['name']}, {m['title']}", results["negation"][m["name"]][task["name"]])
-            for task in results["tasks"]
-            for m in methods
-        ),
-        f"<div class=grid>{pictures}</div>",
-    )
+    ]
+    head = ("task", "what it asks", "reads", "classes", "by chance, %")
+    return table((*head, "train", "validation", "test"), lines, text_columns=3)
 
 
-def interference(results: Results) -> str:
-    """Return the section on what each vector does to the other tasks."""
-    names = [task["name"] for task in results["tasks"]]
-    pictures = "".join(
-        figure(
-            heatmaps.matrix(
-                f"interference-{method['name']}",
-                results["interference"][method["name"]],
-                names,
-                low=0.7,
-                high=1.3,
-                colours="RdBu",
-                row_label="vector of",
-                column_label="accuracy on",
-            ),
-            f"{method['title']}: test accuracy with one vector added, divided by zero-shot.",
-            f"interference matrix of {method['title']}",
-        )
-        for method in results["methods"]
-    )
-    return section(
-        "Interference",
-        "The effect of one task's vector on every task: acc_j(base + vector_i) / acc_j(base). The "
-        "diagonal is the gain on the vector's own task. Elsewhere 1.00 means no interference, and "
-        "less means harm.",
-        f"<div class=grid>{pictures}</div>",
-    )
+def added_by_task(results: Results, model: str) -> str:
+    """Return the table of each task's accuracy: alone, and with all vectors added."""
+
+    def cell(runs: list[dict[str, Any]], task: str) -> str:
+        alone = fmean(run["single"][task]["value"] for run in runs)
+        added = [run["addition"]["tasks"][task] for run in runs]
+        ends = {key: fmean(each[key] for each in added) for key in ("value", "low", "high")}
+        return f"{percent(alone)} → {estimate(ends)}"
+
+    before = {task: percent(each["value"]) for task, each in results["zero_shot"][model].items()}
+    return _by_task(results, model, before, cell)
 
 
-def _why_zero(searches: Iterable[tuple[str, Results]]) -> str:
+def negated_by_task(results: Results, model: str) -> str:
+    """Return the table of the accuracy on each forgotten task, and on the others meanwhile."""
+
+    def cell(runs: list[dict[str, Any]], task: str) -> str:
+        found = [run["negation"][task] for run in runs if run["negation"]]
+        if not found:
+            return ""
+        target, control = (fmean(e[k]["value"] for e in found) for k in ("target", "control"))
+        return f"<b>{percent(target)}</b> <small>others {percent(control)}</small>"
+
+    first = next((run["negation"] for run in results["runs"] if _negated(run, model)), None)
+    if not first:
+        return ""
+    before = {
+        task: f"{percent(each['target_zero_shot']['value'])} "
+        f"<small>others {percent(each['control_zero_shot']['value'])}</small>"
+        for task, each in first.items()
+    }
+    return _by_task(results, model, before, cell)
+
+
+def why_zero(results: Results, model: str) -> str:
     """Return a line for each search that ended in no edit."""
-    found = [f"{name}: {each['why_zero']}." for name, each in searches if each.get("why_zero")]
+    found = []
+    for row, runs in runs_of(results, model).items():
+        for run in runs:
+            searches = {"addition": run["addition"]} | (run["negation"] or {})
+            found += [
+                f"{titles(results)[row]}, {name}, seed {run['seed']}: {each['why_zero']}."
+                for name, each in searches.items()
+                if each["why_zero"]
+            ]
     return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
-def _mean(estimates: dict[str, dict[str, float]]) -> str:
-    values = [estimate["value"] for estimate in estimates.values()]
-    return f"<b>{percent(sum(values) / len(values))}</b>"
+def _by_task(
+    results: Results,
+    model: str,
+    before: Mapping[str, str],
+    cell: Callable[[list[dict[str, Any]], str], str],
+) -> str:
+    """Return a table with a column for each task: the pretrained model, then each row's runs."""
+    names = [task["name"] for task in results["tasks"]]
+    lines = [["pretrained", *(before[name] for name in names)]]
+    for row, runs in runs_of(results, model).items():
+        lines.append([row_label(results, row), *(cell(runs, name) for name in names)])
+    return table(("", *map(escape, names)), lines)
+
+
+def _negated(run: Mapping[str, Any], model: str) -> bool:
+    return run["model"] == model and bool(run["negation"])
+
+
+def _gap(gap: Mapping[str, float]) -> str:
+    value, _, ends = span(gap, sign="+").partition(" ")
+    return f"<b>{value}</b> <small>{ends.strip('()')}</small>"

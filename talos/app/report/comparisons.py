@@ -217,11 +217,9 @@ def _negations(results: Results, model: str) -> dict[str, list[dict[str, float]]
 def _before_negation(results: Results, model: str) -> list[float]:
     """Return the pretrained accuracy on the tasks to forget, and on the others: means."""
     for runs in runs_of(results, model).values():
-        if runs[0]["negation"]:
-            each = runs[0]["negation"].values()
-            return [
-                fmean(n[f"{k}_zero_shot"]["value"] for n in each) for k in ("target", "control")
-            ]
+        if found := [each for each in (runs[0]["negation"] or {}).values() if each]:
+            keys = ("target_zero_shot", "control_zero_shot")
+            return [fmean(each[key]["value"] for each in found) for key in keys]
     return []
 
 

@@ -23,6 +23,7 @@ class Figure:
         needs: what a recipe must have for it.
         panels: its plots of a model, none where the results have nothing for it.
         table: the numbers of its plots of a model.
+        apart: whether each plot says all by itself, as one of each row does.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Figure:
     needs: str
     panels: Callable[[Results, str], list[Panel]]
     table: Callable[[Results, str], Table]
+    apart: bool = False
 
     def available(self, results: Results, model: str | None = None) -> bool:
         """Return whether the results have what it needs, of a model or of any."""
@@ -42,9 +44,10 @@ class Figure:
         return picture(f"{self.name}-{model}", self.panels(results, model))
 
     def pictures(self, results: Results, model: str) -> list[str]:
-        """Return an SVG element for each plot, for a page that lays them out itself."""
-        panels = enumerate(self.panels(results, model))
-        return [picture(f"{self.name}-{model}-{place}", [panel]) for place, panel in panels]
+        """Return SVG elements for a page that lays them out: those plots apart that can be."""
+        panels = self.panels(results, model)
+        parts = [[panel] for panel in panels] if self.apart else [panels] if panels else []
+        return [picture(f"{self.name}-{model}-{n}", part) for n, part in enumerate(parts)]
 
     def save(self, results: Results, model: str, path: Path) -> None:
         """Write its plots below each other to a file, .svg or .png, on white ground.
@@ -120,6 +123,7 @@ FIGURES: Mapping[str, Figure] = {
             _measure("interference"),
             matrices.interference,
             matrices.over_tasks_table("interference"),
+            apart=True,
         ),
         Figure(
             "disentanglement",
@@ -130,6 +134,7 @@ FIGURES: Mapping[str, Figure] = {
             _measure("disentanglement"),
             matrices.disentanglement,
             matrices.disentanglement_table,
+            apart=True,
         ),
         Figure(
             "linearity",
@@ -158,6 +163,7 @@ FIGURES: Mapping[str, Figure] = {
             "a method with masks",
             matrices.structure,
             matrices.structure_table,
+            apart=True,
         ),
         Figure(
             "overlap",
@@ -167,6 +173,7 @@ FIGURES: Mapping[str, Figure] = {
             "a method with masks",
             matrices.overlap,
             matrices.over_tasks_table("mask_iou"),
+            apart=True,
         ),
         Figure(
             "sensitivity",
@@ -177,6 +184,7 @@ FIGURES: Mapping[str, Figure] = {
             _measure("sensitivity"),
             matrices.sensitivity,
             matrices.over_tasks_table("sensitivity"),
+            apart=True,
         ),
         Figure(
             "cost",

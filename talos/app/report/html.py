@@ -1,13 +1,13 @@
 """The page's building blocks: tables, figures, sections. All texts of the results are escaped."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from talos.app.report.results import Results, percent
+from talos.app.report.results import Results
+from talos.app.report.rows import percent, row_style, titles
 from talos.app.report.style import VARIABLES
-from talos.app.report.svg import method_colour
 
-__all__ = ["escape", "estimate", "figure", "method_label", "section", "table"]
+__all__ = ["details", "escape", "estimate", "figure", "row_label", "section", "table"]
 
 _NARROW = 4  # columns that fit on a phone; a table of more says there that it scrolls
 
@@ -17,8 +17,10 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def estimate(entry: dict[str, float]) -> str:
-    """Return an estimate with its interval as HTML, in per cent."""
+def estimate(entry: Mapping[str, float] | None) -> str:
+    """Return an estimate with its interval as HTML, in per cent; nothing where there is none."""
+    if entry is None:
+        return ""
     return (
         f"<b>{percent(entry['value'])}</b> "
         f"<small>{percent(entry['low'])}–{percent(entry['high'])}</small>"
@@ -49,20 +51,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: i
     )
 
 
-def figure(svg: str, caption: str, label: str) -> str:
-    """Return a figure with its caption, in the page's colours, which differ in a dark theme.
+def figure(svg: str, label: str) -> str:
+    """Return a figure in the page's colours, which differ in a dark theme.
 
     Args:
         svg: the figure's element.
-        caption: text under it.
         label: a description for screen readers.
     """
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
-    return (
-        f'<figure role=img aria-label="{escape(label)}">{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return f'<figure role=img aria-label="{escape(label)}">{svg}</figure>'
 
 
 def section(title: str, text: str, *parts: str) -> str:
@@ -70,10 +68,15 @@ def section(title: str, text: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
 
 
-def method_label(results: Results, method: dict[str, str]) -> str:
-    """Return a method's title as HTML, with a dot of its colour."""
-    colour = VARIABLES[method_colour(results, method["name"])]
+def details(summary: str, *parts: str) -> str:
+    """Return parts in HTML that are hidden until a reader opens them."""
+    return f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def row_label(results: Results, row: str) -> str:
+    """Return a row's title as HTML, with a dot of its colour."""
+    colour = VARIABLES[row_style(results, row).colour]
     return (
-        f'<span class=method><span class=dot style="background:{colour}"></span>'
-        f"{escape(method['title'])}</span>"
+        f'<span class=row><span class=dot style="background:{colour}"></span>'
+        f"<span>{escape(titles(results)[row])}</span></span>"
     )

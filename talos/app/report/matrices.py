@@ -110,12 +110,13 @@ def disentanglement(results: Results, model: str) -> list[Panel]:
             mesh = _heat(axes, values, labels, labels, low=0, high=top, colours="YlGnBu")
             one, two = (_cut(task, 24) for task in tasks)
             axes.set_ylabel(f"coefficient of\n{one}")
-            axes.set_xlabel(f"coefficient of {two}")
+            said = "" if len(coefs) > _MOST else "\n(numbers: other predictions, %)"
+            axes.set_xlabel(f"coefficient of {two}{said}")
             if len(coefs) > _MOST:
-                label = "disagreement, % of both tasks"
+                label = "other predictions, %"
                 axes.figure.colorbar(mesh, ax=axes, label=label).outline.set_visible(False)
 
-        height = 0.8 + min(max(0.3 * len(coefs), 1.6), 3.4)
+        height = 1.0 + min(max(0.3 * len(coefs), 1.6), 3.4)
         return Panel(height, paint, titles(results)[row])
 
     return [panel(row, each["tasks"], each["coefs"], each["error"]) for row, each in found.items()]
@@ -146,7 +147,8 @@ def _over_tasks(
             axes.set_ylabel(row_label)
             axes.set_xlabel(column_label)
 
-        return Panel(1.3 + _INCH * len(tasks), paint, titles(results)[row])
+        cells = max(_INCH * len(tasks), 1.3)  # the label beside them is as long as that
+        return Panel(0.6 + cells + _foot(tasks), paint, titles(results)[row])
 
     return [panel(row, each) for row, each in with_row(results, part, model).items()]
 
@@ -227,11 +229,22 @@ def _heat(
     axes.set_xticks([j + 0.5 for j in range(0, len(columns), every)], across[::every])
     axes.set_yticks([i + 0.5 for i in range(0, len(rows), down)], upright[::down])
     axes.tick_params(length=0, labelsize=9)
-    if max(len(line) for label in across for line in label.split("\n")) > _LETTERS // len(columns):
-        axes.tick_params(axis="x", rotation=90)
+    axes.tick_params(axis="x", rotation=90 if _upright(across) else 0)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     return mesh
+
+
+def _upright(labels: Sequence[str]) -> bool:
+    """Return whether labels below columns have no room beside each other."""
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    return longest > _LETTERS // len(labels)
+
+
+def _foot(labels: Sequence[str]) -> float:
+    """Return the height of labels below columns, in inches."""
+    cut = [_cut(label) for label in labels]
+    return 0.08 * max(map(len, cut)) if _upright(cut) else 0.2
 
 
 def _cut(label: str, letters: int = 18) -> str:

@@ -1,22 +1,19 @@
-"""The page: headline, tiles and sections around the same results."""
+"""The page: who was compared and who won, then the sections with figures and tables."""
 
 import os
+from collections.abc import Callable
 
-from talos.app.report import accuracies, artefacts, sweep
-from talos.app.report.html import escape
-from talos.app.report.results import (
-    SWEEP_SCHEMA,
-    Results,
-    check_results,
-    headline,
-    percent,
-    vector_bytes,
-)
+from talos.app.report import accuracies, artefacts
+from talos.app.report.figures import FIGURES
+from talos.app.report.headline import compared, no_edits, winner
+from talos.app.report.html import details, escape, figure, section, table
+from talos.app.report.results import Results, check_results
 from talos.app.report.style import CSS
 from talos.files import atomic_write
-from talos.tensors import readable_size
 
 __all__ = ["render", "write_report"]
+
+Part = Callable[[str], str]  # the HTML of a part of a section that is about a model
 
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> None:
@@ -39,61 +36,122 @@ def render(results: Results) -> str:
         TalosRuntimeError: matplotlib is missing.
     """
     check_results(results)
-    title, body = (sweep.content if results["schema"] == SWEEP_SCHEMA else _content)(results)
+    title = escape(results["title"])
     return (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
         '<meta name=color-scheme content="light dark">\n'
-        f"<title>talos demo: {escape(title)}</title>\n<style>{CSS}</style>\n"
-        "</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+        f"<title>talos: {title}</title>\n<style>{CSS}</style>\n"
+        "</head>\n<body>\n<main>\n"
+        "<header><p class=eyebrow>talos · fine-tuning and task arithmetic, compared</p>\n"
+        f"<h1>{title}</h1>\n{_answer(results)}</header>\n"
+        + "\n".join(_sections(results))
+        + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _content(results: Results) -> tuple[str, list[str]]:
-    """Return the title of a demo's page and the HTML of its sections."""
-    count = len(results["tasks"])
-    first, *others = headline(results)
-    body = [
-        "<header>",
-        "<p class=eyebrow>talos · sparse fine-tuning and task arithmetic</p>",
-        f"<h1>{count} tasks, one encoder: edit it with sparse task vectors</h1>",
-        f"<p class=lead>{escape(first)}</p>",
-        f"<p class=more>{escape(' '.join(others))}</p>",
-        _tiles(results),
-        "</header>",
-        accuracies.tasks(results),
-        accuracies.single(results),
-        accuracies.addition(results),
-        accuracies.negation(results),
-        artefacts.masks(results),
-        accuracies.interference(results),
-        artefacts.files(results),
-        artefacts.timings(results),
-        artefacts.next_steps(results),
-        artefacts.made(results),
-    ]
-    return f"{count} tasks", body
+def _answer(results: Results) -> str:
+    """Return the first screen: what was compared, and for each model who won and its table."""
+    parts = [f"<p class=lead>{escape(compared(results))}</p>"]
+    for model in results["models"]:
+        name = model["name"]
+        heading = f"<h2>{escape(name)}</h2>" if len(results["models"]) > 1 else ""
+        parts.append(
+            f"{heading}<p class=lead>{escape(winner(results, name))}</p>"
+            f"{accuracies.answer(results, name)}"
+        )
+    parts += [f"<p class=more>{escape(line)}</p>" for line in no_edits(results)]
+    share = results["recipe"].get("evaluation", {}).get("control_share", 0.95)
+    legend = {
+        "all added": "accuracy of one model with the task vectors of all tasks, mean over the "
+        "tasks; the best one is underlined",
+        "against": "difference from the first row in points, on the same examples and seeds; "
+        "better or worse only if its interval leaves out 0",
+        "alone": "accuracy of each task's own model",
+        "normalised": "added divided by alone, task by task; it flatters rows that are weak alone",
+        "forgotten task": "accuracy on a task after its vector was subtracted; lower is better",
+        "its other tasks": f"accuracy on the others then; the search keeps {100 * share:g} % of it",
+    }
+    lines = "".join(f"<dt>{escape(key)}<dd>{escape(text)}" for key, text in legend.items())
+    return "".join(parts) + details(
+        "How to read this",
+        "<p>Test accuracy in per cent. Small numbers are 95 % intervals over test examples and "
+        "seeds; of twenty such intervals one misses by chance. Coefficients and learning rates "
+        f"were chosen on validation data.</p><dl>{lines}</dl>",
+    )
 
 
-def _tiles(results: Results) -> str:
-    tiles = []
-    for method in results["methods"]:
-        added = results["addition"][method["name"]]
-        absolute, normalised = (percent(added[k]["value"]) for k in ("absolute", "normalised"))
-        tiles.append(
-            (
-                f"{absolute} %",
-                f"accuracy of all tasks in one model, {method['title']}; "
-                f"normalised: {normalised} %",
+def _sections(results: Results) -> list[str]:
+    """Return the sections in the order of the page, without those that have nothing to show."""
+
+    def drawn(name: str, *more: Part, opened: bool = False) -> str:
+        """Return the section of a figure: pictures, the same numbers in a table, more tables."""
+        shown = FIGURES[name]
+
+        def pictures(model: str) -> str:
+            found = shown.pictures(results, model)
+            if not found:
+                return ""
+            head, lines = shown.table(results, model)
+            numbers = table(
+                [escape(cell) for cell in head],
+                [[escape(cell) for cell in line] for line in lines],
             )
+            label = f"{shown.title}, {model}"
+            grid = "".join(figure(picture, label) for picture in found)
+            hidden = numbers if opened else details("The numbers of the figure", numbers)
+            return f"<div class=grid>{grid}</div>{hidden}"
+
+        return told(shown.title, shown.about, pictures, *more)
+
+    def told(title: str, about: str, *parts: Part) -> str:
+        """Return a section with parts for each model, or nothing where no model has any."""
+        found = {m["name"]: "".join(part(m["name"]) for part in parts) for m in results["models"]}
+        several = len(found) > 1
+        shown = (
+            (f"<h3>{escape(model)}</h3>" if several else "") + each
+            for model, each in found.items()
+            if each
         )
-    size = vector_bytes(results, results["methods"][0]["name"])
-    tiles.append((readable_size(size), f"a task vector of {results['methods'][0]['title']}"))
-    tiles.append((f"{results['timings']['total'] / 60:.1f} min", "for everything on this page"))
-    return (
-        "<div class=tiles>"
-        + "".join(
-            f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in tiles
-        )
-        + "</div>"
-    )
+        return section(title, about, *shown) if any(found.values()) else ""
+
+    sections = [
+        drawn("summary"),
+        section(
+            "The tasks",
+            "A model answers by comparing the input with each class: a text encoder with the texts "
+            "of the classes, a language model by the likelihood of each answer, an image model "
+            "with the mean features of each class.",
+            accuracies.tasks(results),
+        ),
+        drawn("rates", opened=True),
+        told(
+            "Addition, task by task",
+            "Test accuracy: the task's own model → one model with all vectors added, mean over the "
+            "seeds. Small: its 95 % interval over the test examples.",
+            lambda model: accuracies.added_by_task(results, model),
+            lambda model: accuracies.why_zero(results, model),
+        ),
+        drawn("coefficient"),
+        drawn("density"),
+        drawn("negation", lambda model: accuracies.negated_by_task(results, model)),
+        *map(drawn, ("structure", "overlap", "interference", "disentanglement", "linearity")),
+        *map(drawn, ("sensitivity", "drift", "cost")),
+        told(
+            "Training and files",
+            "Means over the tasks and seeds. A task vector's file holds only the entries that were "
+            "trained; the checkpoint of all weights is in fp32.",
+            lambda model: artefacts.trained(results, model),
+        ),
+        section(
+            "What to do next",
+            "Run these in the folder of this page.",
+            artefacts.next_steps(results),
+        ),
+        section(
+            "How it was made",
+            "The same recipe on the same machine gives the same numbers.",
+            artefacts.made(results),
+        ),
+    ]
+    return [each for each in sections if each]

@@ -1,4 +1,4 @@
-"""Runs to compare: what `talos eval --json` and `talos demo` wrote.
+"""Runs to compare: what `talos eval --json` and `talos experiment` wrote.
 
 The JSON of `talos eval`, version 1. Estimates are those of `talos.app.report.results`.
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talos.app.report.results import SCHEMA, SWEEP_SCHEMA, check_results, read_json
+from talos.app.report.results import SCHEMA, check_results, read_json
 from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Estimate
 
@@ -43,7 +43,7 @@ __all__ = [
 EVAL_SCHEMA = "talos-eval"
 EVAL_SCHEMA_VERSION = 1
 
-_WHAT = "the JSON of `talos eval --json` or the results.json of `talos demo`"
+_WHAT = "the JSON of `talos eval --json` or the results.json of `talos experiment`"
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Run:
     Attributes:
         path: the file.
         tasks: in the order of the file.
-        outcomes: bool [n] of each task, the right answers; of a demo none.
+        outcomes: bool [n] of each task, the right answers; of an experiment none.
         single: the same of each task's own vector alone, where they were evaluated.
         fingerprints: of each task's test examples, where there are answers.
         estimates: accuracies by task, and their mean under None, where there are no answers.
         normalised: estimate of the normalised accuracy, where there are no answers.
-        method: of a demo.
+        label: of an experiment: the row, and the model and the seed where there are several.
         scaling_coef: of the edit, where there is one.
         linearized: whether the model's first-order expansion was evaluated.
         model: the option --model, where it is known.
@@ -73,7 +73,7 @@ class Run:
     fingerprints: dict[str, str] = field(default_factory=dict)
     estimates: dict[str | None, Estimate] = field(default_factory=dict)
     normalised: Estimate | None = None
-    method: str | None = None
+    label: str | None = None
     scaling_coef: float | None = None
     linearized: bool = False
     model: str | None = None
@@ -82,17 +82,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The file, with the method of a demo, or with what was evaluated if it is an expansion."""
+        """The file, with the row of an experiment, or with the kind of an expansion."""
         return self._named(str(self.path))
 
     @property
     def short_name(self) -> str:
-        """The same, the file without folder and suffix; of a demo its folder."""
+        """The same, the file without folder and suffix; of an experiment its folder."""
         folder = self.path.absolute().parent.name
-        return self._named(self.path.stem if self.method is None else folder)
+        return self._named(self.path.stem if self.label is None else folder)
 
     def _named(self, name: str) -> str:
-        kind = "(linearized)" if self.linearized else self.method
+        kind = "(linearized)" if self.linearized else self.label
         return name if kind is None else f"{name} {kind}"
 
 
@@ -150,9 +150,7 @@ def from_hex(digits: str, count: int) -> Tensor:
 
 
 def load_runs(path: Path) -> list[Run]:
-    """Read the edits of a file: one of `talos eval`, one for each method of `talos demo`.
-
-    Of a demo with several densities or seeds, the edits of all its runs.
+    """Read the edits of a file: one of `talos eval`, the merged model of each run of an experiment.
 
     Raises:
         TalosOSError: the file cannot be read.
@@ -161,15 +159,9 @@ def load_runs(path: Path) -> list[Run]:
     results = read_json(path, _WHAT)
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema == SCHEMA:
-        return _demo_runs(results, path)
-    if schema == SWEEP_SCHEMA:
         check_results(results, str(path))
-        with _undamaged(path, "the folder of each run", "talos demo"):
-            folders = [Path(cell["folder"]) for cell in results["cells"]]
-            if any(folder.is_absolute() or ".." in folder.parts for folder in folders):
-                raise ValueError("a folder that is not below its own")
-        files = [path.parent / folder / "results.json" for folder in folders]
-        return [run for file in files for run in _demo_runs(read_json(file, _WHAT), file)]
+        with _undamaged(path, "the accuracies of each run", "talos experiment"):
+            return list(_of_experiment(results, path))
     if schema != EVAL_SCHEMA:
         raise TalosValueError(f"{path} must be {_WHAT}, got another file")
     if results.get("schema_version") != EVAL_SCHEMA_VERSION:
@@ -302,16 +294,15 @@ def _read_run(results: Mapping[str, Any], path: Path) -> Run:
     )
 
 
-def _demo_runs(results: Any, path: Path) -> list[Run]:
-    check_results(results, str(path))
-    with _undamaged(path, "the accuracies of each method", "talos demo"):
-        return list(_methods(results, path))
-
-
-def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
-    """Yield a demo's merged model of each method."""
-    for method in results["methods"]:
-        added = results["addition"][method["name"]]
+def _of_experiment(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
+    """Yield the merged model of each run."""
+    sources = {str(model["name"]): str(model["source"]) for model in results["models"]}
+    seeds = {run["seed"] for run in results["runs"]}
+    for run in results["runs"]:
+        added = run["addition"]
+        label = [str(run["row"])]
+        label += [run["model"]] if len(sources) > 1 else []
+        label += [f"seed {run['seed']}"] if len(seeds) > 1 else []
         yield Run(
             path,
             list(added["tasks"]),
@@ -320,9 +311,9 @@ def _methods(results: Mapping[str, Any], path: Path) -> Iterator[Run]:
                 None: _read_estimate(added["absolute"]),
             },
             normalised=_read_estimate(added["normalised"]),
-            method=str(method["name"]),
+            label=", ".join(label),
             scaling_coef=float(added["scaling_coef"]),
-            model=results["settings"].get("model"),
+            model=sources[run["model"]],
         )
 
 

@@ -46,12 +46,15 @@ h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .4rem}
 .more{color:var(--soft);max-width:52rem;margin-top:0}
 section{border-top:1px solid var(--line);padding-top:1.6rem;margin-top:2.2rem}
 section>p{color:var(--soft);max-width:52rem;margin:.2rem 0 1rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.75rem;
-margin-top:1.4rem}
-.tiles div{background:var(--panel);border:1px solid var(--line);border-radius:.6rem;
-padding:.8rem 1rem}
-.tiles b{display:block;font-size:1.55rem;letter-spacing:-.02em;line-height:1.2}
-.tiles span{color:var(--soft);font-size:.85rem;line-height:1.3;display:block}
+header h2{margin:1.6rem 0 .2rem}
+h3{font-size:1.02rem;margin:1.4rem 0 .5rem;overflow-wrap:anywhere}
+.best{border-bottom:3px solid var(--m0);padding-bottom:.1rem}
+details{margin-top:.9rem}
+details>.wide{margin-top:.6rem}
+summary{color:var(--soft);font-size:.9rem;cursor:pointer;width:fit-content}
+details p,dl{color:var(--soft);font-size:.9rem;max-width:52rem;margin:.6rem 0}
+dt{font-weight:600;color:var(--ink)}
+dd{margin:0 0 .4rem 1rem}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem;background:
 linear-gradient(to left,var(--page) 40%,transparent) right/3rem 100% no-repeat local,
 linear-gradient(to left,var(--shade),transparent) right/.9rem 100% no-repeat scroll}
@@ -63,17 +66,18 @@ th:first-child,td:first-child{position:sticky;left:0;background:var(--page)}
 td.n,th.n{text-align:right;white-space:nowrap}
 th.n{white-space:normal}
 td small{color:var(--soft);font-size:.8rem}
+header td small{display:block}
 .dot{display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.4em}
 .long{min-width:15rem}
-td .method{white-space:nowrap}
-.pair,.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
+.row{display:flex;align-items:baseline;min-width:8rem}
+.row .dot{flex:none}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
 gap:1.5rem 2rem;align-items:start;margin-top:1rem}
-.pair>*,.grid>*{min-width:0}
+.grid>*{min-width:0}
 figure{margin:0}
-.wide+figure{margin-top:1.2rem}
+.grid+.wide,.grid+details+.wide{margin-top:1.2rem}
 figure svg{display:block;width:100%;height:auto;max-width:520px}
 figure svg text{font-family:inherit!important}
-figcaption{color:var(--soft);font-size:.85rem;margin-top:.3rem}
 .step{margin:.9rem 0 .25rem;font-size:.92rem}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;margin:0;
 padding:.65rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.86rem}

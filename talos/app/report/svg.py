@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from talos.app.extras import import_package
-from talos.app.report.results import Results
-from talos.app.report.style import EDGE, INK, LINE, METHODS
+from talos.app.report.style import EDGE, INK, LINE
 
-__all__ = ["Panel", "draw", "folded", "method_colour", "picture", "save"]
+__all__ = ["Panel", "folded", "picture", "save"]
 
 _WIDTH = 4.5  # inches: a phone scales the picture to 360 px, and text of 9 points to 10 px
 _LETTERS = 44  # of the title of a row that fit into a line of the legend
@@ -33,17 +32,6 @@ class Panel:
     height: float
     paint: Callable[[Any], None]
     title: str = ""
-
-
-def method_colour(results: Results, method: str) -> str:
-    """Return a method's colour, the same in every figure and table."""
-    names = [entry["name"] for entry in results["methods"]]
-    return METHODS[names.index(method) % len(METHODS)]
-
-
-def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
-    """Draw a picture of one plot that has its own legend; see `picture`."""
-    return picture(name, [Panel(height, paint)])
 
 
 def picture(name: str, panels: Sequence[Panel]) -> str:
@@ -147,9 +135,8 @@ def _legend(figure: Any, plots: Sequence[Any]) -> float:
     """Put one legend above all plots, where no line can run through it; return its height."""
     found: dict[str, Any] = {}
     for axes in plots:
-        if axes.get_legend() is None:
-            handles, labels = axes.get_legend_handles_labels()
-            found = dict(zip(labels, handles, strict=True)) | found
+        handles, labels = axes.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
     if not found:
         return 0.0
     labels = [folded(label, _LETTERS) for label in found]

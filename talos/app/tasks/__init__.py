@@ -1,7 +1,8 @@
-"""Classification tasks: made of the Python installation itself, or of a user's texts or images."""
+"""Classification tasks: of the Python installation, of packages, or of a user's texts or images."""
 
 from talos.app.tasks.files import load_file
 from talos.app.tasks.images import ImageExample, ImageTask, load_digits, load_image_folder
+from talos.app.tasks.load import load_any
 from talos.app.tasks.registry import available_tasks, load_task
 from talos.app.tasks.task import Batches, Example, LabelledSplits, Task
 
@@ -13,6 +14,7 @@ __all__ = [
     "LabelledSplits",
     "Task",
     "available_tasks",
+    "load_any",
     "load_digits",
     "load_file",
     "load_image_folder",

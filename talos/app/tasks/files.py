@@ -22,7 +22,12 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def load_file(
-    path: str | Path, *, class_texts: Mapping[str, str] | None = None, seed: int = 0
+    path: str | Path,
+    *,
+    class_texts: Mapping[str, str] | None = None,
+    seed: int = 0,
+    text: str = "text",
+    label: str = "label",
 ) -> Task:
     r"""Load a task from a file and split it 80/10/10 within each class.
 
@@ -37,6 +42,8 @@ def load_file(
         path: the file.
         class_texts: the text of each label that it names, in place of the file's.
         seed: decides which rows are in which split.
+        text: the column of the texts, if it has another name.
+        label: the column of the labels, if it has another name.
 
     Returns:
         The task, named like the file without its suffix. Its classes are the labels, sorted; by
@@ -60,7 +67,13 @@ def load_file(
         (('cat', 'dog'), 16, 2, 2)
     """
     path = Path(path)
-    found = _unique(path, _read(path))
+    columns = text, label
+    if LABEL_TEXT in columns or text == label:
+        raise TalosValueError(
+            f"text and label must be two columns, none of them {LABEL_TEXT}, got {text!r} and "
+            f"{label!r}"
+        )
+    found = _unique(path, _read(path, columns, columns))
     rows = found.labels
     counts = Counter(rows.values())
     if len(counts) < 2:
@@ -68,23 +81,23 @@ def load_file(
             f"path must hold at least two classes, got {len(counts)} ({', '.join(counts)}) in "
             f"{path}; add rows with another label"
         )
-    small = [f"{label!r} {count}" for label, count in counts.items() if count < MIN_CLASS]
+    small = [f"{name!r} {count}" for name, count in counts.items() if count < MIN_CLASS]
     if small:
         raise TalosValueError(
             f"path must hold at least {MIN_CLASS} different texts of each class, one for each "
             f"split, got {several(small)} in {path}; add rows or leave these classes out"
         )
-    if unknown := [label for label in class_texts or () if label not in counts]:
+    if unknown := [name for name in class_texts or () if name not in counts]:
         raise TalosValueError(
             f"class_texts must name labels of {path}, got {unknown[0]!r}; its labels are "
             f"{several(sorted(counts), unknown[0])}"
         )
     texts = found.label_texts | dict(class_texts or {})
-    whole = all(_WHOLE.fullmatch(label) for label in counts)
-    names = sorted(counts, key=lambda label: (int(label) if whole else 0, label))
+    whole = all(_WHOLE.fullmatch(name) for name in counts)
+    names = sorted(counts, key=lambda name: (int(name) if whole else 0, name))
     classes = [
-        [Example(text, label) for text, found in rows.items() if found == name]
-        for label, name in enumerate(names)
+        [Example(row, number) for row, found in rows.items() if found == name]
+        for number, name in enumerate(names)
     ]
     return Task(
         path.stem,
@@ -138,14 +151,22 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
         TalosOSError: the file cannot be read.
         TalosValueError: it is not what its suffix says, lacks the column text or has no rows.
     """
-    rows = [(text, label) for _, text, label, _ in _read(path, needed=("text",))]
+    rows = [(text, label) for _, text, label, _ in _read(path, COLUMNS, ("text",))]
     if not rows:
         raise TalosValueError(f"path must hold at least one row, got an empty {path}")
     return rows
 
 
-def _read(path: Path, needed: Sequence[str] = COLUMNS) -> Iterator[tuple[int, str, str, str]]:
-    """Yield line number, text, label and the label's text of each row."""
+def _read(
+    path: Path, columns: tuple[str, str], needed: Sequence[str]
+) -> Iterator[tuple[int, str, str, str]]:
+    """Yield line number, text, label and the label's text of each row.
+
+    Args:
+        path: the file.
+        columns: those of the texts and labels.
+        needed: those of them that must be there.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise TalosValueError(
             f"path must end in {' or '.join(SUFFIXES)}, got {path}; save the rows in one of "
@@ -165,14 +186,14 @@ def _read(path: Path, needed: Sequence[str] = COLUMNS) -> Iterator[tuple[int, st
             f"{error.start} of {path}; save the file as UTF-8"
         ) from error
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    for line, row in read(path, decoded, needed):
+    for line, row in read(path, decoded, columns, needed):
         for column in needed:
             if not row[column].strip():
                 raise TalosValueError(
                     f"path must give each row a {column}, got an empty one in line {line} of "
                     f"{path}; fill it in or remove the row"
                 )
-        text, label, label_text = (row.get(key, "").strip() for key in (*COLUMNS, LABEL_TEXT))
+        text, label, label_text = (row.get(key, "").strip() for key in (*columns, LABEL_TEXT))
         try:
             f"{text}{label}{label_text}".encode()
         except UnicodeEncodeError as error:  # "\\ud800" in JSON is half a character
@@ -196,9 +217,9 @@ def _missing(path: Path, line: int, found: list[str], needed: Sequence[str]) -> 
     )
 
 
-def _check_once(path: Path, line: int, found: list[str]) -> None:
+def _check_once(path: Path, line: int, found: list[str], columns: tuple[str, str]) -> None:
     """Refuse a header that names a column twice, which of two would be a guess."""
-    if twice := [each for each in (*COLUMNS, LABEL_TEXT) if found.count(each) > 1]:
+    if twice := [each for each in (*columns, LABEL_TEXT) if found.count(each) > 1]:
         raise TalosValueError(
             f"path must have the column {twice[0]} once, got it {found.count(twice[0])} times in "
             f"line {line} of {path}; rename the others"
@@ -206,7 +227,7 @@ def _check_once(path: Path, line: int, found: list[str]) -> None:
 
 
 def _read_csv(
-    path: Path, content: str, needed: Sequence[str]
+    path: Path, content: str, columns: tuple[str, str], needed: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows, divided by what divides the needed columns in the header."""
     if not content.strip():
@@ -223,7 +244,7 @@ def _read_csv(
             reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
             headers.append(list(reader.fieldnames or ()))
             if set(needed) <= set(headers[-1]):
-                _check_once(path, first, headers[-1])
+                _check_once(path, first, headers[-1], columns)
                 rows = [(reader.line_num + first - 1, row) for row in reader]
                 break
         else:
@@ -246,7 +267,7 @@ def _read_csv(
 
 
 def _read_jsonl(
-    path: Path, content: str, needed: Sequence[str]
+    path: Path, content: str, columns: tuple[str, str], needed: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
     # Not splitlines(): JSON texts may hold other line ends, such as U+2028, unescaped.
     for line, text in enumerate(content.split("\n"), 1):
@@ -266,13 +287,14 @@ def _read_jsonl(
             )
         if not set(needed) <= set(row):
             raise _missing(path, line, list(row), needed)
-        label, label_text = row.get("label", ""), row.get(LABEL_TEXT) or ""
-        if "label" not in needed:  # then it may be anything
+        content, label = row[columns[0]], row.get(columns[1], "")
+        label_text = row.get(LABEL_TEXT) or ""
+        if columns[1] not in needed:  # then it may be anything
             label = "" if label is None else str(label)
-        strings = isinstance(row["text"], str) and isinstance(label_text, str)
+        strings = isinstance(content, str) and isinstance(label_text, str)
         if not strings or isinstance(label, bool | float | list | dict | None):
             raise TalosValueError(
                 f"path must hold texts and labels that are strings (labels may be whole "
-                f"numbers), got {row['text']!r:.60} and {label!r:.60} in line {line} of {path}"
+                f"numbers), got {content!r:.60} and {label!r:.60} in line {line} of {path}"
             )
-        yield line, {"text": row["text"], "label": str(label), LABEL_TEXT: label_text}
+        yield line, {columns[0]: content, columns[1]: str(label), LABEL_TEXT: label_text}

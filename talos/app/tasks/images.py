@@ -34,7 +34,7 @@ class ImageExample:
     """An image with its class.
 
     Attributes:
-        image: a file, or gray values, uint8 [H, W].
+        image: a file, or pixels, uint8 [H, W] if gray, else [H, W, 3].
         label: index into the task's `class_names`.
     """
 

@@ -1,10 +1,16 @@
-"""The tasks that are made of the Python installation itself, by name."""
+"""The tasks that are built in, by name: of the Python installation itself, and of packages."""
 
 import difflib
 import functools
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+from talos.app.nearest import did_you_mean
+from talos.app.tasks.catalogue import PACKAGED, PackagedTask
+from talos.app.tasks.images import ImageExample, ImageTask
+from talos.app.tasks.package_images import Picture
 from talos.app.tasks.sources import library_folder
 from talos.app.tasks.splits import DEFAULT_SIZES, SPLITS, Candidate, split_groups
 from talos.app.tasks.standard_library import SOURCES, TaskSource
@@ -66,7 +72,7 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
         raise TalosValueError(
             f"name must be a known task, got {name!r}; {hint}known are {', '.join(_BY_NAME)}"
         )
-    wanted = _checked_sizes(sizes, len(task.classes))
+    wanted = checked_sizes(sizes, len(task.classes))
     lacking = _lacking(task)
     if lacking is not None:
         raise TalosValueError(lacking)
@@ -81,7 +87,64 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
     )
 
 
-def _checked_sizes(sizes: Sequence[int] | None, n_classes: int) -> tuple[int, int, int]:
+def load_packaged(
+    name: str, *, seed: int = 0, sizes: Sequence[int] | None = None
+) -> Task | ImageTask:
+    """Load a task whose data lies in a package; docs/data.md lists them.
+
+    No text or picture is in two splits, and all classes are equally large in a split, up to one
+    example.
+
+    Args:
+        name: the task's name.
+        seed: decides which examples are in which split, and which are drawn.
+        sizes: largest number of train, validation and test examples, by default 1600, 96, 400.
+
+    Raises:
+        TalosOSError: the package is not on this machine; the message says how to get it.
+        TalosTypeError: one of `sizes` is not an integer.
+        TalosValueError: there is no such task, or the package holds something else. Or `seed` is
+            not an integer, or `sizes` are not three numbers of at least one example per class.
+    """
+    known = {task.name: task for task in PACKAGED}
+    if name not in known:
+        raise TalosValueError(
+            f"name must be a known task, got {name!r}{did_you_mean(name, known)}; known are "
+            f"{', '.join(known)}"
+        )
+    task = known[name]
+    wanted = checked_sizes(sizes, len(task.classes))
+    path = task.package.find(name)
+    try:
+        splits = split_groups(task.build(path), len(task.classes), seed, wanted)
+    except (OSError, EOFError, LookupError, ValueError, StopIteration, tarfile.TarError) as error:
+        raise _damaged(task, path, str(error) or type(error).__name__) from error
+    if not all(splits):
+        raise _damaged(task, path, "too few examples")
+    about = (name, task.description, tuple(task.classes), tuple(task.classes.values()))
+    pictures = [[each for each in split if isinstance(each, Picture)] for split in splits]
+    if any(pictures):
+        return ImageTask(
+            *about, *([ImageExample(each.pixels(), each.label) for each in s] for s in pictures)
+        )
+    texts = [[each for each in split if isinstance(each, Candidate)] for split in splits]
+    return Task(*about, *([Example(c.text, c.label, c.origin) for c in split] for split in texts))
+
+
+def _damaged(task: PackagedTask, path: Path, found: str) -> TalosValueError:
+    return TalosValueError(
+        f"data must be {task.package.name} as it was published, got {path} without the data of "
+        f"{task.name} ({found}); remove it and run: {task.package.command()}"
+    )
+
+
+def checked_sizes(sizes: Sequence[int] | None, n_classes: int) -> tuple[int, int, int]:
+    """Return the sizes of the splits, by default 1600, 96, 400.
+
+    Raises:
+        TalosTypeError: one of `sizes` is not an integer.
+        TalosValueError: they are not three numbers of at least `n_classes`.
+    """
     given = DEFAULT_SIZES if sizes is None else tuple(sizes)
     if not all(isinstance(size, int) for size in given):
         raise TalosTypeError(f"sizes must be three integers, got {given!r}")

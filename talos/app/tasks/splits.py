@@ -3,9 +3,9 @@
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from talos.options import integer
 
@@ -19,6 +19,21 @@ MIN_CLASS = 3
 
 # Consecutive texts of a file that stay together when the file is cut into regions.
 REGION = 16
+
+
+class Grouped(Protocol):
+    """An example that a task may use, with its class and its group."""
+
+    @property
+    def label(self) -> int:
+        """Index of its class."""
+
+    @property
+    def group(self) -> str:
+        """Examples of one group are always in the same split."""
+
+
+G = TypeVar("G", bound=Grouped)
 
 
 @dataclass(frozen=True)
@@ -50,10 +65,20 @@ def text_key(text: str) -> str:
 
 def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Keep the first of equal texts, and none of those that occur with two labels."""
-    first: dict[str, Candidate] = {}
+    return deduplicate_by(lambda candidate: text_key(candidate.text), candidates)
+
+
+def deduplicate_by(key_of: Callable[[G], Hashable], candidates: Iterable[G]) -> list[G]:
+    """Keep the first of candidates with equal keys, and none of those that have two labels.
+
+    Args:
+        key_of: returns what is compared; a candidate whose key is empty is dropped.
+        candidates: the candidates.
+    """
+    first: dict[Hashable, G] = {}
     ambiguous = set()
     for candidate in candidates:
-        key = text_key(candidate.text)
+        key = key_of(candidate)
         known = first.setdefault(key, candidate)
         if known.label != candidate.label:
             ambiguous.add(key)
@@ -82,8 +107,8 @@ def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int)
 
 
 def split_groups(
-    candidates: Sequence[Candidate], n_classes: int, seed: int, sizes: tuple[int, int, int]
-) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    candidates: Sequence[G], n_classes: int, seed: int, sizes: tuple[int, int, int]
+) -> tuple[list[G], list[G], list[G]]:
     """Draw three splits of at most `sizes` candidates, each with every class equally often.
 
     Groups go, the largest first, to the split that lacks most of its share of their classes. So
@@ -92,7 +117,7 @@ def split_groups(
     balanced but get smaller.
     """
     draw = _generator(seed)
-    groups: dict[str, list[Candidate]] = defaultdict(list)
+    groups: dict[str, list[G]] = defaultdict(list)
     for candidate in candidates:
         groups[candidate.group].append(candidate)
     totals = Counter(candidate.label for candidate in candidates)
@@ -151,11 +176,9 @@ def _generator(seed: int) -> random.Random:
     return random.Random(f"talos {integer('seed', seed, 0)}")
 
 
-def _draw(
-    draw: random.Random, groups: Sequence[Sequence[Candidate]], n_classes: int, size: int
-) -> list[Candidate]:
+def _draw(draw: random.Random, groups: Sequence[Sequence[G]], n_classes: int, size: int) -> list[G]:
     """Draw `size` candidates, equally many of each class, spread over the groups."""
-    pools: list[list[tuple[int, float, Candidate]]] = [[] for _ in range(n_classes)]
+    pools: list[list[tuple[int, float, G]]] = [[] for _ in range(n_classes)]
     for group in groups:
         ranks = Counter[int]()
         for candidate in draw.sample(group, len(group)):
@@ -163,7 +186,7 @@ def _draw(
             ranks[candidate.label] += 1
     quota = min([size // n_classes, *(len(pool) for pool in pools)])
     rest = size - quota * n_classes if quota == size // n_classes else 0
-    drawn: list[Candidate] = []
+    drawn: list[G] = []
     for label, pool in enumerate(pools):
         pool.sort(key=lambda item: item[:2])
         drawn += [candidate for _, _, candidate in pool[: quota + (label < rest)]]

@@ -60,6 +60,8 @@ class Batches:
         seed: shuffles the examples; None keeps their order.
         epoch: gives another order for the same seed.
         chosen: the places of the examples to take, in this order; None takes all.
+        window: of so many batches in a row, examples of similar length share a batch; 1 leaves
+            the order as it is.
     """
 
     labels: Sequence[int]
@@ -69,6 +71,7 @@ class Batches:
     seed: int | None = None
     epoch: int = 0
     chosen: Sequence[int] | None = None
+    window: int = 1
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which decides the order of the next iterations."""
@@ -83,6 +86,18 @@ class Batches:
         places = range(len(self.labels)) if self.chosen is None else self.chosen
         return replace(self, chosen=sorted(places, key=lambda place: self.lengths[place]))
 
+    def similar_lengths(self, window: int = 8) -> "Batches":
+        """Return shuffled batches of similar length: little padding, the same examples.
+
+        Of every `window` batches, the examples are sorted by length, and the full batches that
+        this gives are shuffled. So after so many batches the same examples have been seen, each as
+        often as without this.
+
+        Args:
+            window: how many batches share their examples.
+        """
+        return replace(self, window=window)
+
     def first(self, count: int) -> "Batches":
         """Return batches of the first `count` examples of this epoch's order."""
         return replace(self, chosen=self.order()[:count])
@@ -92,9 +107,19 @@ class Batches:
         if self.chosen is not None:
             return self.chosen
         places = list(range(len(self.labels)))
+        draw = random.Random(f"talos {self.seed} {self.epoch}")
         if self.seed is not None:
-            random.Random(f"talos {self.seed} {self.epoch}").shuffle(places)
-        return places
+            draw.shuffle(places)
+        if self.window == 1:
+            return places
+        found, size = [], self.batch_size
+        for start in range(0, len(places), self.window * size):
+            part = places[start : start + self.window * size]
+            part.sort(key=lambda place: self.lengths[place], reverse=True)
+            whole = [part[i : i + size] for i in range(0, len(part) // size * size, size)]
+            draw.shuffle(whole)
+            found += [place for batch in whole for place in batch] + part[len(whole) * size :]
+        return found
 
     def __len__(self) -> int:
         return -(-len(self.order()) // self.batch_size)

@@ -28,7 +28,8 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Files of `talos eval --json`, or results.json of a demo, at least two edits.",
+            help="Files of `talos eval --json`, or results.json of an experiment; at least two "
+            "edits.",
         ),
     ],
     json: Json = None,
@@ -38,7 +39,7 @@ def compare(
     """Compare edits with the first one: accuracies and differences with 95 % intervals.
 
     Differences are paired: all edits are resampled on the same test examples. They need the
-    answers to each example, which the results.json of a demo does not hold.
+    answers to each example, which the results.json of an experiment does not hold.
     """
     for path in runs:
         check_input("RUN", path)

@@ -90,9 +90,9 @@ def demo(
             f"--seed must be at most {2**64 - seeds} with --seeds {seeds}, got {seed}"
         )
     from talos.app.cli.loading import find_model
-    from talos.app.cli.tables import show_results
     from talos.app.demo import DemoSettings, Progress, kept, run_demo, run_sweep
     from talos.app.demo.folder import check
+    from talos.app.demo.report.tables import show_results
 
     densities = density or [DemoSettings.density]
     with as_options(_OPTIONS):

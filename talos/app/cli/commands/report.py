@@ -1,4 +1,4 @@
-"""`talos report`: make the page of a demo again from its results.json."""
+"""`talos report`: the page of an experiment, made from its results.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,35 +6,36 @@ from typing import Annotated
 import typer
 
 from talos.app.cli.console import next_step, on_interrupt, stdout
-from talos.app.cli.options import Overwrite, check_input, check_output
-from talos.errors import TalosError, TalosValueError
+from talos.app.cli.options import Overwrite, check_output
+from talos.app.cli.studies import as_written, results_file
 
 __all__ = ["EXAMPLES", "report"]
 
-EXAMPLES = ("talos report demo/results.json --out again.html",)
+EXAMPLES = ("talos report demo", "talos report demo/results.json --out page.html")
 
 
 def report(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The results.json of a demo.")],
-    out: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
+    results: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="The folder of an experiment, or its results.json."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The page to write (.html); by default report.html in DIR, made anew."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make the HTML report of a demo again from its results.json, which holds all figures."""
-    check_input("RESULTS", results)
-    check_output(out, overwrite, ".html")
+    """Show who won an experiment, and write its report: one HTML page with tables and figures."""
+    file = results_file(results)
+    page = out or file.parent / "report.html"
+    check_output(page, overwrite or out is None, ".html")
     from talos.app.cli.tables import show_results
     from talos.app.report import load_results, write_report
 
-    loaded = load_results(results)
-    try:
+    loaded = load_results(file)
+    with as_written(file), on_interrupt("nothing was written"):
         show_results(stdout(), loaded)
-        with on_interrupt("nothing was written"):
-            write_report(loaded, out)
-    except TalosError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise TalosValueError(
-            f"RESULTS must be as `talos demo` wrote it, got {results} with another structure "
-            f"({error!r:.100}); run `talos demo` again"
-        ) from error
-    next_step(f"open {out} in a browser")
+        write_report(loaded, page)
+    next_step(f"open {page} in a browser")

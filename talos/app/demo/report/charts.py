@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from talos.app.report.results import Results, seconds_by_phase, shared_label
-from talos.app.report.style import GREY
-from talos.app.report.svg import draw, method_colour
+from talos.app.demo.report.results import Results, seconds_by_phase, shared_label
+from talos.app.demo.report.style import GREY
+from talos.app.demo.report.svg import draw, method_colour
 
 __all__ = ["accuracy_curve", "negation_curve", "phase_bars", "size_bars"]
 

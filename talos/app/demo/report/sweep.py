@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from talos.app.report.accuracies import tasks
-from talos.app.report.artefacts import setting_rows
-from talos.app.report.html import escape, figure, method_label, section, table
-from talos.app.report.results import FIGURES, Results, percent
-from talos.app.report.style import GREY
-from talos.app.report.svg import draw, method_colour
+from talos.app.demo.report.accuracies import tasks
+from talos.app.demo.report.artefacts import setting_rows
+from talos.app.demo.report.html import escape, figure, method_label, section, table
+from talos.app.demo.report.results import FIGURES, Results, percent
+from talos.app.demo.report.style import GREY
+from talos.app.demo.report.svg import draw, method_colour
 
 __all__ = ["content", "spread", "unedited"]
 

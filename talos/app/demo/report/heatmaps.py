@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from talos.app.report.results import Results
-from talos.app.report.style import GREY, LINE
-from talos.app.report.svg import draw
+from talos.app.demo.report.results import Results
+from talos.app.demo.report.style import GREY, LINE
+from talos.app.demo.report.svg import draw
 from talos.architecture.layers import KINDS
 
 __all__ = ["mask_structure", "matrix"]

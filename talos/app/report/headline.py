@@ -1,0 +1,155 @@
+"""What was compared and who won, in plain sentences."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from talos.app.report.results import Results
+from talos.app.report.rows import percent, titles
+
+__all__ = ["compared", "headline", "no_edits", "summaries", "verdict", "winner", "zero_shot"]
+
+_MANY = 4  # rows that a sentence lists by name
+
+
+def headline(results: Results) -> list[str]:
+    """Summarise the results, whichever row is better: a sentence or two for each model."""
+    several = len(results["models"]) > 1
+    found = [compared(results)]
+    for model in results["models"]:
+        sentence = winner(results, model["name"])
+        if sentence:
+            found.append(f"{model['name']}: {sentence}" if several else sentence)
+    return found + no_edits(results)
+
+
+def compared(results: Results) -> str:
+    """Say what was compared."""
+    rows = list(_named(results).values())
+    models = _listed([model["name"] for model in results["models"]])
+    tasks = _count(len(results["tasks"]), "task")
+    seeds = _count(max((entry["seeds"] for entry in results["summary"]), default=1), "seed")
+    named = f"{_listed(rows)}: " if len(rows) <= _MANY else ""
+    return _capital(
+        f"{named}{_count(len(rows), 'way')} of fine-tuning {models}, compared on {tasks} with "
+        f"{seeds}. Each task is learned alone and gives a task vector, an edit of the weights. The "
+        "vectors of all tasks are then added to one model, which is tested on all tasks."
+    )
+
+
+def summaries(results: Results, model: str) -> dict[str, dict[str, Any]]:
+    """Return the summary of each row of a model, in the order of the tables."""
+    found = {each["row"]: each for each in results["summary"] if each["model"] == model}
+    return {row: found[row] for row in titles(results) if row in found}
+
+
+def zero_shot(results: Results, model: str) -> float:
+    """Return the mean accuracy of a pretrained model over the tasks."""
+    return fmean(each["value"] for each in results["zero_shot"][model].values())
+
+
+def verdict(summary: Mapping[str, Any], key: str = "added") -> str:
+    """Say whether a row's figure is better than the first row's: an interval may hold zero."""
+    gap = summary["against_first"]
+    if not gap:
+        return ""
+    return "better" if gap[key]["low"] > 0 else "worse" if gap[key]["high"] < 0 else "not clear"
+
+
+def winner(results: Results, model: str) -> str:
+    """Say which row's merged model is the most accurate, and whether chance explains it."""
+    found = summaries(results, model)
+    if not found:
+        return ""
+    named = _named(results)
+    added = {row: each["figures"]["added"] for row, each in found.items()}
+    first, best = next(iter(found)), max(added, key=lambda row: added[row]["value"])
+    shares = {row: f"{percent(each['value'])} %" for row, each in added.items()}
+    before = f"the pretrained model {percent(zero_shot(results, model))} %"
+    rivals = {row: each for row, each in found.items() if row != best}
+    if not rivals:
+        return (
+            f"With all task vectors added, {named[best]} answers {shares[best]} of the test "
+            f"examples right, {before}."
+        )
+    close = [named[row] for row in rivals if _close(found, best, row)]
+    lead = f" is ahead, but without a clear lead over {_few(close)}" if close else " wins"
+    beside = before if best == first else f"{named[first]} {shares[first]}, {before}"
+    sentences = [
+        f"{named[best]}{lead}: with all task vectors added it answers {shares[best]} of the test "
+        f"examples right, {beside}."
+    ]
+    if best != first:
+        gap = found[best]["against_first"]["added"]
+        value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
+        sentences.append(
+            f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high}."
+        )
+        kinds: dict[str, list[str]] = {"better": [], "worse": [], "not clear": []}
+        for row in (row for row in rivals if row != first):
+            kinds[verdict(found[row])].append(named[row])
+        parts = [f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows]
+        if parts:
+            sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
+    return _capital(" ".join(sentences))
+
+
+def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
+    """Return whether chance may explain the lead of the best row over another one.
+
+    A pair with the first row has an interval of its own; else the best row's must leave out the
+    other's value.
+    """
+    first = next(iter(found))
+    if first in (best, row):
+        return verdict(found[row if first == best else best]) == "not clear"
+    added, other = (found[each]["figures"]["added"] for each in (best, row))
+    return bool(added["low"] <= other["value"])
+
+
+def no_edits(results: Results) -> list[str]:
+    """Say which searches chose the coefficient 0."""
+    found = []
+    for model in results["models"]:
+        at = f" on {model['name']}" if len(results["models"]) > 1 else ""
+        for row, title in _named(results).items():
+            runs = [r for r in results["runs"] if (r["model"], r["row"]) == (model["name"], row)]
+            none = sum(run["addition"]["scaling_coef"] == 0 for run in runs)
+            if none:
+                found.append(
+                    f"With {title}{at} no sum of the vectors was better on validation data in "
+                    f"{none} of {_count(len(runs), 'run')}: the merged model is the pretrained one."
+                )
+            left = [
+                task
+                for run in runs
+                for task, each in (run["negation"] or {}).items()
+                if each["scaling_coef"] == 0
+            ]
+            if left:
+                tasks = _listed(list(dict.fromkeys(left)))
+                found.append(f"With {title}{at} nothing was subtracted to forget {tasks}.")
+    return found
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _named(results: Results) -> dict[str, str]:
+    """Return the rows' titles for a sentence: `TaLoS (density 0.1)` for `TaLoS, density 0.1`."""
+    parts = {row: title.partition(", ") for row, title in titles(results).items()}
+    return {row: f"{a} ({b})" if b else a for row, (a, _, b) in parts.items()}
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _few(names: Sequence[str]) -> str:
+    """Join names, or count them where they are many."""
+    return _listed(names) if len(names) <= _MANY else f"{len(names)} rows"

@@ -1,0 +1,111 @@
+"""Load any data by its name, as every command's --data and every recipe takes it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from talos.app.nearest import beside, did_you_mean, several
+from talos.app.tasks.catalogue import PACKAGED
+from talos.app.tasks.files import SUFFIXES, load_file
+from talos.app.tasks.images import ImageTask, load_digits, load_image_folder
+from talos.app.tasks.registry import checked_sizes, load_packaged, load_task
+from talos.app.tasks.splits import SPLITS
+from talos.app.tasks.standard_library import SOURCES
+from talos.app.tasks.task import Task
+from talos.errors import TalosValueError
+
+__all__ = ["built_in", "load_any"]
+
+T = TypeVar("T", Task, ImageTask)
+
+
+def built_in() -> list[str]:
+    """Return the names of the built-in tasks, of which some need a package.
+
+    Example:
+        >>> "cifar10" in built_in()
+        True
+    """
+    return [*(task.name for task in SOURCES), "digits", *(task.name for task in PACKAGED)]
+
+
+def load_any(
+    data: str,
+    sizes: Sequence[int] | None = None,
+    *,
+    name: str = "",
+    text: str = "text",
+    label: str = "label",
+) -> Task | ImageTask:
+    """Load a built-in task, a file or a folder of images, in the splits of seed 0.
+
+    No seed of a command changes the splits: otherwise a model could be evaluated on its training
+    data.
+
+    Args:
+        data: the name of a built-in task, or the path of a file or folder.
+        sizes: largest number of train, validation and test examples. By default a built-in task
+            has at most 1600, 96 and 400, and a file or folder is taken whole.
+        name: the task's name; "" for the usual one.
+        text: the column of a file that holds the texts.
+        label: the column of a file that holds the labels.
+
+    Raises:
+        TalosOSError: the data cannot be read, or its package is not on this machine.
+        TalosTypeError: one of `sizes` is not an integer.
+        TalosValueError: there is no such data, or it cannot be split into a task.
+
+    Example:
+        >>> load_any("character_kind", (60, 12, 12), name="characters").name
+        'characters'
+    """
+    task = _load(data, sizes, text, label)
+    return replace(task, name=name) if name else task
+
+
+def _load(data: str, sizes: Sequence[int] | None, text: str, label: str) -> Task | ImageTask:
+    path = Path(data)
+    if path.is_file():
+        return _limited(load_file(path, text=text, label=label), sizes)
+    if data == "digits":
+        return _limited(load_digits(), sizes)
+    if path.is_dir():
+        images = load_image_folder(path)
+        images.check()
+        return _limited(images, sizes)
+    if data in [task.name for task in SOURCES]:
+        return load_task(data, sizes=sizes)
+    if data in [task.name for task in PACKAGED]:
+        return load_packaged(data, sizes=sizes)
+    files = [each for each in beside(path) if Path(each).suffix.lower() in SUFFIXES]
+    stems = {str(Path(each).with_suffix("")): each for each in files}
+    near = did_you_mean(data, [*built_in(), *files])
+    near = f"; did you mean {stems[data]}?" if data in stems else near
+    near = near or f"; built in are {several(built_in(), data, most=8)}"
+    raise TalosValueError(
+        "data must be a built-in task, or an existing .csv, .tsv or .jsonl file or folder of "
+        f"images, got {data}{near}"
+    )
+
+
+def _limited(task: T, sizes: Sequence[int] | None) -> T:
+    """Keep at most so many examples of each split, of all classes alike where there are enough."""
+    if sizes is None:
+        return task
+    wanted = checked_sizes(sizes, len(task.class_names))
+    train, validation, test = (
+        _first(task.examples(split), size) for split, size in zip(SPLITS, wanted, strict=True)
+    )
+    return replace(task, train=train, validation=validation, test=test)
+
+
+def _first(examples: Sequence[Any], size: int) -> list[Any]:
+    """Return the first `size` examples, counted within each class, in their order."""
+    seen = Counter[int]()
+    ranks = []
+    for place, example in enumerate(examples):
+        ranks.append((seen[example.label], place))
+        seen[example.label] += 1
+    return [examples[place] for place in sorted(place for _, place in sorted(ranks)[:size])]
