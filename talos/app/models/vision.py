@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["VisionEncoder", "is_vision", "load_vision_folder"]
 
 EXAMPLES = 32  # of a class, for a head
-SCALE = 20.0
+# Of 20, 30, 40, 60, 80 and 100 the cross-entropy on validation data, with heads of 32 examples of a
+# class, is least at 30 for CIFAR-10 and at 60 for MNIST; 40 is within 0.05 of both.
+SCALE = 40.0
 _PIXELS_FILE = "preprocessor_config.json"
 
 
