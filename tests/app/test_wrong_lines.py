@@ -184,6 +184,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ),
     # Files that are not there
     ("calibrate --data pets --dry-run", "--data", "got pets; did you mean pets.csv?"),
+    ("calibrate --data paper:mnits --dry-run", "--data", "did you mean paper:mnist?"),
     ("calibrate --data pest.csv --dry-run", "--data", "got pest.csv; did you mean pets.csv?"),
     ("calibrate --data code_packages --dry-run", "--data", "did you mean code_package?"),
     ("calibrate --data quite_different --dry-run", "--data", "built in are character_kind"),

@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from talos.app.experiments.settings import (
 )
 from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.files import SUFFIXES
+from talos.app.tasks.hub import PREFIX
+from talos.app.tasks.load import load_any
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
 
@@ -50,7 +53,7 @@ TITLES = {
 
 _FOLDER = Path(__file__).parent.parent / "recipes"
 _OF_TRAINING = ("steps", "weight_decay", "warmup", "accumulate")
-_OF_TASKS = ("text", "label")
+_OF_TASKS = tuple(each for each in signature(load_any).parameters if each != "sizes")
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def _model(entry: Any, folder: Path) -> ModelEntry:
 
 def _task(entry: Any, folder: Path) -> TaskEntry:
     table = _entry("tasks", entry, "data")
-    check_keys("tasks", table, ("data", "name", *_OF_TASKS))
+    check_keys("tasks", table, _OF_TASKS)
     settings = {key: value for key, value in table.items() if key not in ("data", "name")}
     name = table.get("name")
     data = _beside_recipe(table["data"], folder)
@@ -270,9 +273,9 @@ def _task(entry: Any, folder: Path) -> TaskEntry:
 
 def _beside_recipe(name: str, folder: Path) -> str:
     """Return a file or folder that a recipe names, found from the recipe's folder; else a name."""
-    path = folder / Path(name).expanduser()
+    path = folder / Path(name.removeprefix(PREFIX)).expanduser()
     if path.exists():
-        return str(path)
+        return PREFIX * name.startswith(PREFIX) + str(path)
     if path.suffix.lower() in SUFFIXES:
         near = did_you_mean(str(path), beside(path))
         raise TalosOSError(f"tasks must be files that exist, got {path}{near}")

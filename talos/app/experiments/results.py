@@ -22,14 +22,13 @@ from talos.app.experiments.machine import machine, versions
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.store import Cell
+from talos.app.report.results import SCHEMA, SCHEMA_VERSION
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.evaluation import Bootstrap, Estimate
 from talos.evaluation.intervals import Model, over_tasks
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Gathered", "chosen_rate", "results_of"]
-
-SCHEMA, SCHEMA_VERSION = "talos-experiment", 1
+__all__ = ["Gathered", "chosen_rate", "results_of"]
 
 _MATRICES = ("interference", "sensitivity")
 _FIGURES = ("alone", "added", "normalised", "target", "control")

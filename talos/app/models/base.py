@@ -164,6 +164,8 @@ class ZeroShotClassifier(Classifier):
 
         logits = scale * encoder(example) @ head.T
 
+    Where a text has several lines, each describes the class: its vector is the mean of theirs.
+
     The head is a buffer, so nothing scores, selects or trains it. It is not in the `state_dict`,
     which therefore fits every other task with the same encoder.
 
@@ -188,7 +190,7 @@ class ZeroShotClassifier(Classifier):
         super().__init__()
         self.class_texts = checked_class_texts(class_texts)
         self.encoder = encoder
-        made = encoder.encode(self.class_texts) if head is None else head.to(encoder.device)
+        made = _head(encoder, self.class_texts) if head is None else head.to(encoder.device)
         self.register_buffer("head", made, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -204,6 +206,16 @@ class ZeroShotClassifier(Classifier):
         vectors = self.encoder(*(batch[key] for key in self.encoder.inputs))
         logits: Tensor = self.encoder.scale * (vectors @ self.head.to(vectors.dtype).T)
         return logits
+
+
+def _head(encoder: ZeroShotEncoder, class_texts: Sequence[str]) -> Tensor:
+    """Return a unit vector of each class: of the mean over the lines of its text."""
+    lines = [[line for line in text.splitlines() if line.strip()] for text in class_texts]
+    if all(len(each) == 1 for each in lines):
+        return encoder.encode(class_texts)
+    vectors = encoder.encode([line for each in lines for line in each])
+    means = [part.mean(0) for part in vectors.split([len(each) for each in lines])]
+    return nn.functional.normalize(torch.stack(means), dim=-1)
 
 
 def checked_class_texts(class_texts: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from talos.app.report.html import escape, estimate, row_label, table
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, runs_of, span, titles
 
-__all__ = ["added_by_task", "answer", "negated_by_task", "tasks", "why_zero"]
+__all__ = ["added_by_task", "answer", "failed_rates", "negated_by_task", "tasks", "why_zero"]
 
 
 def answer(results: Results, model: str) -> str:
@@ -37,7 +37,7 @@ def answer(results: Results, model: str) -> str:
         cells = (
             row_label(results, row),
             f"<span class=best>{added}</span>" if wins else added,
-            f"{_gap(gap['added'])} <small>{verdict(each)}</small>" if gap else "",
+            _gap(gap["added"], verdict(each)) if gap else "",
             *(estimate(figures[key]) for key in ("alone", "normalised", "target", "control")),
             f"{each['lr']:g}",
             str(each["seeds"]),
@@ -82,21 +82,31 @@ def negated_by_task(results: Results, model: str) -> str:
     """Return the table of the accuracy on each forgotten task, and on the others meanwhile."""
 
     def cell(runs: list[dict[str, Any]], task: str) -> str:
-        found = [run["negation"][task] for run in runs if run["negation"]]
+        found = [run["negation"][task] for run in runs if run["negation"][task]]
         if not found:
             return ""
         target, control = (fmean(e[k]["value"] for e in found) for k in ("target", "control"))
         return f"<b>{percent(target)}</b> <small>others {percent(control)}</small>"
 
-    first = next((run["negation"] for run in results["runs"] if _negated(run, model)), None)
-    if not first:
-        return ""
-    before = {
-        task: f"{percent(each['target_zero_shot']['value'])} "
-        f"<small>others {percent(each['control_zero_shot']['value'])}</small>"
-        for task, each in first.items()
-    }
-    return _by_task(results, model, before, cell)
+    before = {}
+    for run in results["runs"]:
+        for task, each in run["negation"].items():
+            if run["model"] == model and each:
+                target, control = (each[f"{k}_zero_shot"]["value"] for k in ("target", "control"))
+                others = f"<small>others {percent(control)}</small>"
+                before[task] = f"{percent(target)} {others}"
+    return _by_task(results, model, before, cell) if before else ""
+
+
+def failed_rates(results: Results, model: str) -> str:
+    """Return a line for each row with rates that were tried and have no figures."""
+    found = []
+    for each in results["rows"]:
+        known = [point["lr"] for point in results["rates"].get(model, {}).get(each["row"], ())]
+        failed = [f"{lr:g}" for lr in each["lr"] if lr not in known]
+        if known and failed:
+            found.append(f"{each['title']}: training failed at {', '.join(failed)}.")
+    return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
 def why_zero(results: Results, model: str) -> str:
@@ -104,11 +114,11 @@ def why_zero(results: Results, model: str) -> str:
     found = []
     for row, runs in runs_of(results, model).items():
         for run in runs:
-            searches = {"addition": run["addition"]} | (run["negation"] or {})
+            searches = {"addition": run["addition"], **run["negation"]}
             found += [
                 f"{titles(results)[row]}, {name}, seed {run['seed']}: {each['why_zero']}."
                 for name, each in searches.items()
-                if each["why_zero"]
+                if each and each["why_zero"]
             ]
     return "".join(f"<p>{escape(line)}</p>" for line in found)
 
@@ -121,16 +131,12 @@ def _by_task(
 ) -> str:
     """Return a table with a column for each task: the pretrained model, then each row's runs."""
     names = [task["name"] for task in results["tasks"]]
-    lines = [["pretrained", *(before[name] for name in names)]]
+    lines = [["pretrained", *(before.get(name, "") for name in names)]]
     for row, runs in runs_of(results, model).items():
         lines.append([row_label(results, row), *(cell(runs, name) for name in names)])
     return table(("", *map(escape, names)), lines)
 
 
-def _negated(run: Mapping[str, Any], model: str) -> bool:
-    return run["model"] == model and bool(run["negation"])
-
-
-def _gap(gap: Mapping[str, float]) -> str:
+def _gap(gap: Mapping[str, float], verdict: str) -> str:
     value, _, ends = span(gap, sign="+").partition(" ")
-    return f"<b>{value}</b> <small>{ends.strip('()')}</small>"
+    return f"<b>{value}</b> {verdict} <small>{ends.strip('()')}</small>"

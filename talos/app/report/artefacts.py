@@ -41,7 +41,8 @@ def next_steps(results: Results) -> str:
     model, row = results["models"][0], results["rows"][0]["row"]
     vectors = {f["task"]: f["path"] for f in _files(results, "vector", model["name"], row)}
     masks = [f["path"] for f in _files(results, "mask", model["name"], row)]
-    data = {task.get("name") or task["data"]: task["data"] for task in results["recipe"]["tasks"]}
+    pairs = zip(results["tasks"], results["recipe"]["tasks"], strict=False)
+    data = {task["name"]: entry["data"] for task, entry in pairs}
     lines: list[tuple[str, list[tuple[str, ...]]]] = []
     if vectors:
         lines.append(("inspect a task vector", [("inspect", next(iter(vectors.values())))]))
@@ -85,8 +86,15 @@ def made(results: Results) -> str:
     for model in results["models"]:
         sizes = f"{model['parameters']:,} entries, {model['maskable']:,} may be selected"
         facts.append((f"model {model['name']}", f"{model['source']}, {sizes}"))
-    for part in ("calibration", "training", "evaluation"):
-        facts += _flat(recipe.get(part) or {}, f"{part}: ")
+    own = {each["row"]: dict(_flat(each["settings"])) for each in results["rows"]}
+    found: dict[str, list[object]] = {}
+    for settings in own.values():
+        for key, value in settings.items():
+            found.setdefault(key, []).append(value)
+    shared = {k: each[0] for k, each in found.items() if all(v == each[0] for v in each)}
+    for part in ("training", "evaluation"):
+        shared = dict(_flat(recipe[part])) | shared
+    facts += shared.items()
     timings = results["timings"]
     facts += results["versions"].items()
     facts += _flat(results["machine"], "machine: ")
@@ -95,19 +103,16 @@ def made(results: Results) -> str:
         for kind, seconds in timings["by_kind"].items()
     ]
     facts += [("time in all", f"{timings['total'] / 60:.1f} min"), ("made", results["created"])]
-    rows = [
-        (
-            row_label(results, each["row"]),
-            escape(each["method"]),
-            escape(", ".join(f"{key} {value}" for key, value in _flat(each["settings"]))),
-            escape(_plain(each["lr"])),
-        )
-        for each in results["rows"]
-    ]
+    rows = []
+    for each in results["rows"]:
+        name = each["row"]
+        differ = (f"{key} {_plain(v)}" for key, v in own[name].items() if key not in shared)
+        cells = (each["method"], ", ".join(differ), _plain(each["lr"]))
+        rows.append((row_label(results, name), *map(escape, cells)))
     lines = [(escape(key), escape(_plain(value))) for key, value in facts]
-    return table(("", "method", "settings", "rates tried"), rows, text_columns=4) + details(
-        "All settings, versions and times", table(("setting", "value"), lines, text_columns=2)
-    )
+    head = ("", "method", "settings that differ", "rates tried")
+    every = table(("setting", "value"), lines, text_columns=2)
+    return table(head, rows, text_columns=4) + details("All settings, versions and times", every)
 
 
 def _files(results: Results, kind: str, model: str, row: str) -> list[dict[str, Any]]:

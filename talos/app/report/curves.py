@@ -280,6 +280,7 @@ def _log_axis(axes: Any, values: Sequence[float], form: str) -> None:
             kept.append(tick)
     axes.set_xticks(kept, [_short(tick, form) for tick in kept])
     axes.minorticks_off()
+    axes.margins(y=0.1)
     axes.grid(True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, titles
 
-__all__ = ["compared", "headline", "no_edits", "summaries", "verdict", "winner", "zero_shot"]
+__all__ = ["compared", "headline", "remarks", "summaries", "verdict", "winner", "zero_shot"]
 
 _MANY = 4  # rows that a sentence lists by name
 
@@ -20,7 +20,7 @@ def headline(results: Results) -> list[str]:
         sentence = winner(results, model["name"])
         if sentence:
             found.append(f"{model['name']}: {sentence}" if several else sentence)
-    return found + no_edits(results)
+    return found + remarks(results)
 
 
 def compared(results: Results) -> str:
@@ -74,20 +74,24 @@ def winner(results: Results, model: str) -> str:
         )
     close = [named[row] for row in rivals if _close(found, best, row)]
     lead = f" is ahead, but without a clear lead over {_few(close)}" if close else " wins"
-    beside = before if best == first else f"{named[first]} {shares[first]}, {before}"
+    second = max(rivals, key=lambda row: added[row]["value"])
+    beside = [
+        f"{named[row]} {shares[row]}" for row in dict.fromkeys((second, first)) if row != best
+    ]
     sentences = [
         f"{named[best]}{lead}: with all task vectors added it answers {shares[best]} of the test "
-        f"examples right, {beside}."
+        f"examples right, {', '.join((*beside, before))}."
     ]
-    if best != first:
-        gap = found[best]["against_first"]["added"]
+    gaps = found[best]["against_first"]
+    if gaps:
+        gap = gaps["added"]
         value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
         sentences.append(
             f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high}."
         )
         kinds: dict[str, list[str]] = {"better": [], "worse": [], "not clear": []}
         for row in (row for row in rivals if row != first):
-            kinds[verdict(found[row])].append(named[row])
+            kinds.get(verdict(found[row]), []).append(named[row])
         parts = [f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows]
         if parts:
             sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
@@ -102,18 +106,23 @@ def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
     """
     first = next(iter(found))
     if first in (best, row):
-        return verdict(found[row if first == best else best]) == "not clear"
+        return verdict(found[row if first == best else best]) not in ("better", "worse")
     added, other = (found[each]["figures"]["added"] for each in (best, row))
     return bool(added["low"] <= other["value"])
 
 
-def no_edits(results: Results) -> list[str]:
-    """Say which searches chose the coefficient 0."""
+def remarks(results: Results) -> list[str]:
+    """Say what has no figures, and which searches chose the coefficient 0."""
     found = []
     for model in results["models"]:
-        at = f" on {model['name']}" if len(results["models"]) > 1 else ""
+        name = model["name"]
+        at = f" on {name}" if len(results["models"]) > 1 else ""
+        measured = summaries(results, name)
+        asked = [each["title"] for each in results["recipe"]["rows"] if each["row"] not in measured]
+        if asked:
+            found.append(f"Not measured{at}, because it failed or was not run: {'; '.join(asked)}.")
         for row, title in _named(results).items():
-            runs = [r for r in results["runs"] if (r["model"], r["row"]) == (model["name"], row)]
+            runs = [run for run in results["runs"] if (run["model"], run["row"]) == (name, row)]
             none = sum(run["addition"]["scaling_coef"] == 0 for run in runs)
             if none:
                 found.append(
@@ -123,8 +132,8 @@ def no_edits(results: Results) -> list[str]:
             left = [
                 task
                 for run in runs
-                for task, each in (run["negation"] or {}).items()
-                if each["scaling_coef"] == 0
+                for task, each in run["negation"].items()
+                if each and each["scaling_coef"] == 0
             ]
             if left:
                 tasks = _listed(list(dict.fromkeys(left)))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from talos.app.report import accuracies, artefacts
 from talos.app.report.figures import FIGURES
-from talos.app.report.headline import compared, no_edits, winner
+from talos.app.report.headline import compared, remarks, winner
 from talos.app.report.html import details, escape, figure, section, table
 from talos.app.report.results import Results, check_results
 from talos.app.report.style import CSS
@@ -60,7 +60,7 @@ def _answer(results: Results) -> str:
             f"{heading}<p class=lead>{escape(winner(results, name))}</p>"
             f"{accuracies.answer(results, name)}"
         )
-    parts += [f"<p class=more>{escape(line)}</p>" for line in no_edits(results)]
+    parts += [f"<p class=more>{escape(line)}</p>" for line in remarks(results)]
     share = results["recipe"].get("evaluation", {}).get("control_share", 0.95)
     legend = {
         "all added": "accuracy of one model with the task vectors of all tasks, mean over the "
@@ -124,7 +124,7 @@ def _sections(results: Results) -> list[str]:
             "with the mean features of each class.",
             accuracies.tasks(results),
         ),
-        drawn("rates", opened=True),
+        drawn("rates", lambda model: accuracies.failed_rates(results, model), opened=True),
         told(
             "Addition, task by task",
             "Test accuracy: the task's own model → one model with all vectors added, mean over the "

@@ -22,9 +22,9 @@ runs       list of model, row, seed, lr, trainable, bytes (of one vector's file)
            addition    grid (list of scaling_coef, absolute, normalised; validation data),
                        scaling_coef, why_zero (a sentence, or null), absolute and normalised
                        (estimates on test data), tasks (task -> estimate)
-           negation    task -> grid (list of scaling_coef, target, control; validation data),
-                       scaling_coef, why_zero, target, control, target_zero_shot,
-                       control_zero_shot (on test data); or null
+           negation    task -> null (only the first seed is negated), or grid (list of
+                       scaling_coef, target, control; validation data), scaling_coef, why_zero,
+                       target, control, target_zero_shot, control_zero_shot (on test data)
 summary    list of model, row, lr, seeds (how many), figures: alone, added, normalised, target and
            control, each null or value, low, high (over test examples and seeds), by_seed;
            against_first: added and normalised, each value, low, high of the paired difference

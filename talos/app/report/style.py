@@ -81,7 +81,8 @@ figure svg text{font-family:inherit!important}
 .step{margin:.9rem 0 .25rem;font-size:.92rem}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;margin:0;
 padding:.65rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.86rem}
-@media(max-width:560px){main{padding:1.2rem .9rem 3rem}table{font-size:.86rem}
+@media(max-width:560px){main{padding:1.2rem .9rem 3rem}.lead{font-size:1.05rem}
+table{font-size:.86rem}
 td small{display:block}th,td{padding:.42rem .55rem}
 .many::before{content:"scroll \\2192";position:sticky;left:0;display:block;width:fit-content;
 padding:.3rem .55rem 0;color:var(--soft);font-size:.8rem}

