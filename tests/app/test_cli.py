@@ -23,6 +23,7 @@ from talos.app.cli.commands import (
     compare,
     demo,
     evaluate,
+    experiment,
     export,
     extract,
     inspect,
@@ -46,6 +47,7 @@ from tests.tiny_models import CLIP, save_images, save_tiny_clip, save_tiny_gpt2,
 
 COMMANDS = {
     "demo": demo,
+    "experiment": experiment,
     "calibrate": calibrate,
     "train": train,
     "extract": extract,

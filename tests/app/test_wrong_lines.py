@@ -33,10 +33,10 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("compare a.json b.json --seed 1 --seed 2", "--seed", "must be given once, got 1 and 2"),
     ("report a.json --out b.html --out c.html", "--out", "given once, got b.html and c.html"),
     ("demo --out a --out b", "--out", "must be given once, got a and b"),
-    ("demo --out d --data pets.csv", "--data", "must name at least two tasks, got pets.csv"),
+    ("demo --out d --data pets.csv", "--data", "must be at least two, got pets; addition"),
     ("demo --out d --data pets.csv --data pets.csv", "--data", "must differ"),
-    ("demo --out d --data pets.csv --data sub/pets.csv", "--data", "must have different names"),
-    ("demo --out d --density 0.1 --density 0.1", "--density", "must differ, got 0.1 0.1"),
+    ("demo --out d --data pets.csv --data sub/pets.csv", "--data", "must differ, got 'pets' twice"),
+    ("demo --out d --density 0.1 --density 0.1", "--density", "must differ, got 0.1 twice"),
     ("demo --out d --density 0.1 --density 2", "--density", "must lie in (0, 1], got 2"),
     ("demo --out d --seeds 0", "--seeds", "must be an integer of at least 1"),
     ("demo --out d --steps 0", "--steps", "must be an integer of at least 1"),
@@ -168,11 +168,25 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("export vector.safetensors --out w --format checkpont", "--format", "you mean checkpoint?"),
     ("eval --data pets.csv --metric acuracy", "--metric", "did you mean accuracy?"),
     ("eval --data pets.csv --scale big", "--scale", "a finite number or grid, got big"),
-    ("demo --out new --methods talos,none", "--methods", "must be among talos, "),
-    ("demo --out new --methods l_lora", "--methods", "begin with talos, got l_lora"),
+    ("demo --out new --methods talos,random,rndom", "--methods", "did you mean random?"),
     ("demo --out new --methods talos,talos", "--methods", "must differ"),
-    ("demo --out new --model openclip:a:b", "--model", "must read texts, got openclip:a:b"),
-    ("demo --out new --model clip", "--model", "must read texts, got clip, which reads images"),
+    (
+        "demo --out new --model openclip:a:b --quick",
+        *("--model", "must read the texts of character_kind, got openclip:a:b"),
+    ),
+    ("experiment study.toml --out new --only pet", "--only", "got pet; did you mean pets?"),
+    ("experiment study.toml --out new --only pets", "tasks", "must be at least two, got pets"),
+    ("experiment demmo --out new", "RECIPE", "did you mean demo?"),
+    ("experiment recipe.toml --out new", "recipe.toml", "keys of the recipe must be among title"),
+    ("experiment other.toml --out new", "other.toml", "models must be a list of at least one"),
+    ("experiment pets.csv --out new", "RECIPE", "must be TOML, got pets.csv"),
+    ("experiment study.toml --out images", "--out", "pass --overwrite"),
+    ("experiment study.toml --out run.json", "--out", "must be a folder, got the file run.json"),
+    ("experiment study.toml", "--out", "must be a folder to write, got none; or pass --dry-run"),
+    ("experiment --out new", "RECIPE", "must be given, got none"),
+    ("experiment clip.toml --out new", "models", "must read the texts of pets, got clip"),
+    ("experiment nope.toml --out new", "models", "is no folder; check the path"),
+    ("experiment unknown.toml --dry-run", "tasks", "did you mean code_package?"),
     ("demo --out new --data pets.csv --data pest.csv", "--data", "did you mean pets.csv?"),
     ("demo --out new --seeds 2 --seeds 3", "--seeds", "must be given once, got 2 and 3"),
     ("demo --out new --model ./nope", "--model", "is no folder; check the path"),
@@ -342,6 +356,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "run.json").write_text("{}")
     (made / "recipe.toml").write_text('metod = "ties"\n')
     (made / "other.toml").write_text("")
+    study = 'tasks = ["pets.csv", "images"]\n[[methods]]\nmethod = "talos"\n'
+    (made / "study.toml").write_text(f'models = ["minilm"]\n{study}')
+    (made / "clip.toml").write_text(f'models = ["clip"]\n{study}')
+    (made / "nope.toml").write_text(f'models = ["./nope"]\n{study}')
+    (made / "unknown.toml").write_text(
+        f'models = ["minilm"]\n{study}'.replace("images", "code_packages")
+    )
     (made / "broken.safetensors").write_bytes(b"broken")
     mask = Mask.from_dense({"w": torch.ones(2) > 0})
     mask.save(made / "mask.safetensors")

@@ -41,7 +41,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "do
 WALKS = ("docs/walk.md",)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Commands that are only parsed: they train or score a real model. Every other one is run.
-ONLY_PARSED = {"demo", "calibrate", "train", "eval", "report", "predict"}
+ONLY_PARSED = {"demo", "experiment", "calibrate", "train", "eval", "report", "predict"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from talos.app.cli.commands import (
     compare,
     demo,
     evaluate,
+    experiment,
     export,
     extract,
     inspect,
@@ -34,6 +35,7 @@ __all__ = ["app", "main"]
 
 Command.facts = {
     "demo": demo.facts,
+    "experiment": experiment.facts,
     "train": train.facts,
     "merge": merge.facts,
     "eval": evaluate.facts,
@@ -60,6 +62,7 @@ def _paragraphs(text: str | None) -> str:
 
 for _command, _examples in (
     (demo.demo, demo.EXAMPLES),
+    (experiment.experiment, experiment.EXAMPLES),
     (calibrate.calibrate, calibrate.EXAMPLES),
     (train.train, train.EXAMPLES),
     (extract.extract, extract.EXAMPLES),

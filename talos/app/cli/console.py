@@ -194,7 +194,7 @@ class Bars:
         if done >= total:
             self._progress.remove_task(self._bar)
             self._bar = None
-            self._console.print(f"{passed:6.1f} s  {label}  {text}".rstrip(), markup=False)
+            print_line(self._console, f"{passed:6.1f} s  {label}  {text}".rstrip())
 
     def each(self, label: str, items: Sequence[T]) -> Iterator[T]:
         """Yield the items of a phase, and update its bar after each."""

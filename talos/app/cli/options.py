@@ -101,7 +101,7 @@ def as_options(words: Mapping[str, str]) -> Iterator[None]:
         for argument, option in words.items():
             if option and text.startswith(f"{argument} "):
                 text = f"{option}{text[len(argument) :]}"
-            remedy = rf"\b{argument}=(?:True|False)\b"
+            remedy = rf"\b{re.escape(argument)}=(?:True|False)\b"
             if not option:
                 remedy = rf"[,;] (?:or )?pass {remedy}[^;,]*"
             text = re.sub(remedy, option, text)

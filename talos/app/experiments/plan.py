@@ -1,15 +1,33 @@
 """What a run of a recipe will do: the part of it that is asked for, its cells, time and space."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
-from talos.app.experiments.recipe import Recipe
-from talos.app.nearest import did_you_mean
-from talos.errors import TalosValueError
+import torch
 
-__all__ = ["select"]
+from talos.app.experiments.judging import training_batches
+from talos.app.experiments.machine import forget_peak, peak_bytes
+from talos.app.experiments.places import Place, all_places
+from talos.app.experiments.recipe import Recipe, Row
+from talos.app.models import Encoder
+from talos.app.models.heads import classifier_for
+from talos.app.nearest import did_you_mean
+from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
+from talos.methods import METHODS
+from talos.names import named_parameters
+from talos.params import select_parameters
+from talos.training import fine_tune
+
+__all__ = ["Estimate", "Probe", "estimates", "finished", "probe", "select", "space"]
+
+_MAP = 11 * 11 + 2 * 11  # evaluations of a disentanglement map, of each of its two tasks
 
 T = TypeVar("T")
 
@@ -61,3 +79,183 @@ def _matching(entries: Sequence[T], names: Sequence[str], only: Sequence[str]) -
         if any(fnmatchcase(name, pattern) for pattern in only)
     ]
     return tuple(chosen or entries)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model costs on this machine, measured on one batch of one task.
+
+    Attributes:
+        trained: seconds per example of a training step of all weights.
+        judged: seconds per example of a forward pass.
+        peak_bytes: the most memory of training all weights; None: not known.
+        parameters: number of weights.
+        maskable: how many of them a mask may select.
+    """
+
+    trained: float
+    judged: float
+    peak_bytes: int | None
+    parameters: int
+    maskable: int
+
+
+def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
+    """Measure two training steps and a forward pass of a batch; the weights are restored.
+
+    Args:
+        encoder: the model.
+        task: the task.
+        recipe: whose batch size and length are taken.
+    """
+    model = classifier_for(encoder, task.class_names, task.class_texts)
+    training = recipe.training
+    batches = training_batches(
+        task,
+        encoder,
+        count=training.batch_size,
+        batch_size=training.batch_size,
+        max_length=training.max_length,
+        seed=0,
+    )
+    params = named_parameters(model)
+    base = {name: param.detach().clone() for name, param in params.items()}
+    forget_peak()
+    times = [time.perf_counter()]
+    fine_tune(model, batches, steps=2, lr=1e-9, on_step=lambda _: times.append(time.perf_counter()))
+    peak = peak_bytes()
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(base[name])
+        start = time.perf_counter()
+        model.eval()(batches[0])
+        judged = time.perf_counter() - start
+    count = len(batches[0]["labels"])
+    return Probe(
+        (times[2] - times[1]) / count,
+        judged / count,
+        peak,
+        sum(param.numel() for param in params.values()),
+        sum(each.numel for each in select_parameters(model).values()),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cells of one kind.
+
+    Attributes:
+        kind: the kind.
+        cells: how many the recipe has.
+        left: how many are not done, as far as their number tells.
+        each: seconds of one, about.
+    """
+
+    kind: str
+    cells: int
+    left: int
+    each: float
+
+
+def estimates(
+    recipe: Recipe,
+    tasks: Sequence[Task | ImageTask],
+    probes: Mapping[str, Probe],
+    done: Mapping[str, Sequence[float]],
+) -> list[Estimate]:
+    """Estimate the time of each kind of cell: that of those that are done, else from the probe.
+
+    Args:
+        recipe: the recipe.
+        tasks: its tasks.
+        probes: of each model by its name.
+        done: the seconds of the cells that are done, by kind; see `finished`.
+    """
+    seconds: dict[str, list[float]] = {}
+    for place, row in all_places(recipe, [task.name for task in tasks]):
+        found = _seconds(place, row, recipe, tasks, probes[place.model])
+        seconds.setdefault(place.kind, []).append(found)
+    return [
+        Estimate(
+            kind,
+            len(each),
+            max(0, len(each) - len(done.get(kind, ()))),
+            fmean(done.get(kind) or each),
+        )
+        for kind, each in seconds.items()
+    ]
+
+
+def finished(out: Path) -> dict[str, list[float]]:
+    """Return the seconds of the cells that a folder holds, by kind.
+
+    Args:
+        out: the folder, which may be missing.
+    """
+    found: dict[str, list[float]] = {}
+    for path in sorted(out.glob("cells/*/*.json")):
+        try:
+            found.setdefault(path.parent.name, []).append(
+                float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+            )
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # a damaged cell is made anew
+    return found
+
+
+def space(
+    recipe: Recipe, tasks: Sequence[Task | ImageTask], probes: Mapping[str, Probe]
+) -> tuple[int, int | None]:
+    """Return the bytes of all vectors and masks, and the most memory of a training, about.
+
+    Args:
+        recipe: the recipe.
+        tasks: its tasks.
+        probes: of each model by its name.
+    """
+    disk = 0.0
+    for place, row in all_places(recipe, [task.name for task in tasks]):
+        if row is not None and place.kind in ("vector", "mask"):
+            own = probes[place.model]
+            density = row.calibration.density if row.calibration else row.settings.get("density")
+            entries = own.parameters if density is None else density * own.maskable
+            index = 0.0 if density is None else min(2.0, 0.13 / density)  # bytes per entry
+            disk += entries * (index + (2 if place.kind == "vector" else 0))
+    peaks = [each.peak_bytes for each in probes.values() if each.peak_bytes is not None]
+    # Besides what the probe takes, a run holds the pretrained weights.
+    held = 4 * max(each.parameters for each in probes.values())
+    return round(disk), max(peaks) + held if peaks else None
+
+
+def _seconds(
+    place: Place,
+    row: Row | None,
+    recipe: Recipe,
+    tasks: Sequence[Task | ImageTask],
+    cost: Probe,
+) -> float:
+    """Return the seconds of a cell, about: examples trained and judged, times their cost."""
+    validation, test = (
+        {task.name: len(task.examples(split)) for task in tasks} for split in ("validation", "test")
+    )
+    grid = recipe.evaluation.coefficients
+    judged = {
+        "pretrained": validation.get(place.task, 0) + test.get(place.task, 0),
+        "vector": validation.get(place.task, 0) + test.get(place.task, 0),
+        "addition": grid * sum(validation.values()) + sum(test.values()),
+        "negation": grid * sum(validation.values()) + sum(test.values()),
+        "interference": len(tasks) * sum(test.values()),
+        "sensitivity": len(tasks) * sum(test.values()),
+        "linearity": 3 * sum(test.values()),
+        "disentanglement": _MAP * sum(test.values()) * 2 / len(tasks),
+    }.get(place.kind, 0)
+    trained, factor = 0, 1.0
+    if row is not None and place.kind in ("vector", "drift"):
+        own = row.training
+        steps = own.steps * METHODS[row.method].phases
+        trained = steps * own.accumulate * own.batch_size
+    elif row is not None and row.calibration is not None and place.kind == "mask":
+        trained = row.calibration.rounds * row.calibration.samples
+    if row is not None and row.method == "linearized":
+        factor = 2.0  # a forward-mode derivative beside each forward pass
+    return factor * (trained * cost.trained + judged * cost.judged)

@@ -35,6 +35,7 @@ __all__ = [
     "read_recipe",
     "recipe_names",
     "recipe_of",
+    "takes_density",
 ]
 
 T = TypeVar("T", Calibration, Training, Evaluation)
@@ -314,6 +315,16 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
         )
 
 
+def takes_density(method: str) -> bool:
+    """Return whether rows of a method may differ in density; False for an unknown one.
+
+    Example:
+        >>> takes_density("talos"), takes_density("nonlinear")
+        (True, False)
+    """
+    return method in TITLES and "density" in _settings_of(method)
+
+
 def _settings_of(method: str) -> list[str]:
     """Return the names of the settings that a method has in a recipe; the runs give the seed."""
     from talos.methods import METHODS
@@ -365,7 +376,6 @@ def _merge(given: Any) -> dict[str, Any]:
 
 def _rates(given: Any) -> tuple[float, ...]:
     rates = [positive("lr", each) for each in _values("lr", given)]
-    check_differ("lr", rates)
     return tuple(sorted(rates))
 
 
@@ -374,6 +384,7 @@ def _values(key: str, given: Any) -> list[Any]:
     if isinstance(given, list):
         if not given:
             raise TalosValueError(f"{key} must hold at least one value, got an empty list")
+        check_differ(key, given)
         return given
     return [given]
 

@@ -186,7 +186,9 @@ def check_differ(name: str, values: Sequence[Any]) -> None:
     """Refuse a list that holds a value twice."""
     twice = [each for place, each in enumerate(values) if each in values[:place]]
     if twice:
-        raise TalosValueError(f"{name} must differ, got {twice[0]!r} twice; leave one out")
+        raise TalosValueError(
+            f"{name} must differ, got {twice[0]!r} twice; leave one out, or rename it"
+        )
 
 
 def check_text(name: str, value: Any) -> str:

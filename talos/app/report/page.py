@@ -57,7 +57,7 @@ def _answer(results: Results) -> str:
         name = model["name"]
         heading = f"<h2>{escape(name)}</h2>" if len(results["models"]) > 1 else ""
         parts.append(
-            f"{heading}<p class=lead>{escape(winner(results, name))}</p>"
+            f"{heading}<p class=lead>{_kept(winner(results, name))}</p>"
             f"{accuracies.answer(results, name)}"
         )
     parts += [f"<p class=more>{escape(line)}</p>" for line in remarks(results)]
@@ -79,6 +79,11 @@ def _answer(results: Results) -> str:
         "seeds; of twenty such intervals one misses by chance. Coefficients and learning rates "
         f"were chosen on validation data.</p><dl>{lines}</dl>",
     )
+
+
+def _kept(text: str) -> str:
+    """Return a text as HTML that breaks no line between a number and its sign."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
 def _sections(results: Results) -> list[str]:

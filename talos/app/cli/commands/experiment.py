@@ -1,0 +1,89 @@
+"""`talos experiment`: a whole study from a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from talos.app.cli.console import command, next_step
+from talos.app.cli.options import as_options
+from talos.errors import TalosValueError
+
+__all__ = ["EXAMPLES", "experiment", "facts"]
+
+EXAMPLES = (
+    "talos experiment demo --out demo",
+    "talos experiment study.toml --dry-run",
+    "talos experiment study.toml --out study --only 'talos*' --only addition",
+)
+# What messages of the loaders name otherwise than a recipe does.
+_WORDS = {"data": "tasks", "path": "tasks"}
+
+
+def experiment(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A TOML file, or a recipe of the package: {recipes}."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The folder to write; it is made if missing. Not needed with --dry-run."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help="Run a part: a model, a row (method), a task or a measure by its name, with * and "
+            "? as wildcards; may be given several times.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            help="Show the cells, and about how much time, memory and disk they take; write "
+            "nothing.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", metavar="", help="Begin anew in the folder of an earlier run."),
+    ] = False,
+) -> None:
+    """Compare methods on models and tasks, as a recipe says, over several seeds.
+
+    A recipe is a TOML file, see docs/experiments.md. Each step (a mask, a trained vector, an
+    evaluation) is a cell, which is written once. The same command again goes on where it was
+    stopped; after a change of the recipe it makes only what the change concerns.
+
+    Writes results.json, report.html (open it in a browser), and the folders cells/, vectors/ and
+    masks/.
+    """
+    if out is None and not dry_run:
+        raise TalosValueError("--out must be a folder to write, got none; or pass --dry-run")
+    from talos.app.cli.experiments import after_run, run, show_plan
+    from talos.app.experiments.plan import select
+    from talos.app.experiments.recipe import read_recipe
+
+    with as_options({"only": "--only"}):
+        chosen = select(read_recipe(recipe), only or ())
+    if out is None or dry_run:
+        out = out or Path(Path(recipe).stem)
+        with as_options(_WORDS):
+            show_plan(chosen, out)
+        parts = [word for each in only or () for word in ("--only", each)]
+        next_step(command("experiment", recipe, *parts, "--out", out))
+        return
+    after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
+
+
+def facts() -> dict[str, str]:
+    """Return what the help says of the recipes."""
+    from talos.app.experiments.recipe import recipe_names
+
+    return {"recipes": ", ".join(recipe_names())}
