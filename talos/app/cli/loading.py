@@ -86,4 +86,4 @@ def _check_reads(model: str, tasks: Sequence[Task | ImageTask]) -> None:
 def load_classifier(model: str, task: Task | ImageTask) -> Classifier:
     """Load a model as a classifier of a task."""
     with as_options({"class_texts": "the labels of --data"}):
-        return classifier_for(load_encoder(model, task), task.class_names, task.class_texts)
+        return classifier_for(load_encoder(model, task), task)

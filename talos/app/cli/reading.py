@@ -191,7 +191,7 @@ def show_data(
     Raises:
         TalosValueError: the tokenizer knows less than half of the texts.
     """
-    head = saved_head(encoder, task.class_names, task.class_texts)
+    head = saved_head(encoder, task)
     own = [] if head is None else [(encoder.name, head.made)]
     for file, metadata in (*made.items(), *own):
         for line in differences(task, max_length, file, metadata):

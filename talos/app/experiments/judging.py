@@ -39,7 +39,7 @@ class TaskModels:
         self.tasks = tasks
         self.device = encoder.device
         self.classifiers: dict[str, nn.Module] = {
-            task.name: classifier_for(encoder, task.class_names, task.class_texts) for task in tasks
+            task.name: classifier_for(encoder, task) for task in tasks
         }
         self.model = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}

@@ -9,13 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from talos.batches import evaluation_mode
 from talos.errors import TalosTypeError, TalosValueError
+
+if TYPE_CHECKING:
+    from talos.app.tasks import ImageTask, Task
 
 _TEXTS_PER_PASS = 64
 
@@ -45,6 +48,17 @@ class Encoder(nn.Module, ABC):
             head: what an earlier classifier made of the texts, `Classifier.head`; None: it is made
                 of them with the present weights.
         """
+
+    def head_from(self, task: "Task | ImageTask") -> Tensor | None:
+        """Return a head that is made of a task's training examples with the present weights.
+
+        Args:
+            task: the task.
+
+        Returns:
+            What `classifier` takes as `head`; None: this model makes heads of class texts.
+        """
+        return None
 
     @abstractmethod
     def takes(self, head: Tensor) -> bool:

@@ -9,10 +9,10 @@ part of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from talos.app.models.base import Classifier, Encoder, ZeroShotEncoder
 from talos.errors import TalosValueError
 from talos.files import load_file, save_file
+
+if TYPE_CHECKING:
+    from talos.app.tasks import ImageTask, Task
 
 HEAD_FILE = "talos/head.safetensors"
 """The place of the heads in a model's folder."""
@@ -102,25 +105,25 @@ def head_of(
     return Head(task, kind, class_names, classifier.class_texts, scale, max_length, data, tensor)
 
 
-def classifier_for(
-    encoder: Encoder, class_names: Sequence[str], class_texts: Sequence[str]
-) -> Classifier:
+def classifier_for(encoder: Encoder, task: "Task | ImageTask") -> Classifier:
     """Return the classifier of a task: with a head that was saved with the encoder, if one fits.
+
+    Else the head is made with the present weights: of the class texts, or of training examples
+    where the encoder reads no texts.
 
     Args:
         encoder: the encoder, which is shared and not copied.
-        class_names: of the task.
-        class_texts: of the task.
+        task: the task.
     """
-    found = saved_head(encoder, class_names, class_texts)
-    return encoder.classifier(class_texts) if found is None else found.classifier(encoder)
+    found = saved_head(encoder, task)
+    if found is not None:
+        return found.classifier(encoder)
+    return encoder.classifier(task.class_texts, encoder.head_from(task))
 
 
-def saved_head(
-    encoder: Encoder, class_names: Sequence[str], class_texts: Sequence[str]
-) -> Head | None:
-    """Return the head of an encoder for these classes; None if none was saved with it."""
-    classes = tuple(class_names), tuple(class_texts)
+def saved_head(encoder: Encoder, task: "Task | ImageTask") -> Head | None:
+    """Return the head of an encoder for the classes of a task; None if none was saved with it."""
+    classes = task.class_names, task.class_texts
     heads = encoder.heads.values()
     return next((h for h in heads if (h.class_names, h.class_texts) == classes), None)
 

@@ -1,8 +1,10 @@
 """Image encoders of DINOv2's layout, for a frozen head of class means."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,10 +13,18 @@ from torch import Tensor, nn
 from talos.app.extras import import_package
 from talos.app.models.base import ZeroShotEncoder
 from talos.app.models.folders import configuration, load_model, quiet, save_json
+from talos.batches import evaluation_mode
 from talos.errors import TalosValueError
+
+if TYPE_CHECKING:
+    from talos.app.tasks import ImageTask, Task
 
 __all__ = ["VisionEncoder", "is_vision", "load_vision_folder"]
 
+EXAMPLES = 32  # of a class, for a head
+# Of 20, 30, 40, 60, 80 and 100 the cross-entropy on validation data, with heads of 32 examples of a
+# class, is least at 30 for CIFAR-10 and at 60 for MNIST; 40 is within 0.05 of both.
+SCALE = 40.0
 _PIXELS_FILE = "preprocessor_config.json"
 
 
@@ -33,6 +43,7 @@ class VisionEncoder(ZeroShotEncoder):
 
     talos_wraps = "model"
     inputs = ("pixel_values",)
+    scale = SCALE
     model: Any
 
     def __init__(
@@ -73,6 +84,36 @@ class VisionEncoder(ZeroShotEncoder):
         vectors = self.model(pixel_values=pixel_values).pooler_output
         return nn.functional.normalize(vectors.float(), dim=-1)
 
+    @torch.no_grad()
+    def head_from(self, task: "Task | ImageTask") -> Tensor:
+        """Return the means of the classes' unit vectors, again as unit vectors.
+
+        Args:
+            task: its first `EXAMPLES` training examples of each class are taken.
+
+        Returns:
+            float32 [C, D].
+
+        Raises:
+            TalosValueError: a class has no training example.
+        """
+        labels = [example.label for example in task.train]
+        places = [_first(labels, label) for label in range(len(task.class_names))]
+        if not all(places):
+            raise TalosValueError(
+                f"task must have training examples of each class, of which {self.name} makes its "
+                f"head, got none of {task.class_names[places.index([])]}"
+            )
+        batches = replace(task.batches("train", self.tokenizer), chosen=[*chain(*places)])
+        sums = torch.zeros(
+            len(places), self.model.config.hidden_size, dtype=torch.float32, device=self.device
+        )
+        with evaluation_mode(self):
+            for batch in batches:
+                own = {key: each.to(self.device) for key, each in batch.items()}
+                sums.index_add_(0, own["labels"], self(own["pixel_values"]))
+        return nn.functional.normalize(sums, dim=-1)
+
     def takes(self, head: Tensor) -> bool:
         """Return whether these are unit vectors of the model's size."""
         return head.is_floating_point() and head.shape[1] == self.model.config.hidden_size
@@ -101,6 +142,11 @@ class VisionEncoder(ZeroShotEncoder):
             "image_std": list(self.std),
         }
         save_json(pixels, folder / _PIXELS_FILE)
+
+
+def _first(labels: Sequence[int], label: int) -> list[int]:
+    """Return the places of the first `EXAMPLES` examples of a class."""
+    return [place for place, each in enumerate(labels) if each == label][:EXAMPLES]
 
 
 def is_vision(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from talos.app.experiments.places import SPARSE
 from talos.app.experiments.settings import MEASURES
+from talos.app.report.figures import FIGURES
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods import METHODS
@@ -62,6 +63,15 @@ def test_every_measure_is_there_for_the_rows_that_it_suits(
     for row, masks in results["masks"]["tiny"].items():
         calibrated = rows[row] == "talos"
         assert all((mask["stability"] is not None) == calibrated for mask in masks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "density"])
+def test_every_figure_finds_its_numbers(name: str, done: tuple[Path, dict[str, Any]]) -> None:
+    _, results = done
+    head, lines = FIGURES[name].table(results, "tiny")
+    assert {len(line) for line in lines} == {len(head)}
+    assert (name == "rates") != FIGURES[name].available(results)  # one rate is no sweep
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def _read_base(
         elif isinstance(encoder, TextEncoder) and tasks:
             beside |= sentence_transformers_files(encoder)
         for task in tasks:
-            if encoder.heads and saved_head(encoder, task.class_names, task.class_texts) is None:
+            if encoder.heads and saved_head(encoder, task) is None:
                 raise TalosValueError(
                     f"--base must be a model before any edit with --data {task.source or task.name}"
                     f", got {base}, which was exported with the heads of "
@@ -234,7 +234,7 @@ def _read_base(
                 )
             tokens = tokens_for(task, encoder, max_length, [metadata])
             show_data(task, encoder, tokens, {Path("the vector"): metadata})
-            classifier = classifier_for(encoder, task.class_names, task.class_texts)
+            classifier = classifier_for(encoder, task)
             heads[task.name] = head_of(
                 classifier, task.name, task.class_names, tokens, task.fingerprint()
             )
