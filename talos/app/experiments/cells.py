@@ -15,22 +15,22 @@ from typing import Any
 
 import torch
 
-import talos
 from talos.app.experiments import measures
 from talos.app.experiments.answers import pack, unpack
-from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
+from talos.app.experiments.judging import TaskModels
 from talos.app.experiments.machine import forget_peak, peak_bytes
+from talos.app.experiments.measures import Tick
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.store import Cell, Key, Store
+from talos.app.experiments.training import Trainer, tokens_of
 from talos.app.models import Encoder
 from talos.app.provenance import base_of, digest_of_weights, made_with
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
-from talos.evaluation import GradientDrift, Outcomes, predictions
+from talos.evaluation import Outcomes, predictions
 from talos.masks import Mask
 from talos.merging import merge_of
-from talos.methods import METHODS, method_of
 from talos.names import named_parameters
 from talos.params import select_parameters
 from talos.task_vectors import TaskVector
@@ -40,11 +40,7 @@ from talos.training import FineTuneStep
 __all__ = ["Cells", "Made"]
 
 _LAST = 10  # steps whose mean loss is the last one
-_DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
 _GRID_POINTS = 11  # of a disentanglement map, each way, at most
-
-Tick = Callable[[int, int, float | None], None]
-"""Takes the number of steps that are done, of all, and the loss of the last one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,10 @@ class Cells:
         self.tasks = {task.name: task for task in tasks}
         self.models = TaskModels(encoder, tasks)
         self._on_tick = on_tick
-        self._tokens = {task.name: _tokens(task, encoder, recipe) for task in tasks}
+        self._tokens = {
+            task.name: tokens_of(task, encoder, recipe.training.max_length) for task in tasks
+        }
+        self._trainer = Trainer(self.models, self.tasks, self._tokens)
         params = named_parameters(self.models.model)
         weights = digest_of_weights(params)
         self._data = {task.name: self._data_of(task, weights) for task in tasks}
@@ -175,7 +174,7 @@ class Cells:
                 dealt = Mask.disjoint(given)[task]
                 mask = replace(dealt, metadata=given[task].metadata | dealt.metadata)
             else:
-                mask = self._calibrated(task, settings, seed, tick)
+                mask = self._trainer.calibrate(task, settings, seed, tick)
             made = self._made_with(task)
             made["base"] = base_of(mask, self.models.classifiers[task])
             path = self.store.file("masks", key)
@@ -192,26 +191,6 @@ class Cells:
         words = (row.method, f"density-{calibration.density:g}", f"seed-{seed}", task)
         key = self._key("mask", words, content)
         return self._made(key, make)
-
-    def _calibrated(self, task: str, settings: Mapping[str, Any], seed: int, tick: Tick) -> Mask:
-        options = dict(settings)
-        batches = calibration_batches(
-            self.tasks[task],
-            self.models.encoder,
-            count=min(options.pop("samples"), len(self.tasks[task].train)),
-            batch_size=options.pop("batch_size"),
-            max_length=self._tokens[task],
-            seed=seed,
-        )
-        done, total = 0, options["rounds"] * len(batches)
-
-        def count(_: object) -> None:
-            nonlocal done
-            done += 1
-            tick(done, total, None)
-
-        model = self.models.classifiers[task]
-        return talos.calibrate(model, batches, **options, seed=seed, on_progress=count)
 
     def vector(self, row: Row, lr: float, seed: int, task: str) -> Cell:
         """Return the cell of a task's vector, with the right answers of its own model."""
@@ -247,7 +226,7 @@ class Cells:
             tick(step.step, step.steps, step.loss)
 
         try:
-            vector = self._fine_tuned(row, lr, seed, task, mask, on_step)
+            vector = self._trainer.fine_tune(row, lr, seed, task, mask, on_step)
         except TalosValueError as error:
             if not losses:  # it could not begin
                 raise
@@ -276,41 +255,6 @@ class Cells:
             },
             step_seconds=median(steps),
         )
-
-    def _fine_tuned(
-        self,
-        row: Row,
-        lr: float,
-        seed: int,
-        task: str,
-        mask: Mask | None,
-        on_step: Callable[[FineTuneStep], object],
-    ) -> TaskVector:
-        training = row.training
-        batches = training_batches(
-            self.tasks[task],
-            self.models.encoder,
-            count=training.steps * training.accumulate * training.batch_size,
-            batch_size=training.batch_size,
-            max_length=self._tokens[task],
-            seed=seed,
-        )
-        torch.manual_seed(seed)  # dropout
-        try:
-            return talos.fine_tune(
-                self.models.classifiers[task],
-                batches,
-                method=method_of(row.method, mask, {"seed": seed} | dict(row.settings)),
-                steps=training.steps,
-                lr=lr,
-                warmup=training.warmup,
-                weight_decay=training.weight_decay,
-                accumulate=training.accumulate,
-                autocast=None if training.autocast is None else torch.bfloat16,
-                on_step=on_step,
-            )
-        finally:
-            self.models.restore_()
 
     def addition(self, row: Row, lr: float, seed: int) -> Cell:
         """Return the cell of one model for all tasks: the row's vectors, merged."""
@@ -390,27 +334,7 @@ class Cells:
 
         def make(tick: Tick) -> Made:
             mask = None if row.calibration is None else self._load_mask(row, seed, task)
-            batches = calibration_batches(
-                self.tasks[task],
-                self.models.encoder,
-                count=_DRIFT_EXAMPLES,
-                batch_size=_DRIFT_BATCH,
-                max_length=self._tokens[task],
-                seed=seed,
-            )
-            model, steps = self.models.classifiers[task], row.training.steps
-            every = max(1, steps * METHODS[row.method].phases // _DRIFT_POINTS)
-            drift = GradientDrift(model, batches, mask, every=every)
-
-            def on_step(step: FineTuneStep) -> None:
-                drift(step)
-                tick(step.step, step.steps, step.loss)
-
-            self._fine_tuned(row, lr, seed, task, mask, on_step)
-            initial = drift.initial or 1.0
-            return Made(
-                {"points": [asdict(p) | {"ratio": p.squared / initial} for p in drift.points]}
-            )
+            return Made({"points": self._trainer.drift(row, lr, seed, task, mask, tick)})
 
         content = {"vector": self._vector_key(row, lr, seed, task).digest[:16]}
         words = (row.method, f"lr-{lr:g}", f"seed-{seed}", task)
@@ -473,10 +397,3 @@ class Cells:
 
 
 _OF_DATA = ("max_length", "sizes")  # in every key by themselves: tokens, and fingerprints of splits
-
-
-def _tokens(task: Task | ImageTask, encoder: Encoder, recipe: Recipe) -> int:
-    """Return the tokens of a text: those of the recipe, or as many as the model takes."""
-    most = encoder.most_tokens(task.class_texts) if task.reads == "texts" else None
-    asked = recipe.training.max_length
-    return asked if most is None else min(asked, most)

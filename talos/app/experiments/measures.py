@@ -23,6 +23,7 @@ from talos.masks import Mask
 from talos.task_vectors import TaskVector
 
 __all__ = [
+    "Tick",
     "add",
     "disentangle",
     "interference",
@@ -34,6 +35,8 @@ __all__ = [
 
 Figures = dict[str, Any]
 Tick = Callable[[int, int, float | None], None]
+"""Takes the number of steps that are done, of all, and the loss of the last one."""
+
 Load = Callable[[str], TaskVector]
 _NEGATED = (
     "scaling_coef",

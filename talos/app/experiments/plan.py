@@ -108,7 +108,7 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
         task: the task.
         recipe: whose batch size and length are taken.
     """
-    model = classifier_for(encoder, task.class_names, task.class_texts)
+    model = classifier_for(encoder, task)
     training = recipe.training
     batches = training_batches(
         task,

@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from talos.app.experiments.cells import Cells
+from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.machine import default_device
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
-from talos.app.experiments.results import Gathered, chosen_rate, results_of
+from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json

@@ -1,0 +1,75 @@
+"""The finished cells of an experiment, and what their sums share: examples, resamples, seeds."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos.app.experiments.places import Place
+from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.store import Cell
+from talos.app.tasks import ImageTask, Task
+from talos.evaluation import Bootstrap
+
+__all__ = ["Gathered"]
+
+
+class Gathered:
+    """The cells of an experiment, by their places.
+
+    Args:
+        recipe: the recipe.
+        tasks: the tasks.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Sequence[Task | ImageTask]) -> None:
+        self.recipe, self.tasks = recipe, list(tasks)
+        self.cells: dict[Place, Cell] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.chosen: dict[tuple[str, str], float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks."""
+        return [task.name for task in self.tasks]
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """The number of test examples of each task."""
+        return {task.name: len(task.test) for task in self.tasks}
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """Of the test examples."""
+        return Bootstrap(self.examples, resamples=self.recipe.evaluation.resamples)
+
+    @cached_property
+    def draws(self) -> Tensor:
+        """The seeds that each resample draws: int64 `[1 + resamples, seeds]`; first all of them."""
+        count = len(self.recipe.seeds)
+        generator = torch.Generator().manual_seed(0)
+        size = (self.recipe.evaluation.resamples, count)
+        drawn = torch.randint(count, size, generator=generator, dtype=torch.int64, device="cpu")
+        return torch.cat([torch.arange(count, dtype=torch.int64, device="cpu")[None], drawn])
+
+    def done(self) -> list[tuple[str, Row]]:
+        """Return the models and rows that are measured with all seeds."""
+        return [
+            (model, row)
+            for model in self.models
+            for row in self.recipe.rows
+            if (model, row.row) in self.chosen
+        ]
+
+    def failed(self, place: Place) -> bool:
+        """Return whether the vectors of an addition's cell could not be trained."""
+        if place.kind != "addition":
+            return False
+        vectors = self.of_tasks(place._replace(kind="vector"))
+        return any("failed" in each for each in vectors.values())
+
+    def of_tasks(self, place: Place) -> dict[str, Any]:
+        """Return what the cells of all tasks found at a place."""
+        return {name: self.cells[place._replace(task=name)].found for name in self.names}

@@ -1,0 +1,156 @@
+"""How an experiment calibrates and trains: with the settings of a row, one task at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import talos
+from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
+from talos.app.experiments.measures import Tick
+from talos.app.experiments.recipe import Row
+from talos.app.models import Encoder
+from talos.app.tasks import ImageTask, Task
+from talos.evaluation import GradientDrift
+from talos.masks import Mask
+from talos.methods import METHODS, method_of
+from talos.task_vectors import TaskVector
+from talos.training import FineTuneStep
+
+__all__ = ["Trainer", "tokens_of"]
+
+_DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Makes masks and vectors of a model, and restores its weights.
+
+    Attributes:
+        models: the classifiers around the model.
+        tasks: the tasks by name.
+        tokens: tokens per text of each task.
+    """
+
+    models: TaskModels
+    tasks: Mapping[str, Task | ImageTask]
+    tokens: Mapping[str, int]
+
+    def calibrate(self, task: str, settings: Mapping[str, Any], seed: int, tick: Tick) -> Mask:
+        """Return the mask of a task.
+
+        Args:
+            task: the task's name.
+            settings: of the calibration, by name.
+            seed: of the batches and labels.
+            tick: called after each batch.
+        """
+        options = dict(settings)
+        batches = calibration_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=min(options.pop("samples"), len(self.tasks[task].train)),
+            batch_size=options.pop("batch_size"),
+            max_length=self.tokens[task],
+            seed=seed,
+        )
+        done, total = 0, options["rounds"] * len(batches)
+
+        def count(_: object) -> None:
+            nonlocal done
+            done += 1
+            tick(done, total, None)
+
+        model = self.models.classifiers[task]
+        return talos.calibrate(model, batches, **options, seed=seed, on_progress=count)
+
+    def fine_tune(
+        self,
+        row: Row,
+        lr: float,
+        seed: int,
+        task: str,
+        mask: Mask | None,
+        on_step: Callable[[FineTuneStep], object],
+    ) -> TaskVector:
+        """Return the vector of a task.
+
+        Args:
+            row: the method and its settings.
+            lr: the learning rate.
+            seed: of the batches, dropout and the method.
+            task: the task's name.
+            mask: of a row that calibrates.
+            on_step: called after each step.
+        """
+        training = row.training
+        batches = training_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=training.steps * training.accumulate * training.batch_size,
+            batch_size=training.batch_size,
+            max_length=self.tokens[task],
+            seed=seed,
+        )
+        torch.manual_seed(seed)  # dropout
+        try:
+            return talos.fine_tune(
+                self.models.classifiers[task],
+                batches,
+                method=method_of(row.method, mask, {"seed": seed} | dict(row.settings)),
+                steps=training.steps,
+                lr=lr,
+                warmup=training.warmup,
+                weight_decay=training.weight_decay,
+                accumulate=training.accumulate,
+                autocast=None if training.autocast is None else torch.bfloat16,
+                on_step=on_step,
+            )
+        finally:
+            self.models.restore_()
+
+    def drift(
+        self, row: Row, lr: float, seed: int, task: str, mask: Mask | None, tick: Tick
+    ) -> list[dict[str, Any]]:
+        """Train a vector, and return how far the gradient drifts meanwhile.
+
+        Args:
+            row: as of `fine_tune`.
+            lr: as of `fine_tune`.
+            seed: as of `fine_tune`.
+            task: as of `fine_tune`.
+            mask: as of `fine_tune`.
+            tick: called after each step.
+        """
+        batches = calibration_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=_DRIFT_EXAMPLES,
+            batch_size=_DRIFT_BATCH,
+            max_length=self.tokens[task],
+            seed=seed,
+        )
+        model, steps = self.models.classifiers[task], row.training.steps
+        every = max(1, steps * METHODS[row.method].phases // _DRIFT_POINTS)
+        drift = GradientDrift(model, batches, mask, every=every)
+
+        def on_step(step: FineTuneStep) -> None:
+            drift(step)
+            tick(step.step, step.steps, step.loss)
+
+        self.fine_tune(row, lr, seed, task, mask, on_step)
+        initial = drift.initial or 1.0
+        return [asdict(p) | {"ratio": p.squared / initial} for p in drift.points]
+
+
+def tokens_of(task: Task | ImageTask, encoder: Encoder, asked: int) -> int:
+    """Return the tokens of a text: those asked for, or as many as the model takes.
+
+    Args:
+        task: the task.
+        encoder: the model.
+        asked: tokens per text.
+    """
+    most = encoder.most_tokens(task.class_texts) if task.reads == "texts" else None
+    return asked if most is None else min(asked, most)
