@@ -140,13 +140,13 @@ def _alone(function: Callable[[Path], int], place: Path, answers: Any) -> None:
         answers.put(traceback.format_exc())
 
 
-def alone(function: Callable[[Path], int], place: Path) -> int:
-    """Calls a function in a process without other threads, which may fork."""
+def alone(function: Callable[[Path], int], place: Path, seconds: int = 60 + 2 * KILLS) -> int:
+    """Calls a function in a process without other threads, which may fork; waits so long."""
     answers = CONTEXT.Queue()
     process = CONTEXT.Process(target=_alone, args=(function, place, answers))
     process.start()
     try:
-        answer = answers.get(timeout=60 + 2 * KILLS)
+        answer = answers.get(timeout=seconds)
     finally:
         process.kill()
         process.join()

@@ -48,10 +48,9 @@ def run_in_child(out: Path, encoder: Encoder, _: int) -> None:
 
 def killed_at_random(place: Path) -> int:
     encoder = tiny_encoder(place / "model")
-    run(place / "warm-up", encoder)
     start = time.monotonic()
     whole = run(place / "whole", encoder)
-    most = (time.monotonic() - start) / 4
+    most = (time.monotonic() - start) / 6
     files = {path.relative_to(place / "whole").as_posix() for path in (place / "whole").rglob("*")}
     draw, kills, number = random.Random(0), 0, 0
     while kills < KILLS:
@@ -72,7 +71,7 @@ def killed_at_random(place: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_ten_times_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    assert alone(killed_at_random, tmp_path) == KILLS
+    assert alone(killed_at_random, tmp_path, seconds=300) == KILLS
 
 
 def test_a_run_stopped_after_every_few_steps_ends_with_the_same_numbers(tmp_path: Path) -> None:
