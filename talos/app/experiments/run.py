@@ -117,6 +117,14 @@ def run_experiment(
                 lr = chosen_rate(gathered, entry.name, row)
                 finish(judged_places(recipe, entry.name, row, names, lr), row)
                 gathered.chosen[entry.name, row.row] = lr
+                left = [
+                    seed for seed in recipe.seeds if seed not in gathered.seeds(entry.name, row)
+                ]
+                if left:
+                    on_note(
+                        f"{row.row} on {entry.name} is summed up without the seeds "
+                        f"{', '.join(map(str, left))}, with which its training fails at its rate"
+                    )
             del cells, encoder, finish
         watch.say("sum up")
         results = results_of(gathered)
