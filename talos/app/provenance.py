@@ -107,7 +107,7 @@ def digest_of_reading(task: Task | ImageTask, classifier: Classifier, max_length
         tensors |= {f"{split} {name}": each for name, each in batch.items()}
     for name, each in tensors.items():
         found.update(f"{name} {each.dtype} {tuple(each.shape)}".encode())
-        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     found.update(f"{getattr(encoder, 'scale', 0.0):.6g}".encode())
     return found.hexdigest()[:16]
 

@@ -6,7 +6,7 @@ in this process or in another.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -272,7 +272,7 @@ class Cells:
 
         evaluation = self.recipe.evaluation
         content = {
-            "vectors": self._vectors(row, lr, seed),
+            "vectors": self._vectors(row, lr, seed, self.tasks),
             "merge": dict(row.merge),
             "coefficients": evaluation.coefficients,
             "resamples": evaluation.resamples,
@@ -312,12 +312,11 @@ class Cells:
             return self.load_vector(row, lr, seed, task)
 
         def make(tick: Tick) -> Made:
-            names = list(self.tasks)
             if kind == "disentanglement":
                 outcomes = self._outcomes(judge=predictions)
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
-                vectors = {task: load(task) for task in pair}
+                vectors = {task: load(task) for task in names}
                 points = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
                 return Made(measures.disentangle(outcomes, vectors, points, tick))
             if kind == "overlap":
@@ -326,9 +325,9 @@ class Cells:
             return Made(measure(self.judged(row), names, load, tick))
 
         pair = self.recipe.evaluation.pair or tuple(self.tasks)[:2]
-        content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed)}
+        names = pair if kind == "disentanglement" else tuple(self.tasks)
+        content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed, names)}
         if kind == "disentanglement":
-            content = {"vectors": self._vectors(row, lr, seed, pair)}
             content["coefficients"] = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
         if kind != "overlap":
             content["resamples"] = self.recipe.evaluation.resamples
@@ -366,12 +365,9 @@ class Cells:
         cell = make()
         return cell, kind.load(self.store.folder / cell.found["file"])
 
-    def _vectors(
-        self, row: Row, lr: float, seed: int, names: Sequence[str] | None = None
-    ) -> list[list[str]]:
+    def _vectors(self, row: Row, lr: float, seed: int, names: Iterable[str]) -> list[list[str]]:
         """Return the tasks and vectors of a key, in an order that decides matrices and sums."""
-        given = self.tasks if names is None else names
-        return [[task, self._vector_key(row, lr, seed, task).digest[:16]] for task in given]
+        return [[task, self._vector_key(row, lr, seed, task).digest[:16]] for task in names]
 
     def _made_with(self, task: str, **settings: object) -> dict[str, Any]:
         return made_with(self.tasks[task], self.models.encoder, self._tokens[task], **settings)
