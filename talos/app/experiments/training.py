@@ -11,7 +11,8 @@ import talos
 from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
 from talos.app.experiments.measures import Tick
 from talos.app.experiments.recipe import Row
-from talos.app.models import Encoder
+from talos.app.models import Classifier, Encoder
+from talos.app.provenance import digest_of_reading
 from talos.app.tasks import ImageTask, Task
 from talos.evaluation import GradientDrift
 from talos.masks import Mask
@@ -19,7 +20,7 @@ from talos.methods import METHODS, method_of
 from talos.task_vectors import TaskVector
 from talos.training import FineTuneStep
 
-__all__ = ["Trainer", "seed_of", "tokens_of"]
+__all__ = ["Trainer", "data_of", "seed_of", "tokens_of"]
 
 _DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
 
@@ -171,3 +172,25 @@ def tokens_of(task: Task | ImageTask, encoder: Encoder, asked: int) -> int:
     """
     most = encoder.most_tokens(task.class_texts) if task.reads == "texts" else None
     return asked if most is None else min(asked, most)
+
+
+def data_of(
+    task: Task | ImageTask, classifier: Classifier, tokens: int, weights: str
+) -> dict[str, Any]:
+    """Return what a task gives to a key: model, examples, labels, how the model reads them.
+
+    Args:
+        task: the task.
+        classifier: its classifier.
+        tokens: of a text.
+        weights: the fingerprint of the model's weights.
+    """
+    return {
+        "weights": weights,
+        "reading": digest_of_reading(task, classifier, tokens),
+        "task": task.name,
+        "splits": [task.fingerprint(split) for split in ("train", "validation", "test")],
+        "class_names": list(task.class_names),
+        "class_texts": list(task.class_texts),
+        "max_length": tokens if task.reads == "texts" else None,
+    }
