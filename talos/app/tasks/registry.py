@@ -118,7 +118,8 @@ def load_packaged(
     integer("seed", seed, 0)
     path = task.package.find(name)
     try:
-        splits = split_groups(task.build(path), len(task.classes), seed, wanted)
+        found: Sequence[Candidate | Picture] = task.build(path)
+        splits = split_groups(found, len(task.classes), seed, wanted)
         if not all(splits):
             raise LookupError("too few examples")
         examples = [[_example(each) for each in split] for split in splits]
