@@ -115,6 +115,26 @@ def test_no_two_rows_look_alike() -> None:
     assert len({each.marker for each in styles[:8]}) == 8  # not by their colours alone
 
 
+def test_rates_are_not_rounded_and_do_not_run_into_each_other() -> None:
+    results = studied()
+    tried = (2.5e-5, 1.5e-4, 3.5e-4, 3.6e-4)
+    point = results["rates"][MODEL][FIRST][0]
+    results["rates"][MODEL] = {FIRST: [{**point, "lr": lr} for lr in tried]}
+    figure = FIGURES["rates"]
+    lines = figure.table(results, MODEL)[1]
+    assert [line[1] for line in lines] == ["2.5e-05", "0.00015", "0.00035", "0.00036"]
+    axes = Canvas().add_subplot()
+    figure.panels(results, MODEL)[0].paint(axes)
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["2.5e-05", "0.00015", "0.00035"]
+
+
+def test_what_is_of_the_first_seed_says_so() -> None:
+    of_all = {"summary", "coefficient", "density", "cost"}
+    for name, figure in FIGURES.items():
+        assert ("first seed" in figure.about.lower()) == (name not in of_all), name
+
+
 @pytest.mark.parametrize("name", ["coefficient", "rates", "density", "linearity"])
 def test_the_table_has_the_points_of_the_curves(name: str) -> None:
     results, figure = studied(), FIGURES[name]

@@ -115,7 +115,7 @@ def demo(
     content["methods"] = entries
     with as_options(_OPTIONS):
         recipe = recipe_of(content)
-    after_run(recipe, run(recipe, out, overwrite=overwrite, words=_OPTIONS), out)
+    after_run(run(recipe, out, overwrite=overwrite, words=_OPTIONS), out)
 
 
 def facts() -> dict[str, str]:

@@ -79,7 +79,7 @@ def experiment(
         parts = [word for each in only or () for word in ("--only", each)]
         next_step(command("experiment", recipe, *parts, "--out", out))
         return
-    after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
+    after_run(run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
 
 def facts() -> dict[str, str]:
