@@ -73,13 +73,20 @@ def results_of(gathered: Gathered) -> dict[str, Any]:
         "zero_shot": {model: _zero_shot(gathered, model) for model in gathered.models},
         "rates": _nested(done, lambda model, row: _rates(gathered, model, row)),
         "runs": [_run(gathered, *each, seed) for each in done for seed in recipe.seeds],
-        "summary": [
-            each.entry(sums.get((model, recipe.rows[0].row))) for (model, _), each in sums.items()
-        ],
+        "summary": _summary(gathered, sums),
         **_measures(gathered, done),
         "files": _files(gathered),
         "timings": _timings(gathered, done),
     }
+
+
+def _summary(gathered: Gathered, sums: Mapping[tuple[str, str], "_Summary"]) -> list[Any]:
+    first = gathered.recipe.rows[0].row
+    best: dict[str, _Summary] = {}
+    for (model, _), each in sums.items():
+        if model not in best or each.added > best[model].added:
+            best[model] = each
+    return [each.entry(sums.get((model, first)), best[model]) for (model, _), each in sums.items()]
 
 
 def _nested(
@@ -246,22 +253,28 @@ class _Summary:
         table = gathered.bootstrap.resampled(models, both)
         return {"target": table[:, :1], "control": table[:, 1:]}
 
-    def entry(self, first: "_Summary | None") -> dict[str, Any]:
-        """Return the entry of the summary, with the differences from the first row."""
-        compared = None
-        if first is not None and first is not self:
-            compared = {
-                key: self._over_seeds(self.figures[key] - first.figures[key])
-                for key in ("added", "normalised")
-            }
+    @property
+    def added(self) -> float:
+        """The accuracy of the sum, the mean over tasks and seeds."""
+        return float(self._over_seeds(self.figures["added"])["value"])
+
+    def entry(self, first: "_Summary | None", best: "_Summary") -> dict[str, Any]:
+        """Return the entry of the summary, with the differences from the first and the best row."""
         return {
             "model": self._model,
             "row": self._row.row,
             "lr": self._lr,
             "seeds": len(self._gathered.recipe.seeds),
             "figures": {key: self._figure(key) for key in _FIGURES},
-            "against_first": compared,
+            "against_first": self._minus(first, "added", "normalised"),
+            "against_best": best._minus(self, "added"),
         }
+
+    def _minus(self, other: "_Summary | None", *keys: str) -> dict[str, Any] | None:
+        """Return the paired differences from another row; None from itself."""
+        if other is None or other is self:
+            return None
+        return {key: self._over_seeds(self.figures[key] - other.figures[key]) for key in keys}
 
     def _figure(self, key: str) -> dict[str, Any] | None:
         table = self.figures.get(key)

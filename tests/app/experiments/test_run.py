@@ -69,6 +69,13 @@ def test_the_numbers_hold_together(done: Done) -> None:
     for key in ("added", "normalised"):
         gap = second["figures"][key]["value"] - first["figures"][key]["value"]
         assert second["against_first"][key]["value"] == pytest.approx(gap)
+    added = [each["figures"]["added"]["value"] for each in (first, second)]
+    best, other = (second, first) if added[1] > added[0] else (first, second)
+    assert best["against_best"] is None
+    assert list(other["against_best"]) == ["added"]
+    behind = other["against_best"]["added"]
+    assert behind["value"] == pytest.approx(abs(added[1] - added[0]))
+    assert behind["low"] <= behind["value"] <= behind["high"]
     assert list(results["masks"]["tiny"]) == ["talos"]
     for mask in results["masks"]["tiny"]["talos"].values():
         assert sum(each["nnz"] for each in mask["structure"]) == mask["nnz"]
