@@ -289,7 +289,10 @@ def test_the_page_says_what_its_intervals_hold(seeds: int, over: str) -> None:
     assert f"95 % intervals over test examples {over}" in text
     cells = re.findall(r"</b> (better|worse|ahead|behind|not clear) <small>", text)
     assert len(cells) == len(ROWS) - 1
-    assert set(cells) <= {"not clear", *(("better", "worse") if seeds == 3 else ("ahead", "behind"))}
+    assert set(cells) <= {
+        "not clear",
+        *(("better", "worse") if seeds == 3 else ("ahead", "behind")),
+    }
     assert set(cells) != {"not clear"}
 
 
