@@ -245,7 +245,15 @@ def test_a_coefficient_that_one_seed_did_not_try_is_left_out() -> None:
     _, lines = FIGURES["coefficient"].table(results, MODEL)
     found = {line[0]: line[1] for line in lines}
     assert found["0.75"] != ""
-    assert found["0.80"] == ""
+    assert found["0.8"] == ""
+
+
+def test_coefficients_are_not_rounded() -> None:
+    results = studied()
+    for run in results["runs"]:
+        run["addition"]["grid"][1]["scaling_coef"] = 0.0125
+    lines = FIGURES["coefficient"].table(results, MODEL)[1]
+    assert "0.0125" in [line[0] for line in lines]
 
 
 def test_rows_that_differ_in_more_than_the_density_share_no_curve() -> None:
@@ -274,6 +282,7 @@ def test_plot_writes_a_picture_and_shows_its_numbers(
     assert "metadata" not in text
     assert "exceptions <b>" in out
     assert "100.0" in out
+    assert FIGURES["overlap"].about in err
     assert "of minilm; the others: a <b> & $_$" in err
     assert "open study/overlap.svg" in err
     assert main(["plot", "overlap", "study"]) == 0  # made anew

@@ -171,10 +171,15 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
     run["addition"] |= {"scaling_coef": 0.0, "why_zero": "no coefficient beats it"}
     run["negation"][TASKS[1]] |= {"scaling_coef": 0.0, "why_zero": "none keeps 95 % & more"}
     text = report.render(results)
-    assert f"<p>{ROWS[FIRST][0]}, addition, seed 0: no coefficient beats it.</p>" in text
+    addition, negation = (
+        text.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
+        for title in ("Addition, task by task", "Forgetting a task")
+    )
+    assert f"<p>{ROWS[FIRST][0]}, seed 0: no coefficient beats it.</p>" in addition
+    assert "exceptions &lt;b&gt;, seed 0: none keeps 95 % &amp; more." in negation
     assert text.count("none keeps 95 % &amp; more.") == 1
     assert "no coefficient" not in page[1]
-    assert report.headline(results)[-2:] == [
+    assert report.headline(results)[2:4] == [
         "With TaLoS (density 0.1) no sum of the vectors was better on validation data in 1 of 3 "
         "runs: the merged model is the pretrained one.",
         f"With TaLoS (density 0.1) nothing was subtracted to forget {TASKS[1]}.",
@@ -194,13 +199,33 @@ def test_what_failed_is_named() -> None:
     text = report.render(results)
     assert "<p>TaLoS, density 0.1: training failed at 0.003.</p>" in text
     said = "Not measured, because it failed or was not run: random mask."
-    assert report.headline(results)[-1] == said
+    assert report.headline(results)[2] == said
     assert f"<p class=more>{said}</p>" in text
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_page_repeats() -> None:
     assert report.render(made_up()) == report.render(made_up())
+
+
+def test_rates_at_the_end_of_their_list_are_named() -> None:
+    results = made_up(MODELS[:1])
+    assert report.headline(results)[2:] == [
+        "Random mask and non-linear fine-tuning took the largest learning rate that was tried: a "
+        "larger one may be better.",
+        "The rows had not as many learning rates to choose from: TaLoS, density 0.1: 3; random "
+        "mask: 2; non-linear fine-tuning: 2.",
+    ]
+    results["summary"][0]["lr"] = 3e-4
+    assert (
+        "TaLoS (density 0.1) took the smallest learning rate that was tried: a smaller one may be "
+        "better."
+    ) in report.headline(results)
+    for row in results["rows"]:
+        row["lr"] = row["lr"][1:2]
+    assert report.headline(results)[2:] == [
+        "Each row had one learning rate: with others the order may be another one."
+    ]
 
 
 def said(
@@ -304,8 +329,8 @@ def test_the_next_steps_take_vectors_of_the_chosen_rate() -> None:
     used = set(re.findall(r"(vectors/\S+?\.safetensors)", " ".join(lines)))
     assert used == {f"vectors/{FIRST}-{place}-0-0.001.safetensors" for place in (0, 2)}
     assert len(re.findall(r"eval --model minilm --data modules", text)) == 1
-    for entry in results["recipe"]["tasks"][1:]:
-        entry["settings"] = {"text": "review"}  # which no command line can pass
+    results["recipe"]["tasks"][1]["settings"] = {"text": "review"}  # no command line can pass it
+    results["recipe"]["tasks"][2]["name"] = "http"
     assert "talos eval" not in report.render(results)
 
 

@@ -109,17 +109,16 @@ def failed_rates(results: Results, model: str) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
-def why_zero(results: Results, model: str) -> str:
-    """Return a line for each search that ended in no edit."""
+def why_zero(results: Results, model: str, search: str) -> str:
+    """Return a line for each search, of "addition" or "negation", that ended in no edit."""
     found = []
     for row, runs in runs_of(results, model).items():
         for run in runs:
-            searches = {"addition": run["addition"], **run["negation"]}
-            found += [
-                f"{titles(results)[row]}, {name}, seed {run['seed']}: {each['why_zero']}."
-                for name, each in searches.items()
-                if each and each["why_zero"]
-            ]
+            searches = {"": run["addition"]} if search == "addition" else run["negation"]
+            for task, each in searches.items():
+                if each and each["why_zero"]:
+                    where = filter(None, (titles(results)[row], task, f"seed {run['seed']}"))
+                    found.append(f"{', '.join(where)}: {each['why_zero']}.")
     return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 

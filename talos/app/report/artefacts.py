@@ -57,8 +57,9 @@ def commands(results: Results, folder: Path) -> list[tuple[str, list[tuple[str, 
                 found.append((f"inspect {name}", [("inspect", path)]))
         pairs = zip(results["tasks"], results["recipe"]["tasks"], strict=False)
         data = {task["name"]: entry for task, entry in pairs}
-        # A command line reads data as they are, without the further keys of a recipe.
-        vectors = [(t, p) for t, p in paths["vector"].items() if not data[t]["settings"]]
+        # A command line takes no further keys of a recipe: no name, no columns.
+        named = {t for t, entry in data.items() if entry["name"] or entry["settings"]}
+        vectors = [(t, path) for t, path in paths["vector"].items() if t not in named]
         edited = any(
             run["addition"]["scaling_coef"]
             for run in results["runs"]

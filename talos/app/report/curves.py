@@ -105,7 +105,7 @@ def rates_table(results: Results, model: str) -> Table:
     rows = [
         (
             names[row],
-            f"{point['lr']:g}",
+            number(point["lr"]),
             *(percent(point[key]) for key in ("added", "alone", "normalised")),
             number(point["scaling_coef"]),
             "yes" if point["chosen"] else "",
@@ -164,7 +164,7 @@ def density_table(results: Results, model: str) -> Table:
         figures = [each["figures"][key] for key in ("added", "alone")]
         numbers = (percent(f[key]) for f in figures for key in ("value", "low", "high"))
         at = densities.get(row)
-        rows.append((titles(results)[row], "" if at is None else f"{at:g}", *numbers))
+        rows.append((titles(results)[row], number(at), *numbers))
     ends = ("low", "high")
     return ("row", "density", "added, %", *ends, "alone, %", *ends), rows
 
@@ -189,12 +189,8 @@ def drift_table(results: Results, model: str) -> Table:
     found = _drifts(results, model)
     steps = sorted({step for points in found.values() for step in points})
     head = ("step", *(titles(results)[row] for row in found))
-    rows = [(str(s), *(_small(points.get(s)) for points in found.values())) for s in steps]
+    rows = [(str(s), *(number(points.get(s), ".3g") for points in found.values())) for s in steps]
     return head, rows
-
-
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def _searches(results: Results, model: str) -> dict[str, tuple[dict[float, float], list[float]]]:
@@ -273,10 +269,10 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
     ticks = sorted(set(values))
     kept = ticks[:1]
     for tick in ticks[1:]:
-        letters = (len(f"{tick:g}") + len(f"{kept[-1]:g}")) / 2 + 1
+        letters = (len(number(tick)) + len(number(kept[-1]))) / 2 + 1
         if log(tick / kept[-1]) > _LETTER * letters * width:
             kept.append(tick)
-    axes.set_xticks(kept, [f"{tick:g}" for tick in kept])
+    axes.set_xticks(kept, [number(tick) for tick in kept])
     axes.minorticks_off()
     axes.margins(y=0.1)
     axes.grid(True)

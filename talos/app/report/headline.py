@@ -167,6 +167,30 @@ def remarks(results: Results) -> list[str]:
             if left:
                 tasks = _listed(list(dict.fromkeys(left)))
                 found.append(f"With {title}{at} nothing was subtracted to forget {tasks}.")
+        found += _ends(results, name, at)
+    tried = {row["title"]: len(row["lr"]) for row in results["rows"]}
+    if len(set(tried.values())) > 1:
+        counts = "; ".join(f"{title}: {count}" for title, count in tried.items())
+        found.append(f"The rows had not as many learning rates to choose from: {counts}.")
+    elif len(tried) > 1 and 1 in tried.values():
+        found.append("Each row had one learning rate: with others the order may be another one.")
+    return found
+
+
+def _ends(results: Results, model: str, at: str) -> list[str]:
+    """Say which rows took the largest or smallest learning rate that they tried."""
+    tried, named, found = {r["row"]: r["lr"] for r in results["rows"]}, _named(results), []
+    for end, more, word in ((max, "larger", "largest"), (min, "smaller", "smallest")):
+        taken = [
+            named[row]
+            for row, each in summaries(results, model).items()
+            if len(tried[row]) > 1 and each["lr"] == end(tried[row])
+        ]
+        if taken:
+            found.append(
+                f"{_capital(_listed(taken))}{at} took the {word} learning rate that was tried: a "
+                f"{more} one may be better."
+            )
     return found
 
 

@@ -138,11 +138,15 @@ def _sections(results: Results) -> list[str]:
             "Test accuracy: the task's own model → one model with all vectors added, mean over the "
             "seeds. Small: its 95 % interval over the test examples.",
             lambda model: accuracies.added_by_task(results, model),
-            lambda model: accuracies.why_zero(results, model),
+            lambda model: accuracies.why_zero(results, model, "addition"),
         ),
         drawn("coefficient"),
         drawn("density"),
-        drawn("negation", lambda model: accuracies.negated_by_task(results, model)),
+        drawn(
+            "negation",
+            lambda model: accuracies.negated_by_task(results, model),
+            lambda model: accuracies.why_zero(results, model, "negation"),
+        ),
         *map(drawn, ("structure", "overlap", "interference", "disentanglement", "linearity")),
         *map(drawn, ("sensitivity", "drift", "cost")),
         told(

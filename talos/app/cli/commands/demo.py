@@ -75,7 +75,11 @@ def demo(
     seed: Seed = 0,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", metavar="", help="Begin anew in the folder of an earlier run."),
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            help="Begin anew in the folder of an earlier run; files that are not its own stay.",
+        ),
     ] = False,
 ) -> None:
     """Fine-tune a model on several tasks, sparse and dense, and compare the task vectors.

@@ -1,6 +1,7 @@
 """`talos experiment`: a whole study from a recipe."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -52,7 +53,11 @@ def experiment(
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", metavar="", help="Begin anew in the folder of an earlier run."),
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            help="Begin anew in the folder of an earlier run; files that are not its own stay.",
+        ),
     ] = False,
 ) -> None:
     """Compare methods on models and tasks, as a recipe says, over several seeds.
@@ -77,7 +82,7 @@ def experiment(
         with as_options(_WORDS):
             show_plan(chosen, out)
         parts = [word for each in only or () for word in ("--only", each)]
-        next_step(command("experiment", recipe, *parts, "--out", out))
+        next_step(f"{command('experiment', recipe, *parts)} --out {quote(str(out))}")
         return
     after_run(run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
