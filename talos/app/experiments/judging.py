@@ -38,10 +38,10 @@ class TaskModels:
         self.encoder = encoder
         self.tasks = tasks
         self.device = encoder.device
-        self.classifiers: dict[str, nn.Module] = {
+        self.classifiers: dict[str, Classifier] = {
             task.name: classifier_for(encoder, task) for task in tasks
         }
-        self.model = next(iter(self.classifiers.values()))
+        self.model: nn.Module = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
 
     def outcomes(

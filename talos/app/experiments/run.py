@@ -60,15 +60,15 @@ def run_experiment(
     """Run an experiment, or go on with one that was stopped, and write `results.json`.
 
     Every cell is written whole or not at all, `results.json` last. A run that was killed and
-    started again ends with the same numbers.
+    started again on the same machine ends with the same numbers.
 
     Args:
         recipe: the recipe.
         out: the folder; it is made where it is missing.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew, and for each
-            learning rate at which a training fails.
+        on_note: called with a sentence for each damaged cell, which is made anew, each training
+            that fails, each seed that is left out, and cells that other versions made.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -117,6 +117,14 @@ def run_experiment(
                 lr = chosen_rate(gathered, entry.name, row)
                 finish(judged_places(recipe, entry.name, row, names, lr), row)
                 gathered.chosen[entry.name, row.row] = lr
+                left = [
+                    seed for seed in recipe.seeds if seed not in gathered.seeds(entry.name, row)
+                ]
+                if left:
+                    on_note(
+                        f"{row.row} on {entry.name} is summed up without the seeds "
+                        f"{', '.join(map(str, left))}, with which its training fails at its rate"
+                    )
             del cells, encoder, finish
         watch.say("sum up")
         results = results_of(gathered)

@@ -172,8 +172,7 @@ FIGURES: Mapping[str, Figure] = {
             "overlap",
             "Overlap of the masks",
             "How far the first seed's masks of two tasks select the same entries: those in both, "
-            "divided by those in either. Masks of density d that are drawn apart have d / (2 - d); "
-            "the random mask is one for all tasks of a seed.",
+            "divided by those in either. Random masks of density d have d / (2 - d).",
             "a method with masks",
             matrices.overlap,
             matrices.over_tasks_table("mask_iou"),

@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from talos.options import integer
@@ -16,6 +16,9 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = (1600, 96, 400)
 # Of a class in a user's data: one example for each split.
 MIN_CLASS = 3
+
+# So many words in a row of the first ones of two texts make one a repeat of the other.
+REPEAT, REPEAT_WITHIN = 12, 60
 
 # Consecutive texts of a file that stay together when the file is cut into regions.
 REGION = 16
@@ -106,6 +109,33 @@ def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int)
     return result
 
 
+def join_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Join the groups of texts that repeat each other: a mail or an article under another title.
+
+    Two texts do if they share twelve words in a row of their first 60.
+
+    Returns:
+        The candidates; one whose group is joined has that of the first text in it.
+    """
+    joined = {candidate.group: candidate.group for candidate in candidates}
+
+    def first_of(group: str) -> str:
+        while joined[group] != group:
+            joined[group] = joined[joined[group]]
+            group = joined[group]
+        return group
+
+    places = {group: place for place, group in enumerate(joined)}
+    known: dict[tuple[str, ...], str] = {}
+    for candidate in candidates:
+        found = text_key(candidate.text).split()[:REPEAT_WITHIN]
+        for start in range(len(found) - REPEAT + 1):
+            other = known.setdefault(tuple(found[start : start + REPEAT]), candidate.group)
+            pair = sorted({first_of(candidate.group), first_of(other)}, key=places.__getitem__)
+            joined[pair[-1]] = pair[0]
+    return [replace(candidate, group=first_of(candidate.group)) for candidate in candidates]
+
+
 def split_groups(
     candidates: Sequence[G], n_classes: int, seed: int, sizes: tuple[int, int, int]
 ) -> tuple[list[G], list[G], list[G]]:
@@ -115,6 +145,9 @@ def split_groups(
     the largest groups are in the largest split, and the other splits hold many small ones.
     Where a class has too few candidates, all splits and all classes shrink: the splits stay
     balanced but get smaller.
+
+    The shares are always those of `DEFAULT_SIZES`, and a smaller split is a part of a larger one.
+    So what is trained on with some sizes is in no test split of other sizes.
     """
     draw = _generator(seed)
     groups: dict[str, list[G]] = defaultdict(list)
@@ -124,9 +157,9 @@ def split_groups(
     names = sorted(groups)
     draw.shuffle(names)
     names.sort(key=lambda name: -len(groups[name]))
-    shares = [size / sum(sizes) for size in sizes]
-    filled = [Counter[int]() for _ in sizes]
-    assigned: list[list[str]] = [[] for _ in sizes]
+    shares = [size / sum(DEFAULT_SIZES) for size in DEFAULT_SIZES]
+    filled = [Counter[int]() for _ in SPLITS]
+    assigned: list[list[str]] = [[] for _ in SPLITS]
     for name in names:
         counts = Counter(candidate.label for candidate in groups[name])
 
@@ -136,12 +169,12 @@ def split_groups(
                 for label, count in counts.items()
             )
 
-        best = max(range(len(sizes)), key=room)
+        best = max(range(len(SPLITS)), key=room)
         assigned[best].append(name)
         filled[best].update(counts)
     train, validation, test = (
-        _draw(draw, [groups[name] for name in names], n_classes, size)
-        for names, size in zip(assigned, sizes, strict=True)
+        _draw(draw, [groups[name] for name in names], n_classes, usual, size)
+        for names, usual, size in zip(assigned, DEFAULT_SIZES, sizes, strict=True)
     )
     return train, validation, test
 
@@ -176,19 +209,31 @@ def _generator(seed: int) -> random.Random:
     return random.Random(f"talos {integer('seed', seed, 0)}")
 
 
-def _draw(draw: random.Random, groups: Sequence[Sequence[G]], n_classes: int, size: int) -> list[G]:
-    """Draw `size` candidates, equally many of each class, spread over the groups."""
+def _draw(
+    draw: random.Random, groups: Sequence[Sequence[G]], n_classes: int, usual: int, size: int
+) -> list[G]:
+    """Draw `size` candidates, equally many of each class, spread over the groups.
+
+    What `draw` gives next does not depend on `size`. Candidates of the `usual` size come first.
+    """
     pools: list[list[tuple[int, float, G]]] = [[] for _ in range(n_classes)]
     for group in groups:
         ranks = Counter[int]()
         for candidate in draw.sample(group, len(group)):
             pools[candidate.label].append((ranks[candidate.label], draw.random(), candidate))
             ranks[candidate.label] += 1
-    quota = min([size // n_classes, *(len(pool) for pool in pools)])
-    rest = size - quota * n_classes if quota == size // n_classes else 0
-    drawn: list[G] = []
-    for label, pool in enumerate(pools):
+    for pool in pools:
         pool.sort(key=lambda item: item[:2])
-        drawn += [candidate for _, _, candidate in pool[: quota + (label < rest)]]
-    draw.shuffle(drawn)
-    return drawn
+    places = _places(pools, usual)
+    draw.shuffle(places)
+    wanted = dict.fromkeys(_places(pools, size))
+    places = [place for place in places if place in wanted]
+    return [pools[label][at][-1] for label, at in dict.fromkeys([*places, *wanted])]
+
+
+def _places(pools: Sequence[Sequence[object]], size: int) -> list[tuple[int, int]]:
+    """Return the class and the place in its pool of `size` candidates, or of fewer."""
+    smallest = min(map(len, pools))
+    quota = min(size // len(pools), smallest)
+    rest = size - quota * len(pools) if quota < smallest else 0
+    return [(label, at) for label in range(len(pools)) for at in range(quota + (label < rest))]
