@@ -15,6 +15,7 @@ from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
 from talos.app.experiments.places import Place, all_places
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import did_you_mean
@@ -107,8 +108,12 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
         encoder: the model.
         task: the task.
         recipe: whose batch size and length are taken.
+
+    Raises:
+        TalosValueError: a row selects none of the model's weights.
     """
     model = classifier_for(encoder, task)
+    check_rows(recipe, model)
     training = recipe.training
     batches = training_batches(
         task,
