@@ -359,6 +359,44 @@ def test_a_damaged_package_is_named(data: Path) -> None:
         load_any("mnist")
 
 
+BIGBENCH = "bigbench-1.0.0/bigbench/benchmark_tasks/intent_recognition/task.json"
+DAMAGED: list[tuple[str, str, bytes]] = [
+    *(("intents", BIGBENCH, text) for text in (b"[]", b'{"examples": null}', b"[" * 100_000)),
+    ("intents", BIGBENCH, b'{"examples": [{"input": 3, "target_scores": {"play_music": 1}}]}'),
+    ("intents", BIGBENCH, b'{"examples": [1]}'),
+    ("animals", "data", gzip.compress(b"no pickle")),
+    ("animals", "data", gzip.compress(pickle.dumps(5))),
+    ("animals", "data", gzip.compress(b"cnumpy\nndarray\n((I1099511627776\ntR.")),
+    ("animals", "data", b"\x1f\x8b\x08\0\0\0\0\0\0\3\xff\xff\xff\xff\xff\xff"),
+    ("cifar10", "", b"no picture"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "content"), DAMAGED, ids=range(len(DAMAGED)))
+def test_any_damage_is_told_in_plain_words(
+    name: str, place: str, content: bytes, data: Path
+) -> None:
+    if place == "data":
+        animals(data)
+        place = "animal_mnist/data/Animal_MNIST/animal_data_version_3.gz"
+    if place:
+        (data / place).parent.mkdir(parents=True, exist_ok=True)
+        (data / place).write_bytes(content)
+    else:
+        names = list(BY_NAME[name].classes)
+        coded = [base64.b64encode(content + bytes([i])).decode() for i in range(60)]
+        examples = [(each, names[i % 10]) for i, each in enumerate(coded)]
+        bigbench(data, "cifar10_classification/base64", examples)
+    with pytest.raises(TalosValueError, match=rf"^data must be .* without the data of {name} \(."):
+        load_any(name)
+
+
+def test_a_wrong_seed_is_no_damage(data: Path) -> None:
+    cifar10(data)
+    with pytest.raises(TalosValueError, match=r"^seed must be an integer of at least 0, got -1"):
+        registry.load_packaged("cifar10", seed=-1)
+
+
 def test_only_packaged_tasks_are_loaded_as_such() -> None:
     with pytest.raises(TalosValueError, match="did you mean cifar10"):
         registry.load_packaged("cifar100")

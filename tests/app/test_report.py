@@ -213,7 +213,7 @@ def test_rates_at_the_end_of_their_list_are_named() -> None:
     assert report.headline(results)[2:] == [
         "Random mask and non-linear fine-tuning took the largest learning rate that was tried: a "
         "larger one may be better.",
-        "The rows had not as many learning rates to choose from: TaLoS, density 0.1: 3; random "
+        "Not every row had as many learning rates to choose from: TaLoS, density 0.1: 3; random "
         "mask: 2; non-linear fine-tuning: 2.",
     ]
     results["summary"][0]["lr"] = 3e-4
@@ -221,6 +221,9 @@ def test_rates_at_the_end_of_their_list_are_named() -> None:
         "TaLoS (density 0.1) took the smallest learning rate that was tried: a smaller one may be "
         "better."
     ) in report.headline(results)
+    points = results["rates"][MODELS[0]]["random"]
+    points[0]["added"] = points[1]["added"]  # both are as good: no end of anything
+    assert any(line.startswith("Non-linear fine-tuning took") for line in report.headline(results))
     for row in results["rows"]:
         row["lr"] = row["lr"][1:2]
     assert report.headline(results)[2:] == [

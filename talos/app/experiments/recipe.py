@@ -303,6 +303,11 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
         merge = _merge(chosen.pop("merge", "task_arithmetic"))
         differing = {key: chosen.pop(key) for key in _OF_TRAINING if key in chosen}
         masked = method == "talos"
+        disjoint = masked and chosen.get("disjoint", calibration.disjoint)
+        if disjoint and chosen.setdefault("rounds", 1) != 1:
+            raise TalosValueError(
+                f"rounds must be 1 with disjoint, got {chosen['rounds']}; leave it out"
+            )
         yield Row(
             re.sub(r"[^\w.+-]+", "-", "-".join([method, *names])),
             ", ".join([title, *words]),

@@ -15,6 +15,7 @@ from talos.app.experiments.places import Place, all_places, judged_places, swept
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task
@@ -97,6 +98,7 @@ def run_experiment(
                 watch.say(f"load {entry.name}")
                 encoder = load_encoder(entry.source).to(default_device())
             cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
+            check_rows(recipe, cells.models.model)
             gathered.models[entry.name] = {"source": entry.source, **cells.facts}
 
             def finish(

@@ -171,7 +171,7 @@ def remarks(results: Results) -> list[str]:
     tried = {row["title"]: len(row["lr"]) for row in results["rows"]}
     if len(set(tried.values())) > 1:
         counts = "; ".join(f"{title}: {count}" for title, count in tried.items())
-        found.append(f"The rows had not as many learning rates to choose from: {counts}.")
+        found.append(f"Not every row had as many learning rates to choose from: {counts}.")
     elif len(tried) > 1 and 1 in tried.values():
         found.append("Each row had one learning rate: with others the order may be another one.")
     return found
@@ -184,7 +184,9 @@ def _ends(results: Results, model: str, at: str) -> list[str]:
         taken = [
             named[row]
             for row, each in summaries(results, model).items()
-            if len(tried[row]) > 1 and each["lr"] == end(tried[row])
+            if len(tried[row]) > 1
+            and each["lr"] == end(tried[row])
+            and not _tied(results["rates"].get(model, {}).get(row, ()))
         ]
         if taken:
             found.append(
@@ -192,6 +194,12 @@ def _ends(results: Results, model: str, at: str) -> list[str]:
                 f"{more} one may be better."
             )
     return found
+
+
+def _tied(points: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether another rate is as good as the chosen one, which is then the smallest."""
+    best = [point["added"] for point in points if point["chosen"]]
+    return sum(point["added"] in best for point in points) > 1
 
 
 def _count(number: int, thing: str) -> str:
