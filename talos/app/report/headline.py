@@ -79,8 +79,8 @@ def chance(results: Results) -> str:
 def winner(results: Results, model: str) -> str:
     """Say which row's merged model is the most accurate, and whether chance explains it.
 
-    A row wins if three seeds were run, and its lead over each other row and over the pretrained
-    model has an interval above zero.
+    A row wins if three seeds were run, its lead over each other row has an interval above zero, and
+    its own interval lies above the pretrained model's accuracy.
     """
     found = summaries(results, model)
     if not found:

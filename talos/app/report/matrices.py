@@ -38,7 +38,7 @@ def interference(results: Results, model: str) -> list[Panel]:
 
 def sensitivity(results: Results, model: str) -> list[Panel]:
     """Return the plots of what is left without the entries that a task needs least."""
-    labels = ("a tenth pruned by the task", "accuracy on the task,\n% of the pretrained model's")
+    labels = ("pruned by the task", "accuracy on the task,\n% of the pretrained model's")
     return _over_tasks(results, model, "sensitivity", *labels, low=70, high=130, colours="RdBu")
 
 

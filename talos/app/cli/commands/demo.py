@@ -78,7 +78,7 @@ def demo(
         typer.Option(
             "--overwrite",
             metavar="",
-            help="Begin anew in the folder of an earlier run; files that are not its own stay.",
+            help="Begin anew in the folder of an earlier run; other files stay.",
         ),
     ] = False,
 ) -> None:
