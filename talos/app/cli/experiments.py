@@ -66,12 +66,13 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     return results
 
 
-def show_plan(recipe: Recipe, out: Path) -> None:
+def show_plan(recipe: Recipe, out: Path | None, *, words: Mapping[str, str]) -> None:
     """Print which cells a run would make, and its time, memory and disk, about.
 
     Args:
         recipe: the recipe.
-        out: the folder of the run; cells that are done there are not counted again.
+        out: the folder of the run, whose finished cells are kept; None: there are none.
+        words: the option of each of the recipe's keys that a message may begin with.
     """
     from talos.app.cli.loading import find_model
     from talos.app.experiments.machine import default_device
@@ -80,16 +81,17 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     from talos.app.models import load_encoder
     from talos.tensors import readable_size
 
-    tasks, probes = load_tasks(recipe), {}
-    for model in recipe.models:
-        with as_options({"--model": "models"}):
-            find_model(model.source)
-        check_reads(model.source, tasks)
+    with as_options(words):
+        tasks, probes, done = load_tasks(recipe), {}, dict[Any, Any]()
+        for model in recipe.models:
+            with as_options({"--model": "models"}):
+                find_model(model.source)
+            check_reads(model.source, tasks)
     with on_interrupt("nothing was written"), Bars() as bars:
         for model in bars.each("measure a step of each model", recipe.models):
             encoder = load_encoder(model.source).to(default_device())
             probes[model.name] = probe(encoder, tasks[0], recipe)
-    done = finished(out)
+            done |= finished(recipe, model.name, encoder, tasks, out)
     found = estimates(recipe, tasks, probes, done)
     shown = table(["kind of cell"], ["cells", "left", "each, about", "time left, about"])
     for each in found:
@@ -109,8 +111,8 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     sizes = f"{readable_size(disk)} of vectors and masks"
     sizes += "" if memory is None else f", {readable_size(memory)} of memory"
     print_line(console, f"in all about {duration(total)} on this machine, {sizes}")
-    if done:
-        print_line(console, f"{sum(map(len, done.values()))} cells are done in {out}")
+    if kept := sum(each.cells - each.left for each in found):
+        print_line(console, f"{kept} of {len(done)} cells are done in {out}")
 
 
 def duration(seconds: float) -> str:
@@ -136,19 +138,25 @@ def after_run(recipe: Recipe, results: Mapping[str, Any], out: Path) -> None:
         results: its results.
         out: its folder.
     """
-    row, model, seed = recipe.rows[0].row, recipe.models[0], recipe.seeds[0]
-    own = {"kind": "vector", "model": model.name, "row": row, "seed": seed}
+    model, run = recipe.models[0], results["runs"][0]
+    own = {"kind": "vector", **{key: run[key] for key in ("model", "row", "seed", "lr")}}
     files = [each for each in results["files"] if own.items() <= each.items()][:2]
     vectors = [out / each["path"] for each in files]
     steps = [command("inspect", *vectors)] if vectors else []
-    first = results["runs"][0]["addition"]
-    if len(files) == 2 and first and first["scaling_coef"]:
-        data = {task.title: task.data for task in recipe.tasks}
-        words = [word for each in files for word in ("--data", data.get(each["task"], "TASK"))]
+    if len(files) == 2 and run["addition"]["scaling_coef"]:
         terms = (f"{vectors[0]}:0.6", f"{vectors[1]}:-0.4")
-        edit = ("--vector", "edit.safetensors")
         steps.append(command("merge", *terms, "--out", "edit.safetensors"))
-        steps.append(command("eval", "--model", model.source, *words, *edit))
+        pairs = zip(results["tasks"], recipe.tasks, strict=True)
+        # Options name no columns and no tasks: `eval` reads only what needs neither.
+        plain = {
+            task["name"]: entry.data
+            for task, entry in pairs
+            if not entry.settings and entry.name in (None, Path(entry.data).stem)
+        }
+        words = [word for f in files if f["task"] in plain for word in ("--data", plain[f["task"]])]
+        if len(words) == 4:
+            edit = ("--vector", "edit.safetensors")
+            steps.append(command("eval", "--model", model.source, *words, *edit))
     next_step(f"open {out / 'report.html'} in a browser", command("report", out), *steps)
 
 

@@ -65,7 +65,7 @@ class Cells:
         encoder: the model; its weights are restored after each cell.
         tasks: the tasks.
         store: where cells are kept.
-        on_tick: called while a cell is made.
+        on_tick: called before a cell is made, and meanwhile; what it raises stops it.
     """
 
     def __init__(

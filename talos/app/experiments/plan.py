@@ -1,8 +1,8 @@
 """What a run of a recipe will do: the part of it that is asked for, its cells, time and space."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,10 +11,14 @@ from typing import TypeVar
 
 import torch
 
+from talos.app.experiments.cells import Cells
+from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
-from talos.app.experiments.places import Place, all_places
+from talos.app.experiments.places import Place, all_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.results import chosen_rate
+from talos.app.experiments.store import Cell, Store
 from talos.app.models import Encoder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import did_you_mean
@@ -147,7 +151,7 @@ class Estimate:
     Attributes:
         kind: the kind.
         cells: how many the recipe has.
-        left: how many are not done, as far as their number tells.
+        left: how many are not done.
         each: seconds of one, about.
     """
 
@@ -157,11 +161,12 @@ class Estimate:
     each: float
 
 
+Done = Mapping[Place, tuple[Row | None, Cell | None]]
+"""Every cell of a recipe by its place, with its row; None: it is not done."""
+
+
 def estimates(
-    recipe: Recipe,
-    tasks: Sequence[Task | ImageTask],
-    probes: Mapping[str, Probe],
-    done: Mapping[str, Sequence[float]],
+    recipe: Recipe, tasks: Sequence[Task | ImageTask], probes: Mapping[str, Probe], done: Done
 ) -> list[Estimate]:
     """Estimate the time of each kind of cell: that of those that are done, else from the probe.
 
@@ -169,38 +174,66 @@ def estimates(
         recipe: the recipe.
         tasks: its tasks.
         probes: of each model by its name.
-        done: the seconds of the cells that are done, by kind; see `finished`.
+        done: of each model; see `finished`.
     """
-    seconds: dict[str, list[float]] = {}
-    for place, row in all_places(recipe, [task.name for task in tasks]):
-        found = _seconds(place, row, recipe, tasks, probes[place.model])
-        seconds.setdefault(place.kind, []).append(found)
-    return [
-        Estimate(
-            kind,
-            len(each),
-            max(0, len(each) - len(done.get(kind, ()))),
-            fmean(done.get(kind) or each),
-        )
-        for kind, each in seconds.items()
-    ]
+    found = []
+    for kind in dict.fromkeys(place.kind for place in done):
+        every = {place: each for place, each in done.items() if place.kind == kind}
+        known = [cell.seconds for _, cell in every.values() if cell is not None]
+        each = known or [
+            _seconds(place, row, recipe, tasks, probes[place.model])
+            for place, (row, _) in every.items()
+        ]
+        found.append(Estimate(kind, len(every), len(every) - len(known), fmean(each)))
+    return found
 
 
-def finished(out: Path) -> dict[str, list[float]]:
-    """Return the seconds of the cells that a folder holds, by kind.
+class _NotDone(Exception):
+    """A cell would have to be made."""
+
+
+def finished(
+    recipe: Recipe,
+    model: str,
+    encoder: Encoder,
+    tasks: Sequence[Task | ImageTask],
+    out: Path | None,
+) -> Done:
+    """Return the cells of one model, and which of them a folder holds; nothing is made.
 
     Args:
-        out: the folder, which may be missing.
+        recipe: the recipe.
+        model: the model's name.
+        encoder: the model.
+        tasks: the tasks.
+        out: the folder; None, or where it is missing: nothing is done.
     """
-    found: dict[str, list[float]] = {}
-    for path in sorted(out.glob("cells/*/*.json")):
+
+    def stop(*_: object) -> None:
+        raise _NotDone
+
+    recipe = replace(recipe, models=tuple(entry for entry in recipe.models if entry.name == model))
+    names = [task.name for task in tasks]
+    if out is None or not (out / "cells").is_dir():
+        return {place: (row, None) for place, row in all_places(recipe, names)}
+    cells = Cells(recipe, model, encoder, tasks, Store(out, lambda note: None), stop)
+
+    def find(place: Place, row: Row | None) -> Cell | None:
         try:
-            found.setdefault(path.parent.name, []).append(
-                float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-            )
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # a damaged cell is made anew
-    return found
+            return cells.make(place, row)
+        except _NotDone:
+            return None
+
+    gathered = Gathered(recipe, tasks)
+    for row in recipe.rows:
+        for place in swept_places(recipe, model, row, names):
+            if (cell := find(place, row)) is not None:
+                gathered.cells[place] = cell
+        with suppress(KeyError, TalosValueError):  # a rate is left to try, or none trains
+            gathered.chosen[model, row.row] = chosen_rate(gathered, model, row)
+    return {
+        place: (row, find(place, row)) for place, row in all_places(recipe, names, gathered.chosen)
+    }
 
 
 def space(

@@ -1,6 +1,7 @@
 """Run an experiment: every cell of a recipe that is not done yet, then `results.json`."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.load import load_any
-from talos.errors import TalosValueError
+from talos.errors import TalosOSError, TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
 
@@ -134,11 +135,15 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    sizes = recipe.training.sizes
-    return [
-        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
-        for entry in recipe.tasks
-    ]
+    sizes, tasks = recipe.training.sizes, []
+    for entry in recipe.tasks:
+        try:
+            tasks.append(load_any(entry.data, sizes, name=entry.name or "", **entry.settings))
+        except (TalosValueError, TalosOSError) as error:
+            text = re.sub("^path ", "data ", str(error))
+            where = "" if entry.title in text else f" (task {entry.title})"
+            raise type(error)(f"{text}{where}") from None
+    return tasks
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:

@@ -66,6 +66,9 @@ def test_a_run_writes_tables_a_page_and_goes_on(
     assert "TaLoS" in shown
     assert "non-linear fine-tuning" in shown
     assert f"talos report {out}" in notes
+    eval_line = f"  talos eval --model {folder / 'base'} --data {folder / 'pets.csv'}"
+    edited = any(run["addition"]["scaling_coef"] for run in results["runs"][:1])
+    assert (eval_line in notes) == edited
     assert "vector" not in notes.split("figures:")[0], "a cell that is done has no line"
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*.json")} == cells
 
@@ -98,7 +101,41 @@ def test_a_dry_run_counts_cells_and_writes_nothing(
     shown = capsys.readouterr().out
     counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
     assert counts["vector"] == ["6", "0"]
-    assert f"cells are done in {out}" in shown
+    assert f"14 of 14 cells are done in {out}" in shown
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "left", "done"),
+    [
+        ("steps = 1", "steps = 2", {"mask": "0", "vector": "6", "addition": "3"}, "4 of 14"),
+        ("[1e-3, 1e-2]", "[1e-3, 2e-3]", {"mask": "0", "vector": "2", "addition": "1"}, " of 14"),
+        ("resamples = 20", "resamples = 30", {"vector": "0", "addition": "3"}, " of 14"),
+    ],
+)
+def test_a_dry_run_counts_the_cells_of_its_own_recipe(
+    folder: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    left: dict[str, str],
+    done: str,
+) -> None:
+    edited = folder / "edited.toml"
+    edited.write_text(STUDY.replace(old, new), encoding="utf-8")
+    before = sorted(out.rglob("*"))
+    assert main(["experiment", str(edited), "--dry-run", "--out", str(out)]) == 0
+    shown, notes = capsys.readouterr()
+    counts = {line.split()[0]: line.split()[2] for line in shown.splitlines() if line.split()[2:]}
+    assert counts.items() >= left.items()
+    assert f"{done} cells are done in {out}\n" in shown
+    assert f"talos experiment {edited} --out {out}\n" in notes
+    assert sorted(out.rglob("*")) == before
+    words = ["experiment", str(edited), "--dry-run", "--overwrite", "--out", str(out)]
+    assert main(words) == 0
+    shown, notes = capsys.readouterr()
+    assert "cells are done" not in shown
+    assert f"talos experiment {edited} --overwrite --out {out}\n" in notes
 
 
 def test_the_demo_is_its_recipe_with_some_keys_changed(

@@ -1,11 +1,12 @@
 """`talos experiment`: a whole study from a recipe."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import command, next_step
+from talos.app.cli.console import command, next_step, unused
 from talos.app.cli.options import as_options
 from talos.errors import TalosValueError
 
@@ -16,8 +17,8 @@ EXAMPLES = (
     "talos experiment study.toml --dry-run",
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
-# What messages of the loaders name otherwise than a recipe does.
-_WORDS = {"data": "tasks", "path": "tasks"}
+# What messages name otherwise than a recipe and the command do.
+_WORDS = {"data": "tasks", "path": "--out", "out": "--out"}
 
 
 def experiment(
@@ -73,11 +74,11 @@ def experiment(
     with as_options({"only": "--only"}):
         chosen = select(read_recipe(recipe), only or ())
     if out is None or dry_run:
-        out = out or Path(Path(recipe).stem)
-        with as_options(_WORDS):
-            show_plan(chosen, out)
+        show_plan(chosen, None if overwrite else out, words=_WORDS)
         parts = [word for each in only or () for word in ("--only", each)]
-        next_step(command("experiment", recipe, *parts, "--out", out))
+        folder = out or unused(Path(Path(recipe).stem))
+        parts += ["--overwrite"] if overwrite else []
+        next_step(f"{command('experiment', recipe, *parts)} --out {quote(str(folder))}")
         return
     after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
