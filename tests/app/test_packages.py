@@ -18,7 +18,7 @@ from PIL import Image
 
 from talos.app.experiments.recipe import read_recipe
 from talos.app.experiments.run import load_tasks
-from talos.app.tasks import Task, load_any, package_images, registry
+from talos.app.tasks import Task, load_any, package_images, registry, splits
 from talos.app.tasks.catalogue import PACKAGED
 from talos.app.tasks.splits import SPLITS, text_key
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
@@ -38,6 +38,7 @@ WORDS = ("bad", "dull", "poor", "fine", "good", "great", "plain", "slow", "odd",
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TALOS_DATA", str(tmp_path))
+    monkeypatch.setattr(splits, "DEFAULT_SIZES", (60, 20, 20))  # shares that fit tiny files
     return tmp_path
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from talos.app.tasks import Example, Task, available_tasks, load_file, load_task, registry
 from talos.app.tasks.sources import MAX_CHARS, library_folder, list_files, read_source
 from talos.app.tasks.splits import (
+    DEFAULT_SIZES,
     SPLITS,
     Candidate,
     cut_regions,
@@ -369,6 +370,12 @@ def test_split_groups_never_splits_a_group_and_keeps_balance(groups, seed, sizes
         assert len(split) <= size
         assert len(set(split)) == len(split)
         assert max(counts[k] for k in range(3)) - min(counts[k] for k in range(3)) <= 1
+    larger = split_groups(candidates, 3, seed, (sizes[0] + 7, sizes[1] + 1, sizes[2] + 40))
+    for split, more in zip(splits, larger, strict=True):
+        assert set(split) <= set(more)
+    usual = split_groups(candidates, 3, seed, DEFAULT_SIZES)
+    for split, other in itertools.permutations(range(3), 2):
+        assert not {*splits[split]} & {*usual[other]}
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
         name: one of `available_tasks()`.
         seed: decides which files are in which split, and which texts are drawn.
         sizes: largest number of train, validation and test examples, by default 1600, 96, 400. A
-            split is smaller where there is less text.
+            split is smaller where there is less text. A smaller one is a part of a larger one.
 
     Returns:
         The task, with at least one example of each class in every split.

@@ -115,6 +115,9 @@ def split_groups(
     the largest groups are in the largest split, and the other splits hold many small ones.
     Where a class has too few candidates, all splits and all classes shrink: the splits stay
     balanced but get smaller.
+
+    The shares are always those of `DEFAULT_SIZES`, and a smaller split is a part of a larger one.
+    So what is trained on with some sizes is in no test split of other sizes.
     """
     draw = _generator(seed)
     groups: dict[str, list[G]] = defaultdict(list)
@@ -124,9 +127,9 @@ def split_groups(
     names = sorted(groups)
     draw.shuffle(names)
     names.sort(key=lambda name: -len(groups[name]))
-    shares = [size / sum(sizes) for size in sizes]
-    filled = [Counter[int]() for _ in sizes]
-    assigned: list[list[str]] = [[] for _ in sizes]
+    shares = [size / sum(DEFAULT_SIZES) for size in DEFAULT_SIZES]
+    filled = [Counter[int]() for _ in SPLITS]
+    assigned: list[list[str]] = [[] for _ in SPLITS]
     for name in names:
         counts = Counter(candidate.label for candidate in groups[name])
 
@@ -136,12 +139,12 @@ def split_groups(
                 for label, count in counts.items()
             )
 
-        best = max(range(len(sizes)), key=room)
+        best = max(range(len(SPLITS)), key=room)
         assigned[best].append(name)
         filled[best].update(counts)
     train, validation, test = (
-        _draw(draw, [groups[name] for name in names], n_classes, size)
-        for names, size in zip(assigned, sizes, strict=True)
+        _draw(draw, [groups[name] for name in names], n_classes, usual, size)
+        for names, usual, size in zip(assigned, DEFAULT_SIZES, sizes, strict=True)
     )
     return train, validation, test
 
@@ -176,19 +179,31 @@ def _generator(seed: int) -> random.Random:
     return random.Random(f"talos {integer('seed', seed, 0)}")
 
 
-def _draw(draw: random.Random, groups: Sequence[Sequence[G]], n_classes: int, size: int) -> list[G]:
-    """Draw `size` candidates, equally many of each class, spread over the groups."""
+def _draw(
+    draw: random.Random, groups: Sequence[Sequence[G]], n_classes: int, usual: int, size: int
+) -> list[G]:
+    """Draw `size` candidates, equally many of each class, spread over the groups.
+
+    What `draw` gives next does not depend on `size`. Candidates of the `usual` size come first.
+    """
     pools: list[list[tuple[int, float, G]]] = [[] for _ in range(n_classes)]
     for group in groups:
         ranks = Counter[int]()
         for candidate in draw.sample(group, len(group)):
             pools[candidate.label].append((ranks[candidate.label], draw.random(), candidate))
             ranks[candidate.label] += 1
-    quota = min([size // n_classes, *(len(pool) for pool in pools)])
-    rest = size - quota * n_classes if quota == size // n_classes else 0
-    drawn: list[G] = []
-    for label, pool in enumerate(pools):
+    for pool in pools:
         pool.sort(key=lambda item: item[:2])
-        drawn += [candidate for _, _, candidate in pool[: quota + (label < rest)]]
-    draw.shuffle(drawn)
-    return drawn
+    places = _places(pools, usual)
+    draw.shuffle(places)
+    wanted = dict.fromkeys(_places(pools, size))
+    places = [place for place in places if place in wanted]
+    return [pools[label][at][-1] for label, at in dict.fromkeys([*places, *wanted])]
+
+
+def _places(pools: Sequence[Sequence[object]], size: int) -> list[tuple[int, int]]:
+    """Return the class and the place in its pool of `size` candidates, or of fewer."""
+    smallest = min(map(len, pools))
+    quota = min(size // len(pools), smallest)
+    rest = size - quota * len(pools) if quota < smallest else 0
+    return [(label, at) for label in range(len(pools)) for at in range(quota + (label < rest))]

@@ -109,6 +109,15 @@ def test_disjoint_masks_share_no_entry(done: tuple[Path, dict[str, Any]]) -> Non
 
 
 @pytest.mark.slow
+def test_each_task_draws_its_own_random_mask(done: tuple[Path, dict[str, Any]]) -> None:
+    _, results = done
+    iou = results["mask_iou"]["tiny"]["random"]
+    assert iou[0][0] == 1
+    assert iou[0][1] < 0.5
+    assert results["mask_iou"]["tiny"]["magnitude"][0][1] == 1
+
+
+@pytest.mark.slow
 def test_the_most_sensitive_entries_are_others(done: tuple[Path, dict[str, Any]]) -> None:
     out, results = done
     vectors = {

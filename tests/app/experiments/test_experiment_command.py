@@ -163,7 +163,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("talos.app.experiments.cells.training_batches", interrupt)
+    monkeypatch.setattr("talos.app.experiments.training.training_batches", interrupt)
     assert judging.training_batches is not interrupt
     words = ["experiment", str(folder / "study.toml"), "--out", str(tmp_path / "out")]
     assert main(words) == 130
