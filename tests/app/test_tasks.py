@@ -25,6 +25,7 @@ from talos.app.tasks.splits import (
     Candidate,
     cut_regions,
     deduplicate,
+    join_repeats,
     split_groups,
     text_key,
 )
@@ -349,6 +350,23 @@ def test_regions_are_consecutive_and_only_of_classes_with_few_files():
     cut = cut_regions(few + many, 2, min_files=10)
     assert [c.group for c in cut[:40]] == [f"big.py#{i // 16}" for i in range(40)]
     assert [c.group for c in cut[40:]] == [c.group for c in many]
+
+
+def test_groups_of_texts_that_share_twelve_words_are_joined():
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    rows = [
+        (f"Aa. {text}", "a"),
+        ("something else", "b"),
+        (f"Cc cc! {text.title()} and more", "c"),
+        ("other words of the third group", "c"),
+        (text.removesuffix("twelve"), "d"),
+        (f"Dd {'x ' * 60} {text}", "e"),
+        ("other words of group c in a text of twelve words or of more", "f"),
+        ("words of group c in a text of twelve words or of more", "b"),
+    ]
+    joined = join_repeats([Candidate(text, 0, group, group) for text, group in rows])
+    assert [each.group for each in joined] == [*"abaadebb"]
+    assert [(each.text, each.origin) for each in joined] == rows
 
 
 @given(

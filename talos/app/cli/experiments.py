@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.console import (
     Bars,
@@ -17,6 +17,9 @@ from talos.app.cli.console import (
 from talos.app.cli.options import as_options
 from talos.app.experiments.recipe import Recipe
 from talos.app.extras import check_installed
+
+if TYPE_CHECKING:
+    from talos.app.experiments.run import Progress
 
 __all__ = ["after_run", "duration", "run", "show_plan"]
 
@@ -35,7 +38,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     """
     from talos.app.cli.loading import find_model
     from talos.app.cli.tables import show_results
-    from talos.app.experiments.run import Progress, run_experiment
+    from talos.app.experiments.run import run_experiment
     from talos.app.experiments.store import check, kept
     from talos.app.report import write_report
 
@@ -49,15 +52,15 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
         begun = set[str]()
 
         def show(progress: Progress) -> None:
-            if progress.done < progress.total:
+            if not progress.ended:
                 begun.add(progress.label)
+                if progress.done == progress.total:  # it is still to be judged or written
+                    return
             elif progress.label not in begun:  # a cell that was done before
                 return
             else:
                 begun.remove(progress.label)
-            left = "" if progress.left is None else f", about {duration(progress.left)} left"
-            label = f"{progress.cells}/{progress.all_cells}{left} · {progress.label}"
-            bars.show(label, progress.done, progress.total, progress.loss)
+            bars.show(_shown(progress), progress.done, progress.total, progress.loss)
 
         results = run_experiment(recipe, out, overwrite=overwrite, on_progress=show, on_note=note)
     show_results(stdout(), results)
@@ -66,13 +69,23 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     return results
 
 
-def show_plan(recipe: Recipe, out: Path | None, *, words: Mapping[str, str]) -> None:
+def _shown(progress: "Progress") -> str:
+    """Return what is done, the number of the cell, and the time that is left."""
+    if not progress.cells:
+        return progress.label
+    left = ""
+    if progress.left:
+        left = f", {'about' if progress.known else 'more than'} {duration(progress.left)} left"
+    return f"cell {progress.cells} of {progress.all_cells}{left} · {progress.label}"
+
+
+def show_plan(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
     """Print which cells a run would make, and its time, memory and disk, about.
 
     Args:
         recipe: the recipe.
-        out: the folder of the run, whose finished cells are kept; None: there are none.
-        words: the option of each of the recipe's keys that a message may begin with.
+        out: the folder of the run; cells that are done there are not counted again.
+        overwrite: whether the run would make all anew.
     """
     from talos.app.cli.loading import find_model
     from talos.app.experiments.machine import default_device
@@ -81,17 +94,19 @@ def show_plan(recipe: Recipe, out: Path | None, *, words: Mapping[str, str]) -> 
     from talos.app.models import load_encoder
     from talos.tensors import readable_size
 
-    with as_options(words):
-        tasks, probes, done = load_tasks(recipe), {}, dict[Any, Any]()
-        for model in recipe.models:
-            with as_options({"--model": "models"}):
-                find_model(model.source)
-            check_reads(model.source, tasks)
+    tasks, probes = load_tasks(recipe), {}
+    done: dict[str, list[float]] = {}
+    for model in recipe.models:
+        with as_options({"--model": "models"}):
+            find_model(model.source)
+        check_reads(model.source, tasks)
     with on_interrupt("nothing was written"), Bars() as bars:
         for model in bars.each("measure a step of each model", recipe.models):
             encoder = load_encoder(model.source).to(default_device())
             probes[model.name] = probe(encoder, tasks[0], recipe)
-            done |= finished(recipe, model.name, encoder, tasks, out)
+            kept = {} if overwrite else finished(recipe, model.name, encoder, tasks, out)
+            for kind, seconds in kept.items():
+                done.setdefault(kind, []).extend(seconds)
     found = estimates(recipe, tasks, probes, done)
     shown = table(["kind of cell"], ["cells", "left", "each, about", "time left, about"])
     for each in found:
@@ -111,8 +126,9 @@ def show_plan(recipe: Recipe, out: Path | None, *, words: Mapping[str, str]) -> 
     sizes = f"{readable_size(disk)} of vectors and masks"
     sizes += "" if memory is None else f", {readable_size(memory)} of memory"
     print_line(console, f"in all about {duration(total)} on this machine, {sizes}")
-    if kept := sum(each.cells - each.left for each in found):
-        print_line(console, f"{kept} of {len(done)} cells are done in {out}")
+    if done:
+        numbers = (sum(map(len, done.values())), sum(each.cells for each in found))
+        print_line(console, "{:,} of {:,} cells are done in {}".format(*numbers, out))
 
 
 def duration(seconds: float) -> str:

@@ -6,12 +6,12 @@ in this process or in another.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,8 +22,9 @@ from talos.app.experiments.machine import forget_peak, peak_bytes
 from talos.app.experiments.measures import Tick
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.settings import Calibration
 from talos.app.experiments.store import Cell, Key, Store
-from talos.app.experiments.training import Trainer, tokens_of
+from talos.app.experiments.training import Trainer, data_of, tokens_of
 from talos.app.models import Encoder
 from talos.app.provenance import base_of, digest_of_weights, made_with
 from talos.app.tasks import ImageTask, Task
@@ -38,6 +39,8 @@ from talos.tensors import trim_heap
 from talos.training import FineTuneStep
 
 __all__ = ["Cells", "Made"]
+
+F = TypeVar("F", Mask, TaskVector)
 
 _LAST = 10  # steps whose mean loss is the last one
 _GRID_POINTS = 11  # of a disentanglement map, each way, at most
@@ -65,7 +68,7 @@ class Cells:
         encoder: the model; its weights are restored after each cell.
         tasks: the tasks.
         store: where cells are kept.
-        on_tick: called before a cell is made, and meanwhile; what it raises stops it.
+        on_tick: called while a cell is made.
     """
 
     def __init__(
@@ -86,8 +89,12 @@ class Cells:
         }
         self._trainer = Trainer(self.models, self.tasks, self._tokens)
         params = named_parameters(self.models.model)
+        self._shared: tuple[Calibration | None, int, dict[str, Mask]] = (None, 0, {})
         weights = digest_of_weights(params)
-        self._data = {task.name: self._data_of(task, weights) for task in tasks}
+        self._data = {
+            name: data_of(self.tasks[name], classifier, self._tokens[name], weights)
+            for name, classifier in self.models.classifiers.items()
+        }
         self.facts = {
             "parameters": sum(param.numel() for param in params.values()),
             "maskable": sum(c.numel for c in select_parameters(self.models.model).values()),
@@ -164,33 +171,28 @@ class Cells:
         disjoint = settings.pop("disjoint")
         content = {**self._data[task], "calibration": settings, "seed": seed}
         if disjoint:
-            plain = replace(row, calibration=replace(calibration, disjoint=False))
-            keys = {name: self.mask(plain, seed, name).key.digest[:16] for name in self.tasks}
-            content["disjoint"] = keys
+            content["disjoint"] = list(self._data.values())  # in the order of their turns
 
         def make(tick: Tick) -> Made:
             if disjoint:
-                given = {name: self._load_mask(plain, seed, name) for name in self.tasks}
-                dealt = Mask.disjoint(given)[task]
-                mask = replace(dealt, metadata=given[task].metadata | dealt.metadata)
+                mask = self._disjoint(calibration, seed, tick)[task]
             else:
                 mask = self._trainer.calibrate(task, settings, seed, tick)
             made = self._made_with(task)
             made["base"] = base_of(mask, self.models.classifiers[task])
-            path = self.store.file("masks", key)
-            replace(mask, metadata=mask.metadata | made).save(path)
-            return Made(
-                {
-                    "file": path.relative_to(self.store.folder).as_posix(),
-                    "bytes": path.stat().st_size,
-                    "nnz": mask.nnz,
-                    "stability": mask.metadata.get("stability"),
-                }
-            )
+            saved = self.store.save(key, replace(mask, metadata=mask.metadata | made))
+            return Made({**saved, "nnz": mask.nnz, "stability": mask.metadata.get("stability")})
 
         words = (row.method, f"density-{calibration.density:g}", f"seed-{seed}", task)
         key = self._key("mask", words, content)
         return self._made(key, make)
+
+    def _disjoint(self, calibration: Calibration, seed: int, tick: Tick) -> dict[str, Mask]:
+        """Return the disjoint masks of all tasks, which the cells of the tasks share."""
+        if self._shared[:2] != (calibration, seed):
+            masks = self._trainer.calibrate_disjoint(asdict(calibration), seed, tick)
+            self._shared = calibration, seed, masks
+        return self._shared[2]
 
     def vector(self, row: Row, lr: float, seed: int, task: str) -> Cell:
         """Return the cell of a task's vector, with the right answers of its own model."""
@@ -215,7 +217,6 @@ class Cells:
         return self._key("vector", words, content)
 
     def _trained(self, row: Row, lr: float, seed: int, task: str, key: Key, tick: Tick) -> Made:
-        path = self.store.file("vectors", key)
         mask = None if row.calibration is None else self._load_mask(row, seed, task)
         times: list[float] = [time.perf_counter()]
         losses: list[float] = []
@@ -234,7 +235,7 @@ class Cells:
         made = self._made_with(task, steps=row.training.steps, lr=lr, seed=seed)
         # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
         vector = replace(vector, metadata=vector.metadata | made).astype(torch.bfloat16)
-        vector.save(path)
+        saved = self.store.save(key, vector)
         outcomes = self.judged(row)
         with outcomes.resident(vector):
             answers = {
@@ -245,8 +246,7 @@ class Cells:
         steps = sorted(after - before for before, after in pairwise(times))
         return Made(
             {
-                "file": path.relative_to(self.store.folder).as_posix(),
-                "bytes": path.stat().st_size,
+                **saved,
                 "entries": vector.mask.nnz,
                 "steps": len(losses),
                 "first_loss": losses[0],
@@ -267,7 +267,7 @@ class Cells:
 
         evaluation = self.recipe.evaluation
         content = {
-            "vectors": self._vectors(row, lr, seed),
+            "vectors": self._vectors(row, lr, seed, self.tasks),
             "merge": dict(row.merge),
             "coefficients": evaluation.coefficients,
             "resamples": evaluation.resamples,
@@ -285,7 +285,7 @@ class Cells:
         content = {
             "target": task,
             "vector": self._vector_key(row, lr, seed, task).digest[:16],
-            "tasks": self._data,
+            "tasks": list(self._data.values()),
             "coefficients": evaluation.coefficients,
             "control_share": evaluation.control_share,
             "resamples": evaluation.resamples,
@@ -307,12 +307,11 @@ class Cells:
             return self.load_vector(row, lr, seed, task)
 
         def make(tick: Tick) -> Made:
-            names = list(self.tasks)
             if kind == "disentanglement":
                 outcomes = self._outcomes(judge=predictions)
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
-                vectors = {task: load(task) for task in pair}
+                vectors = {task: load(task) for task in names}
                 points = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
                 return Made(measures.disentangle(outcomes, vectors, points, tick))
             if kind == "overlap":
@@ -321,9 +320,9 @@ class Cells:
             return Made(measure(self.judged(row), names, load, tick))
 
         pair = self.recipe.evaluation.pair or tuple(self.tasks)[:2]
-        content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed)}
+        names = pair if kind == "disentanglement" else tuple(self.tasks)
+        content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed, names)}
         if kind == "disentanglement":
-            content = {"vectors": {task: content["vectors"][task] for task in pair}}
             content["coefficients"] = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
         if kind != "overlap":
             content["resamples"] = self.recipe.evaluation.resamples
@@ -342,32 +341,31 @@ class Cells:
 
     def load_vector(self, row: Row, lr: float, seed: int, task: str) -> TaskVector:
         """Read a vector, and tell the outcomes what its own model answered."""
-        cell = self.vector(row, lr, seed, task)
-        vector = TaskVector.load(self.store.folder / cell.found["file"])
+        cell, vector = self._loaded(TaskVector, lambda: self.vector(row, lr, seed, task))
         for split in ("validation", "test"):
             known = unpack({task: cell.found[split]}, self.examples(split))
             self.judged(row).remember(split, known, vector)
         return vector
 
     def _load_mask(self, row: Row, seed: int, task: str) -> Mask:
-        return Mask.load(self.store.folder / self.mask(row, seed, task).found["file"])
+        return self._loaded(Mask, lambda: self.mask(row, seed, task))[1]
 
-    def _vectors(self, row: Row, lr: float, seed: int) -> dict[str, str]:
-        return {task: self._vector_key(row, lr, seed, task).digest[:16] for task in self.tasks}
+    def _loaded(self, kind: type[F], make: Callable[[], Cell]) -> tuple[Cell, F]:
+        """Return a cell with its mask or vector; one that is damaged is made anew."""
+        cell = make()
+        try:
+            return cell, kind.load(self.store.folder / cell.found["file"])
+        except TalosValueError as error:
+            self.store.forget(cell, error)
+        cell = make()
+        return cell, kind.load(self.store.folder / cell.found["file"])
+
+    def _vectors(self, row: Row, lr: float, seed: int, names: Iterable[str]) -> list[list[str]]:
+        """Return the tasks and vectors of a key, in an order that decides matrices and sums."""
+        return [[task, self._vector_key(row, lr, seed, task).digest[:16]] for task in names]
 
     def _made_with(self, task: str, **settings: object) -> dict[str, Any]:
         return made_with(self.tasks[task], self.models.encoder, self._tokens[task], **settings)
-
-    def _data_of(self, task: Task | ImageTask, weights: str) -> dict[str, Any]:
-        """Return what a task gives to a key: model, examples, labels."""
-        return {
-            "weights": weights,
-            "task": task.name,
-            "splits": [task.fingerprint(split) for split in ("train", "validation", "test")],
-            "class_names": list(task.class_names),
-            "class_texts": list(task.class_texts),
-            "max_length": self._tokens[task.name] if task.reads == "texts" else None,
-        }
 
     def _key(self, kind: str, words: Sequence[str], content: Mapping[str, Any]) -> Key:
         return Key(kind, (self.name, *words), content)

@@ -45,10 +45,14 @@ class Gathered:
         """Of the test examples."""
         return Bootstrap(self.examples, resamples=self.recipe.evaluation.resamples)
 
-    @cached_property
-    def draws(self) -> Tensor:
-        """The seeds that each resample draws: int64 `[1 + resamples, seeds]`; first all of them."""
-        count = len(self.recipe.seeds)
+    def draws(self, count: int) -> Tensor:
+        """Return which of some seeds each resample draws: int64 `[1 + resamples, count]`.
+
+        First all of them.
+
+        Args:
+            count: of the seeds.
+        """
         generator = torch.Generator().manual_seed(0)
         size = (self.recipe.evaluation.resamples, count)
         drawn = torch.randint(count, size, generator=generator, dtype=torch.int64, device="cpu")
@@ -69,6 +73,12 @@ class Gathered:
             return False
         vectors = self.of_tasks(place._replace(kind="vector"))
         return any("failed" in each for each in vectors.values())
+
+    def seeds(self, model: str, row: Row) -> list[int]:
+        """Return the seeds with which a row could be trained at its chosen rate."""
+        lr = self.chosen[model, row.row]
+        place = Place("addition", model, row.row, lr)
+        return [seed for seed in self.recipe.seeds if not self.failed(place._replace(seed=seed))]
 
     def of_tasks(self, place: Place) -> dict[str, Any]:
         """Return what the cells of all tasks found at a place."""

@@ -15,7 +15,7 @@ from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["TaskModels", "calibration_batches", "logits_of", "training_batches"]
+__all__ = ["Batch", "TaskModels", "calibration_batches", "logits_of", "training_batches"]
 
 Batch = dict[str, Tensor]
 
@@ -38,10 +38,10 @@ class TaskModels:
         self.encoder = encoder
         self.tasks = tasks
         self.device = encoder.device
-        self.classifiers: dict[str, nn.Module] = {
+        self.classifiers: dict[str, Classifier] = {
             task.name: classifier_for(encoder, task) for task in tasks
         }
-        self.model = next(iter(self.classifiers.values()))
+        self.model: nn.Module = next(iter(self.classifiers.values()))
         self._base = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
 
     def outcomes(

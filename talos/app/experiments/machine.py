@@ -10,8 +10,9 @@ import torch
 
 import talos
 
-__all__ = ["default_device", "forget_peak", "machine", "peak_bytes", "versions"]
+__all__ = ["default_device", "forget_peak", "machine", "made_by", "peak_bytes", "versions"]
 
+_DECIDE: tuple[str, ...] = ("talos", "torch", "numpy", "transformers")
 _PACKAGES = ("numpy", "safetensors", "transformers", "tokenizers", "matplotlib")
 
 
@@ -60,6 +61,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def made_by() -> dict[str, str]:
+    """Return what decides the last bits of a number: versions, and the GPU or processor."""
+    known = versions()
+    found = {name: known[name] for name in _DECIDE if name in known}
+    gpu = default_device().type == "cuda"
+    return {**found, "device": torch.cuda.get_device_name() if gpu else _processor()}
 
 
 def _processor() -> str:

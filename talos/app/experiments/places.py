@@ -1,6 +1,6 @@
 """Which cells a recipe has, and in which order they are made."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -75,16 +75,14 @@ def judged_places(
         yield from (Place("drift", model, row.row, lr, first, task) for task in names)
 
 
-def all_places(
-    recipe: Recipe, names: Sequence[str], chosen: Mapping[tuple[str, str], float] | None = None
-) -> list[tuple[Place, Row | None]]:
+def all_places(recipe: Recipe, names: Sequence[str]) -> list[tuple[Place, Row | None]]:
     """Return every cell once, with its row; rows that train alike share vectors.
+
+    The rate that will be chosen is not known: the smallest one stands for it.
 
     Args:
         recipe: the recipe.
         names: the names of the tasks.
-        chosen: the learning rates of models and rows, as far as they are known. The smallest rate
-            stands for one that is not.
     """
     found: dict[object, tuple[Place, Row | None]] = {}
     for model in [each.name for each in recipe.models]:
@@ -93,8 +91,7 @@ def all_places(
             found[place] = place, None
         for row in recipe.rows:
             swept = swept_places(recipe, model, row, names)
-            lr = (chosen or {}).get((model, row.row), row.lr[0])
-            for place in (*swept, *judged_places(recipe, model, row, names, lr)):
+            for place in (*swept, *judged_places(recipe, model, row, names, row.lr[0])):
                 found.setdefault((_shared(place.kind, row), place._replace(row="")), (place, row))
     return list(found.values())
 

@@ -1,7 +1,7 @@
 """What a run of a recipe will do: the part of it that is asked for, its cells, time and space."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,10 +15,11 @@ from talos.app.experiments.cells import Cells
 from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
-from talos.app.experiments.places import Place, all_places, swept_places
+from talos.app.experiments.places import Place, all_places, judged_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import chosen_rate
-from talos.app.experiments.store import Cell, Store
+from talos.app.experiments.store import Cell, Key, Store
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import did_you_mean
@@ -111,8 +112,12 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
         encoder: the model.
         task: the task.
         recipe: whose batch size and length are taken.
+
+    Raises:
+        TalosValueError: a row selects none of the model's weights.
     """
     model = classifier_for(encoder, task)
+    check_rows(recipe, model)
     training = recipe.training
     batches = training_batches(
         task,
@@ -161,12 +166,11 @@ class Estimate:
     each: float
 
 
-Done = Mapping[Place, tuple[Row | None, Cell | None]]
-"""Every cell of a recipe by its place, with its row; None: it is not done."""
-
-
 def estimates(
-    recipe: Recipe, tasks: Sequence[Task | ImageTask], probes: Mapping[str, Probe], done: Done
+    recipe: Recipe,
+    tasks: Sequence[Task | ImageTask],
+    probes: Mapping[str, Probe],
+    done: Mapping[str, Sequence[float]],
 ) -> list[Estimate]:
     """Estimate the time of each kind of cell: that of those that are done, else from the probe.
 
@@ -174,66 +178,73 @@ def estimates(
         recipe: the recipe.
         tasks: its tasks.
         probes: of each model by its name.
-        done: of each model; see `finished`.
+        done: the seconds of its cells that are done, by kind; see `finished`.
     """
-    found = []
-    for kind in dict.fromkeys(place.kind for place in done):
-        every = {place: each for place, each in done.items() if place.kind == kind}
-        known = [cell.seconds for _, cell in every.values() if cell is not None]
-        each = known or [
-            _seconds(place, row, recipe, tasks, probes[place.model])
-            for place, (row, _) in every.items()
-        ]
-        found.append(Estimate(kind, len(every), len(every) - len(known), fmean(each)))
-    return found
-
-
-class _NotDone(Exception):
-    """A cell would have to be made."""
+    seconds: dict[str, list[float]] = {}
+    for place, row in all_places(recipe, [task.name for task in tasks]):
+        found = _seconds(place, row, recipe, tasks, probes[place.model])
+        seconds.setdefault(place.kind, []).append(found)
+    return [
+        Estimate(
+            kind,
+            len(each),
+            max(0, len(each) - len(done.get(kind, ()))),
+            fmean(done.get(kind) or each),
+        )
+        for kind, each in seconds.items()
+    ]
 
 
 def finished(
     recipe: Recipe,
-    model: str,
+    name: str,
     encoder: Encoder,
     tasks: Sequence[Task | ImageTask],
-    out: Path | None,
-) -> Done:
-    """Return the cells of one model, and which of them a folder holds; nothing is made.
+    out: Path,
+) -> dict[str, list[float]]:
+    """Return the seconds of a recipe's cells that a folder holds, by kind.
 
     Args:
         recipe: the recipe.
-        model: the model's name.
+        name: of the model.
         encoder: the model.
-        tasks: the tasks.
-        out: the folder; None, or where it is missing: nothing is done.
+        tasks: the recipe's tasks.
+        out: the folder, which may be missing.
     """
-
-    def stop(*_: object) -> None:
-        raise _NotDone
-
-    recipe = replace(recipe, models=tuple(entry for entry in recipe.models if entry.name == model))
-    names = [task.name for task in tasks]
-    if out is None or not (out / "cells").is_dir():
-        return {place: (row, None) for place, row in all_places(recipe, names)}
-    cells = Cells(recipe, model, encoder, tasks, Store(out, lambda note: None), stop)
-
-    def find(place: Place, row: Row | None) -> Cell | None:
-        try:
-            return cells.make(place, row)
-        except _NotDone:
-            return None
-
+    if not (out / "cells").is_dir():
+        return {}
+    cells = _Known(recipe, name, encoder, tasks, Store(out, lambda _: None), lambda *_: None)
     gathered = Gathered(recipe, tasks)
+
+    def look(places: Iterable[Place], row: Row | None = None) -> bool:
+        """Take what is done of some places, and return whether all is."""
+        whole = True
+        for place in places:
+            if not (whole and gathered.failed(place)):
+                gathered.cells[place] = cells.make(place, row)
+                whole &= gathered.cells[place].seconds >= 0
+        return whole
+
+    names = [task.name for task in tasks]
+    look(Place("pretrained", name, task=task) for task in names)
     for row in recipe.rows:
-        for place in swept_places(recipe, model, row, names):
-            if (cell := find(place, row)) is not None:
-                gathered.cells[place] = cell
-        with suppress(KeyError, TalosValueError):  # a rate is left to try, or none trains
-            gathered.chosen[model, row.row] = chosen_rate(gathered, model, row)
-    return {
-        place: (row, find(place, row)) for place, row in all_places(recipe, names, gathered.chosen)
-    }
+        lr = row.lr[0]
+        if look(swept_places(recipe, name, row, names), row):
+            with suppress(TalosValueError):  # it fails at every rate
+                lr = chosen_rate(gathered, name, row)
+        look(judged_places(recipe, name, row, names, lr), row)
+    found: dict[str, list[float]] = {}
+    for cell in {cell.key.digest: cell for cell in gathered.cells.values()}.values():
+        if cell.seconds >= 0:
+            found.setdefault(cell.key.kind, []).append(cell.seconds)
+    return found
+
+
+class _Known(Cells):
+    """Cells that are read and never made; one that is not done has -1 seconds."""
+
+    def _made(self, key: Key, make: object) -> Cell:
+        return self.store.read(key) or Cell(key, {}, -1.0)
 
 
 def space(

@@ -292,7 +292,7 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
     check_choice("method", method, METHODS)
     known = ("method", "title", "lr", "merge", *_OF_TRAINING, *_settings_of(method))
     check_keys(f"[[methods]] with the method {method}", table, known)
-    rates = _rates(table.get("lr", METHODS[method].usual_lr))
+    rates = _rates(method, table.get("lr", METHODS[method].usual_lr))
     title = check_text("title", table.get("title", TITLES[method]))
     given = {key: _values(key, each) for key, each in table.items() if key not in known[:3]}
     for combination in product(*given.values()):
@@ -303,6 +303,11 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
         merge = _merge(chosen.pop("merge", "task_arithmetic"))
         differing = {key: chosen.pop(key) for key in _OF_TRAINING if key in chosen}
         masked = method == "talos"
+        disjoint = masked and chosen.get("disjoint", calibration.disjoint)
+        if disjoint and chosen.setdefault("rounds", 1) != 1:
+            raise TalosValueError(
+                f"rounds must be 1 with disjoint, got {chosen['rounds']}; leave it out"
+            )
         yield Row(
             re.sub(r"[^\w.+-]+", "-", "-".join([method, *names])),
             ", ".join([title, *words]),
@@ -354,7 +359,7 @@ def _method_settings(
 
 def _merge(given: Any) -> dict[str, Any]:
     """Return the method of a merge and the settings that the recipe gives it."""
-    from talos.merging import merge_of
+    from talos.merging import METHODS, merge_of
 
     table = {"method": given} if isinstance(given, str) else given
     if not isinstance(table, dict) or not isinstance(table.get("method"), str):
@@ -362,6 +367,7 @@ def _merge(given: Any) -> dict[str, Any]:
             f'merge must be a name or a table such as {{method = "ties", density = 0.2}}, got '
             f"{given!r}"
         )
+    check_choice("merge", table["method"], METHODS)
     if taken := [key for key in table if key.startswith("scaling_coef")]:
         raise TalosValueError(
             f"merge must have no {taken[0]}, got {table[taken[0]]!r}; the coefficient is chosen on "
@@ -374,8 +380,11 @@ def _merge(given: Any) -> dict[str, Any]:
     return table
 
 
-def _rates(given: Any) -> tuple[float, ...]:
-    rates = [positive("lr", each) for each in _values("lr", given)]
+def _rates(method: str, given: Any) -> tuple[float, ...]:
+    try:
+        rates = [positive("lr", each) for each in _values("lr", given)]
+    except TalosValueError as error:
+        raise TalosValueError(f"lr of {method}{str(error).removeprefix('lr')}") from None
     return tuple(sorted(rates))
 
 

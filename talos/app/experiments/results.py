@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talos.app.experiments.answers import unpack, unpack_picked
 from talos.app.experiments.gathered import Gathered
-from talos.app.experiments.machine import machine, versions
+from talos.app.experiments.machine import machine, made_by, versions
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Row
 from talos.app.report.results import SCHEMA, SCHEMA_VERSION
@@ -64,20 +64,30 @@ def results_of(gathered: Gathered) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "title": recipe.title,
-        "machine": machine(),
-        "versions": versions(),
+        **_made_by(gathered),
         "recipe": recipe.plain(),
         "models": [{"name": name, **facts} for name, facts in gathered.models.items()],
         "tasks": [_task(task) for task in gathered.tasks],
         "rows": [_row(row) for row in recipe.rows if any(row is each for _, each in done)],
         "zero_shot": {model: _zero_shot(gathered, model) for model in gathered.models},
         "rates": _nested(done, lambda model, row: _rates(gathered, model, row)),
-        "runs": [_run(gathered, *each, seed) for each in done for seed in recipe.seeds],
+        "runs": [_run(gathered, *each, seed) for each in done for seed in gathered.seeds(*each)],
         "summary": _summary(gathered, sums),
         **_measures(gathered, done),
         "files": _files(gathered),
         "timings": _timings(gathered, done),
     }
+
+
+def _made_by(gathered: Gathered) -> dict[str, Any]:
+    """Return the machine and the versions; of cells that others made, theirs too."""
+    every = [made_by(), *(cell.made_by for cell in gathered.cells.values())]
+    found = {
+        name: ", ".join(dict.fromkeys(each[name] for each in every if name in each))
+        for name in every[0]
+    }
+    device = {"device": found.pop("device")}
+    return {"machine": machine() | device, "versions": versions() | found}
 
 
 def _summary(gathered: Gathered, sums: Mapping[tuple[str, str], "_Summary"]) -> list[Any]:
@@ -202,7 +212,8 @@ class _Summary:
     def __init__(self, gathered: Gathered, model: str, row: Row) -> None:
         self._gathered, self._model, self._row = gathered, model, row
         self._lr = gathered.chosen[model, row.row]
-        added = [self._place("addition", seed) for seed in gathered.recipe.seeds]
+        self.seeds = gathered.seeds(model, row)
+        added = [self._place("addition", seed) for seed in self.seeds]
         found = [gathered.cells[place].found for place in added]
         picked = [unpack_picked(each["picked"], gathered.examples) for each in found]
         single = [unpack(each["single"], gathered.examples) for each in found]
@@ -264,17 +275,25 @@ class _Summary:
             "model": self._model,
             "row": self._row.row,
             "lr": self._lr,
-            "seeds": len(self._gathered.recipe.seeds),
+            "seeds": len(self.seeds),
             "figures": {key: self._figure(key) for key in _FIGURES},
             "against_first": self._minus(first, "added", "normalised"),
             "against_best": best._minus(self, "added"),
         }
 
     def _minus(self, other: "_Summary | None", *keys: str) -> dict[str, Any] | None:
-        """Return the paired differences from another row; None from itself."""
+        """Return the paired differences from another row, with the seeds of both; None from itself.
+
+        The first seed is always one of them.
+        """
         if other is None or other is self:
             return None
-        return {key: self._over_seeds(self.figures[key] - other.figures[key]) for key in keys}
+        both = [seed for seed in self.seeds if seed in other.seeds]
+        own, others = ([each.seeds.index(seed) for seed in both] for each in (self, other))
+        return {
+            key: self._over_seeds(self.figures[key][:, own] - other.figures[key][:, others])
+            for key in keys
+        }
 
     def _figure(self, key: str) -> dict[str, Any] | None:
         table = self.figures.get(key)
@@ -283,8 +302,7 @@ class _Summary:
         return self._over_seeds(table) | {"by_seed": table[0].tolist()}
 
     def _over_seeds(self, table: Tensor) -> dict[str, Any]:
-        draws = self._gathered.draws.clamp(max=table.shape[1] - 1)
-        means = table.gather(1, draws).mean(1)
+        means = table.gather(1, self._gathered.draws(table.shape[1])).mean(1)
         limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
         value, (low, high) = float(means[0]), means[1:].quantile(limits).tolist()
         return {"value": value, "low": min(low, value), "high": max(high, value)}

@@ -1,9 +1,9 @@
 """Run an experiment: every cell of a recipe that is not done yet, then `results.json`."""
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from talos.app.experiments.places import Place, all_places, judged_places, swept
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task
@@ -34,9 +35,11 @@ class Progress:
         done: steps of this cell that are done.
         total: all its steps.
         loss: the training loss of the last step.
-        cells: cells that are done.
+        cells: the number of this cell among all, from 1; 0: it is no cell.
         all_cells: all cells.
-        left: seconds that are left, about; None: not known yet.
+        left: seconds that are left, about, of the kinds of cells that are known.
+        known: whether these are all kinds; else it takes longer.
+        ended: whether the cell is written.
     """
 
     label: str
@@ -45,7 +48,9 @@ class Progress:
     loss: float | None = None
     cells: int = 0
     all_cells: int = 0
-    left: float | None = None
+    left: float = 0.0
+    known: bool = False
+    ended: bool = False
 
 
 def run_experiment(
@@ -61,15 +66,15 @@ def run_experiment(
     """Run an experiment, or go on with one that was stopped, and write `results.json`.
 
     Every cell is written whole or not at all, `results.json` last. A run that was killed and
-    started again ends with the same numbers.
+    started again on the same machine ends with the same numbers.
 
     Args:
         recipe: the recipe.
         out: the folder; it is made where it is missing.
         overwrite: begin anew in the folder of an earlier run; other files stay.
         on_progress: called at every step.
-        on_note: called with a sentence for each damaged cell, which is made anew, and for each
-            learning rate at which a training fails.
+        on_note: called with a sentence for each damaged cell, which is made anew, each training
+            that fails, each seed that is left out, and cells that other versions made.
         encoders: models by name, instead of those that the recipe names; their weights are
             restored.
         tasks: the tasks, instead of those that the recipe names.
@@ -95,9 +100,10 @@ def run_experiment(
         for entry in recipe.models:
             encoder = (encoders or {}).get(entry.name)
             if encoder is None:
-                watch.say(f"load {entry.name}")
-                encoder = load_encoder(entry.source).to(default_device())
+                with watch.say(f"load {entry.name}"):
+                    encoder = load_encoder(entry.source).to(default_device())
             cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
+            check_rows(recipe, cells.models.model)
             gathered.models[entry.name] = {"source": entry.source, **cells.facts}
 
             def finish(
@@ -118,9 +124,17 @@ def run_experiment(
                 lr = chosen_rate(gathered, entry.name, row)
                 finish(judged_places(recipe, entry.name, row, names, lr), row)
                 gathered.chosen[entry.name, row.row] = lr
+                left = [
+                    seed for seed in recipe.seeds if seed not in gathered.seeds(entry.name, row)
+                ]
+                if left:
+                    on_note(
+                        f"{row.row} on {entry.name} is summed up without the seeds "
+                        f"{', '.join(map(str, left))}, with which its training fails at its rate"
+                    )
             del cells, encoder, finish
-        watch.say("sum up")
-        results = results_of(gathered)
+        with watch.say("sum up"):
+            results = results_of(gathered)
         write_json(results, store.folder / "results.json")
     return results
 
@@ -140,9 +154,8 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         try:
             tasks.append(load_any(entry.data, sizes, name=entry.name or "", **entry.settings))
         except (TalosValueError, TalosOSError) as error:
-            text = re.sub("^path ", "data ", str(error))
-            where = "" if entry.title in text else f" (task {entry.title})"
-            raise type(error)(f"{text}{where}") from None
+            named = "" if entry.title in str(error) else f" (task {entry.title})"
+            raise type(error)(f"{error}{named}") from None
     return tasks
 
 
@@ -185,22 +198,23 @@ class _Watch:
         self._on_progress = on_progress
         self._label = ""
 
-    def say(self, label: str) -> None:
-        """Begin a step that makes no cell."""
-        self._label = label
-        self.tick(0, 1)
-        self.tick(1, 1)
+    @contextmanager
+    def say(self, label: str) -> Iterator[None]:
+        """Report a step that makes no cell."""
+        self._on_progress(Progress(label, 0, 1))
+        yield
+        self._on_progress(Progress(label, 1, 1, ended=True))
 
     def begin(self, place: Place) -> None:
         """Begin a cell."""
-        of_row = (f"{place.lr:g}" if place.lr else "", f"seed {place.seed}" if place.row else "")
-        words = (place.kind, place.model, place.row, *of_row, place.task)
+        rate = f"lr {place.lr:g}" if place.lr else ""
+        seed = f"seed {place.seed}" if place.row else ""
+        words = (place.kind, place.model, place.row, rate, seed, place.task)
         self._label = " · ".join(word for word in words if word)
 
     def tick(self, done: int, total: int, loss: float | None = None) -> None:
         """Report a step of it."""
-        left = self._time_left()
-        self._on_progress(Progress(self._label, done, total, loss, self._done, self._all, left))
+        self._report(done, total, loss, self._done + 1)
 
     def end(self, place: Place, cell: Cell) -> None:
         """End a cell, which may have been done before."""
@@ -208,15 +222,19 @@ class _Watch:
             self._seen.add(cell.key.digest)
             self._seconds.setdefault(place.kind, []).append(cell.seconds)
             self._left[place.kind] -= 1
-            self._done = min(self._done + 1, self._all)
-        self.tick(1, 1)
+            self._done += 1
+        self._report(1, 1, None, self._done, ended=True)
 
-    def _time_left(self) -> float | None:
-        """Return the cells that are left times the mean of their kind; None before the first."""
-        every = [seconds for found in self._seconds.values() for seconds in found]
-        if not every:
-            return None
-        return sum(
-            max(count, 0) * fmean(self._seconds.get(kind, every))
-            for kind, count in self._left.items()
+    def _report(
+        self, done: int, total: int, loss: float | None, cells: int, *, ended: bool = False
+    ) -> None:
+        left = self._time_left()
+        known = all(kind in self._seconds for kind, count in self._left.items() if count > 0)
+        cells = min(cells, self._all)
+        self._on_progress(
+            Progress(self._label, done, total, loss, cells, self._all, left, known, ended)
         )
+
+    def _time_left(self) -> float:
+        """Return the cells that are left of each kind times its mean, of the kinds that are known."""
+        return sum(max(self._left[kind], 0) * fmean(each) for kind, each in self._seconds.items())

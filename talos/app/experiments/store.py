@@ -17,14 +17,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from talos.app.experiments.machine import made_by
 from talos.app.report.results import json_text
 from talos.errors import TalosOSError
 from talos.files import atomic_write
 from talos.files.atomic import system_errors
+from talos.masks import Mask
+from talos.task_vectors import TaskVector
 
 if sys.platform != "win32":
     import fcntl
@@ -54,7 +57,7 @@ class Key:
     @property
     def digest(self) -> str:
         """64 hex digits of the content."""
-        return hashlib.sha256(_canonical(self.content).encode()).hexdigest()
+        return _digest(self.content)
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class Cell:
         seconds: how long it took.
         peak_bytes: the most memory of the process, or of its GPU; None: not known.
         step_seconds: the median of a training step, of a cell that trains.
+        made_by: the versions and the processor; they decide its last bits, and not its name.
     """
 
     key: Key
@@ -80,6 +84,7 @@ class Cell:
     seconds: float
     peak_bytes: int | None = None
     step_seconds: float | None = None
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store:
@@ -93,17 +98,30 @@ class Store:
     def __init__(self, folder: Path, on_note: Callable[[str], object]) -> None:
         self.folder = folder
         self._on_note = on_note
+        self._now = made_by()
+        self._noted: list[Mapping[str, str]] = []
 
-    def file(self, folder: str, key: Key) -> Path:
-        """Return the path of a cell's vector or mask; its folder is made.
+    def save(self, key: Key, value: Mask | TaskVector) -> dict[str, Any]:
+        """Write a cell's vector or mask.
 
         Args:
-            folder: "vectors" or "masks".
             key: of the cell.
+            value: the vector or mask.
+
+        Returns:
+            `file` and `bytes`, as a cell holds them.
+
+        Raises:
+            TalosOSError: it cannot be written.
         """
-        path = self.folder / folder / f"{key.name}.safetensors"
+        name = f"{key.kind}s/{key.name}.safetensors"
+        path = self.folder / name
         _make(path.parent)
-        return path
+        try:
+            value.save(path)
+        except TalosOSError as error:
+            raise TalosOSError(str(error).replace("path must", "out must", 1)) from error
+        return {"file": name, "bytes": path.stat().st_size}
 
     def read(self, key: Key) -> Cell | None:
         """Return a finished cell; None: it must be made.
@@ -119,14 +137,28 @@ class Store:
                 raise ValueError("of another version")
             if _canonical(read["key"]) != _canonical(key.content):
                 raise ValueError("of another cell")
-            cell = Cell(
-                key, dict(read["found"]), read["seconds"], read["peak_bytes"], read["step_seconds"]
-            )
+            if read["digest"] != _digest(read["found"]):
+                raise ValueError("its numbers have changed")
+            facts = (read["seconds"], read["peak_bytes"], read["step_seconds"])
+            cell = Cell(key, dict(read["found"]), *facts, dict(read["made_by"]))
             self._check_file(cell.found)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             self._on_note(f"{path} is damaged ({error}) and is made anew")
             return None
+        self._compare(cell.made_by)
         return cell
+
+    def forget(self, cell: Cell, why: object) -> None:
+        """Remove a cell whose mask or vector is damaged, and say so.
+
+        Raises:
+            TalosOSError: a file cannot be removed.
+        """
+        path = self.folder / cell.found["file"]
+        self._on_note(f"{path} is damaged ({why}) and is made anew")
+        with _writable(path):
+            self._path(cell.key).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def write(
         self,
@@ -151,6 +183,8 @@ class Store:
                 "kind": key.kind,
                 "key": dict(key.content),
                 "found": dict(found),
+                "digest": _digest(found),
+                "made_by": self._now,
                 "seconds": round(seconds, 3),
                 "peak_bytes": peak_bytes,
                 "step_seconds": step_seconds,
@@ -158,7 +192,22 @@ class Store:
         )
         atomic_write(path, lambda new: new.write_text(text, encoding="utf-8"))
         read = json.loads(text)
-        return Cell(key, read["found"], read["seconds"], peak_bytes, step_seconds)
+        facts = (read["seconds"], peak_bytes, step_seconds)
+        return Cell(key, read["found"], *facts, read["made_by"])
+
+    def _compare(self, made: Mapping[str, str]) -> None:
+        """Say once that cells of other versions or of another processor are kept."""
+        others = [
+            f"{name} {made.get(name, 'unknown')} (now {now})"
+            for name, now in self._now.items()
+            if made.get(name) != now
+        ]
+        if others and made not in self._noted:
+            self._noted.append(made)
+            self._on_note(
+                f"cells of an earlier run are kept, which were made with {', '.join(others)}; "
+                "their last digits may differ, pass --overwrite to make all anew"
+            )
 
     def _path(self, key: Key) -> Path:
         return self.folder / "cells" / key.kind / f"{key.name}.json"
@@ -281,6 +330,10 @@ def _make(folder: Path) -> None:
 
 def _writable(out: Path) -> Any:
     return system_errors(f"out must be writable, got {out}", "check its permissions and the disk")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
 def _canonical(content: Any) -> str:

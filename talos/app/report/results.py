@@ -6,7 +6,8 @@ order of `tasks`. `model`, `row` and `task` stand for names; a *row* is a method
 and the first one is what the others are compared with.
 
 schema, schema_version  "talos-experiment", 1
-created, title, machine, versions  when, where and how it was made
+created, title, machine, versions  when, where and how it was made; the machine's `device` and the
+           versions are those of all cells, separated by commas
 recipe     the recipe in plain values
 models     list of name, source, parameters and maskable (numbers of entries), dense_bytes (an fp32
            checkpoint)

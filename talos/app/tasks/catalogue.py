@@ -151,7 +151,8 @@ PACKAGED = (
     ),
     PackagedTask(
         "bbc_topics",
-        "The topic of a news article, told from its beginning. A title is in one split.",
+        "The topic of a news article, told from its beginning. Articles with one title or one "
+        "beginning are in one split.",
         {
             "business": "business",
             "entertainment": "entertainment",
@@ -182,7 +183,8 @@ PACKAGED = (
     ),
     PackagedTask(
         "spam",
-        "Whether a mail is spam, told from its subject and beginning. A subject is in one split.",
+        "Whether a mail is spam, told from its subject and beginning. Mails with one subject or "
+        "beginning are in one split.",
         {"wanted": "mail", "spam": "spam"},
         _SPAM,
         spam,
@@ -209,7 +211,7 @@ PACKAGED = (
     ),
     PackagedTask(
         "review_topics",
-        "What a sentence of a review is about. Neighbouring sentences are in one split.",
+        "What a sentence of a review is about. Sentences of one review may be in two splits.",
         {"hotels": "hotel", "medicine": "doctor", "products": "product", "school": "teacher"},
         _BIGBENCH,
         review_topics,
@@ -217,8 +219,8 @@ PACKAGED = (
     *(
         PackagedTask(
             f"opinions_{name}",
-            f"Whether a sentence of a review of {name} is positive. Neighbouring sentences are in "
-            "one split.",
+            f"Whether a sentence of a review of {name} is positive. Sentences of one review may be "
+            "in two splits.",
             _SENTIMENT,
             _BIGBENCH,
             opinions(domain),

