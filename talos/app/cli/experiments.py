@@ -51,7 +51,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     with as_options(words), on_interrupt(lambda: kept(out)), Bars() as bars:
         begun = set[str]()
 
-        def show(progress: Progress) -> None:
+        def show(progress: "Progress") -> None:
             if not progress.ended:
                 begun.add(progress.label)
                 if progress.done == progress.total:  # it is still to be judged or written

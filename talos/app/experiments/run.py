@@ -236,5 +236,5 @@ class _Watch:
         )
 
     def _time_left(self) -> float:
-        """Return the cells that are left of each kind times its mean, of the kinds that are known."""
+        """Return the cells left of each known kind, times its mean."""
         return sum(max(self._left[kind], 0) * fmean(each) for kind, each in self._seconds.items())

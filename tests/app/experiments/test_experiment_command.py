@@ -165,7 +165,7 @@ def test_progress_numbers_each_cell_once_and_knows_what_it_does_not_know(
     lines = re.findall(r"(?m)^ *[\d.]+ s  (.*?) · (.*?) · ", err)
     numbers = [re.match("cell ([0-9]+) of 14", head) for head, _ in lines]
     assert [found and int(found[1]) for found in numbers] == list(range(1, 15))
-    heads = dict(reversed(lines))  # the first cell of each kind
+    heads = {kind: head for head, kind in reversed(lines)}  # the first cell of each kind
     assert "more than" in heads["vector"]
     assert "about" in lines[12][0]
     assert "left" not in lines[13][0]
