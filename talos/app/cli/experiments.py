@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from talos.app.cli.console import (
     Bars,
@@ -17,9 +17,6 @@ from talos.app.cli.console import (
 from talos.app.cli.options import as_options
 from talos.app.experiments.recipe import Recipe
 from talos.app.extras import check_installed
-
-if TYPE_CHECKING:
-    from talos.app.experiments.run import Progress
 
 __all__ = ["after_run", "duration", "run", "show_plan"]
 
@@ -38,7 +35,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     """
     from talos.app.cli.loading import find_model
     from talos.app.cli.tables import show_results
-    from talos.app.experiments.run import run_experiment
+    from talos.app.experiments.run import Progress, run_experiment
     from talos.app.experiments.store import check, kept
     from talos.app.report import write_report
 
@@ -51,7 +48,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     with as_options(words), on_interrupt(lambda: kept(out)), Bars() as bars:
         begun = set[str]()
 
-        def show(progress: "Progress") -> None:
+        def show(progress: Progress) -> None:
             if not progress.ended:
                 begun.add(progress.label)
                 if progress.done == progress.total:  # it is still to be judged or written
@@ -60,23 +57,16 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
                 return
             else:
                 begun.remove(progress.label)
-            bars.show(_shown(progress), progress.done, progress.total, progress.loss)
+            left = f", about {duration(progress.left)} left" if progress.left else ""
+            number = f"cell {progress.cells} of {progress.all_cells}{left} · "
+            label = number * (progress.cells > 0) + progress.label
+            bars.show(label, progress.done, progress.total, progress.loss)
 
         results = run_experiment(recipe, out, overwrite=overwrite, on_progress=show, on_note=note)
     show_results(stdout(), results)
     write_report(results, out / "report.html")
     note(f"\nfigures: {out / 'results.json'}; report: {out / 'report.html'}")
     return results
-
-
-def _shown(progress: "Progress") -> str:
-    """Return what is done, the number of the cell, and the time that is left."""
-    if not progress.cells:
-        return progress.label
-    left = ""
-    if progress.left:
-        left = f", {'about' if progress.known else 'more than'} {duration(progress.left)} left"
-    return f"cell {progress.cells} of {progress.all_cells}{left} · {progress.label}"
 
 
 def show_plan(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
@@ -159,20 +149,18 @@ def after_run(recipe: Recipe, results: Mapping[str, Any], out: Path) -> None:
     files = [each for each in results["files"] if own.items() <= each.items()][:2]
     vectors = [out / each["path"] for each in files]
     steps = [command("inspect", *vectors)] if vectors else []
-    if len(files) == 2 and run["addition"]["scaling_coef"]:
+    # Commands read a file's columns text and label, and take it once.
+    data = {task.title: task.data for task in recipe.tasks if not (task.name or task.settings)}
+    if (
+        len(files) == 2
+        and run["addition"]["scaling_coef"]
+        and all(each["task"] in data for each in files)
+    ):
+        words = [word for each in files for word in ("--data", data[each["task"]])]
         terms = (f"{vectors[0]}:0.6", f"{vectors[1]}:-0.4")
+        edit = ("--vector", "edit.safetensors")
         steps.append(command("merge", *terms, "--out", "edit.safetensors"))
-        pairs = zip(results["tasks"], recipe.tasks, strict=True)
-        # Options name no columns and no tasks: `eval` reads only what needs neither.
-        plain = {
-            task["name"]: entry.data
-            for task, entry in pairs
-            if not entry.settings and entry.name in (None, Path(entry.data).stem)
-        }
-        words = [word for f in files if f["task"] in plain for word in ("--data", plain[f["task"]])]
-        if len(words) == 4:
-            edit = ("--vector", "edit.safetensors")
-            steps.append(command("eval", "--model", model.source, *words, *edit))
+        steps.append(command("eval", "--model", model.source, *words, *edit))
     next_step(f"open {out / 'report.html'} in a browser", command("report", out), *steps)
 
 

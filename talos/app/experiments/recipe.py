@@ -241,9 +241,12 @@ def _read(content: Mapping[str, Any], folder: Path) -> Recipe:
     models = tuple(_model(entry, folder) for entry in _several(content, "models"))
     check_differ("models", [each.name for each in models])
     tasks = tuple(_task(entry, folder) for entry in _several(content, "tasks"))
-    rows = [
-        row for entry in _several(content, "methods") for row in _rows(entry, calibration, training)
-    ]
+    rows: list[Row] = []
+    for number, entry in enumerate(_several(content, "methods"), 1):
+        try:
+            rows += _rows(entry, calibration, training)
+        except (TalosValueError, TalosTypeError) as error:
+            raise type(error)(f"{error}; it is in [[methods]] number {number}") from None
     _check_rows(rows)
     return Recipe(
         check_text("title", content.get("title", "An experiment")),
@@ -292,7 +295,7 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
     check_choice("method", method, METHODS)
     known = ("method", "title", "lr", "merge", *_OF_TRAINING, *_settings_of(method))
     check_keys(f"[[methods]] with the method {method}", table, known)
-    rates = _rates(method, table.get("lr", METHODS[method].usual_lr))
+    rates = _rates(table.get("lr", METHODS[method].usual_lr))
     title = check_text("title", table.get("title", TITLES[method]))
     given = {key: _values(key, each) for key, each in table.items() if key not in known[:3]}
     for combination in product(*given.values()):
@@ -380,11 +383,8 @@ def _merge(given: Any) -> dict[str, Any]:
     return table
 
 
-def _rates(method: str, given: Any) -> tuple[float, ...]:
-    try:
-        rates = [positive("lr", each) for each in _values("lr", given)]
-    except TalosValueError as error:
-        raise TalosValueError(f"lr of {method}{str(error).removeprefix('lr')}") from None
+def _rates(given: Any) -> tuple[float, ...]:
+    rates = [positive("lr", each) for each in _values("lr", given)]
     return tuple(sorted(rates))
 
 

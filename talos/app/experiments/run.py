@@ -13,7 +13,7 @@ from talos.app.experiments.cells import Cells
 from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.machine import default_device
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
-from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.recipe import Recipe, Row, TaskEntry
 from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.experiments.training import check_rows
@@ -37,9 +37,8 @@ class Progress:
         loss: the training loss of the last step.
         cells: the number of this cell among all, from 1; 0: it is no cell.
         all_cells: all cells.
-        left: seconds that are left, about, of the kinds of cells that are known.
-        known: whether these are all kinds; else it takes longer.
-        ended: whether the cell is written.
+        left: seconds that are left, about; None: not known yet.
+        ended: whether it is written.
     """
 
     label: str
@@ -48,8 +47,7 @@ class Progress:
     loss: float | None = None
     cells: int = 0
     all_cells: int = 0
-    left: float = 0.0
-    known: bool = False
+    left: float | None = None
     ended: bool = False
 
 
@@ -149,14 +147,17 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosValueError: data is unknown or damaged.
         TalosOSError: it cannot be read.
     """
-    sizes, tasks = recipe.training.sizes, []
-    for entry in recipe.tasks:
-        try:
-            tasks.append(load_any(entry.data, sizes, name=entry.name or "", **entry.settings))
-        except (TalosValueError, TalosOSError) as error:
-            named = "" if entry.title in str(error) else f" (task {entry.title})"
-            raise type(error)(f"{error}{named}") from None
-    return tasks
+    sizes = recipe.training.sizes
+    return [_loaded(entry, sizes) for entry in recipe.tasks]
+
+
+def _loaded(entry: TaskEntry, sizes: tuple[int, int, int]) -> Task | ImageTask:
+    try:
+        return load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
+    except (TalosValueError, TalosOSError) as error:
+        if entry.title in str(error) or entry.data in str(error):
+            raise
+        raise type(error)(f"{error}; it is the task {entry.title}") from error
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:
@@ -214,7 +215,8 @@ class _Watch:
 
     def tick(self, done: int, total: int, loss: float | None = None) -> None:
         """Report a step of it."""
-        self._report(done, total, loss, self._done + 1)
+        number, left = min(self._done + 1, self._all), self._time_left()
+        self._on_progress(Progress(self._label, done, total, loss, number, self._all, left))
 
     def end(self, place: Place, cell: Cell) -> None:
         """End a cell, which may have been done before."""
@@ -222,19 +224,20 @@ class _Watch:
             self._seen.add(cell.key.digest)
             self._seconds.setdefault(place.kind, []).append(cell.seconds)
             self._left[place.kind] -= 1
-            self._done += 1
-        self._report(1, 1, None, self._done, ended=True)
+            self._done = min(self._done + 1, self._all)
+        numbers = (self._done, self._all, self._time_left())
+        self._on_progress(Progress(self._label, 1, 1, None, *numbers, ended=True))
 
-    def _report(
-        self, done: int, total: int, loss: float | None, cells: int, *, ended: bool = False
-    ) -> None:
-        left = self._time_left()
-        known = all(kind in self._seconds for kind, count in self._left.items() if count > 0)
-        cells = min(cells, self._all)
-        self._on_progress(
-            Progress(self._label, done, total, loss, cells, self._all, left, known, ended)
+    def _time_left(self) -> float | None:
+        """Return the cells that are left times the mean of their kind.
+
+        None before the first mask and vector: the others say nothing of these.
+        """
+        every = [seconds for found in self._seconds.values() for seconds in found]
+        dear = (kind for kind in ("mask", "vector") if self._left[kind] > 0)
+        if not every or any(kind not in self._seconds for kind in dear):
+            return None
+        return sum(
+            max(count, 0) * fmean(self._seconds.get(kind, every))
+            for kind, count in self._left.items()
         )
-
-    def _time_left(self) -> float:
-        """Return the cells left of each known kind, times its mean."""
-        return sum(max(self._left[kind], 0) * fmean(each) for kind, each in self._seconds.items())

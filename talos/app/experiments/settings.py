@@ -195,8 +195,10 @@ def check_differ(name: str, values: Sequence[Any]) -> None:
     """Refuse a list that holds a value twice."""
     twice = [each for place, each in enumerate(values) if each in values[:place]]
     if twice:
-        remedy = "leave one out, or rename it" if isinstance(twice[0], str) else "leave one out"
-        raise TalosValueError(f"{name} must differ, got {twice[0]!r} twice; {remedy}")
+        raise TalosValueError(
+            f"{name} must differ, got {twice[0]!r} twice; leave one out"
+            + (", or rename it" if isinstance(twice[0], str) else "")
+        )
 
 
 def check_text(name: str, value: Any) -> str:

@@ -80,6 +80,18 @@ def test_a_part_of_a_recipe_is_run(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "part").glob("cells/mask"))
 
 
+def test_a_part_never_replaces_the_tables_of_the_whole(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "results.json").read_bytes()
+    words = ["experiment", str(folder / "study.toml"), "--out", str(out), "--only", "nonl*"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "TaLoS is left out: rows are compared with non-linear fine-tuning" in err
+    assert "error: --only must be left out where the whole recipe is done" in err
+    assert (out / "results.json").read_bytes() == before
+
+
 def test_a_dry_run_counts_cells_and_writes_nothing(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +169,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     assert "the same command goes on" in err
 
 
-def test_progress_numbers_each_cell_once_and_knows_what_it_does_not_know(
+def test_progress_numbers_each_cell_once(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["experiment", str(folder / "study.toml"), "--out", str(tmp_path / "out")]) == 0
@@ -166,7 +178,7 @@ def test_progress_numbers_each_cell_once_and_knows_what_it_does_not_know(
     numbers = [re.match("cell ([0-9]+) of 14", head) for head, _ in lines]
     assert [found and int(found[1]) for found in numbers] == list(range(1, 15))
     heads = {kind: head for head, kind in reversed(lines)}  # the first cell of each kind
-    assert "more than" in heads["vector"]
+    assert "left" not in heads["mask"]
     assert "about" in lines[12][0]
     assert "left" not in lines[13][0]
     assert re.search(r"(?m)^ *[\d.]+ s  load base$", err)
@@ -190,7 +202,6 @@ def test_next_steps_hold_only_what_eval_can_read(
     content["tasks"][1] = {"data": "pets.csv", "name": "signs", "text": "text"}
     after_run(recipe_of(content, path), results, out)
     notes = capsys.readouterr().err
-    assert "talos merge" in notes
     assert "talos eval" not in notes
 
 
