@@ -129,7 +129,7 @@ def _limited(task: T, sizes: Sequence[int] | None) -> T:
     """Keep at most so many examples of each split, of all classes alike where there are enough."""
     if sizes is None:
         return task
-    wanted = checked_sizes(sizes, len(task.class_names))
+    wanted = checked_sizes(sizes, len(task.class_names), task.name)
     train, validation, test = (
         _first(task.examples(split), size) for split, size in zip(SPLITS, wanted, strict=True)
     )
