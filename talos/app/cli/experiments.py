@@ -81,6 +81,7 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     from talos.tensors import readable_size
 
     tasks, probes = load_tasks(recipe), {}
+    done: dict[str, list[float]] = {}
     for model in recipe.models:
         with as_options({"--model": "models"}):
             find_model(model.source)
@@ -89,7 +90,8 @@ def show_plan(recipe: Recipe, out: Path) -> None:
         for model in bars.each("measure a step of each model", recipe.models):
             encoder = load_encoder(model.source).to(default_device())
             probes[model.name] = probe(encoder, tasks[0], recipe)
-    done = finished(out)
+            for kind, seconds in finished(recipe, model.name, encoder, tasks, out).items():
+                done.setdefault(kind, []).extend(seconds)
     found = estimates(recipe, tasks, probes, done)
     shown = table(["kind of cell"], ["cells", "left", "each, about", "time left, about"])
     for each in found:
@@ -110,7 +112,7 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     sizes += "" if memory is None else f", {readable_size(memory)} of memory"
     print_line(console, f"in all about {duration(total)} on this machine, {sizes}")
     if done:
-        print_line(console, f"{sum(map(len, done.values()))} cells are done in {out}")
+        print_line(console, f"{sum(map(len, done.values()))} of them are done in {out}")
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """What a run of a recipe will do: the part of it that is asked for, its cells, time and space."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,10 +11,14 @@ from typing import TypeVar
 
 import torch
 
+from talos.app.experiments.cells import Cells
+from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
-from talos.app.experiments.places import Place, all_places
+from talos.app.experiments.places import Place, all_places, judged_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.results import chosen_rate
+from talos.app.experiments.store import Cell, Key, Store
 from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder
 from talos.app.models.heads import classifier_for
@@ -152,7 +156,7 @@ class Estimate:
     Attributes:
         kind: the kind.
         cells: how many the recipe has.
-        left: how many are not done, as far as their number tells.
+        left: how many are not done.
         each: seconds of one, about.
     """
 
@@ -174,7 +178,7 @@ def estimates(
         recipe: the recipe.
         tasks: its tasks.
         probes: of each model by its name.
-        done: the seconds of the cells that are done, by kind; see `finished`.
+        done: the seconds of its cells that are done, by kind; see `finished`.
     """
     seconds: dict[str, list[float]] = {}
     for place, row in all_places(recipe, [task.name for task in tasks]):
@@ -191,21 +195,56 @@ def estimates(
     ]
 
 
-def finished(out: Path) -> dict[str, list[float]]:
-    """Return the seconds of the cells that a folder holds, by kind.
+def finished(
+    recipe: Recipe,
+    name: str,
+    encoder: Encoder,
+    tasks: Sequence[Task | ImageTask],
+    out: Path,
+) -> dict[str, list[float]]:
+    """Return the seconds of a recipe's cells that a folder holds, by kind.
 
     Args:
+        recipe: the recipe.
+        name: of the model.
+        encoder: the model.
+        tasks: the recipe's tasks.
         out: the folder, which may be missing.
     """
+    if not (out / "cells").is_dir():
+        return {}
+    cells = _Known(recipe, name, encoder, tasks, Store(out, lambda _: None), lambda *_: None)
+    gathered = Gathered(recipe, tasks)
+
+    def look(places: Iterable[Place], row: Row | None = None) -> bool:
+        """Take what is done of some places, and return whether all is."""
+        whole = True
+        for place in places:
+            if not (whole and gathered.failed(place)):
+                gathered.cells[place] = cells.make(place, row)
+                whole &= gathered.cells[place].seconds >= 0
+        return whole
+
+    names = [task.name for task in tasks]
+    look(Place("pretrained", name, task=task) for task in names)
+    for row in recipe.rows:
+        lr = row.lr[0]
+        if look(swept_places(recipe, name, row, names), row):
+            with suppress(TalosValueError):  # it fails at every rate
+                lr = chosen_rate(gathered, name, row)
+        look(judged_places(recipe, name, row, names, lr), row)
     found: dict[str, list[float]] = {}
-    for path in sorted(out.glob("cells/*/*.json")):
-        try:
-            found.setdefault(path.parent.name, []).append(
-                float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-            )
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # a damaged cell is made anew
+    for cell in {cell.key.digest: cell for cell in gathered.cells.values()}.values():
+        if cell.seconds >= 0:
+            found.setdefault(cell.key.kind, []).append(cell.seconds)
     return found
+
+
+class _Known(Cells):
+    """Cells that are read and never made; one that is not done has -1 seconds."""
+
+    def _made(self, key: Key, make: object) -> Cell:
+        return self.store.read(key) or Cell(key, {}, -1.0)
 
 
 def space(

@@ -117,8 +117,10 @@ class Store:
         name = f"{key.kind}s/{key.name}.safetensors"
         path = self.folder / name
         _make(path.parent)
-        with _writable(path):
+        try:
             value.save(path)
+        except TalosOSError as error:
+            raise TalosOSError(str(error).replace("path must", "out must", 1)) from error
         return {"file": name, "bytes": path.stat().st_size}
 
     def read(self, key: Key) -> Cell | None:

@@ -98,7 +98,21 @@ def test_a_dry_run_counts_cells_and_writes_nothing(
     shown = capsys.readouterr().out
     counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
     assert counts["vector"] == ["6", "0"]
-    assert f"cells are done in {out}" in shown
+    assert f"of them are done in {out}" in shown
+    edited = tmp_path / "edited.toml"
+    text = STUDY.replace("steps = 1", "steps = 2")
+    for name in ("base", "pets.csv", "signs.csv"):
+        text = text.replace(f'"{name}"', f'"{folder / name}"')
+    edited.write_text(
+        text.replace(f'"{folder}/base"', f'{{source = "{folder}/base", name = "base"}}')
+    )
+    capsys.readouterr()
+    assert main(["experiment", str(edited), "--dry-run", "--out", str(out)]) == 0
+    shown, notes = capsys.readouterr()
+    counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
+    assert counts["vector"] == ["6", "6"]
+    assert counts["mask"] == ["2", "0"]
+    assert notes.split()[-2:] == ["--out", str(out)]
 
 
 def test_the_demo_is_its_recipe_with_some_keys_changed(

@@ -72,6 +72,15 @@ def test_a_damaged_cell_is_made_anew_and_said(
     assert notes[0].endswith("and is made anew")
 
 
+def test_a_vector_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    store, _, _ = stored(tmp_path)
+    path = tmp_path / "vectors" / f"{KEY.name}.safetensors"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TalosOSError, match=r"^out must be .*vectors"):
+        store.save(KEY, VECTOR)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (
         opened(tmp_path / "out"),

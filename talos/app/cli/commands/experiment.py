@@ -1,5 +1,6 @@
 """`talos experiment`: a whole study from a recipe."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -73,11 +74,11 @@ def experiment(
     with as_options({"only": "--only"}):
         chosen = select(read_recipe(recipe), only or ())
     if out is None or dry_run:
-        out = out or Path(Path(recipe).stem)
+        folder = out or Path(Path(recipe).stem)
         with as_options(_WORDS):
-            show_plan(chosen, out)
+            show_plan(chosen, folder)
         parts = [word for each in only or () for word in ("--only", each)]
-        next_step(command("experiment", recipe, *parts, "--out", out))
+        next_step(f"{command('experiment', recipe, *parts)} --out {shlex.quote(str(folder))}")
         return
     after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
