@@ -144,9 +144,10 @@ def after_run(recipe: Recipe, results: Mapping[str, Any], out: Path) -> None:
     vectors = [out / each["path"] for each in files]
     steps = [command("inspect", *vectors)] if vectors else []
     first = results["runs"][0]["addition"]
-    if len(files) == 2 and first and first["scaling_coef"]:
-        data = {task.title: task.data for task in recipe.tasks}
-        words = [word for each in files for word in ("--data", data.get(each["task"], "TASK"))]
+    # Commands read a file's columns text and label, and take it once.
+    data = {task.title: task.data for task in recipe.tasks if not (task.name or task.settings)}
+    if len(files) == 2 and first["scaling_coef"] and all(each["task"] in data for each in files):
+        words = [word for each in files for word in ("--data", data[each["task"]])]
         terms = (f"{vectors[0]}:0.6", f"{vectors[1]}:-0.4")
         edit = ("--vector", "edit.safetensors")
         steps.append(command("merge", *terms, "--out", "edit.safetensors"))

@@ -1,5 +1,6 @@
 """What a run of a recipe will do: the part of it that is asked for, its cells, time and space."""
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -30,11 +31,25 @@ from talos.names import named_parameters
 from talos.params import select_parameters
 from talos.training import fine_tune
 
-__all__ = ["Estimate", "Probe", "estimates", "finished", "probe", "select", "space"]
+__all__ = ["Estimate", "Probe", "estimates", "finished", "is_done", "probe", "select", "space"]
 
 _MAP = 11 * 11 + 2 * 11  # evaluations of a disentanglement map, of each of its two tasks
 
 T = TypeVar("T")
+
+
+def is_done(recipe: Recipe, out: Path) -> bool:
+    """Return whether a folder holds the results of a recipe.
+
+    Args:
+        recipe: the recipe.
+        out: the folder, which may be missing.
+    """
+    try:
+        read = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return bool(read["recipe"] == json.loads(json.dumps(recipe.plain())))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def select(recipe: Recipe, only: Sequence[str]) -> Recipe:

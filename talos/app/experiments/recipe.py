@@ -241,9 +241,12 @@ def _read(content: Mapping[str, Any], folder: Path) -> Recipe:
     models = tuple(_model(entry, folder) for entry in _several(content, "models"))
     check_differ("models", [each.name for each in models])
     tasks = tuple(_task(entry, folder) for entry in _several(content, "tasks"))
-    rows = [
-        row for entry in _several(content, "methods") for row in _rows(entry, calibration, training)
-    ]
+    rows: list[Row] = []
+    for number, entry in enumerate(_several(content, "methods"), 1):
+        try:
+            rows += _rows(entry, calibration, training)
+        except (TalosValueError, TalosTypeError) as error:
+            raise type(error)(f"{error}; it is in [[methods]] number {number}") from None
     _check_rows(rows)
     return Recipe(
         check_text("title", content.get("title", "An experiment")),

@@ -196,7 +196,8 @@ def check_differ(name: str, values: Sequence[Any]) -> None:
     twice = [each for place, each in enumerate(values) if each in values[:place]]
     if twice:
         raise TalosValueError(
-            f"{name} must differ, got {twice[0]!r} twice; leave one out, or rename it"
+            f"{name} must differ, got {twice[0]!r} twice; leave one out"
+            + (", or rename it" if isinstance(twice[0], str) else "")
         )
 
 

@@ -78,6 +78,18 @@ def test_a_part_of_a_recipe_is_run(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "part").glob("cells/mask"))
 
 
+def test_a_part_never_replaces_the_tables_of_the_whole(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "results.json").read_bytes()
+    words = ["experiment", str(folder / "study.toml"), "--out", str(out), "--only", "nonl*"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "TaLoS is left out: rows are compared with non-linear fine-tuning" in err
+    assert "error: --only must be left out where the whole recipe is done" in err
+    assert (out / "results.json").read_bytes() == before
+
+
 def test_a_dry_run_counts_cells_and_writes_nothing(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
