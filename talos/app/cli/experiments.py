@@ -49,14 +49,17 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
         begun = set[str]()
 
         def show(progress: Progress) -> None:
-            if progress.done < progress.total:
+            if not progress.ended:
                 begun.add(progress.label)
+                if progress.done == progress.total:  # it is still to be judged or written
+                    return
             elif progress.label not in begun:  # a cell that was done before
                 return
             else:
                 begun.remove(progress.label)
-            left = "" if progress.left is None else f", about {duration(progress.left)} left"
-            label = f"{progress.cells}/{progress.all_cells}{left} · {progress.label}"
+            left = f", about {duration(progress.left)} left" if progress.left else ""
+            number = f"cell {progress.cells} of {progress.all_cells}{left} · "
+            label = number * (progress.cells > 0) + progress.label
             bars.show(label, progress.done, progress.total, progress.loss)
 
         results = run_experiment(recipe, out, overwrite=overwrite, on_progress=show, on_note=note)
@@ -66,12 +69,13 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     return results
 
 
-def show_plan(recipe: Recipe, out: Path) -> None:
+def show_plan(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
     """Print which cells a run would make, and its time, memory and disk, about.
 
     Args:
         recipe: the recipe.
         out: the folder of the run; cells that are done there are not counted again.
+        overwrite: whether the run would make all anew.
     """
     from talos.app.cli.loading import find_model
     from talos.app.experiments.machine import default_device
@@ -90,7 +94,8 @@ def show_plan(recipe: Recipe, out: Path) -> None:
         for model in bars.each("measure a step of each model", recipe.models):
             encoder = load_encoder(model.source).to(default_device())
             probes[model.name] = probe(encoder, tasks[0], recipe)
-            for kind, seconds in finished(recipe, model.name, encoder, tasks, out).items():
+            kept = {} if overwrite else finished(recipe, model.name, encoder, tasks, out)
+            for kind, seconds in kept.items():
                 done.setdefault(kind, []).extend(seconds)
     found = estimates(recipe, tasks, probes, done)
     shown = table(["kind of cell"], ["cells", "left", "each, about", "time left, about"])
@@ -112,7 +117,8 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     sizes += "" if memory is None else f", {readable_size(memory)} of memory"
     print_line(console, f"in all about {duration(total)} on this machine, {sizes}")
     if done:
-        print_line(console, f"{sum(map(len, done.values()))} of them are done in {out}")
+        numbers = (sum(map(len, done.values())), sum(each.cells for each in found))
+        print_line(console, "{:,} of {:,} cells are done in {}".format(*numbers, out))
 
 
 def duration(seconds: float) -> str:

@@ -362,7 +362,7 @@ def _method_settings(
 
 def _merge(given: Any) -> dict[str, Any]:
     """Return the method of a merge and the settings that the recipe gives it."""
-    from talos.merging import merge_of
+    from talos.merging import METHODS, merge_of
 
     table = {"method": given} if isinstance(given, str) else given
     if not isinstance(table, dict) or not isinstance(table.get("method"), str):
@@ -370,6 +370,7 @@ def _merge(given: Any) -> dict[str, Any]:
             f'merge must be a name or a table such as {{method = "ties", density = 0.2}}, got '
             f"{given!r}"
         )
+    check_choice("merge", table["method"], METHODS)
     if taken := [key for key in table if key.startswith("scaling_coef")]:
         raise TalosValueError(
             f"merge must have no {taken[0]}, got {table[taken[0]]!r}; the coefficient is chosen on "

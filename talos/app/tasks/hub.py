@@ -100,7 +100,7 @@ def load_hub(
         return _load_paper(data, sizes)
     given = {"train": train, "validation": validation, "test": test}
     source = Columns(_open(data, revision), data, text, label, template)
-    most = (None,) * len(SPLITS) if sizes is None else checked_sizes(sizes, 1)
+    most = (None,) * len(SPLITS) if sizes is None else checked_sizes(sizes, 1, data)
     splits, repeats = _divided(source, given, most, source.reader(answers))
     name, place = _name(data), data.removeprefix(PREFIX)
     origin = name if Path(place).expanduser().is_dir() else place

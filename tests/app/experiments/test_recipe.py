@@ -174,7 +174,7 @@ method = "nonlinear"
         (BASE + 'disjoint = true\nselect = "highest"\n', "select must be 'lowest' with disjoint"),
         (BASE + 'draws = "exact"\nlabels = "importance"\n', "labels must be 'sampled' with the"),
         (BASE + "warmup = 100\n", "warmup must be an integer from 0 to the 80 steps, got 100"),
-        (BASE + 'merge = "tie"\n', "merge: method must be one of"),
+        (BASE + 'merge = "tie"\n', "merge must be among .*got 'tie'; did you mean ties"),
         (BASE + 'merge = {method = "ties", density = 2}\n', "merge: density must lie in"),
         (BASE + "merge = 3\n", "merge must be a name or a table"),
         (BASE + 'merge = {method = "mean", scaling_coef = 2}\n', "merge must have no scaling_coef"),

@@ -21,6 +21,7 @@ EXAMPLES = (
 # The option behind each key of the recipe that a message may begin with.
 _OPTIONS = {
     **dict.fromkeys(("tasks", "data", "path"), "--data"),
+    "out": "--out",
     "models": "--model",
     "method": "--methods",
     "[[methods]]": "--methods",

@@ -17,8 +17,8 @@ EXAMPLES = (
     "talos experiment study.toml --dry-run",
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
-# What messages of the loaders name otherwise than a recipe does.
-_WORDS = {"data": "tasks", "path": "tasks"}
+# What messages name otherwise than a recipe and the command do.
+_WORDS = {"data": "tasks", "path": "tasks", "out": "--out"}
 
 
 def experiment(
@@ -84,8 +84,9 @@ def experiment(
     if out is None or dry_run:
         folder = out or Path(Path(recipe).stem)
         with as_options(_WORDS):
-            show_plan(chosen, folder)
+            show_plan(chosen, folder, overwrite=overwrite)
         parts = [word for each in only or () for word in ("--only", each)]
+        parts += ["--overwrite"] if overwrite else []
         next_step(f"{command('experiment', recipe, *parts)} --out {shlex.quote(str(folder))}")
         return
     if chosen != whole and not overwrite and is_done(whole, out):
