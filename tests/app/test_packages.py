@@ -412,7 +412,10 @@ def test_columns_of_other_names_and_sizes(tmp_path: Path) -> None:
     assert [len(small.examples(split)) for split in SPLITS] == [20, 5, 6]
     assert Counter(each.label for each in small.train) == {0: 10, 1: 10}
     assert set(small.train) <= set(whole.train)
-    with pytest.raises(TalosValueError, match="the columns review and label, got review, liked"):
+    with pytest.raises(
+        TalosValueError,
+        match=r"the columns review and label, got review, liked .* column label, or name others in",
+    ):
         load_any(str(path), text="review")
     with pytest.raises(TalosValueError, match="must be two columns"):
         load_any(str(path), text="review", label="review")
@@ -420,7 +423,7 @@ def test_columns_of_other_names_and_sizes(tmp_path: Path) -> None:
     path = tmp_path / "reviews.jsonl"
     path.write_text("\n".join(map(json.dumps, objects)))
     assert load_any(str(path), text="review", label="liked").class_names == ("0", "1")
-    with pytest.raises(TalosValueError, match="sizes must be three numbers of at least 2"):
+    with pytest.raises(TalosValueError, match="at least 2, one example per class of reviews, got"):
         load_any(str(path), (1, 1, 1), text="review", label="liked")
     with pytest.raises(TalosTypeError, match="three integers"):
         load_any(str(path), (2.5, 2, 2), text="review", label="liked")

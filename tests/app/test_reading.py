@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from talos.app.cli import main
 from talos.app.cli.loading import load_data
-from talos.app.cli.reading import TokenCounts, count_tokens, summary
+from talos.app.cli.reading import TokenCounts, count_tokens, show_data, summary
 from talos.app.models import load_encoder
 from talos.app.tasks import load_file
 from talos.errors import TalosValueError
@@ -184,6 +185,11 @@ def test_labels_that_are_numbers_are_said(model: str, tmp_path: Path, capsys: Ca
     err = capsys.readouterr().err
     assert "warning: the labels of stars.csv are numbers (0, 1)" in err
     assert "a third column label_text" in err
+    task = replace(load_file(tmp_path / "stars.csv"), source="OWNER/NAME")
+    show_data(task, load_encoder(model), 48)
+    assert "(0, 1), which describe no class; say in a recipe's class_texts" in (
+        capsys.readouterr().err
+    )
     rows = ["text,label,label_text", "bad,0,a bad film", *(f"text {i},{i % 2}," for i in range(9))]
     assert dry_run(model, write(tmp_path / "half.csv", *rows)) == 0
     assert "warning: some labels of half.csv are numbers (1), which" in capsys.readouterr().err

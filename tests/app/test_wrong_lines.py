@@ -201,7 +201,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data paper:mnits --dry-run", "--data", "did you mean paper:mnist?"),
     ("calibrate --data pest.csv --dry-run", "--data", "got pest.csv; did you mean pets.csv?"),
     ("calibrate --data code_packages --dry-run", "--data", "did you mean code_package?"),
-    ("calibrate --data quite_different --dry-run", "--data", "built in are character_kind"),
+    ("calibrate --data quite_different --dry-run", "--data", "; built in are "),
     (
         "train --data a --out v.safetensors --mask msk.safetensors",
         "--mask",

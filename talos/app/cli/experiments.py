@@ -49,14 +49,17 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
         begun = set[str]()
 
         def show(progress: Progress) -> None:
-            if progress.done < progress.total:
+            if not progress.ended:
                 begun.add(progress.label)
+                if progress.done == progress.total:  # it is still to be judged or written
+                    return
             elif progress.label not in begun:  # a cell that was done before
                 return
             else:
                 begun.remove(progress.label)
-            left = "" if progress.left is None else f", about {duration(progress.left)} left"
-            label = f"{progress.cells}/{progress.all_cells}{left} · {progress.label}"
+            left = f", about {duration(progress.left)} left" if progress.left else ""
+            number = f"cell {progress.cells} of {progress.all_cells}{left} · "
+            label = number * (progress.cells > 0) + progress.label
             bars.show(label, progress.done, progress.total, progress.loss)
 
         results = run_experiment(recipe, out, overwrite=overwrite, on_progress=show, on_note=note)
@@ -66,12 +69,13 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool, words: Mapping[str, str])
     return results
 
 
-def show_plan(recipe: Recipe, out: Path) -> None:
+def show_plan(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
     """Print which cells a run would make, and its time, memory and disk, about.
 
     Args:
         recipe: the recipe.
         out: the folder of the run; cells that are done there are not counted again.
+        overwrite: whether the run would make all anew.
     """
     from talos.app.cli.loading import find_model
     from talos.app.experiments.machine import default_device
@@ -81,6 +85,7 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     from talos.tensors import readable_size
 
     tasks, probes = load_tasks(recipe), {}
+    done: dict[str, list[float]] = {}
     for model in recipe.models:
         with as_options({"--model": "models"}):
             find_model(model.source)
@@ -89,7 +94,9 @@ def show_plan(recipe: Recipe, out: Path) -> None:
         for model in bars.each("measure a step of each model", recipe.models):
             encoder = load_encoder(model.source).to(default_device())
             probes[model.name] = probe(encoder, tasks[0], recipe)
-    done = finished(out)
+            kept = {} if overwrite else finished(recipe, model.name, encoder, tasks, out)
+            for kind, seconds in kept.items():
+                done.setdefault(kind, []).extend(seconds)
     found = estimates(recipe, tasks, probes, done)
     shown = table(["kind of cell"], ["cells", "left", "each, about", "time left, about"])
     for each in found:
@@ -110,7 +117,8 @@ def show_plan(recipe: Recipe, out: Path) -> None:
     sizes += "" if memory is None else f", {readable_size(memory)} of memory"
     print_line(console, f"in all about {duration(total)} on this machine, {sizes}")
     if done:
-        print_line(console, f"{sum(map(len, done.values()))} cells are done in {out}")
+        numbers = (sum(map(len, done.values())), sum(each.cells for each in found))
+        print_line(console, "{:,} of {:,} cells are done in {}".format(*numbers, out))
 
 
 def duration(seconds: float) -> str:
@@ -128,27 +136,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def after_run(recipe: Recipe, results: Mapping[str, Any], out: Path) -> None:
+def after_run(results: dict[str, Any], out: Path) -> None:
     """Print what a user would do next with an experiment.
 
     Args:
-        recipe: the recipe.
         results: its results.
         out: its folder.
     """
-    row, model, seed = recipe.rows[0].row, recipe.models[0], recipe.seeds[0]
-    own = {"kind": "vector", "model": model.name, "row": row, "seed": seed}
-    files = [each for each in results["files"] if own.items() <= each.items()][:2]
-    vectors = [out / each["path"] for each in files]
-    steps = [command("inspect", *vectors)] if vectors else []
-    first = results["runs"][0]["addition"]
-    if len(files) == 2 and first and first["scaling_coef"]:
-        data = {task.title: task.data for task in recipe.tasks}
-        words = [word for each in files for word in ("--data", data.get(each["task"], "TASK"))]
-        terms = (f"{vectors[0]}:0.6", f"{vectors[1]}:-0.4")
-        edit = ("--vector", "edit.safetensors")
-        steps.append(command("merge", *terms, "--out", "edit.safetensors"))
-        steps.append(command("eval", "--model", model.source, *words, *edit))
+    from talos.app.report.artefacts import commands
+
+    steps = [command(*line) for _, lines in commands(results, out) for line in lines]
     next_step(f"open {out / 'report.html'} in a browser", command("report", out), *steps)
 
 

@@ -14,6 +14,7 @@ from talos.app.models.heads import saved_head
 from talos.app.nearest import several
 from talos.app.provenance import USUAL_LENGTH, differences, other_tasks, tokens_of
 from talos.app.tasks import ImageTask, Task
+from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.splits import SPLITS
 from talos.errors import TalosValueError
 
@@ -219,8 +220,13 @@ def show_data(
         which = "the labels" if len(numbers) == len(task.class_texts) else "some labels"
         note(
             f"warning: {which} of {task.source} are numbers ({', '.join(numbers[:3])}), which "
-            "describe no class; write what each means into a third column label_text, one row of "
-            "each label is enough",
+            "describe no class; "
+            + (
+                "write what each means into a third column label_text, one row of each label is "
+                "enough"
+                if task.source.lower().endswith(SUFFIXES)
+                else "say in a recipe's class_texts what each means"
+            ),
         )
     return longer
 

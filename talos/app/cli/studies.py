@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from talos.app.cli.options import check_input
+from talos.app.nearest import beside, did_you_mean
 from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = ["as_written", "results_file"]
@@ -16,14 +16,18 @@ def results_file(path: Path) -> Path:
     Raises:
         TalosOSError: there is none.
     """
-    if not path.is_dir():
-        check_input("DIR", path)
+    if path.is_file():
         return path
+    if not path.exists():
+        near = did_you_mean(str(path), beside(path))
+        raise TalosOSError(f"DIR must be the folder of an experiment, got {path}{near}")
     file = path / "results.json"
     if not file.exists():
+        begun = (path / "cells").is_dir()
+        where = f"--out {path}" if begun else "--out DIR"
         raise TalosOSError(
-            f"DIR must hold a results.json, got {path} without; `talos experiment RECIPE "
-            f"--out {path}` writes it when it ends"
+            f"DIR must hold a results.json, got {path} without; `talos experiment RECIPE {where}` "
+            "writes it when it ends"
         )
     return file
 

@@ -22,6 +22,7 @@ from talos.app.experiments.machine import forget_peak, peak_bytes
 from talos.app.experiments.measures import Tick
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.settings import Calibration
 from talos.app.experiments.store import Cell, Key, Store
 from talos.app.experiments.training import Trainer, data_of, tokens_of
 from talos.app.models import Encoder
@@ -42,7 +43,7 @@ __all__ = ["Cells", "Made"]
 F = TypeVar("F", Mask, TaskVector)
 
 _LAST = 10  # steps whose mean loss is the last one
-_GRID_POINTS = 11  # of a disentanglement map, each way, at most
+GRID_POINTS = 11  # of a disentanglement map, each way, at most
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Cells:
         }
         self._trainer = Trainer(self.models, self.tasks, self._tokens)
         params = named_parameters(self.models.model)
+        self._shared: tuple[Calibration | None, int, dict[str, Mask]] = (None, 0, {})
         weights = digest_of_weights(params)
         self._data = {
             name: data_of(self.tasks[name], classifier, self._tokens[name], weights)
@@ -169,33 +171,28 @@ class Cells:
         disjoint = settings.pop("disjoint")
         content = {**self._data[task], "calibration": settings, "seed": seed}
         if disjoint:
-            plain = replace(row, calibration=replace(calibration, disjoint=False))
-            keys = [[name, self.mask(plain, seed, name).key.digest[:16]] for name in self.tasks]
-            content["disjoint"] = keys  # in the order in which they are dealt to
+            content["disjoint"] = list(self._data.values())  # in the order of their turns
 
         def make(tick: Tick) -> Made:
             if disjoint:
-                given = {name: self._load_mask(plain, seed, name) for name in self.tasks}
-                dealt = Mask.disjoint(given)[task]
-                mask = replace(dealt, metadata=given[task].metadata | dealt.metadata)
+                mask = self._disjoint(calibration, seed, tick)[task]
             else:
                 mask = self._trainer.calibrate(task, settings, seed, tick)
             made = self._made_with(task)
             made["base"] = base_of(mask, self.models.classifiers[task])
-            path = self.store.file("masks", key)
-            replace(mask, metadata=mask.metadata | made).save(path)
-            return Made(
-                {
-                    "file": path.relative_to(self.store.folder).as_posix(),
-                    "bytes": path.stat().st_size,
-                    "nnz": mask.nnz,
-                    "stability": mask.metadata.get("stability"),
-                }
-            )
+            saved = self.store.save(key, replace(mask, metadata=mask.metadata | made))
+            return Made({**saved, "nnz": mask.nnz, "stability": mask.metadata.get("stability")})
 
         words = (row.method, f"density-{calibration.density:g}", f"seed-{seed}", task)
         key = self._key("mask", words, content)
         return self._made(key, make)
+
+    def _disjoint(self, calibration: Calibration, seed: int, tick: Tick) -> dict[str, Mask]:
+        """Return the disjoint masks of all tasks, which the cells of the tasks share."""
+        if self._shared[:2] != (calibration, seed):
+            masks = self._trainer.calibrate_disjoint(asdict(calibration), seed, tick)
+            self._shared = calibration, seed, masks
+        return self._shared[2]
 
     def vector(self, row: Row, lr: float, seed: int, task: str) -> Cell:
         """Return the cell of a task's vector, with the right answers of its own model."""
@@ -220,7 +217,6 @@ class Cells:
         return self._key("vector", words, content)
 
     def _trained(self, row: Row, lr: float, seed: int, task: str, key: Key, tick: Tick) -> Made:
-        path = self.store.file("vectors", key)
         mask = None if row.calibration is None else self._load_mask(row, seed, task)
         times: list[float] = [time.perf_counter()]
         losses: list[float] = []
@@ -239,7 +235,7 @@ class Cells:
         made = self._made_with(task, steps=row.training.steps, lr=lr, seed=seed)
         # What is evaluated are the values of the file: bfloat16, 2 bytes per entry.
         vector = replace(vector, metadata=vector.metadata | made).astype(torch.bfloat16)
-        vector.save(path)
+        saved = self.store.save(key, vector)
         outcomes = self.judged(row)
         with outcomes.resident(vector):
             answers = {
@@ -250,8 +246,7 @@ class Cells:
         steps = sorted(after - before for before, after in pairwise(times))
         return Made(
             {
-                "file": path.relative_to(self.store.folder).as_posix(),
-                "bytes": path.stat().st_size,
+                **saved,
                 "entries": vector.mask.nnz,
                 "steps": len(losses),
                 "first_loss": losses[0],
@@ -317,7 +312,7 @@ class Cells:
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
                 vectors = {task: load(task) for task in names}
-                points = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
+                points = min(GRID_POINTS, self.recipe.evaluation.coefficients)
                 return Made(measures.disentangle(outcomes, vectors, points, tick))
             if kind == "overlap":
                 return Made(measures.overlap({task: load(task).mask for task in names}))
@@ -328,7 +323,7 @@ class Cells:
         names = pair if kind == "disentanglement" else tuple(self.tasks)
         content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed, names)}
         if kind == "disentanglement":
-            content["coefficients"] = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
+            content["coefficients"] = min(GRID_POINTS, self.recipe.evaluation.coefficients)
         if kind != "overlap":
             content["resamples"] = self.recipe.evaluation.resamples
         return self._cell(kind, (row.method, f"lr-{lr:g}", f"seed-{seed}"), content, make)

@@ -15,7 +15,7 @@ from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
 
-__all__ = ["TaskModels", "calibration_batches", "logits_of", "training_batches"]
+__all__ = ["Batch", "TaskModels", "calibration_batches", "logits_of", "training_batches"]
 
 Batch = dict[str, Tensor]
 

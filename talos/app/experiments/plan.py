@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import TypeVar
 
 import torch
 
+from talos.app.experiments.cells import GRID_POINTS, Cells
+from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
-from talos.app.experiments.places import Place, all_places
+from talos.app.experiments.places import Place, all_places, judged_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.results import chosen_rate
+from talos.app.experiments.store import Cell, Key, Store
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder
 from talos.app.models.heads import classifier_for
 from talos.app.nearest import did_you_mean
@@ -25,11 +31,23 @@ from talos.names import named_parameters
 from talos.params import select_parameters
 from talos.training import fine_tune
 
-__all__ = ["Estimate", "Probe", "estimates", "finished", "probe", "select", "space"]
-
-_MAP = 11 * 11 + 2 * 11  # evaluations of a disentanglement map, of each of its two tasks
+__all__ = ["Estimate", "Probe", "estimates", "finished", "is_done", "probe", "select", "space"]
 
 T = TypeVar("T")
+
+
+def is_done(recipe: Recipe, out: Path) -> bool:
+    """Return whether a folder holds the results of a recipe.
+
+    Args:
+        recipe: the recipe.
+        out: the folder, which may be missing.
+    """
+    try:
+        read = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return bool(read["recipe"] == json.loads(json.dumps(recipe.plain())))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def select(recipe: Recipe, only: Sequence[str]) -> Recipe:
@@ -107,8 +125,12 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
         encoder: the model.
         task: the task.
         recipe: whose batch size and length are taken.
+
+    Raises:
+        TalosValueError: a row selects none of the model's weights.
     """
     model = classifier_for(encoder, task)
+    check_rows(recipe, model)
     training = recipe.training
     batches = training_batches(
         task,
@@ -147,7 +169,7 @@ class Estimate:
     Attributes:
         kind: the kind.
         cells: how many the recipe has.
-        left: how many are not done, as far as their number tells.
+        left: how many are not done.
         each: seconds of one, about.
     """
 
@@ -169,7 +191,7 @@ def estimates(
         recipe: the recipe.
         tasks: its tasks.
         probes: of each model by its name.
-        done: the seconds of the cells that are done, by kind; see `finished`.
+        done: the seconds of its cells that are done, by kind; see `finished`.
     """
     seconds: dict[str, list[float]] = {}
     for place, row in all_places(recipe, [task.name for task in tasks]):
@@ -186,21 +208,56 @@ def estimates(
     ]
 
 
-def finished(out: Path) -> dict[str, list[float]]:
-    """Return the seconds of the cells that a folder holds, by kind.
+def finished(
+    recipe: Recipe,
+    name: str,
+    encoder: Encoder,
+    tasks: Sequence[Task | ImageTask],
+    out: Path,
+) -> dict[str, list[float]]:
+    """Return the seconds of a recipe's cells that a folder holds, by kind.
 
     Args:
+        recipe: the recipe.
+        name: of the model.
+        encoder: the model.
+        tasks: the recipe's tasks.
         out: the folder, which may be missing.
     """
+    if not (out / "cells").is_dir():
+        return {}
+    cells = _Known(recipe, name, encoder, tasks, Store(out, lambda _: None), lambda *_: None)
+    gathered = Gathered(recipe, tasks)
+
+    def look(places: Iterable[Place], row: Row | None = None) -> bool:
+        """Take what is done of some places, and return whether all is."""
+        whole = True
+        for place in places:
+            if not (whole and gathered.failed(place)):
+                gathered.cells[place] = cells.make(place, row)
+                whole &= gathered.cells[place].seconds >= 0
+        return whole
+
+    names = [task.name for task in tasks]
+    look(Place("pretrained", name, task=task) for task in names)
+    for row in recipe.rows:
+        lr = row.lr[0]
+        if look(swept_places(recipe, name, row, names), row):
+            with suppress(TalosValueError):  # it fails at every rate
+                lr = chosen_rate(gathered, name, row)
+        look(judged_places(recipe, name, row, names, lr), row)
     found: dict[str, list[float]] = {}
-    for path in sorted(out.glob("cells/*/*.json")):
-        try:
-            found.setdefault(path.parent.name, []).append(
-                float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-            )
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # a damaged cell is made anew
+    for cell in {cell.key.digest: cell for cell in gathered.cells.values()}.values():
+        if cell.seconds >= 0:
+            found.setdefault(cell.key.kind, []).append(cell.seconds)
     return found
+
+
+class _Known(Cells):
+    """Cells that are read and never made; one that is not done has -1 seconds."""
+
+    def _made(self, key: Key, make: object) -> Cell:
+        return self.store.read(key) or Cell(key, {}, -1.0)
 
 
 def space(
@@ -239,6 +296,7 @@ def _seconds(
         {task.name: len(task.examples(split)) for task in tasks} for split in ("validation", "test")
     )
     grid = recipe.evaluation.coefficients
+    points = min(GRID_POINTS, grid)  # both vectors at each pair, and each alone
     judged = {
         "pretrained": validation.get(place.task, 0) + test.get(place.task, 0),
         "vector": validation.get(place.task, 0) + test.get(place.task, 0),
@@ -247,7 +305,7 @@ def _seconds(
         "interference": len(tasks) * sum(test.values()),
         "sensitivity": len(tasks) * sum(test.values()),
         "linearity": 3 * sum(test.values()),
-        "disentanglement": _MAP * sum(test.values()) * 2 / len(tasks),
+        "disentanglement": points * (points + 2) * sum(test.values()) * 2 / len(tasks),
     }.get(place.kind, 0)
     trained, factor = 0, 1.0
     if row is not None and place.kind in ("vector", "drift"):

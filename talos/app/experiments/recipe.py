@@ -241,9 +241,12 @@ def _read(content: Mapping[str, Any], folder: Path) -> Recipe:
     models = tuple(_model(entry, folder) for entry in _several(content, "models"))
     check_differ("models", [each.name for each in models])
     tasks = tuple(_task(entry, folder) for entry in _several(content, "tasks"))
-    rows = [
-        row for entry in _several(content, "methods") for row in _rows(entry, calibration, training)
-    ]
+    rows: list[Row] = []
+    for number, entry in enumerate(_several(content, "methods"), 1):
+        try:
+            rows += _rows(entry, calibration, training)
+        except (TalosValueError, TalosTypeError) as error:
+            raise type(error)(f"{error}; it is in [[methods]] number {number}") from None
     _check_rows(rows)
     return Recipe(
         check_text("title", content.get("title", "An experiment")),
@@ -303,6 +306,11 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
         merge = _merge(chosen.pop("merge", "task_arithmetic"))
         differing = {key: chosen.pop(key) for key in _OF_TRAINING if key in chosen}
         masked = method == "talos"
+        disjoint = masked and chosen.get("disjoint", calibration.disjoint)
+        if disjoint and chosen.setdefault("rounds", 1) != 1:
+            raise TalosValueError(
+                f"rounds must be 1 with disjoint, got {chosen['rounds']}; leave it out"
+            )
         yield Row(
             re.sub(r"[^\w.+-]+", "-", "-".join([method, *names])),
             ", ".join([title, *words]),
@@ -354,7 +362,7 @@ def _method_settings(
 
 def _merge(given: Any) -> dict[str, Any]:
     """Return the method of a merge and the settings that the recipe gives it."""
-    from talos.merging import merge_of
+    from talos.merging import METHODS, merge_of
 
     table = {"method": given} if isinstance(given, str) else given
     if not isinstance(table, dict) or not isinstance(table.get("method"), str):
@@ -362,6 +370,7 @@ def _merge(given: Any) -> dict[str, Any]:
             f'merge must be a name or a table such as {{method = "ties", density = 0.2}}, got '
             f"{given!r}"
         )
+    check_choice("merge", table["method"], METHODS)
     if taken := [key for key in table if key.startswith("scaling_coef")]:
         raise TalosValueError(
             f"merge must have no {taken[0]}, got {table[taken[0]]!r}; the coefficient is chosen on "

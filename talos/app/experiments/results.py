@@ -4,7 +4,8 @@ Nothing is evaluated here: the same cells give the same bits.
 
 An interval of a summary has two levels. In each resample seeds are drawn with replacement, and test
 examples, once for all seeds and rows. So it holds what other examples and other seeds would change,
-and differences between rows are paired.
+and differences between rows are paired. Of n seeds, the share of the seeds in the variance is too
+small by the factor (n - 1) / n; with one seed there is none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from talos.evaluation.intervals import Model, over_tasks
 
 __all__ = ["chosen_rate", "results_of"]
 
+_EQUAL = 1e-9
 _MATRICES = ("interference", "sensitivity")
 _FIGURES = ("alone", "added", "normalised", "target", "control")
 
@@ -47,8 +49,8 @@ def chosen_rate(gathered: Gathered, model: str, row: Row) -> float:
         found = gathered.of_tasks(place)
         why = next(each["failed"] for each in found.values() if "failed" in each)
         raise TalosValueError(f"lr must be one that {row.row} trains with on {model}; {why}")
-    best = max(each["added"] for each in rates)
-    return float(next(each["lr"] for each in rates if each["added"] == best))
+    best = max(each["added"] for each in rates)  # equal ones differ by their rounding
+    return float(next(each["lr"] for each in rates if each["added"] >= best - _EQUAL))
 
 
 def results_of(gathered: Gathered) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from talos.app.experiments.places import Place, all_places, judged_places, swept
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
+from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task
@@ -33,9 +35,10 @@ class Progress:
         done: steps of this cell that are done.
         total: all its steps.
         loss: the training loss of the last step.
-        cells: cells that are done.
+        cells: the number of this cell among all, from 1; 0: it is no cell.
         all_cells: all cells.
         left: seconds that are left, about; None: not known yet.
+        ended: whether it is written.
     """
 
     label: str
@@ -45,6 +48,7 @@ class Progress:
     cells: int = 0
     all_cells: int = 0
     left: float | None = None
+    ended: bool = False
 
 
 def run_experiment(
@@ -94,9 +98,10 @@ def run_experiment(
         for entry in recipe.models:
             encoder = (encoders or {}).get(entry.name)
             if encoder is None:
-                watch.say(f"load {entry.name}")
-                encoder = load_encoder(entry.source).to(default_device())
+                with watch.say(f"load {entry.name}"):
+                    encoder = load_encoder(entry.source).to(default_device())
             cells = Cells(recipe, entry.name, encoder, loaded, store, watch.tick)
+            check_rows(recipe, cells.models.model)
             gathered.models[entry.name] = {"source": entry.source, **cells.facts}
 
             def finish(
@@ -126,8 +131,8 @@ def run_experiment(
                         f"{', '.join(map(str, left))}, with which its training fails at its rate"
                     )
             del cells, encoder, finish
-        watch.say("sum up")
-        results = results_of(gathered)
+        with watch.say("sum up"):
+            results = results_of(gathered)
         write_json(results, store.folder / "results.json")
     return results
 
@@ -188,22 +193,24 @@ class _Watch:
         self._on_progress = on_progress
         self._label = ""
 
-    def say(self, label: str) -> None:
-        """Begin a step that makes no cell."""
-        self._label = label
-        self.tick(0, 1)
-        self.tick(1, 1)
+    @contextmanager
+    def say(self, label: str) -> Iterator[None]:
+        """Report a step that makes no cell."""
+        self._on_progress(Progress(label, 0, 1))
+        yield
+        self._on_progress(Progress(label, 1, 1, ended=True))
 
     def begin(self, place: Place) -> None:
         """Begin a cell."""
-        of_row = (f"{place.lr:g}" if place.lr else "", f"seed {place.seed}" if place.row else "")
-        words = (place.kind, place.model, place.row, *of_row, place.task)
+        rate = f"lr {place.lr:g}" if place.lr else ""
+        seed = f"seed {place.seed}" if place.row else ""
+        words = (place.kind, place.model, place.row, rate, seed, place.task)
         self._label = " · ".join(word for word in words if word)
 
     def tick(self, done: int, total: int, loss: float | None = None) -> None:
         """Report a step of it."""
-        left = self._time_left()
-        self._on_progress(Progress(self._label, done, total, loss, self._done, self._all, left))
+        number, left = min(self._done + 1, self._all), self._time_left()
+        self._on_progress(Progress(self._label, done, total, loss, number, self._all, left))
 
     def end(self, place: Place, cell: Cell) -> None:
         """End a cell, which may have been done before."""
@@ -212,12 +219,17 @@ class _Watch:
             self._seconds.setdefault(place.kind, []).append(cell.seconds)
             self._left[place.kind] -= 1
             self._done = min(self._done + 1, self._all)
-        self.tick(1, 1)
+        numbers = (self._done, self._all, self._time_left())
+        self._on_progress(Progress(self._label, 1, 1, None, *numbers, ended=True))
 
     def _time_left(self) -> float | None:
-        """Return the cells that are left times the mean of their kind; None before the first."""
+        """Return the cells that are left times the mean of their kind.
+
+        None before the first mask and vector: the others say nothing of these.
+        """
         every = [seconds for found in self._seconds.values() for seconds in found]
-        if not every:
+        dear = (kind for kind in ("mask", "vector") if self._left[kind] > 0)
+        if not every or any(kind not in self._seconds for kind in dear):
             return None
         return sum(
             max(count, 0) * fmean(self._seconds.get(kind, every))

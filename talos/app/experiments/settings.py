@@ -44,7 +44,8 @@ class Calibration:
         target: "log_prob" or "logit".
         params: the candidates.
         select: "lowest", or "highest": the most sensitive entries, a control.
-        disjoint: divide the entries among the tasks, so that no two masks share one.
+        disjoint: no two tasks share an entry: each is scored in one round, then they take turns,
+            and each takes its lowest-scored entries that are free, up to the density.
     """
 
     density: float = 0.1
@@ -72,6 +73,13 @@ class Calibration:
         check_params(self.params)
         if not isinstance(self.disjoint, bool):
             raise TalosValueError(f"disjoint must be true or false, got {self.disjoint!r}")
+        if self.disjoint and self.select != "lowest":
+            raise TalosValueError(f"select must be 'lowest' with disjoint, got {self.select!r}")
+        if self.labels != "sampled" and (self.draws == "exact" or self.target == "logit"):
+            raise TalosValueError(
+                "labels must be 'sampled' with the draws 'exact' or the target 'logit', got "
+                f"{self.labels!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,8 @@ class Training:
             )
         _store(self, weight_decay=decay)
         if self.warmup is not None:
-            integer("warmup", self.warmup, 0)
+            kind = f"an integer from 0 to the {self.steps} steps"
+            integer("warmup", self.warmup, 0, kind, most=self.steps)
         if self.autocast is not None:
             check_choice("autocast", self.autocast, ("bfloat16",))
 
@@ -187,7 +196,8 @@ def check_differ(name: str, values: Sequence[Any]) -> None:
     twice = [each for place, each in enumerate(values) if each in values[:place]]
     if twice:
         raise TalosValueError(
-            f"{name} must differ, got {twice[0]!r} twice; leave one out, or rename it"
+            f"{name} must differ, got {twice[0]!r} twice; leave one out"
+            + (", or rename it" if isinstance(twice[0], str) else "")
         )
 
 

@@ -26,6 +26,8 @@ from talos.app.report.results import json_text
 from talos.errors import TalosOSError
 from talos.files import atomic_write
 from talos.files.atomic import system_errors
+from talos.masks import Mask
+from talos.task_vectors import TaskVector
 
 if sys.platform != "win32":
     import fcntl
@@ -99,16 +101,27 @@ class Store:
         self._now = made_by()
         self._noted: list[Mapping[str, str]] = []
 
-    def file(self, folder: str, key: Key) -> Path:
-        """Return the path of a cell's vector or mask; its folder is made.
+    def save(self, key: Key, value: Mask | TaskVector) -> dict[str, Any]:
+        """Write a cell's vector or mask.
 
         Args:
-            folder: "vectors" or "masks".
             key: of the cell.
+            value: the vector or mask.
+
+        Returns:
+            `file` and `bytes`, as a cell holds them.
+
+        Raises:
+            TalosOSError: it cannot be written.
         """
-        path = self.folder / folder / f"{key.name}.safetensors"
+        name = f"{key.kind}s/{key.name}.safetensors"
+        path = self.folder / name
         _make(path.parent)
-        return path
+        try:
+            value.save(path)
+        except TalosOSError as error:
+            raise TalosOSError(str(error).replace("path must", "out must", 1)) from error
+        return {"file": name, "bytes": path.stat().st_size}
 
     def read(self, key: Key) -> Cell | None:
         """Return a finished cell; None: it must be made.

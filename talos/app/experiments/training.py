@@ -2,25 +2,28 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 import talos
-from talos.app.experiments.judging import TaskModels, calibration_batches, training_batches
+from talos.app.experiments.judging import Batch, TaskModels, calibration_batches, training_batches
 from talos.app.experiments.measures import Tick
-from talos.app.experiments.recipe import Row
+from talos.app.experiments.recipe import Recipe, Row
 from talos.app.models import Classifier, Encoder
 from talos.app.provenance import digest_of_reading
 from talos.app.tasks import ImageTask, Task
+from talos.errors import TalosValueError
 from talos.evaluation import GradientDrift
 from talos.masks import Mask
 from talos.methods import METHODS, method_of
+from talos.params import select_parameters
 from talos.task_vectors import TaskVector
 from talos.training import FineTuneStep
 
-__all__ = ["Trainer", "data_of", "seed_of", "tokens_of"]
+__all__ = ["Trainer", "check_rows", "data_of", "seed_of", "tokens_of"]
 
 _DRIFT_POINTS, _DRIFT_EXAMPLES, _DRIFT_BATCH = 10, 16, 8
 
@@ -49,14 +52,7 @@ class Trainer:
             tick: called after each batch.
         """
         options = dict(settings)
-        batches = calibration_batches(
-            self.tasks[task],
-            self.models.encoder,
-            count=min(options.pop("samples"), len(self.tasks[task].train)),
-            batch_size=options.pop("batch_size"),
-            max_length=self.tokens[task],
-            seed=seed,
-        )
+        batches = self._samples(task, options.pop("samples"), options.pop("batch_size"), seed)
         done, total = 0, options["rounds"] * len(batches)
 
         def count(_: object) -> None:
@@ -66,6 +62,41 @@ class Trainer:
 
         model = self.models.classifiers[task]
         return talos.calibrate(model, batches, **options, seed=seed, on_progress=count)
+
+    def calibrate_disjoint(
+        self, settings: Mapping[str, Any], seed: int, tick: Tick
+    ) -> dict[str, Mask]:
+        """Return the masks of all tasks, none of which shares an entry with another.
+
+        All tasks are scored in one round. Then they take turns, in their order.
+
+        Args:
+            settings: as of `calibrate`.
+            seed: as of `calibrate`.
+            tick: called after each task.
+        """
+        scores = {}
+        for done, task in enumerate(self.tasks, 1):
+            scores[task] = talos.fisher_diag(
+                self.models.classifiers[task],
+                self._samples(task, settings["samples"], settings["batch_size"], seed),
+                **{key: settings[key] for key in ("params", "target", "draws", "labels")},
+                seed=seed,
+            )
+            tick(done, len(self.tasks), None)
+        masks = Mask.disjoint(scores, density=settings["density"])
+        made = {"method": "talos", "rounds": 1, "seed": seed}
+        return {t: replace(mask, metadata=mask.metadata | made) for t, mask in masks.items()}
+
+    def _samples(self, task: str, samples: int, batch_size: int, seed: int) -> list[Batch]:
+        return calibration_batches(
+            self.tasks[task],
+            self.models.encoder,
+            count=min(samples, len(self.tasks[task].train)),
+            batch_size=batch_size,
+            max_length=self.tokens[task],
+            seed=seed,
+        )
 
     def fine_tune(
         self,
@@ -146,6 +177,34 @@ class Trainer:
         self.fine_tune(row, lr, seed, task, mask, on_step)
         initial = drift.initial or 1.0
         return [asdict(p) | {"ratio": p.squared / initial} for p in drift.points]
+
+
+def check_rows(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse rows that select none of a model's weights, before long work begins.
+
+    Args:
+        recipe: whose rows are checked.
+        model: the model.
+
+    Raises:
+        TalosValueError: `params` matches no weight, or a density gives too few or too many.
+    """
+    for row in recipe.rows:
+        settings = dict(row.settings) if row.calibration is None else asdict(row.calibration)
+        if "params" not in settings:
+            continue
+        try:
+            entries = sum(e.numel for e in select_parameters(model, settings["params"]).values())
+        except TalosValueError as error:
+            raise TalosValueError(f"{error}; it is of the row {row.row}") from None
+        wanted = round(settings.get("density", 1.0) * entries)
+        tasks = len(recipe.tasks) if settings.get("disjoint") else 1
+        if not 0 < wanted * tasks <= entries:
+            shared = f" for each of {tasks} tasks" if tasks > 1 else ""
+            raise TalosValueError(
+                f"density must select 1 to {entries // tasks} weights{shared}, got "
+                f"{settings['density']} of the row {row.row}, which selects {wanted}"
+            )
 
 
 def seed_of(seed: int, task: str) -> int:

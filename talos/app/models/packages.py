@@ -38,7 +38,7 @@ class Packaged:
         check_installed(self.package)
         spec = importlib.util.find_spec(self.package)
         folders = list((spec and spec.submodule_search_locations) or ())
-        path = Path(folders[0], self.path)
+        path = Path(folders[0] if folders else self.package, self.path)
         found = "no file"
         if path.is_file():
             with path.open("rb") as stream:

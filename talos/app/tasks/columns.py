@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from talos.app.tasks.splits import words
 from talos.app.tasks.task import Example
 from talos.errors import TalosTypeError, TalosValueError
 
-__all__ = ["Columns"]
+__all__ = ["Columns", "Reader"]
+
+Reader = Callable[[Any, int, int], tuple[bytes, Any] | None]
 
 _FIELD = re.compile(r"\{([\w.]+)\}")
 
@@ -55,7 +58,8 @@ class Columns:
         labels: of each split the class of each row; None where it has none.
 
     Raises:
-        TalosValueError: a column is missing, or there are fewer than two classes.
+        TalosValueError: a column is missing or not the same in all splits, its labels are lists,
+            or there are fewer than two classes.
     """
 
     splits: Mapping[str, Any]
@@ -84,9 +88,9 @@ class Columns:
                     f"{did_you_mean(column, self.columns)}; its columns are {several(self.columns)}"
                 )
         names = getattr(features[self.label], "names", None)
-        values = {name: [*split[self.label]] for name, split in self.splits.items()}
+        values = {name: self._values(name, split, names) for name, split in self.splits.items()}
         if names is None:
-            found = {v for split in values.values() for v in split if not _missing(v)}
+            found = {v for split in values.values() for v in split if v is not None}
             numbers = all(re.fullmatch(r"-?\d{1,18}", str(v)) for v in found)
             ordered = sorted(found, key=lambda v: (int(v) if numbers else 0, str(v)))
         else:
@@ -98,10 +102,25 @@ class Columns:
                 f"{self.label} of {self.data}; name another column"
             )
         places = {value: place for place, value in enumerate(ordered)}
-        self.labels = {
-            name: [None if _missing(v) else places.get(v) for v in split]
-            for name, split in values.items()
-        }
+        self.labels = {name: [places.get(v) for v in split] for name, split in values.items()}
+
+    def _values(self, name: str, split: Any, names: Sequence[str] | None) -> list[Any]:
+        """Return the labels of a split, None where a row has none."""
+        feature = split.features.get(self.label)
+        if feature is None or getattr(feature, "names", None) != names:
+            raise TalosValueError(
+                f"label must be the same column in each split of {self.data}, got "
+                f"{'none' if feature is None else 'other classes'} in {name}; make the splits alike"
+            )
+        found = [*split[self.label]]
+        if any(isinstance(value, list | dict) for value in found):
+            raise TalosValueError(
+                f"label must be a column of single values, got lists in {self.label} of "
+                f"{self.data}; name another column"
+            )
+        hidden = names is not None or set(found) == {-1}  # else -1 is a class like others
+        none = (None, "", -1) if hidden else (None, "")
+        return [None if value in none or value != value else value for value in found]
 
     def class_texts(self, answers: str | Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
         """Return the text of each class.
@@ -111,16 +130,22 @@ class Columns:
             given: one text per class; empty: the answers, or the names.
 
         Raises:
-            TalosValueError: there are not as many as classes, or a template has no field.
+            TalosValueError: there are not as many as classes, two are the same, or a template has
+                no field.
         """
         given = _strings("class_texts", given)
         shared = [] if isinstance(answers, str) or any(map(_FIELD.search, answers)) else answers
-        texts = given or list(shared) or [words(name.split(",")[0]) for name in self.classes]
+        texts = given or list(shared) or self._short_names()
         if len(texts) != len(self.classes):
             which = "class_texts" if given else "answers"
             raise TalosValueError(
                 f"{which} must be one for each of the {len(self.classes)} classes of {self.data} "
                 f"({several(self.classes)}), got {len(texts)}"
+            )
+        if twice := [text for text, count in Counter(texts).items() if count > 1]:
+            raise TalosValueError(
+                f"{'class_texts' if given or not shared else 'answers'} must differ from class to "
+                f"class of {self.data}, got {twice[0]!r} twice; give class_texts"
             )
         if not self.image:
             return tuple(texts)
@@ -132,8 +157,19 @@ class Columns:
             )
         return tuple("\n".join(way.replace("{label}", text) for way in ways) for text in texts)
 
-    def reader(self, answers: str | Sequence[str]) -> Callable[[Any, int, int], tuple[bytes, Any]]:
+    def _short_names(self) -> list[str]:
+        """Return the first of the names of each class, or all where two classes share the first."""
+        short = [words(name.split(",")[0]) for name in self.classes]
+        count = Counter(name.casefold() for name in short)
+        return [
+            words(name) if count[each.casefold()] > 1 else each
+            for each, name in zip(short, self.classes, strict=True)
+        ]
+
+    def reader(self, answers: str | Sequence[str]) -> Reader:
         """Return what makes an example of a split's rows, a place and a label: with its key.
+
+        It returns None for a row without a text or picture, or without one of its fields.
 
         Args:
             answers: as of `load_hub`.
@@ -156,24 +192,46 @@ class Columns:
         if isinstance(answers, str) or any(map(_FIELD.search, answers)):
             own = answers
 
-        def make(rows: Any, place: int, label: int) -> tuple[bytes, Example]:
+        def make(rows: Any, place: int, label: int) -> tuple[bytes, Example] | None:
             row = rows[place]
-            text = self._filled("template", way, row).strip()
+            text = self._filled("template", way, row)
             if isinstance(own, str):
-                found = tuple(map(str, self._field("answers", own, row)))
+                found = self._listed(own, row)
             else:
-                found = tuple(self._filled("answers", each, row) for each in own)
+                found = [self._filled("answers", each, row) for each in own]
+            if not text or None in found:
+                return None
             if found and len(found) != len(self.classes):
                 raise TalosValueError(
                     f"answers must be one for each of {len(self.classes)} classes "
                     f"({several(self.classes)}), got {len(found)} in row {place} of {self.data}"
                 )
-            return "\0".join((text, *found)).encode(), Example(text, label, "", found)
+            key = " ".join(text.casefold().split()).encode()
+            return key, Example(text, label, "", tuple(map(str, found)))
 
         return make
 
-    def _filled(self, key: str, way: str, row: Mapping[str, Any]) -> str:
-        return _FIELD.sub(lambda match: str(self._field(key, match[1], row)), way)
+    def _filled(self, key: str, way: str, row: Mapping[str, Any]) -> str | None:
+        """Return a template with the row's fields; None where the row lacks one."""
+        fields = {path: self._field(key, path, row) for path in _FIELD.findall(way)}
+        if None in fields.values():
+            return None
+        return _FIELD.sub(lambda match: str(fields[match[1]]), way).strip()
+
+    def _listed(self, path: str, row: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the answers of a row in the order of the classes, where it names their labels."""
+        found = self._field("answers", path, row)
+        if not isinstance(found, list):
+            raise TalosValueError(
+                f"answers must be a column of lists, got {found!r:.60} in {path} of {self.data}; "
+                "name another column, or write it as a field"
+            )
+        for part in path.split(".")[:-1]:
+            row = row[part]
+        labels = [str(each) for each in row.get("label") or ()] if "." in path else []
+        if sorted(labels) == sorted(self.classes) and len(labels) == len(found):
+            return [found[labels.index(name)] for name in self.classes]
+        return found
 
     def _field(self, key: str, path: str, row: Mapping[str, Any]) -> Any:
         """Return a column of a row, or a part of it: `choices.text`."""
@@ -188,13 +246,11 @@ class Columns:
         return found
 
 
-def _picture(column: str, rows: Any, place: int, label: int) -> tuple[bytes, ImageExample]:
+def _picture(column: str, rows: Any, place: int, label: int) -> tuple[bytes, ImageExample] | None:
+    if rows[place][column] is None:
+        return None
     picture = _Picture(rows, place, column)
     return picture.key, ImageExample(picture, label)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or value == -1
 
 
 def _strings(key: str, given: str | Sequence[str]) -> Sequence[str]:

@@ -210,6 +210,7 @@ def _missing(path: Path, line: int, found: list[str], needed: Sequence[str]) -> 
     absent = [each for each in needed if each not in found]
     remedy = "rename the columns" if len(absent) == len(needed) else f"add the column {absent[0]}"
     remedy = f"rename {' and '.join(wrong)}" if wrong else remedy
+    remedy += ", or name others in a recipe" if len(needed) > 1 else ""
     columns = f"the column{'s' * (len(needed) - 1)} {' and '.join(needed)}"
     return TalosValueError(
         f"path must have {columns}, got {several(found) or 'none'} in line {line} of {path}; "

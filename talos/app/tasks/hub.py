@@ -1,7 +1,8 @@
 """Tasks of Hugging Face data sets: of the hub, or of a folder that `datasets` can load.
 
 A set's own test split is the test data where it has labels. Where a split is missing, or two are
-taken of one, the rows are divided by content: no text or picture is in two splits.
+taken of one, the rows are divided by content: no text or picture is in two splits. Texts count as
+one where they differ in case or spaces alone.
 
 The data sets of the paper are a table in paper.toml, in the same keys as `load_hub` and a recipe.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 from talos.app.extras import import_package
 from talos.app.nearest import did_you_mean, several
-from talos.app.tasks.columns import Columns
+from talos.app.tasks.columns import Columns, Reader
 from talos.app.tasks.images import ImageTask
 from talos.app.tasks.registry import checked_sizes
 from talos.app.tasks.splits import SPLITS
@@ -69,7 +70,8 @@ def load_hub(
             one of `paper_sets()`.
         sizes: largest number of train, validation and test examples; None takes all.
         text: the column of the texts; "": the pictures of a set that has some, else "text".
-        label: the column of the labels. A row without one is left out.
+        label: the column of the labels. A row without one is left out, and so is one whose text
+            or picture is missing.
         train: the set's split to train on; "": the one that is left.
         validation: the set's split to choose scaling coefficients on; "": of its own, or a part
             of the training data.
@@ -78,7 +80,8 @@ def load_hub(
             text of a class with the field `{label}`; the head averages over several such texts.
         answers: for a language model: one answer per class, in the order of the labels. Where they
             have fields, each text has answers of its own; so it has where a column is named that
-            holds a list of them, such as `choices.text`.
+            holds a list of them, such as `choices.text`. They are in the order of the labels, or
+            of `choices.label` beside them.
         class_texts: one text per class, in the order of the labels, in place of their names.
         revision: of the set on the hub.
 
@@ -90,13 +93,14 @@ def load_hub(
         TalosOSError: the set cannot be found or downloaded.
         TalosTypeError: `sizes` are no integers.
         TalosValueError: a column, split or field is missing, there are fewer than two classes, or
-            there are not as many answers or texts as classes.
+            there are not as many answers or texts as classes. Or two of them are the same, or the
+            labels are not the same in all splits.
     """
     if data.startswith(PAPER):
         return _load_paper(data, sizes)
     given = {"train": train, "validation": validation, "test": test}
     source = Columns(_open(data, revision), data, text, label, template)
-    most = (None,) * len(SPLITS) if sizes is None else checked_sizes(sizes, 1)
+    most = (None,) * len(SPLITS) if sizes is None else checked_sizes(sizes, 1, data)
     splits, repeats = _divided(source, given, most, source.reader(answers))
     name, place = _name(data), data.removeprefix(PREFIX)
     origin = name if Path(place).expanduser().is_dir() else place
@@ -122,36 +126,45 @@ def _divided(
     source: Columns,
     given: Mapping[str, str],
     sizes: Sequence[int | None],
-    make: Callable[[Any, int, int], tuple[bytes, Any]],
+    make: Reader,
 ) -> tuple[list[list[Any]], int]:
     """Return the examples of the three splits, and how many repeat another one.
 
     Test data are taken first, then validation data: what repeats an example is left out of the
-    later split.
+    later split. Of equal rows of a split the first is kept, or none if their labels differ. Test
+    and validation data are read whole, so that what is drawn of them does not change what is not
+    in the training data.
     """
     taken_of = _roles(source, given)
     draw = random.Random(_SEED)
     seen: set[bytes] = set()
-    found: dict[str, list[Any]] = {}
+    found: list[list[Any]] = []
     repeats = 0
     for role in reversed(SPLITS):
         rows, size = source.splits[taken_of[role]], sizes[SPLITS.index(role)]
-        found[role] = []
+        own: dict[bytes, Any] = {}
+        unclear: set[bytes] = set()
         for place, label in _share(source.labels[taken_of[role]], role, taken_of, draw, size):
-            if len(found[role]) == size:
+            if role == "train" and len(own) - len(unclear) == size:
                 break
-            key, example = make(rows, place, label)
-            if key in seen:
-                repeats += 1
+            made = make(rows, place, label)
+            if made is None:
                 continue
-            seen.add(key)
-            found[role].append(example)
-        if not found[role]:
+            key, example = made
+            if key in seen or key in own:
+                repeats += 1
+                if key in own and own[key].label != label and not getattr(example, "answers", ()):
+                    unclear.add(key)
+                continue
+            own[key] = example
+        seen |= own.keys()
+        found.insert(0, [each for key, each in own.items() if key not in unclear][:size])
+        if not found[0]:
             raise TalosValueError(
                 f"{role} must have rows with labels, got none in {taken_of[role]} of {source.data} "
                 "that is not in another split; name other splits"
             )
-    return [found[role] for role in SPLITS], repeats
+    return found, repeats
 
 
 def _roles(source: Columns, given: Mapping[str, str]) -> dict[str, str]:

@@ -118,7 +118,7 @@ def _load(data: str, sizes: Sequence[int] | None, settings: Mapping[str, Any]) -
     stems = {str(Path(each).with_suffix("")): each for each in files}
     near = did_you_mean(data, [*built_in(), *files])
     near = f"; did you mean {stems[data]}?" if data in stems else near
-    near = near or f"; built in are {several(built_in(), data, most=8)}"
+    near = near or f"; built in are {several(built_in(), most=8)}"
     raise TalosValueError(
         "data must be a built-in task, a data set such as hf:OWNER/NAME, or an existing .csv, .tsv "
         f"or .jsonl file or folder of images, got {data}{near}"
@@ -129,7 +129,7 @@ def _limited(task: T, sizes: Sequence[int] | None) -> T:
     """Keep at most so many examples of each split, of all classes alike where there are enough."""
     if sizes is None:
         return task
-    wanted = checked_sizes(sizes, len(task.class_names))
+    wanted = checked_sizes(sizes, len(task.class_names), task.name)
     train, validation, test = (
         _first(task.examples(split), size) for split, size in zip(SPLITS, wanted, strict=True)
     )

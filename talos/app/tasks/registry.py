@@ -73,7 +73,7 @@ def load_task(name: str, *, seed: int = 0, sizes: Sequence[int] | None = None) -
         raise TalosValueError(
             f"name must be a known task, got {name!r}; {hint}known are {', '.join(_BY_NAME)}"
         )
-    wanted = checked_sizes(sizes, len(task.classes))
+    wanted = checked_sizes(sizes, len(task.classes), name)
     lacking = _lacking(task)
     if lacking is not None:
         raise TalosValueError(lacking)
@@ -114,7 +114,7 @@ def load_packaged(
             f"{', '.join(known)}"
         )
     task = known[name]
-    wanted = checked_sizes(sizes, len(task.classes))
+    wanted = checked_sizes(sizes, len(task.classes), name)
     integer("seed", seed, 0)
     path = task.package.find(name)
     try:
@@ -146,8 +146,13 @@ def _damaged(task: PackagedTask, path: Path, found: str) -> TalosValueError:
     )
 
 
-def checked_sizes(sizes: Sequence[int] | None, n_classes: int) -> tuple[int, int, int]:
+def checked_sizes(sizes: Sequence[int] | None, n_classes: int, data: str) -> tuple[int, int, int]:
     """Return the sizes of the splits, by default 1600, 96, 400.
+
+    Args:
+        sizes: as of `load_task`.
+        n_classes: number of classes.
+        data: the data's name, for messages.
 
     Raises:
         TalosTypeError: one of `sizes` is not an integer.
@@ -158,8 +163,8 @@ def checked_sizes(sizes: Sequence[int] | None, n_classes: int) -> tuple[int, int
         raise TalosTypeError(f"sizes must be three integers, got {given!r}")
     if len(given) != len(SPLITS) or min(given) < n_classes:
         raise TalosValueError(
-            f"sizes must be three numbers of at least {n_classes}, one example per class, got "
-            f"{given}; the order is train, validation, test"
+            f"sizes must be three numbers of at least {n_classes}, one example per class of "
+            f"{data}, got {given}; the order is train, validation, test"
         )
     return given[0], given[1], given[2]
 

@@ -75,7 +75,7 @@ def test_every_measure_is_there_for_the_rows_that_it_suits(
         steps = 4 if row == "lota" else 2
         assert [point["step"] for point in tasks["pets"]] == list(range(1, steps + 1))
     for row, masks in results["masks"]["tiny"].items():
-        calibrated = rows[row] == "talos"
+        calibrated = rows[row] == "talos" and "disjoint" not in row
         assert all((mask["stability"] is not None) == calibrated for mask in masks.values())
 
 
@@ -119,7 +119,9 @@ def test_disjoint_masks_share_no_entry(done: tuple[Path, dict[str, Any]]) -> Non
     for file in results["files"]:
         if file["kind"] == "mask" and file["row"] in ("talos", "talos-disjoint-true"):
             masks.setdefault(file["row"], {})[file["task"]] = Mask.load(out / file["path"])
-    assert masks["talos-disjoint-true"] == Mask.disjoint(masks["talos"])
+    for task, mask in masks["talos-disjoint-true"].items():
+        assert mask.nnz == masks["talos"][task].nnz
+        assert mask.metadata["rounds"] == 1
 
 
 @pytest.mark.slow
@@ -281,3 +283,32 @@ def test_cells_of_other_versions_are_kept_and_said(tmp_path: Path) -> None:
     assert results["machine"]["device"]
     assert len(notes) == 1
     assert f"torch 1.0 (now {torch.__version__})" in notes[0]
+
+
+def test_disjoint_masks_keep_the_density_and_their_time(tmp_path: Path) -> None:
+    methods = [{"method": "talos", "lr": 1e-1, "density": 0.5, "disjoint": True}]
+    results = run_tiny(tmp_path / "out", tiny_recipe(**ONE_SEED, methods=methods))
+    masks = results["masks"]["tiny"]["talos-density-0.5-disjoint-true"]
+    maskable = results["models"][0]["maskable"]
+    assert {mask["nnz"] for mask in masks.values()} == {maskable // 2}
+    cells = [json.loads(path.read_text()) for path in tmp_path.glob("out/cells/mask/*")]
+    calibrate = results["timings"]["by_row"]["tiny"]["talos-density-0.5-disjoint-true"]["calibrate"]
+    assert calibrate == pytest.approx(sum(cell["seconds"] for cell in cells))
+    assert len(cells) == len(masks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "random", "params": "no_such"}, "of the row random-params-no_such"),
+        ({"method": "talos", "density": 1e-9}, "density must select 1 to "),
+        ({"method": "talos", "disjoint": True, "density": 0.6}, "for each of 2 tasks, got 0.6"),
+    ],
+)
+def test_a_row_that_cannot_select_is_refused_before_any_cell(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    recipe = tiny_recipe(**ONE_SEED, methods=[{"method": "nonlinear"}, settings])
+    with pytest.raises(TalosValueError, match=message):
+        run_tiny(tmp_path / "out", recipe)
+    assert not list(tmp_path.glob("out/cells/*/*"))

@@ -1,12 +1,13 @@
 """`talos experiment`: a run, a run that goes on, a part, and the dry run that writes nothing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from talos.app.cli import main
-from talos.app.cli.experiments import duration
+from talos.app.cli.experiments import after_run, duration
 from talos.app.experiments import judging
 from tests.tiny import save_pets, save_tiny_encoder
 
@@ -78,6 +79,18 @@ def test_a_part_of_a_recipe_is_run(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "part").glob("cells/mask"))
 
 
+def test_a_part_never_replaces_the_tables_of_the_whole(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "results.json").read_bytes()
+    words = ["experiment", str(folder / "study.toml"), "--out", str(out), "--only", "nonl*"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "TaLoS is left out: rows are compared with non-linear fine-tuning" in err
+    assert "error: --only must be left out where the whole recipe is done" in err
+    assert (out / "results.json").read_bytes() == before
+
+
 def test_a_dry_run_counts_cells_and_writes_nothing(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +111,27 @@ def test_a_dry_run_counts_cells_and_writes_nothing(
     shown = capsys.readouterr().out
     counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
     assert counts["vector"] == ["6", "0"]
-    assert f"cells are done in {out}" in shown
+    assert f"14 of 14 cells are done in {out}" in shown
+    edited = tmp_path / "edited.toml"
+    text = STUDY.replace("steps = 1", "steps = 2")
+    for name in ("base", "pets.csv", "signs.csv"):
+        text = text.replace(f'"{name}"', f'"{folder / name}"')
+    edited.write_text(
+        text.replace(f'"{folder}/base"', f'{{source = "{folder}/base", name = "base"}}')
+    )
+    capsys.readouterr()
+    assert main(["experiment", str(edited), "--dry-run", "--out", str(out)]) == 0
+    shown, notes = capsys.readouterr()
+    counts = {line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line.split()}
+    assert counts["vector"] == ["6", "6"]
+    assert counts["mask"] == ["2", "0"]
+    assert notes.split()[-2:] == ["--out", str(out)]
+    assert f"4 of 14 cells are done in {out}" in shown
+    words = ["experiment", str(edited), "--dry-run", "--overwrite", "--out", str(out)]
+    assert main(words) == 0
+    shown, notes = capsys.readouterr()
+    assert "cells are done" not in shown
+    assert notes.split()[-3:] == ["--overwrite", "--out", str(out)]
 
 
 def test_the_demo_is_its_recipe_with_some_keys_changed(
@@ -133,6 +166,42 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     err = capsys.readouterr().err
     assert "finished cells are kept in" in err
     assert "the same command goes on" in err
+
+
+def test_progress_numbers_each_cell_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["experiment", str(folder / "study.toml"), "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    lines = re.findall(r"(?m)^ *[\d.]+ s  (.*?) · (.*?) · ", err)
+    numbers = [re.match("cell ([0-9]+) of 14", head) for head, _ in lines]
+    assert [found and int(found[1]) for found in numbers] == list(range(1, 15))
+    heads = {kind: head for head, kind in reversed(lines)}  # the first cell of each kind
+    assert "left" not in heads["mask"]
+    assert "about" in lines[12][0]
+    assert "left" not in lines[13][0]
+    assert re.search(r"(?m)^ *[\d.]+ s  load base$", err)
+    vectors = [line for line in err.splitlines() if "· vector ·" in line]
+    assert len(vectors) == 6
+    assert "lr 0.001 · seed 0 · pets" in vectors[0]
+
+
+def test_next_steps_hold_only_what_eval_can_read(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    results["runs"][0]["addition"]["scaling_coef"] = 0.5
+    after_run(results, out)
+    notes = capsys.readouterr().err
+    data = f"--data {folder / 'pets.csv'} --data {folder / 'signs.csv'}"
+    assert f"talos eval --model {folder / 'base'} {data} --vector edit.safetensors" in notes
+    lr = results["runs"][0]["lr"]
+    assert notes.count(f"-lr-{lr:g}-") == 3, "vectors of the chosen rate"
+    task = {"data": "pets.csv", "name": "signs", "settings": {"text": "text"}}
+    results["recipe"]["tasks"][1] = task
+    after_run(results, out)
+    notes = capsys.readouterr().err
+    assert "talos eval" not in notes
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from talos.app.experiments.run import Progress
+from talos.app.experiments import results as sums
+from talos.app.experiments.gathered import Gathered
+from talos.app.experiments.run import Progress, load_tasks
+from talos.errors import TalosValueError
 from talos.masks import Mask
 from talos.task_vectors import TaskVector
-from tests.app.experiments.tiny_experiment import TASKS, run_tiny
+from tests.app.experiments.tiny_experiment import TASKS, run_tiny, tiny_recipe
 
 Done = tuple[Path, dict[str, Any], list[Progress]]
 
@@ -83,12 +86,30 @@ def test_the_numbers_hold_together(done: Done) -> None:
 
 def test_every_cell_reports_progress(done: Done) -> None:
     out, _, seen = done
-    last = seen[-1]
+    last = [each for each in seen if each.cells][-1]
+    assert last.ended
     assert last.cells == last.all_cells == len(list(out.glob("cells/*/*.json")))
     assert last.left == 0
+    trained = next(place for place, each in enumerate(seen) if each.label.startswith("vector"))
+    assert {each.left for each in seen[:trained]} == {None}
     assert all(0 <= each.done <= each.total and each.cells <= each.all_cells for each in seen)
     trained = [each for each in seen if each.label.startswith("vector") and each.loss is not None]
     assert len(trained) == 2 * 2 * (3 + 2)  # steps, tasks, and vectors of a task
+
+
+def test_what_is_wrong_with_a_task_names_it() -> None:
+    tasks = ["character_kind", "digits"]
+    recipe = tiny_recipe(tasks=tasks, training={"sizes": [200, 20, 8]})
+    with pytest.raises(TalosValueError, match="one example per class of digits"):
+        load_tasks(recipe)
+
+
+def test_equally_good_rates_differ_by_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [{"lr": 1e-3, "added": 0.3}, {"lr": 1e-2, "added": 0.1 + 0.2}]
+    assert rates[0]["added"] < rates[1]["added"]
+    monkeypatch.setattr(sums, "_rates", lambda *_: rates)
+    recipe = tiny_recipe()
+    assert sums.chosen_rate(Gathered(recipe, []), "tiny", recipe.rows[0]) == 1e-3
 
 
 def test_a_finished_run_makes_nothing_anew(done: Done) -> None:

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from talos.app.experiments.store import Key, Store, clear, kept, opened
 from talos.errors import TalosOSError
+from talos.masks import Mask
+from talos.task_vectors import TaskVector
 
+VECTOR = TaskVector(Mask.from_dense({"w": torch.ones(3, dtype=torch.bool)}), torch.ones(3))
 KEY = Key("vector", ("a/b model", "talos", "lr-0.001"), {"lr": 1e-3, "weights": "ab"})
 
 
@@ -16,9 +20,7 @@ def stored(folder: Path) -> tuple[Store, list[str], Path]:
     """A store with one cell that has a vector; what it notes; the cell's file."""
     notes: list[str] = []
     with opened(folder, on_note=notes.append) as store:
-        vector = store.file("vectors", KEY)
-        vector.write_bytes(b"123")
-        found = {"file": vector.relative_to(folder).as_posix(), "bytes": 3, "value": 0.1}
+        found = {**store.save(KEY, VECTOR), "value": 0.1}
         written = store.write(KEY, found, 1.2345678, 4096, 0.1)
         assert store.read(KEY) == written
     (path,) = folder.glob("cells/vector/*.json")
@@ -62,12 +64,21 @@ def test_a_damaged_cell_is_made_anew_and_said(
     tmp_path: Path, damage: Callable[[Path, Path], None]
 ) -> None:
     store, notes, path = stored(tmp_path)
-    damage(path, store.file("vectors", KEY))
+    damage(path, tmp_path / "vectors" / f"{KEY.name}.safetensors")
     assert notes == []
     assert store.read(KEY) is None
     assert len(notes) == 1
     assert str(path) in notes[0]
     assert notes[0].endswith("and is made anew")
+
+
+def test_a_vector_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    store, _, _ = stored(tmp_path)
+    path = tmp_path / "vectors" / f"{KEY.name}.safetensors"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TalosOSError, match=r"^out must be .*vectors"):
+        store.save(KEY, VECTOR)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:

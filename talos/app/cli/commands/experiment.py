@@ -1,11 +1,12 @@
 """`talos experiment`: a whole study from a recipe."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from talos.app.cli.console import command, next_step
+from talos.app.cli.console import command, next_step, note
 from talos.app.cli.options import as_options
 from talos.errors import TalosValueError
 
@@ -16,8 +17,8 @@ EXAMPLES = (
     "talos experiment study.toml --dry-run",
     "talos experiment study.toml --out study --only 'talos*' --only addition",
 )
-# What messages of the loaders name otherwise than a recipe does.
-_WORDS = {"data": "tasks", "path": "tasks"}
+# What messages name otherwise than a recipe and the command do.
+_WORDS = {"data": "tasks", "path": "tasks", "out": "--out"}
 
 
 def experiment(
@@ -38,7 +39,8 @@ def experiment(
         typer.Option(
             "--only",
             help="Run a part: a model, a row (method), a task or a measure by its name, with * and "
-            "? as wildcards; may be given several times.",
+            "? as wildcards; may be given several times. results.json and report.html are of this "
+            "part until the whole is run.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -52,7 +54,11 @@ def experiment(
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", metavar="", help="Begin anew in the folder of an earlier run."),
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            help="Begin anew in the folder of an earlier run; other files stay.",
+        ),
     ] = False,
 ) -> None:
     """Compare methods on models and tasks, as a recipe says, over several seeds.
@@ -67,19 +73,28 @@ def experiment(
     if out is None and not dry_run:
         raise TalosValueError("--out must be a folder to write, got none; or pass --dry-run")
     from talos.app.cli.experiments import after_run, run, show_plan
-    from talos.app.experiments.plan import select
+    from talos.app.experiments.plan import is_done, select
     from talos.app.experiments.recipe import read_recipe
 
     with as_options({"only": "--only"}):
-        chosen = select(read_recipe(recipe), only or ())
+        whole = read_recipe(recipe)
+        chosen = select(whole, only or ())
+    if chosen.rows[0] is not whole.rows[0]:
+        note(f"{whole.rows[0].title} is left out: rows are compared with {chosen.rows[0].title}")
     if out is None or dry_run:
-        out = out or Path(Path(recipe).stem)
+        folder = out or Path(Path(recipe).stem)
         with as_options(_WORDS):
-            show_plan(chosen, out)
+            show_plan(chosen, folder, overwrite=overwrite)
         parts = [word for each in only or () for word in ("--only", each)]
-        next_step(command("experiment", recipe, *parts, "--out", out))
+        parts += ["--overwrite"] if overwrite else []
+        next_step(f"{command('experiment', recipe, *parts)} --out {shlex.quote(str(folder))}")
         return
-    after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
+    if chosen != whole and not overwrite and is_done(whole, out):
+        raise TalosValueError(
+            f"--only must be left out where the whole recipe is done, got the folder {out}; its "
+            "tables hold this part, or take another --out for tables of the part alone"
+        )
+    after_run(run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
 
 def facts() -> dict[str, str]:
