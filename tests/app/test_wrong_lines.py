@@ -216,7 +216,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("predict --model base --data pets.csv --split tst", "--split", "did you mean test?"),
     ("plot sumary images", "NAME", "got sumary; did you mean summary?"),
     ("plot cost rn.json", "DIR", "did you mean run.json?"),
-    ("plot cost images", "DIR", "must hold a results.json, got images without"),
+    ("plot cost images", "DIR", "got images without; take the folder of an experiment"),
     ("extract bse base --out w.safetensors", "BASE", "must be a readable file, got bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),

@@ -113,7 +113,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         near = did_you_mean(value, known)
-        choice = " or ".join((", ".join(known[:-1]), known[-1]))
+        choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise TalosValueError(f"{name} must be {choice}, got {value}{near}")
 
 

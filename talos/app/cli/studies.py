@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from talos.app.cli.options import check_input
+from talos.app.nearest import beside, did_you_mean
 from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = ["as_written", "results_file"]
@@ -16,15 +16,17 @@ def results_file(path: Path) -> Path:
     Raises:
         TalosOSError: there is none.
     """
+    if not path.exists():
+        near = did_you_mean(str(path), beside(path))
+        raise TalosOSError(f"DIR must be the folder of an experiment, got {path}{near}")
     if not path.is_dir():
-        check_input("DIR", path)
         return path
     file = path / "results.json"
     if not file.exists():
-        raise TalosOSError(
-            f"DIR must hold a results.json, got {path} without; `talos experiment RECIPE "
-            f"--out {path}` writes it when it ends"
-        )
+        remedy = "take the folder of an experiment"
+        if (path / "cells").is_dir():
+            remedy = f"`talos experiment RECIPE --out {path}` writes it when it ends"
+        raise TalosOSError(f"DIR must hold a results.json, got {path} without; {remedy}")
     return file
 
 
