@@ -93,7 +93,8 @@ def digest_of_reading(task: Task | ImageTask, classifier: Classifier, max_length
     found = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(encoder)).encode())
     configs = {id(c): c for m in encoder.modules() if (c := getattr(m, "config", None)) is not None}
     for config in configs.values():
-        content = dict(config if isinstance(config, Mapping) else config.to_diff_dict())
+        # Of transformers; a configuration of another kind by what it prints.
+        content = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {"": str(config)}
         for key in ("_name_or_path", "transformers_version"):
             content.pop(key, None)
         found.update(json.dumps(content, sort_keys=True, default=str).encode())
