@@ -150,24 +150,34 @@ def made_up(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
             else {key: interval(round(gap, 6)) for key, gap in gaps.items()},
         }
 
+    def summaries(model: str) -> list[dict[str, Any]]:
+        found = [summary(model, row) for row in ROWS]
+        values = [each["figures"]["added"]["value"] for each in found]
+        for each, value in zip(found, values, strict=True):
+            lead = round(max(values) - value, 6)
+            each["against_best"] = {"added": interval(lead)} if lead else None
+        return found
+
     def cost() -> dict[str, float]:
         times = {"calibrate": number(10, 20), "train": number(20, 40), "step": number(0.1, 0.5)}
         return times | {"peak_bytes": 700_000_000}
 
     files: list[dict[str, Any]] = [
         {
-            "path": f"vectors/{row}-{place}-{seed}.safetensors",
+            "path": f"vectors/{row}-{place}-{seed}-{lr:g}.safetensors",
             "kind": "vector",
             "model": model,
             "row": row,
             "task": task,
             "seed": seed,
+            "lr": lr,
             "bytes": 45_000_000 if row == "nonlinear" else 2_400_000,
             "entries": 10_600_000 if row == "nonlinear" else 1_060_000,
         }
         for model in models
         for row in ROWS
         for seed in SEEDS
+        for lr in (ROWS[row][2] if seed == SEEDS[0] else ROWS[row][2][1:2])
         for place, task in enumerate(TASKS)
     ]
     files += [
@@ -175,10 +185,11 @@ def made_up(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
             **file,
             "path": file["path"].replace("vectors", "masks"),
             "kind": "mask",
+            "lr": None,
             "bytes": 230_000,
         }
         for file in files
-        if ROWS[file["row"]][3]
+        if ROWS[file["row"]][3] and file["lr"] == ROWS[file["row"]][2][1]
     ]
     return {
         "schema": "talos-experiment",
@@ -230,7 +241,7 @@ def made_up(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
         "zero_shot": {model: of_tasks(lambda: estimate(0.4, 0.5)) for model in models},
         "rates": {model: {row: rates(row) for row in ROWS} for model in models},
         "runs": [run(model, row, seed) for model in models for row in ROWS for seed in SEEDS],
-        "summary": [summary(model, row) for model in models for row in ROWS],
+        "summary": [each for model in models for each in summaries(model)],
         "masks": of_rows(lambda: of_tasks(mask), masked=True),
         "mask_iou": of_rows(lambda: matrix(0.5, 0.9, diagonal=1.0), masked=True),
         "interference": of_rows(lambda: matrix(0.8, 1.3)),

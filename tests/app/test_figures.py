@@ -115,6 +115,26 @@ def test_no_two_rows_look_alike() -> None:
     assert len({each.marker for each in styles[:8]}) == 8  # not by their colours alone
 
 
+def test_rates_are_not_rounded_and_do_not_run_into_each_other() -> None:
+    results = studied()
+    tried = (2.5e-5, 1.5e-4, 3.5e-4, 3.6e-4)
+    point = results["rates"][MODEL][FIRST][0]
+    results["rates"][MODEL] = {FIRST: [{**point, "lr": lr} for lr in tried]}
+    figure = FIGURES["rates"]
+    lines = figure.table(results, MODEL)[1]
+    assert [line[1] for line in lines] == ["2.5e-05", "0.00015", "0.00035", "0.00036"]
+    axes = Canvas().add_subplot()
+    figure.panels(results, MODEL)[0].paint(axes)
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["2.5e-05", "0.00015", "0.00035"]
+
+
+def test_what_is_of_the_first_seed_says_so() -> None:
+    of_all = {"summary", "coefficient", "density", "cost"}
+    for name, figure in FIGURES.items():
+        assert ("first seed" in figure.about.lower()) == (name not in of_all), name
+
+
 @pytest.mark.parametrize("name", ["coefficient", "rates", "density", "linearity"])
 def test_the_table_has_the_points_of_the_curves(name: str) -> None:
     results, figure = studied(), FIGURES[name]
@@ -225,7 +245,15 @@ def test_a_coefficient_that_one_seed_did_not_try_is_left_out() -> None:
     _, lines = FIGURES["coefficient"].table(results, MODEL)
     found = {line[0]: line[1] for line in lines}
     assert found["0.75"] != ""
-    assert found["0.80"] == ""
+    assert found["0.8"] == ""
+
+
+def test_coefficients_are_not_rounded() -> None:
+    results = studied()
+    for run in results["runs"]:
+        run["addition"]["grid"][1]["scaling_coef"] = 0.0125
+    lines = FIGURES["coefficient"].table(results, MODEL)[1]
+    assert "0.0125" in [line[0] for line in lines]
 
 
 def test_rows_that_differ_in_more_than_the_density_share_no_curve() -> None:
@@ -254,6 +282,7 @@ def test_plot_writes_a_picture_and_shows_its_numbers(
     assert "metadata" not in text
     assert "exceptions <b>" in out
     assert "100.0" in out
+    assert FIGURES["overlap"].about in err
     assert "of minilm; the others: a <b> & $_$" in err
     assert "open study/overlap.svg" in err
     assert main(["plot", "overlap", "study"]) == 0  # made anew

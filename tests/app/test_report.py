@@ -171,10 +171,15 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
     run["addition"] |= {"scaling_coef": 0.0, "why_zero": "no coefficient beats it"}
     run["negation"][TASKS[1]] |= {"scaling_coef": 0.0, "why_zero": "none keeps 95 % & more"}
     text = report.render(results)
-    assert f"<p>{ROWS[FIRST][0]}, addition, seed 0: no coefficient beats it.</p>" in text
+    addition, negation = (
+        text.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
+        for title in ("Addition, task by task", "Forgetting a task")
+    )
+    assert f"<p>{ROWS[FIRST][0]}, seed 0: no coefficient beats it.</p>" in addition
+    assert "exceptions &lt;b&gt;, seed 0: none keeps 95 % &amp; more." in negation
     assert text.count("none keeps 95 % &amp; more.") == 1
     assert "no coefficient" not in page[1]
-    assert report.headline(results)[-2:] == [
+    assert report.headline(results)[2:4] == [
         "With TaLoS (density 0.1) no sum of the vectors was better on validation data in 1 of 3 "
         "runs: the merged model is the pretrained one.",
         f"With TaLoS (density 0.1) nothing was subtracted to forget {TASKS[1]}.",
@@ -194,7 +199,7 @@ def test_what_failed_is_named() -> None:
     text = report.render(results)
     assert "<p>TaLoS, density 0.1: training failed at 0.003.</p>" in text
     said = "Not measured, because it failed or was not run: random mask."
-    assert report.headline(results)[-1] == said
+    assert report.headline(results)[2] == said
     assert f"<p class=more>{said}</p>" in text
 
 
@@ -203,35 +208,141 @@ def test_the_page_repeats() -> None:
     assert report.render(made_up()) == report.render(made_up())
 
 
-def said(**added: tuple[float, float | None]) -> str:
-    """Who won, by the merged accuracy of each row and its gap's distance from the first row's."""
+def test_rates_at_the_end_of_their_list_are_named() -> None:
     results = made_up(MODELS[:1])
-    for each, (value, gap) in zip(results["summary"], added.values(), strict=True):
-        figure = each["figures"]["added"]
-        figure |= {"value": value, "low": value - 0.02, "high": value + 0.02}
-        if gap is not None:
-            ends = {"value": gap, "low": gap - 0.01, "high": gap + 0.01}
-            each["against_first"]["added"] = ends
+    assert report.headline(results)[2:] == [
+        "Random mask and non-linear fine-tuning took the largest learning rate that was tried: a "
+        "larger one may be better.",
+        "Not every row had as many learning rates to choose from: TaLoS, density 0.1: 3; random "
+        "mask: 2; non-linear fine-tuning: 2.",
+    ]
+    results["summary"][0]["lr"] = 3e-4
+    assert (
+        "TaLoS (density 0.1) took the smallest learning rate that was tried: a smaller one may be "
+        "better."
+    ) in report.headline(results)
+    points = results["rates"][MODELS[0]]["random"]
+    points[0]["added"] = points[1]["added"]  # both are as good: no end of anything
+    assert any(line.startswith("Non-linear fine-tuning took") for line in report.headline(results))
+    for row in results["rows"]:
+        row["lr"] = row["lr"][1:2]
+    assert report.headline(results)[2:] == [
+        "Each row had one learning rate: with others the order may be another one."
+    ]
+
+
+def said(
+    *added: float, behind: tuple[float, ...] = (0.1, 0.1, 0.1), seeds: int = 3, half: float = 0.01
+) -> str:
+    """Who won, by the merged accuracy of each row, the pretrained model at 45.7 %.
+
+    Args:
+        added: of TaLoS, the random mask and non-linear fine-tuning.
+        behind: what the best row has more than each, the value of the paired interval.
+        seeds: of every row.
+        half: of each interval.
+    """
+    results = made_up(MODELS[:1])
+    for each, value, lead in zip(results["summary"], added, behind, strict=True):
+        each["seeds"] = seeds
+        each["figures"]["added"] |= {"value": value, "low": value - half, "high": value + half}
+        gap = {"value": lead, "low": lead - half, "high": lead + half}
+        each["against_best"] = None if value == max(added) else {"added": gap}
+        if each["against_first"]:
+            gap = {key: value - added[0] + end for key, end in (("low", -half), ("high", half))}
+            each["against_first"]["added"] = gap | {"value": value - added[0]}
     return winner(results, MODELS[0])
 
 
 def test_the_headline_is_honest() -> None:
-    text = said(talos=(0.7, None), random=(0.6, -0.1), nonlinear=(0.65, -0.05))
+    text = said(0.7, 0.6, 0.65)
     assert text.startswith(
         "TaLoS (density 0.1) wins: with all task vectors added it answers 70.0 %"
     )
     assert text.endswith("right, non-linear fine-tuning 65.0 %, the pretrained model 45.7 %.")
-    text = said(talos=(0.7, None), random=(0.6, -0.1), nonlinear=(0.695, -0.005))
-    assert "ahead, but without a clear lead over non-linear fine-tuning:" in text
-    text = said(talos=(0.6, None), random=(0.7, 0.1), nonlinear=(0.65, 0.05))
+    text = said(0.7, 0.6, 0.65, behind=(0, 0.1, 0.005))
+    assert "is ahead, but without a clear lead over non-linear fine-tuning:" in text
+    text = said(0.6, 0.7, 0.65)
     assert text.startswith("Random mask wins: ")
-    assert "is +10.0 points, 95 % interval +9.0 to +11.0." in text
+    assert "is +10.0 points, 95 % interval +9.0 to +11.0 over test examples and seeds." in text
     assert text.endswith("The others against TaLoS (density 0.1): better: non-linear fine-tuning.")
-    text = said(talos=(0.6, None), random=(0.7, 0.1), nonlinear=(0.69, 0.09))
+    text = said(0.6, 0.7, 0.69, behind=(0.1, 0, 0.005))  # a rival that is not the first row
     assert "Random mask is ahead, but without a clear lead over non-linear fine-tuning:" in text
-    text = said(talos=(0.7, None), random=(0.705, 0.005), nonlinear=(0.6, -0.1))
+    text = said(0.7, 0.705, 0.6, behind=(0.005, 0, 0.1))
     assert "Random mask is ahead, but without a clear lead over TaLoS (density 0.1):" in text
     assert text.endswith("worse: non-linear fine-tuning.")
+
+
+def test_one_or_two_seeds_decide_nothing() -> None:
+    for seeds, count in ((1, "1 seed"), (2, "2 seeds")):
+        text = said(0.6, 0.7, 0.65, seeds=seeds)
+        assert text.startswith(
+            f"Random mask is ahead, and with {count} alone another seed may turn this round: with "
+        )
+        assert not re.search("wins|better|worse", text)
+        assert text.endswith("ahead: non-linear fine-tuning.")
+    text = said(0.7, 0.6, 0.65, behind=(0, 0.1, 0.005), seeds=1)
+    assert (
+        "is ahead, but without a clear lead over non-linear fine-tuning, and with 1 seed alone "
+        "another seed may turn this round:"
+    ) in text
+
+
+def test_equal_rows_are_level() -> None:
+    assert said(0.7, 0.7, 0.6).startswith(
+        "TaLoS (density 0.1) and random mask are level: with all task vectors added they answer "
+        "70.0 % of the test examples right, non-linear fine-tuning 60.0 %, the pretrained model"
+    )
+    text = said(0.6, 0.7, 0.7002, behind=(0.1, 0.0002, 0))  # the same in print
+    assert text.startswith("Random mask and non-linear fine-tuning are level: ")
+
+
+def test_a_winner_beats_the_pretrained_model() -> None:
+    assert said(0.3, 0.2, 0.25).startswith(
+        "No row beats the pretrained model: with all task vectors added, the best, TaLoS (density "
+        "0.1), answers 30.0 % of the test examples right, non-linear fine-tuning 25.0 %, the "
+        "pretrained model 45.7 %."
+    )
+    text = said(0.46, 0.2, 0.25)
+    assert "is ahead, but without a clear lead over the pretrained model:" in text
+
+
+@pytest.mark.parametrize(("seeds", "over"), [(3, "and seeds;"), (1, "alone, with one seed;")])
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_what_its_intervals_hold(seeds: int, over: str) -> None:
+    results = made_up(MODELS[:1])
+    for each in results["summary"]:
+        each["seeds"] = seeds
+    text = report.render(results)
+    assert f"95 % intervals over test examples {over}" in text
+    cells = re.findall(r"</b> (better|worse|ahead|behind|not clear) <small>", text)
+    assert len(cells) == len(ROWS) - 1
+    assert set(cells) <= {
+        "not clear",
+        *(("better", "worse") if seeds == 3 else ("ahead", "behind")),
+    }
+    assert set(cells) != {"not clear"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_next_steps_take_vectors_of_the_chosen_rate() -> None:
+    results = made_up(MODELS[:1])
+    text = report.render(results)
+    lines = re.findall(r"<code>(.*?)</code>", text, re.DOTALL)
+    used = set(re.findall(r"(vectors/\S+?\.safetensors)", " ".join(lines)))
+    assert used == {f"vectors/{FIRST}-{place}-0-0.001.safetensors" for place in (0, 2)}
+    assert len(re.findall(r"eval --model minilm --data modules", text)) == 1
+    results["recipe"]["tasks"][1]["settings"] = {"text": "review"}  # no command line can pass it
+    results["recipe"]["tasks"][2]["name"] = "http"
+    assert "talos eval" not in report.render(results)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_without_a_finished_row_renders() -> None:
+    results = made_up(MODELS[:1])
+    for part in ("rows", "runs", "summary", "files"):
+        results[part] = []
+    assert "Not measured" in report.render(results)
 
 
 @pytest.mark.usefixtures("undrawn")

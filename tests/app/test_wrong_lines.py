@@ -201,7 +201,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("calibrate --data paper:mnits --dry-run", "--data", "did you mean paper:mnist?"),
     ("calibrate --data pest.csv --dry-run", "--data", "got pest.csv; did you mean pets.csv?"),
     ("calibrate --data code_packages --dry-run", "--data", "did you mean code_package?"),
-    ("calibrate --data quite_different --dry-run", "--data", "built in are character_kind"),
+    ("calibrate --data quite_different --dry-run", "--data", "; built in are "),
     (
         "train --data a --out v.safetensors --mask msk.safetensors",
         "--mask",
@@ -216,7 +216,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("predict --model base --data pets.csv --split tst", "--split", "did you mean test?"),
     ("plot sumary images", "NAME", "got sumary; did you mean summary?"),
     ("plot cost rn.json", "DIR", "did you mean run.json?"),
-    ("plot cost images", "DIR", "got images without; take the folder of an experiment"),
+    ("plot cost images", "DIR", "must hold a results.json, got images without"),
     ("extract bse base --out w.safetensors", "BASE", "must be a readable file, got bse"),
     ("inspect masks.safetensors", "FILE", "did you mean mask.safetensors?"),
     ("compare rn.json", "RUN", "did you mean run.json?"),

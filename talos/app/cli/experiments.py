@@ -136,31 +136,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def after_run(recipe: Recipe, results: Mapping[str, Any], out: Path) -> None:
+def after_run(results: dict[str, Any], out: Path) -> None:
     """Print what a user would do next with an experiment.
 
     Args:
-        recipe: the recipe.
         results: its results.
         out: its folder.
     """
-    model, run = recipe.models[0], results["runs"][0]
-    own = {"kind": "vector", **{key: run[key] for key in ("model", "row", "seed", "lr")}}
-    files = [each for each in results["files"] if own.items() <= each.items()][:2]
-    vectors = [out / each["path"] for each in files]
-    steps = [command("inspect", *vectors)] if vectors else []
-    # Commands read a file's columns text and label, and take it once.
-    data = {task.title: task.data for task in recipe.tasks if not (task.name or task.settings)}
-    if (
-        len(files) == 2
-        and run["addition"]["scaling_coef"]
-        and all(each["task"] in data for each in files)
-    ):
-        words = [word for each in files for word in ("--data", data[each["task"]])]
-        terms = (f"{vectors[0]}:0.6", f"{vectors[1]}:-0.4")
-        edit = ("--vector", "edit.safetensors")
-        steps.append(command("merge", *terms, "--out", "edit.safetensors"))
-        steps.append(command("eval", "--model", model.source, *words, *edit))
+    from talos.app.report.artefacts import commands
+
+    steps = [command(*line) for _, lines in commands(results, out) for line in lines]
     next_step(f"open {out / 'report.html'} in a browser", command("report", out), *steps)
 
 

@@ -16,17 +16,19 @@ def results_file(path: Path) -> Path:
     Raises:
         TalosOSError: there is none.
     """
+    if path.is_file():
+        return path
     if not path.exists():
         near = did_you_mean(str(path), beside(path))
         raise TalosOSError(f"DIR must be the folder of an experiment, got {path}{near}")
-    if not path.is_dir():
-        return path
     file = path / "results.json"
     if not file.exists():
-        remedy = "take the folder of an experiment"
-        if (path / "cells").is_dir():
-            remedy = f"`talos experiment RECIPE --out {path}` writes it when it ends"
-        raise TalosOSError(f"DIR must hold a results.json, got {path} without; {remedy}")
+        begun = (path / "cells").is_dir()
+        where = f"--out {path}" if begun else "--out DIR"
+        raise TalosOSError(
+            f"DIR must hold a results.json, got {path} without; `talos experiment RECIPE {where}` "
+            "writes it when it ends"
+        )
     return file
 
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from talos.app.cli.console import print_line, table
-from talos.app.report.headline import headline, summaries, verdict, zero_shot
+from talos.app.report.headline import chance, headline, summaries, verdict, zero_shot
 from talos.app.report.rows import percent, titles
 
 __all__ = ["interval", "overview", "show_results"]
@@ -55,7 +55,8 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
     """Print the table of each model and who won."""
     for model in results["models"]:
         name = escape(str(model["name"]))
-        console.print(f"[bold]{name}: test accuracy in % with 95 % intervals[/bold]")
+        over = chance(results)
+        console.print(f"[bold]{name}: test accuracy in %, 95 % intervals over {over}[/bold]")
         console.print(overview(results, model["name"]))
         console.print()
     for sentence in headline(results):

@@ -43,7 +43,7 @@ __all__ = ["Cells", "Made"]
 F = TypeVar("F", Mask, TaskVector)
 
 _LAST = 10  # steps whose mean loss is the last one
-_GRID_POINTS = 11  # of a disentanglement map, each way, at most
+GRID_POINTS = 11  # of a disentanglement map, each way, at most
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class Cells:
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
                 vectors = {task: load(task) for task in names}
-                points = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
+                points = min(GRID_POINTS, self.recipe.evaluation.coefficients)
                 return Made(measures.disentangle(outcomes, vectors, points, tick))
             if kind == "overlap":
                 return Made(measures.overlap({task: load(task).mask for task in names}))
@@ -323,7 +323,7 @@ class Cells:
         names = pair if kind == "disentanglement" else tuple(self.tasks)
         content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed, names)}
         if kind == "disentanglement":
-            content["coefficients"] = min(_GRID_POINTS, self.recipe.evaluation.coefficients)
+            content["coefficients"] = min(GRID_POINTS, self.recipe.evaluation.coefficients)
         if kind != "overlap":
             content["resamples"] = self.recipe.evaluation.resamples
         return self._cell(kind, (row.method, f"lr-{lr:g}", f"seed-{seed}"), content, make)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from talos.app.experiments.cells import Cells
+from talos.app.experiments.cells import GRID_POINTS, Cells
 from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.judging import training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
@@ -32,8 +32,6 @@ from talos.params import select_parameters
 from talos.training import fine_tune
 
 __all__ = ["Estimate", "Probe", "estimates", "finished", "is_done", "probe", "select", "space"]
-
-_MAP = 11 * 11 + 2 * 11  # evaluations of a disentanglement map, of each of its two tasks
 
 T = TypeVar("T")
 
@@ -298,6 +296,7 @@ def _seconds(
         {task.name: len(task.examples(split)) for task in tasks} for split in ("validation", "test")
     )
     grid = recipe.evaluation.coefficients
+    points = min(GRID_POINTS, grid)  # both vectors at each pair, and each alone
     judged = {
         "pretrained": validation.get(place.task, 0) + test.get(place.task, 0),
         "vector": validation.get(place.task, 0) + test.get(place.task, 0),
@@ -306,7 +305,7 @@ def _seconds(
         "interference": len(tasks) * sum(test.values()),
         "sensitivity": len(tasks) * sum(test.values()),
         "linearity": 3 * sum(test.values()),
-        "disentanglement": _MAP * sum(test.values()) * 2 / len(tasks),
+        "disentanglement": points * (points + 2) * sum(test.values()) * 2 / len(tasks),
     }.get(place.kind, 0)
     trained, factor = 0, 1.0
     if row is not None and place.kind in ("vector", "drift"):

@@ -13,7 +13,7 @@ from talos.app.experiments.cells import Cells
 from talos.app.experiments.gathered import Gathered
 from talos.app.experiments.machine import default_device
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
-from talos.app.experiments.recipe import Recipe, Row, TaskEntry
+from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.results import chosen_rate, results_of
 from talos.app.experiments.store import Cell, check, opened
 from talos.app.experiments.training import check_rows
@@ -21,7 +21,7 @@ from talos.app.models import Encoder, load_encoder, takes_images
 from talos.app.report.results import write_json
 from talos.app.tasks import ImageTask, Task
 from talos.app.tasks.load import load_any
-from talos.errors import TalosOSError, TalosValueError
+from talos.errors import TalosValueError
 
 __all__ = ["Progress", "check_reads", "load_tasks", "run_experiment"]
 
@@ -148,16 +148,10 @@ def load_tasks(recipe: Recipe) -> list[Task | ImageTask]:
         TalosOSError: it cannot be read.
     """
     sizes = recipe.training.sizes
-    return [_loaded(entry, sizes) for entry in recipe.tasks]
-
-
-def _loaded(entry: TaskEntry, sizes: tuple[int, int, int]) -> Task | ImageTask:
-    try:
-        return load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
-    except (TalosValueError, TalosOSError) as error:
-        if entry.title in str(error) or entry.data in str(error):
-            raise
-        raise type(error)(f"{error}; it is the task {entry.title}") from error
+    return [
+        load_any(entry.data, sizes, name=entry.name or "", **entry.settings)
+        for entry in recipe.tasks
+    ]
 
 
 def check_reads(source: str, tasks: Sequence[Task | ImageTask]) -> None:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from talos.app.report.headline import summaries, verdict, zero_shot
-from talos.app.report.html import escape, estimate, row_label, table
+from talos.app.report.html import details, escape, estimate, row_label, table
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, runs_of, span, titles
 
@@ -109,18 +109,18 @@ def failed_rates(results: Results, model: str) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in found)
 
 
-def why_zero(results: Results, model: str) -> str:
-    """Return a line for each search that ended in no edit."""
+def why_zero(results: Results, model: str, search: str) -> str:
+    """Return hidden lines, one for each search of "addition" or "negation" without an edit."""
     found = []
     for row, runs in runs_of(results, model).items():
         for run in runs:
-            searches = {"addition": run["addition"], **run["negation"]}
-            found += [
-                f"{titles(results)[row]}, {name}, seed {run['seed']}: {each['why_zero']}."
-                for name, each in searches.items()
-                if each and each["why_zero"]
-            ]
-    return "".join(f"<p>{escape(line)}</p>" for line in found)
+            searches = {"": run["addition"]} if search == "addition" else run["negation"]
+            for task, each in searches.items():
+                if each and each["why_zero"]:
+                    where = filter(None, (titles(results)[row], task, f"seed {run['seed']}"))
+                    found.append(f"{', '.join(where)}: {each['why_zero']}.")
+    lines = (f"<p>{escape(line)}</p>" for line in found)
+    return details("Why the coefficient 0 was chosen", *lines) if found else ""
 
 
 def _by_task(

@@ -2,15 +2,17 @@
 
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from talos.app.report.headline import summaries
 from talos.app.report.html import details, escape, row_label, table
 from talos.app.report.results import Results
 from talos.app.report.rows import runs_of
 from talos.tensors import readable_size
 
-__all__ = ["made", "next_steps", "trained"]
+__all__ = ["commands", "made", "next_steps", "trained"]
 
 
 def trained(results: Results, model: str) -> str:
@@ -36,46 +38,54 @@ def trained(results: Results, model: str) -> str:
     return table((*head, f"smaller than {readable_size(dense)}", "mask"), lines)
 
 
-def next_steps(results: Results) -> str:
-    """Return commands that continue from here, with the first model's and first row's files."""
-    model, row = results["models"][0], results["rows"][0]["row"]
-    vectors = {f["task"]: f["path"] for f in _files(results, "vector", model["name"], row)}
-    masks = [f["path"] for f in _files(results, "mask", model["name"], row)]
-    pairs = zip(results["tasks"], results["recipe"]["tasks"], strict=False)
-    data = {task["name"]: entry["data"] for task, entry in pairs}
-    lines: list[tuple[str, list[tuple[str, ...]]]] = []
-    if vectors:
-        lines.append(("inspect a task vector", [("inspect", next(iter(vectors.values())))]))
-    if masks:
-        lines.append(("inspect a mask", [("inspect", masks[0])]))
-    edited = any(
-        run["addition"]["scaling_coef"]
-        for run in results["runs"]
-        if (run["model"], run["row"]) == (model["name"], row)
-    )
-    if len(vectors) > 1 and edited:
-        (one, first), *_, (two, last) = vectors.items()
-        pair = (f"{first}:0.6", f"{last}:-0.4")
-        asked = [word for task in (one, two) for word in ("--data", data.get(task, task))]
-        edit = ("merge", *pair, "--out", "edit.safetensors")
-        judge = ("eval", "--model", model["source"], *asked, "--vector", "edit.safetensors")
-        lines.append((f"add {one}, forget {two}, and measure the edit", [edit, judge]))
-    own = ("--model", model["source"], "--data", "mine.csv")
-    mask, vector = "mine-mask.safetensors", "mine.safetensors"
-    lines.append(
-        (
-            "train on your own texts: a CSV or JSON Lines file with the columns text and label",
-            [
-                ("calibrate", *own, "--out", mask),
-                ("train", *own, "--mask", mask, "--out", vector),
-            ],
+def commands(results: Results, folder: Path) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Return what to do with the files of the first model's first row: labels and command lines.
+
+    Args:
+        results: of an experiment.
+        folder: where its files are.
+    """
+    found: list[tuple[str, list[tuple[str, ...]]]] = []
+    for first in results["summary"][:1]:
+        model, row = first["model"], first["row"]
+        paths = {
+            kind: {f["task"]: str(folder / f["path"]) for f in _files(results, kind, model, row)}
+            for kind in ("vector", "mask")
+        }
+        for kind, name in (("vector", "a task vector"), ("mask", "a mask")):
+            for path in list(paths[kind].values())[:1]:
+                found.append((f"inspect {name}", [("inspect", path)]))
+        pairs = zip(results["tasks"], results["recipe"]["tasks"], strict=False)
+        data = {task["name"]: entry for task, entry in pairs}
+        # A command line takes no further keys of a recipe: no name, no columns.
+        named = {t for t, entry in data.items() if entry["name"] or entry["settings"]}
+        vectors = [(t, path) for t, path in paths["vector"].items() if t not in named]
+        edited = any(
+            run["addition"]["scaling_coef"]
+            for run in results["runs"]
+            if (run["model"], run["row"]) == (model, row)
         )
-    )
+        if len(vectors) > 1 and edited:
+            (one, plus), *_, (two, minus) = vectors
+            [source] = [each["source"] for each in results["models"] if each["name"] == model]
+            asked = [word for task in (one, two) for word in ("--data", data[task]["data"])]
+            edit = ("merge", f"{plus}:0.6", f"{minus}:-0.4", "--out", "edit.safetensors")
+            judge = ("eval", "--model", source, *asked, "--vector", "edit.safetensors")
+            found.append((f"add {one}, forget {two}, and measure the edit", [edit, judge]))
+    return found
+
+
+def next_steps(results: Results) -> str:
+    """Return commands that continue from here."""
+    own = ("--model", results["models"][0]["source"], "--data", "mine.csv")
+    mask, vector = "mine-mask.safetensors", "mine.safetensors"
+    label = "train on your own texts: a CSV or JSON Lines file with the columns text and label"
+    train = [("calibrate", *own, "--out", mask), ("train", *own, "--mask", mask, "--out", vector)]
     return "".join(
         f"<p class=step>{escape(label)}</p><pre><code>"
-        + escape("\n".join(shlex.join(["talos", *each]) for each in commands))
+        + escape("\n".join(shlex.join(["talos", *each]) for each in lines))
         + "</code></pre>"
-        for label, commands in lines
+        for label, lines in [*commands(results, Path()), (label, train)]
     )
 
 
@@ -116,10 +126,11 @@ def made(results: Results) -> str:
 
 
 def _files(results: Results, kind: str, model: str, row: str) -> list[dict[str, Any]]:
-    """Return the files of a kind, "vector" or "mask", of a row of a model, the first seed's."""
-    seeds = results["recipe"]["seeds"]
-    about = {"kind": kind, "model": model, "row": row, "seed": seeds[0]}
-    return [file for file in results["files"] if about.items() <= file.items()]
+    """Return a row's files of a kind, "vector" or "mask": the first seed's, at the chosen rate."""
+    seed, lr = results["recipe"]["seeds"][0], summaries(results, model)[row]["lr"]
+    about = {"kind": kind, "model": model, "row": row, "seed": seed}
+    files = [file for file in results["files"] if about.items() <= file.items()]
+    return [file for file in files if kind == "mask" or file["lr"] == lr]
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, object]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from talos.app.report.headline import summaries, zero_shot
 from talos.app.report.results import Results
 from talos.app.report.rows import Table, percent, row_style, runs_of, span, titles, with_row
 from talos.app.report.style import GREY, INK
@@ -27,23 +28,14 @@ _LINE = 0.19  # inches of a line of text
 
 def summary(results: Results, model: str) -> list[Panel]:
     """Return the plots of merged accuracy, and of its difference from the first row's."""
-    found = {row: each["figures"]["added"] for row, each in _summaries(results, model).items()}
-    gaps = {
-        row: each["against_first"]["added"]
-        for row, each in _summaries(results, model).items()
-        if each["against_first"]
-    }
+    own = summaries(results, model)
+    found = {row: each["figures"]["added"] for row, each in own.items()}
+    gaps = {r: each["against_first"]["added"] for r, each in own.items() if each["against_first"]}
     if not found:
         return []
-    zero_shot = 100 * fmean(each["value"] for each in results["zero_shot"][model].values())
-    panels = [
-        _intervals(
-            results,
-            found,
-            "accuracy of the model with all vectors added, %",
-            (zero_shot, "dotted: the pretrained model"),
-        )
-    ]
+    before = (100 * zero_shot(results, model), "dotted: the pretrained model")
+    label = "accuracy of the model with all vectors added, %"
+    panels = [_intervals(results, found, label, before)]
     if gaps:
         first = titles(results)[next(iter(found))]
         label = f"points of accuracy more than\n{folded(first, _LETTERS, 1)}"
@@ -54,7 +46,7 @@ def summary(results: Results, model: str) -> list[Panel]:
 def summary_table(results: Results, model: str) -> Table:
     """Return a line for each row: accuracies with intervals, and the difference from the first."""
     rows = []
-    for row, each in _summaries(results, model).items():
+    for row, each in summaries(results, model).items():
         gap = each["against_first"]
         rows.append(
             (
@@ -201,15 +193,11 @@ def _costs(results: Results, model: str) -> dict[str, tuple[float | None, ...]]:
     }
 
 
-def _summaries(results: Results, model: str) -> dict[str, dict[str, Any]]:
-    return {each["row"]: each for each in results["summary"] if each["model"] == model}
-
-
 def _negations(results: Results, model: str) -> dict[str, list[dict[str, float]]]:
     """Return the target and the control of each row that was negated."""
     return {
         row: [each["figures"]["target"], each["figures"]["control"]]
-        for row, each in _summaries(results, model).items()
+        for row, each in summaries(results, model).items()
         if each["figures"]["target"] and each["figures"]["control"]
     }
 

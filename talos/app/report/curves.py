@@ -6,6 +6,7 @@ from math import log
 from statistics import fmean
 from typing import Any
 
+from talos.app.report.headline import summaries
 from talos.app.report.results import Results
 from talos.app.report.rows import Table, number, percent, row_style, runs_of, titles, with_row
 from talos.app.report.style import INK
@@ -22,7 +23,7 @@ __all__ = [
     "rates_table",
 ]
 
-_NEAR = 0.07  # of the width of an axis: numbers closer than this would run into each other
+_LETTER = 0.025  # of the width of an axis: numbers must not run into each other
 
 
 def coefficient(results: Results, model: str) -> list[Panel]:
@@ -87,7 +88,7 @@ def rates(results: Results, model: str) -> list[Panel]:
                     markersize=9,
                     markeredgecolor=INK,
                 )
-            _log_axis(axes, every, "{:.0e}")
+            _log_axis(axes, every)
             axes.set_xlabel("learning rate")
             axes.set_ylabel("mean accuracy, %")
 
@@ -104,7 +105,7 @@ def rates_table(results: Results, model: str) -> Table:
     rows = [
         (
             names[row],
-            _short(point["lr"], "{:.0e}"),
+            number(point["lr"]),
             *(percent(point[key]) for key in ("added", "alone", "normalised")),
             number(point["scaling_coef"]),
             "yes" if point["chosen"] else "",
@@ -119,7 +120,7 @@ def rates_table(results: Results, model: str) -> Table:
 def density(results: Results, model: str) -> list[Panel]:
     """Return the plots of accuracy against density: a curve for rows that differ in it alone."""
     groups = _densities(results, model)
-    figures = {each["row"]: each["figures"] for each in _summaries(results, model)}
+    figures = {row: each["figures"] for row, each in summaries(results, model).items()}
     shown = {row for points in groups for _, row in points}
     every = [point for points in groups for point, _ in points]
 
@@ -144,7 +145,7 @@ def density(results: Results, model: str) -> list[Panel]:
                     y = [100 * each[key]["value"]] * 2
                     how = {"color": style.colour, "marker": style.marker, "linewidth": 1.2}
                     axes.plot(ends, y, ":", label=titles(results)[row], **how)
-            _log_axis(axes, every, "{:g}")
+            _log_axis(axes, every)
             axes.set_xlabel("density (share of the entries that are trained)")
             axes.set_ylabel("mean accuracy, %")
 
@@ -159,11 +160,11 @@ def density_table(results: Results, model: str) -> Table:
     """Return a line for each row, with its density where it has one."""
     densities = {row: each for points in _densities(results, model) for each, row in points}
     rows = []
-    for each in _summaries(results, model):
+    for row, each in summaries(results, model).items():
         figures = [each["figures"][key] for key in ("added", "alone")]
         numbers = (percent(f[key]) for f in figures for key in ("value", "low", "high"))
-        at = densities.get(each["row"])
-        rows.append((titles(results)[each["row"]], "" if at is None else f"{at:g}", *numbers))
+        at = densities.get(row)
+        rows.append((titles(results)[row], number(at), *numbers))
     ends = ("low", "high")
     return ("row", "density", "added, %", *ends, "alone, %", *ends), rows
 
@@ -188,12 +189,8 @@ def drift_table(results: Results, model: str) -> Table:
     found = _drifts(results, model)
     steps = sorted({step for points in found.values() for step in points})
     head = ("step", *(titles(results)[row] for row in found))
-    rows = [(str(s), *(_small(points.get(s)) for points in found.values())) for s in steps]
+    rows = [(str(s), *(number(points.get(s), ".3g") for points in found.values())) for s in steps]
     return head, rows
-
-
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def _searches(results: Results, model: str) -> dict[str, tuple[dict[float, float], list[float]]]:
@@ -211,13 +208,9 @@ def _searches(results: Results, model: str) -> dict[str, tuple[dict[float, float
     return found
 
 
-def _summaries(results: Results, model: str) -> list[dict[str, Any]]:
-    return [each for each in results["summary"] if each["model"] == model]
-
-
 def _densities(results: Results, model: str) -> list[list[tuple[float, str]]]:
     """Return the densities, with their rows, of rows that differ in nothing else."""
-    here = {each["row"] for each in _summaries(results, model)}
+    here = summaries(results, model)
     groups: dict[str, list[tuple[float, str]]] = {}
     for row in results["rows"]:
         settings = dict(row["settings"])
@@ -266,7 +259,7 @@ def _line(
     )
 
 
-def _log_axis(axes: Any, values: Sequence[float], form: str) -> None:
+def _log_axis(axes: Any, values: Sequence[float]) -> None:
     """Make the x axis logarithmic, with numbers at the values that leave room for them."""
     low, high = min(values), max(values)
     room = 1.25 * (high / low) ** 0.03
@@ -276,14 +269,10 @@ def _log_axis(axes: Any, values: Sequence[float], form: str) -> None:
     ticks = sorted(set(values))
     kept = ticks[:1]
     for tick in ticks[1:]:
-        if log(tick / kept[-1]) > _NEAR * width:
+        letters = (len(number(tick)) + len(number(kept[-1]))) / 2 + 1
+        if log(tick / kept[-1]) > _LETTER * letters * width:
             kept.append(tick)
-    axes.set_xticks(kept, [_short(tick, form) for tick in kept])
+    axes.set_xticks(kept, [number(tick) for tick in kept])
     axes.minorticks_off()
     axes.margins(y=0.1)
     axes.grid(True)
-
-
-def _short(value: float, form: str) -> str:
-    """Format a number, 1e-3 for 1e-03."""
-    return form.format(value).replace("e-0", "e-").replace("e+0", "e+")

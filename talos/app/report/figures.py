@@ -70,9 +70,10 @@ FIGURES: Mapping[str, Figure] = {
             "summary",
             "All tasks in one model",
             "The test accuracy of the model with all task vectors added, mean over the tasks, with "
-            "its 95 % interval over test examples and seeds; small strokes are the seeds. Below: "
-            "the difference from the first row, on the same examples. An interval that does not "
-            "touch the line is a difference that chance does not explain.",
+            "its 95 % interval over test examples and seeds; small strokes are the seeds. With one "
+            "seed the interval holds no chance of training. Below: the difference from the first "
+            "row, on the same examples and seeds. Chance alone rarely explains an interval that "
+            "does not touch the line.",
             "two tasks",
             comparisons.summary,
             comparisons.summary_table,
@@ -90,7 +91,8 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "rates",
             "Learning rates",
-            "The accuracy on validation data for each learning rate that was tried. Large markers: "
+            "The accuracy on validation data for each learning rate that was tried, first seed. "
+            "Large markers: "
             "the rate that was chosen, the best of all vectors added.",
             "a method with two learning rates",
             curves.rates,
@@ -109,7 +111,8 @@ FIGURES: Mapping[str, Figure] = {
             "negation",
             "Forgetting a task",
             "The pretrained model minus a task vector: the test accuracy on the task to forget, "
-            "against the mean of the other tasks, with 95 % intervals. Better is up and left.",
+            "against the mean of the other tasks. First seed; 95 % intervals over test examples. "
+            "Better is up and left.",
             _measure("negation"),
             comparisons.negation,
             comparisons.negation_table,
@@ -117,9 +120,9 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "interference",
             "Interference",
-            "What one task's vector, added alone, does to every task: 100 % is the accuracy of the "
-            "pretrained model. The diagonal is the gain on its own task. Elsewhere less than 100 % "
-            "is harm.",
+            "What one task's vector of the first seed, added alone, does to every task: 100 % is "
+            "the accuracy of the pretrained model. The diagonal is the gain on its own task. "
+            "Elsewhere less than 100 % is harm.",
             _measure("interference"),
             matrices.interference,
             matrices.over_tasks_table("interference"),
@@ -128,9 +131,9 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "disentanglement",
             "Disentanglement error",
-            "How often the model with two vectors predicts otherwise than the model with the "
-            "task's own vector alone, the sum of both tasks' shares. 0 everywhere: the vectors do "
-            "not disturb each other.",
+            "How often the model with two vectors of the first seed predicts otherwise than the "
+            "model with the task's own vector alone, the sum of both tasks' shares. 0 everywhere: "
+            "the vectors do not disturb each other.",
             _measure("disentanglement"),
             matrices.disentanglement,
             matrices.disentanglement_table,
@@ -140,8 +143,8 @@ FIGURES: Mapping[str, Figure] = {
             "linearity",
             "Linearity",
             "Each task's tuned model against its first-order expansion at the same weights, a "
-            "marker for each task. On the dashed line both are as good: training stayed in the "
-            "linear regime, where task vectors add up.",
+            "marker for each task, first seed. On the dashed line both are as good: training "
+            "stayed in the linear regime, where task vectors add up.",
             _measure("linearity"),
             comparisons.linearity,
             comparisons.linearity_table,
@@ -150,7 +153,7 @@ FIGURES: Mapping[str, Figure] = {
             "drift",
             "Gradient drift",
             "How far training moves the gradient of the output from where it began, mean over the "
-            "tasks. 0: the model behaves like its first-order expansion.",
+            "tasks, first seed. 0: the model behaves like its first-order expansion.",
             _measure("drift"),
             curves.drift,
             curves.drift_table,
@@ -158,8 +161,8 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "structure",
             "What the masks select",
-            "The share of each layer's and kind's entries that is trained, mean over the tasks. A "
-            "dot: there are no such weights.",
+            "The share of each layer's and kind's entries that is trained, mean over the tasks, "
+            "first seed. A dot: there are no such weights.",
             "a method with masks",
             matrices.structure,
             matrices.structure_table,
@@ -168,8 +171,8 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "overlap",
             "Overlap of the masks",
-            "How far the masks of two tasks select the same entries: those in both, divided by "
-            "those in either. Random masks of density d have d / (2 - d).",
+            "How far the first seed's masks of two tasks select the same entries: those in both, "
+            "divided by those in either. Random masks of density d have d / (2 - d).",
             "a method with masks",
             matrices.overlap,
             matrices.over_tasks_table("mask_iou"),
@@ -178,9 +181,9 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "sensitivity",
             "Sensitivity transfer",
-            "The entries that one task needs least, a tenth, are set to zero; every task is judged "
-            "without them. 100 % is the accuracy of the pretrained model: near it everywhere, what "
-            "one task does not need, no task needs.",
+            "The entries that one task needs least, a tenth, are set to zero, first seed; every "
+            "task is judged without them. 100 % is the accuracy of the pretrained model: near it "
+            "everywhere, what one task does not need, no task needs.",
             _measure("sensitivity"),
             matrices.sensitivity,
             matrices.over_tasks_table("sensitivity"),

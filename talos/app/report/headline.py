@@ -7,9 +7,19 @@ from typing import Any
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, titles
 
-__all__ = ["compared", "headline", "remarks", "summaries", "verdict", "winner", "zero_shot"]
+__all__ = [
+    "chance",
+    "compared",
+    "headline",
+    "remarks",
+    "summaries",
+    "verdict",
+    "winner",
+    "zero_shot",
+]
 
 _MANY = 4  # rows that a sentence lists by name
+_SEEDS = 3  # fewer say too little about the chance of training for a verdict
 
 
 def headline(results: Results) -> list[str]:
@@ -49,15 +59,29 @@ def zero_shot(results: Results, model: str) -> float:
 
 
 def verdict(summary: Mapping[str, Any], key: str = "added") -> str:
-    """Say whether a row's figure is better than the first row's: an interval may hold zero."""
+    """Say how a row's figure is against the first row's: an interval may hold zero.
+
+    Better or worse needs three seeds; with fewer, another seed may turn it round.
+    """
     gap = summary["against_first"]
     if not gap:
         return ""
-    return "better" if gap[key]["low"] > 0 else "worse" if gap[key]["high"] < 0 else "not clear"
+    up, down = ("ahead", "behind") if summary["seeds"] < _SEEDS else ("better", "worse")
+    return up if gap[key]["low"] > 0 else down if gap[key]["high"] < 0 else "not clear"
+
+
+def chance(results: Results) -> str:
+    """Say what the intervals of the summary are over."""
+    seeds = max((entry["seeds"] for entry in results["summary"]), default=1)
+    return "test examples and seeds" if seeds > 1 else "test examples alone, with one seed"
 
 
 def winner(results: Results, model: str) -> str:
-    """Say which row's merged model is the most accurate, and whether chance explains it."""
+    """Say which row's merged model is the most accurate, and whether chance explains it.
+
+    A row wins if three seeds were run, its lead over each other row has an interval above zero, and
+    its own interval lies above the pretrained model's accuracy.
+    """
     found = summaries(results, model)
     if not found:
         return ""
@@ -65,50 +89,55 @@ def winner(results: Results, model: str) -> str:
     added = {row: each["figures"]["added"] for row, each in found.items()}
     first, best = next(iter(found)), max(added, key=lambda row: added[row]["value"])
     shares = {row: f"{percent(each['value'])} %" for row, each in added.items()}
-    before = f"the pretrained model {percent(zero_shot(results, model))} %"
-    rivals = {row: each for row, each in found.items() if row != best}
-    if not rivals:
+    level = [row for row in found if shares[row] == shares[best]]
+    rivals = [row for row in found if row not in level]
+    pretrained = zero_shot(results, model)
+    before = f"the pretrained model {percent(pretrained)} %"
+    beside = [max(rivals, key=lambda row: added[row]["value"])] if rivals else []
+    beside += [first] if first in rivals and first not in beside else []
+    others = ", ".join((*(f"{named[row]} {shares[row]}" for row in beside), before))
+    answers = f"{shares[best]} of the test examples right, {others}."
+    names = _few([named[row] for row in level])
+    if added[best]["value"] <= pretrained:
         return (
-            f"With all task vectors added, {named[best]} answers {shares[best]} of the test "
-            f"examples right, {before}."
+            f"No row beats the pretrained model: with all task vectors added, the best, {names}, "
+            f"{'answer' if len(level) > 1 else 'answers'} {answers}"
         )
-    close = [named[row] for row in rivals if _close(found, best, row)]
-    lead = f" is ahead, but without a clear lead over {_few(close)}" if close else " wins"
-    second = max(rivals, key=lambda row: added[row]["value"])
-    beside = [
-        f"{named[row]} {shares[row]}" for row in dict.fromkeys((second, first)) if row != best
-    ]
-    sentences = [
-        f"{named[best]}{lead}: with all task vectors added it answers {shares[best]} of the test "
-        f"examples right, {', '.join((*beside, before))}."
-    ]
+    if len(found) == 1:
+        return f"With all task vectors added, {names} answers {answers}"
+    close = [named[row] for row in rivals if _close(found[row])]
+    close += ["the pretrained model"] if added[best]["low"] <= pretrained else []
+    seeds = min(each["seeds"] for each in found.values())
+    lead = "are level" if len(level) > 1 else "is ahead"
+    if close:
+        lead += f", but without a clear lead over {_few(close)}"
+    if seeds < _SEEDS:
+        lead += f", and with {_count(seeds, 'seed')} alone another seed may turn this round"
+    elif not close and len(level) == 1:
+        lead = "wins"
+    they = "they answer" if len(level) > 1 else "it answers"
+    sentences = [f"{names} {lead}: with all task vectors added {they} {answers}"]
     gaps = found[best]["against_first"]
-    if gaps:
-        gap = gaps["added"]
-        value, low, high = (f"{100 * gap[key]:+.1f}" for key in ("value", "low", "high"))
+    if gaps and first in rivals:
+        value, low, high = (f"{100 * gaps['added'][key]:+.1f}" for key in ("value", "low", "high"))
         sentences.append(
-            f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high}."
+            f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high} "
+            f"over {chance(results)}."
         )
-        kinds: dict[str, list[str]] = {"better": [], "worse": [], "not clear": []}
-        for row in (row for row in rivals if row != first):
-            kinds.get(verdict(found[row]), []).append(named[row])
-        parts = [f"{kind}: {_few(rows)}" for kind, rows in kinds.items() if rows]
+        kinds: dict[str, list[str]] = {}
+        for row in rivals:
+            kinds.setdefault(verdict(found[row]), []).append(named[row])
+        order = ("better", "ahead", "worse", "behind", "not clear")
+        parts = [f"{kind}: {_few(kinds[kind])}" for kind in order if kind in kinds]
         if parts:
             sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
     return _capital(" ".join(sentences))
 
 
-def _close(found: Mapping[str, Any], best: str, row: str) -> bool:
-    """Return whether chance may explain the lead of the best row over another one.
-
-    A pair with the first row has an interval of its own; else the best row's must leave out the
-    other's value.
-    """
-    first = next(iter(found))
-    if first in (best, row):
-        return verdict(found[row if first == best else best]) not in ("better", "worse")
-    added, other = (found[each]["figures"]["added"] for each in (best, row))
-    return bool(added["low"] <= other["value"])
+def _close(summary: Mapping[str, Any]) -> bool:
+    """Return whether chance may explain the lead of the best row over this one."""
+    gap = summary["against_best"]
+    return not gap or bool(gap["added"]["low"] <= 0)
 
 
 def remarks(results: Results) -> list[str]:
@@ -138,7 +167,39 @@ def remarks(results: Results) -> list[str]:
             if left:
                 tasks = _listed(list(dict.fromkeys(left)))
                 found.append(f"With {title}{at} nothing was subtracted to forget {tasks}.")
+        found += _ends(results, name, at)
+    tried = {row["title"]: len(row["lr"]) for row in results["rows"]}
+    if len(set(tried.values())) > 1:
+        counts = "; ".join(f"{title}: {count}" for title, count in tried.items())
+        found.append(f"Not every row had as many learning rates to choose from: {counts}.")
+    elif len(tried) > 1 and 1 in tried.values():
+        found.append("Each row had one learning rate: with others the order may be another one.")
     return found
+
+
+def _ends(results: Results, model: str, at: str) -> list[str]:
+    """Say which rows took the largest or smallest learning rate that they tried."""
+    tried, named, found = {r["row"]: r["lr"] for r in results["rows"]}, _named(results), []
+    for end, more, word in ((max, "larger", "largest"), (min, "smaller", "smallest")):
+        taken = [
+            named[row]
+            for row, each in summaries(results, model).items()
+            if len(tried[row]) > 1
+            and each["lr"] == end(tried[row])
+            and not _tied(results["rates"].get(model, {}).get(row, ()))
+        ]
+        if taken:
+            found.append(
+                f"{_capital(_listed(taken))}{at} took the {word} learning rate that was tried: a "
+                f"{more} one may be better."
+            )
+    return found
+
+
+def _tied(points: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether another rate is as good as the chosen one, which is then the smallest."""
+    best = [point["added"] for point in points if point["chosen"]]
+    return sum(point["added"] in best for point in points) > 1
 
 
 def _count(number: int, thing: str) -> str:

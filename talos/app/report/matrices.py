@@ -38,7 +38,7 @@ def interference(results: Results, model: str) -> list[Panel]:
 
 def sensitivity(results: Results, model: str) -> list[Panel]:
     """Return the plots of what is left without the entries that a task needs least."""
-    labels = ("a tenth pruned by the task", "accuracy on the task,\n% of the pretrained model's")
+    labels = ("pruned by the task", "accuracy on the task,\n% of the pretrained model's")
     return _over_tasks(results, model, "sensitivity", *labels, low=70, high=130, colours="RdBu")
 
 
@@ -91,7 +91,7 @@ def structure_table(results: Results, model: str) -> Table:
     for row, (layers, own, values) in found.items():
         for layer, line in zip(layers, values, strict=True):
             of = dict(zip(own, line, strict=True))
-            rows.append((titles(results)[row], layer, *(number(of.get(k), 1) for k in kinds)))
+            rows.append((titles(results)[row], layer, *(number(of.get(k), ".1f") for k in kinds)))
     return ("row", "layer", *(f"{kind}, %" for kind in kinds)), rows
 
 
@@ -104,7 +104,7 @@ def disentanglement(results: Results, model: str) -> list[Panel]:
 
     def panel(row: str, tasks: Sequence[str], coefs: list[float], error: Values) -> Panel:
         def paint(axes: Any) -> None:
-            labels = [f"{coef:.4g}" for coef in coefs]
+            labels = [number(coef) for coef in coefs]
             values = [[None if v is None else 100 * v for v in line] for line in error]
             top = max(high, 1.0)
             mesh = _heat(axes, values, labels, labels, low=0, high=top, colours="YlGnBu")
@@ -132,7 +132,7 @@ def disentanglement_table(results: Results, model: str) -> Table:
         for coef, line in zip(each["coefs"], each["error"], strict=True)
     ]
     one, two = first["tasks"]
-    return ("row", f"coefficient of {one}", *(f"{two} {c:.4g}" for c in first["coefs"])), rows
+    return ("row", f"coefficient of {one}", *(f"{two} {number(c)}" for c in first["coefs"])), rows
 
 
 def _over_tasks(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from talos.app.report import accuracies, artefacts
 from talos.app.report.figures import FIGURES
-from talos.app.report.headline import compared, remarks, winner
+from talos.app.report.headline import chance, compared, remarks, winner
 from talos.app.report.html import details, escape, figure, section, table
 from talos.app.report.results import Results, check_results
 from talos.app.report.style import CSS
@@ -66,18 +66,21 @@ def _answer(results: Results) -> str:
         "all added": "accuracy of one model with the task vectors of all tasks, mean over the "
         "tasks; the best one is underlined",
         "against": "difference from the first row in points, on the same examples and seeds; "
-        "better or worse only if its interval leaves out 0",
+        "better or worse only if its interval leaves out 0 and three seeds were run, with fewer "
+        "ahead or behind",
         "alone": "accuracy of each task's own model",
         "normalised": "added divided by alone, task by task; it flatters rows that are weak alone",
-        "forgotten task": "accuracy on a task after its vector was subtracted; lower is better",
-        "its other tasks": f"accuracy on the others then; the search keeps {100 * share:g} % of it",
+        "forgotten task": "accuracy on a task after its vector was subtracted; lower is better; "
+        "the first seed alone, interval over test examples",
+        "its other tasks": f"accuracy on the others then, first seed; the search keeps "
+        f"{100 * share:g} % of it",
     }
     lines = "".join(f"<dt>{escape(key)}<dd>{escape(text)}" for key, text in legend.items())
     return "".join(parts) + details(
         "How to read this",
-        "<p>Test accuracy in per cent. Small numbers are 95 % intervals over test examples and "
-        "seeds; of twenty such intervals one misses by chance. Coefficients and learning rates "
-        f"were chosen on validation data.</p><dl>{lines}</dl>",
+        f"<p>Test accuracy in per cent. Small numbers are 95 % intervals over {chance(results)}; "
+        "of twenty such intervals one misses by chance. Coefficients and learning rates were "
+        f"chosen on validation data.</p><dl>{lines}</dl>",
     )
 
 
@@ -135,11 +138,15 @@ def _sections(results: Results) -> list[str]:
             "Test accuracy: the task's own model → one model with all vectors added, mean over the "
             "seeds. Small: its 95 % interval over the test examples.",
             lambda model: accuracies.added_by_task(results, model),
-            lambda model: accuracies.why_zero(results, model),
+            lambda model: accuracies.why_zero(results, model, "addition"),
         ),
         drawn("coefficient"),
         drawn("density"),
-        drawn("negation", lambda model: accuracies.negated_by_task(results, model)),
+        drawn(
+            "negation",
+            lambda model: accuracies.negated_by_task(results, model),
+            lambda model: accuracies.why_zero(results, model, "negation"),
+        ),
         *map(drawn, ("structure", "overlap", "interference", "disentanglement", "linearity")),
         *map(drawn, ("sensitivity", "drift", "cost")),
         told(

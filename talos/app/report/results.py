@@ -27,7 +27,8 @@ runs       list of model, row, seed, lr, trainable, bytes (of one vector's file)
                        scaling_coef, target, control; validation data), scaling_coef, why_zero,
                        target, control, target_zero_shot, control_zero_shot (on test data)
 summary    list of model, row, lr, seeds (how many), figures: alone, added, normalised, target and
-           control, each null or value, low, high (over test examples and seeds), by_seed;
+           control, each null or value, low, high (over test examples and seeds; target and
+           control: the first seed's, over test examples), by_seed;
            against_first: added and normalised, each value, low, high of the paired difference
            from the first row; against_best: added, the paired difference of the model's best row
            (by added) from this one; null for the first or best row itself
@@ -40,7 +41,8 @@ linearity        model -> row -> task -> tuned and expansion (estimates), equal 
 sensitivity      model -> row -> matrix: accuracy on task j without the entries that task i needs
                  least, divided by that of the pretrained model
 drift            model -> row -> task -> list of step, squared, ratio
-files      list of path, kind (mask, vector), model, row, task, seed, bytes, entries
+files      list of path, kind (mask, vector), model, row, task, seed, lr (null of a mask), bytes,
+           entries; a vector for each rate that was tried, a shared one with its first row alone
 timings    total (seconds), by_kind (kind of cell -> seconds), by_row: model -> row -> calibrate,
            train, step (seconds, the median), peak_bytes
 

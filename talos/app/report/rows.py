@@ -73,9 +73,9 @@ def runs_of(results: Mapping[str, Any], model: str) -> dict[str, list[dict[str, 
     return {row: each for row, each in runs.items() if each}
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """Format a number with so many decimals; nothing where there is none."""
-    return "" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".4g") -> str:
+    """Format a number; nothing where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

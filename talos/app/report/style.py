@@ -51,6 +51,7 @@ h3{font-size:1.02rem;margin:1.4rem 0 .5rem;overflow-wrap:anywhere}
 .best{border-bottom:3px solid var(--m0);padding-bottom:.1rem}
 details{margin-top:.9rem}
 details>.wide{margin-top:.6rem}
+.wide+p{margin-top:.8rem}
 summary{color:var(--soft);font-size:.9rem;cursor:pointer;width:fit-content}
 details p,dl{color:var(--soft);font-size:.9rem;max-width:52rem;margin:.6rem 0}
 dt{font-weight:600;color:var(--ink)}

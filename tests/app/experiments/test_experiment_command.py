@@ -9,7 +9,6 @@ import pytest
 from talos.app.cli import main
 from talos.app.cli.experiments import after_run, duration
 from talos.app.experiments import judging
-from talos.app.experiments.recipe import read_content, recipe_of
 from tests.tiny import save_pets, save_tiny_encoder
 
 STUDY = """
@@ -194,15 +193,15 @@ def test_next_steps_hold_only_what_eval_can_read(
 ) -> None:
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     results["runs"][0]["addition"]["scaling_coef"] = 0.5
-    content, path = read_content(str(folder / "study.toml"))
-    after_run(recipe_of(content, path), results, out)
+    after_run(results, out)
     notes = capsys.readouterr().err
     data = f"--data {folder / 'pets.csv'} --data {folder / 'signs.csv'}"
     assert f"talos eval --model {folder / 'base'} {data} --vector edit.safetensors" in notes
     lr = results["runs"][0]["lr"]
-    assert notes.count(f"-lr-{lr:g}-") == 4, "vectors of the chosen rate"
-    content["tasks"][1] = {"data": "pets.csv", "name": "signs", "text": "text"}
-    after_run(recipe_of(content, path), results, out)
+    assert notes.count(f"-lr-{lr:g}-") == 3, "vectors of the chosen rate"
+    task = {"data": "pets.csv", "name": "signs", "settings": {"text": "text"}}
+    results["recipe"]["tasks"][1] = task
+    after_run(results, out)
     notes = capsys.readouterr().err
     assert "talos eval" not in notes
 

@@ -78,7 +78,11 @@ def demo(
     seed: Seed = 0,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", metavar="", help="Begin anew in the folder of an earlier run."),
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            help="Begin anew in the folder of an earlier run; other files stay.",
+        ),
     ] = False,
 ) -> None:
     """Fine-tune a model on several tasks, sparse and dense, and compare the task vectors.
@@ -118,7 +122,7 @@ def demo(
     content["methods"] = entries
     with as_options(_OPTIONS):
         recipe = recipe_of(content)
-    after_run(recipe, run(recipe, out, overwrite=overwrite, words=_OPTIONS), out)
+    after_run(run(recipe, out, overwrite=overwrite, words=_OPTIONS), out)
 
 
 def facts() -> dict[str, str]:

@@ -94,7 +94,7 @@ def experiment(
             f"--only must be left out where the whole recipe is done, got the folder {out}; its "
             "tables hold this part, or take another --out for tables of the part alone"
         )
-    after_run(chosen, run(chosen, out, overwrite=overwrite, words=_WORDS), out)
+    after_run(run(chosen, out, overwrite=overwrite, words=_WORDS), out)
 
 
 def facts() -> dict[str, str]:

@@ -62,6 +62,7 @@ def plot(
     shown = table(head[:1], head[1:])
     for line in lines:
         shown.add_row(*map(Text, line))
+    note(figure.about)
     stdout().print(shown)
     if model is None and len(loaded["models"]) > 1:
         note(f"of {of}; the others: {', '.join(_names(loaded, of))}; pass --model for one of them")
