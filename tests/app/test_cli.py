@@ -250,7 +250,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval --data a --vector none.safetensors", "--vector must be an existing file"),
         ("compare none.json", "RUN must be an existing file, got none.json"),
         ("inspect none.safetensors", "FILE must be an existing file"),
-        ("report none.json --out r.html", "DIR must be an existing file"),
+        ("report none.json --out r.html", "DIR must be the folder of an experiment, got none.json"),
         ("demo --out file", "must be a folder, got the file"),
         ("demo --out .", "--overwrite"),
     ],

@@ -38,9 +38,17 @@ def overview(results: dict[str, Any], model: str) -> Table:
             interval(figures["added"]),
             f"{interval(gap['added'], signed=True)} [dim]{verdict(each)}[/dim]" if gap else "",
             *(interval(figures[key]) for key in ("alone", "normalised", "target", "control")),
-            f"{each['lr']:g}",
+            _rate(results, model, row, each["lr"]),
         )
     return shown
+
+
+def _rate(results: Mapping[str, Any], model: str, row: str, lr: float) -> str:
+    """Return a chosen learning rate, and whether a better one may lie beyond those tried."""
+    tried = [each["lr"] for each in results["rates"][model][row]]
+    ends = {min(tried): "smallest tried", max(tried): "largest tried"}
+    beside = "only one" if len(tried) == 1 else ends.get(lr, "")
+    return f"{lr:g} [dim]{beside}[/dim]" if beside else f"{lr:g}"
 
 
 def show_results(console: Console, results: dict[str, Any]) -> None:

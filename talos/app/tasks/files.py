@@ -211,6 +211,10 @@ def _missing(path: Path, line: int, found: list[str], needed: Sequence[str]) -> 
     remedy = "rename the columns" if len(absent) == len(needed) else f"add the column {absent[0]}"
     remedy = f"rename {' and '.join(wrong)}" if wrong else remedy
     remedy += ", or name others in a recipe" if len(needed) > 1 else ""
+    own = {"text", "label"}
+    if not wrong and absent[0] in own and not own.issuperset(needed):  # a recipe names columns
+        others = [name for name in found if name not in needed] or ["..."]
+        remedy = f'say which one it is, such as {absent[0]} = "{others[0]}"'
     columns = f"the column{'s' * (len(needed) - 1)} {' and '.join(needed)}"
     return TalosValueError(
         f"path must have {columns}, got {several(found) or 'none'} in line {line} of {path}; "

@@ -66,6 +66,8 @@ def test_a_run_writes_tables_a_page_and_goes_on(
     shown, notes = capsys.readouterr()
     assert "TaLoS" in shown
     assert "non-linear fine-tuning" in shown
+    assert re.search(r"TaLoS.* 0.01? largest tried|TaLoS.* 0.001 smallest tried", shown)
+    assert "only one" in shown
     assert f"talos report {out}" in notes
     assert "vector" not in notes.split("figures:")[0], "a cell that is done has no line"
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*.json")} == cells
@@ -202,6 +204,16 @@ def test_next_steps_hold_only_what_eval_can_read(
     after_run(results, out)
     notes = capsys.readouterr().err
     assert "talos eval" not in notes
+
+
+def test_a_column_that_a_recipe_must_name_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mail.csv").write_text("body,kind\na,b\n", encoding="utf-8")
+    text = STUDY.replace('"signs.csv"', '{data = "mail.csv", text = "body"}')
+    (folder / "mail.toml").write_text(text, encoding="utf-8")
+    assert main(["experiment", str(folder / "mail.toml"), "--dry-run"]) == 2
+    assert 'say which one it is, such as label = "kind"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

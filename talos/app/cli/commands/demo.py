@@ -45,7 +45,9 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", metavar="", help="About two minutes: fewer tasks, steps and examples."
+            "--quick",
+            metavar="",
+            help="About two minutes on two idle cores: fewer tasks, steps, examples.",
         ),
     ] = False,
     methods: Annotated[
