@@ -414,7 +414,7 @@ def test_columns_of_other_names_and_sizes(tmp_path: Path) -> None:
     assert set(small.train) <= set(whole.train)
     with pytest.raises(
         TalosValueError,
-        match=r"the columns review and label, got review, liked .* column label, or name others in",
+        match=r'the columns review and label, got review, liked .* such as label = "liked"',
     ):
         load_any(str(path), text="review")
     with pytest.raises(TalosValueError, match="must be two columns"):

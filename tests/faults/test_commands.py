@@ -54,6 +54,8 @@ LINES: dict[str, dict[str, Damage]] = {
     "extract whole base/model.safetensors --out out.safetensors": TENSORS,
     "compare run.json": ANY,
     "report run.json --out out.html": ANY,
+    "plot summary run.json --out out.svg": ANY,
+    "experiment study.toml --out out": ANY,
     "calibrate --data data.csv --out out.safetensors": ANY,
     "calibrate --data data.jsonl --out out.safetensors": ANY,
     "predict --model classifier --data whole.csv --out out.csv": CHECKED,
@@ -85,6 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_heads(tmp_path / "classifier" / HEAD_FILE, {"pets": head})
     for name, content in (
         ("recipe.toml", 'vectors = ["whole.safetensors"]\noutputs = ["out.safetensors"]\n'),
+        ("study.toml", 'models = ["minilm"]\ntasks = ["whole.csv", "data.csv"]\n'),
         ("run.json", json.dumps({"schema": "talos-eval", "schema_version": 1})),
         ("whole.csv", ROWS),
         ("data.csv", ROWS),
