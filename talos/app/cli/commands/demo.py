@@ -90,7 +90,7 @@ def demo(
     For each task the demo finds the weights that matter least and trains only those. It adds the
     task vectors to get one model for all tasks, and subtracts one to make the model forget its
     task. It does the same with full fine-tuning, and with other --methods. The built-in tasks are
-    made of Python's own sources: nothing is downloaded. They take about 15 minutes on two cores.
+    made of Python's own sources: nothing is downloaded. They take about 12 minutes on two cores.
 
     It is `talos experiment demo`, or `quick`, with options for some keys of the recipe. Writes
     results.json, report.html (open it in a browser), cells/, vectors/ and masks/. The same command
