@@ -149,7 +149,7 @@ def test_the_demo_is_its_recipe_with_some_keys_changed(
     assert [row["row"] for row in results["rows"]] == rows
     assert {run["seed"] for run in results["runs"]} == {5, 6}
     assert results["recipe"]["training"]["steps"] == 1
-    assert results["recipe"]["evaluation"]["coefficients"] == 11
+    assert results["recipe"]["evaluation"]["coefficients"] == 6
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(
