@@ -33,7 +33,6 @@ from talos.evaluation import Outcomes, predictions
 from talos.masks import Mask
 from talos.merging import merge_of
 from talos.names import named_parameters
-from talos.params import select_parameters
 from talos.task_vectors import TaskVector
 from talos.tensors import trim_heap
 from talos.training import FineTuneStep
@@ -43,7 +42,7 @@ __all__ = ["Cells", "Made"]
 F = TypeVar("F", Mask, TaskVector)
 
 _LAST = 10  # steps whose mean loss is the last one
-GRID_POINTS = 11  # of a disentanglement map, each way, at most
+_OF_DATA = ("max_length", "sizes")  # in every key by themselves: tokens, and fingerprints of splits
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,14 @@ class Cells:
             task.name: tokens_of(task, encoder, recipe.training.max_length) for task in tasks
         }
         self._trainer = Trainer(self.models, self.tasks, self._tokens)
-        params = named_parameters(self.models.model)
         self._shared: tuple[Calibration | None, int, dict[str, Mask]] = (None, 0, {})
-        weights = digest_of_weights(params)
+        weights = digest_of_weights(named_parameters(self.models.model))
         self._data = {
             name: data_of(self.tasks[name], classifier, self._tokens[name], weights)
             for name, classifier in self.models.classifiers.items()
         }
-        self.facts = {
-            "parameters": sum(param.numel() for param in params.values()),
-            "maskable": sum(c.numel for c in select_parameters(self.models.model).values()),
-            "dense_bytes": 4 * sum(param.numel() for param in params.values()),
-        }
+        sizes = self.models.sizes()
+        self.facts = {**sizes, "dense_bytes": 4 * sizes["parameters"]}
 
     @cached_property
     def outcomes(self) -> Outcomes:
@@ -167,30 +162,33 @@ class Cells:
         """Return the cell of a task's mask: of a row that calibrates."""
         calibration = row.calibration
         assert calibration is not None
-        settings = asdict(calibration)
-        disjoint = settings.pop("disjoint")
-        content = {**self._data[task], "calibration": settings, "seed": seed}
-        if disjoint:
-            content["disjoint"] = list(self._data.values())  # in the order of their turns
 
         def make(tick: Tick) -> Made:
-            if disjoint:
+            if calibration.disjoint:
                 mask = self._disjoint(calibration, seed, tick)[task]
             else:
-                mask = self._trainer.calibrate(task, settings, seed, tick)
+                mask = self._trainer.calibrate(task, calibration, seed, tick)
             made = self._made_with(task)
             made["base"] = base_of(mask, self.models.classifiers[task])
             saved = self.store.save(key, replace(mask, metadata=mask.metadata | made))
             return Made({**saved, "nnz": mask.nnz, "stability": mask.metadata.get("stability")})
 
-        words = (row.method, f"density-{calibration.density:g}", f"seed-{seed}", task)
-        key = self._key("mask", words, content)
+        key = self._mask_key(calibration, seed, task)
         return self._made(key, make)
+
+    def _mask_key(self, calibration: Calibration, seed: int, task: str) -> Key:
+        settings = asdict(calibration)
+        disjoint = settings.pop("disjoint")
+        content = {**self._data[task], "calibration": settings, "seed": seed}
+        if disjoint:
+            content["disjoint"] = list(self._data.values())  # in the order of their turns
+        words = ("talos", f"density-{calibration.density:g}", f"seed-{seed}", task)
+        return self._key("mask", words, content)
 
     def _disjoint(self, calibration: Calibration, seed: int, tick: Tick) -> dict[str, Mask]:
         """Return the disjoint masks of all tasks, which the cells of the tasks share."""
         if self._shared[:2] != (calibration, seed):
-            masks = self._trainer.calibrate_disjoint(asdict(calibration), seed, tick)
+            masks = self._trainer.calibrate_disjoint(calibration, seed, tick)
             self._shared = calibration, seed, masks
         return self._shared[2]
 
@@ -209,7 +207,7 @@ class Cells:
         content |= {"settings": dict(row.settings), "lr": lr, "seed": seed}
         content["batch_size"] = self.recipe.evaluation.batch_size
         if row.calibration is not None:
-            content["mask"] = self.mask(row, seed, task).key.digest[:16]
+            content["mask"] = self._mask_key(row.calibration, seed, task).digest[:16]
         settings = [f"{key}-{value}" for key, value in row.settings.items()]
         if row.calibration is not None:
             settings = [f"density-{row.calibration.density:g}"]
@@ -312,20 +310,20 @@ class Cells:
                 if row.method == "linearized":
                     outcomes = outcomes.through(self.models.linearized())
                 vectors = {task: load(task) for task in names}
-                points = min(GRID_POINTS, self.recipe.evaluation.coefficients)
-                return Made(measures.disentangle(outcomes, vectors, points, tick))
+                return Made(measures.disentangle(outcomes, vectors, evaluation.map_points, tick))
             if kind == "overlap":
                 return Made(measures.overlap({task: load(task).mask for task in names}))
             measure = getattr(measures, kind)
             return Made(measure(self.judged(row), names, load, tick))
 
-        pair = self.recipe.evaluation.pair or tuple(self.tasks)[:2]
+        evaluation = self.recipe.evaluation
+        pair = evaluation.pair or tuple(self.tasks)[:2]
         names = pair if kind == "disentanglement" else tuple(self.tasks)
         content: dict[str, Any] = {"vectors": self._vectors(row, lr, seed, names)}
         if kind == "disentanglement":
-            content["coefficients"] = min(GRID_POINTS, self.recipe.evaluation.coefficients)
+            content["coefficients"] = evaluation.map_points
         if kind != "overlap":
-            content["resamples"] = self.recipe.evaluation.resamples
+            content["resamples"] = evaluation.resamples
         return self._cell(kind, (row.method, f"lr-{lr:g}", f"seed-{seed}"), content, make)
 
     def drift(self, row: Row, lr: float, seed: int, task: str) -> Cell:
@@ -386,12 +384,8 @@ class Cells:
             return cell
         forget_peak()
         start = time.perf_counter()
-
         self._on_tick(0, 1, None)
         made = make(self._on_tick)
         seconds = time.perf_counter() - start
         trim_heap()
         return self.store.write(key, made.found, seconds, peak_bytes(), made.step_seconds)
-
-
-_OF_DATA = ("max_length", "sizes")  # in every key by themselves: tokens, and fingerprints of splits

@@ -14,6 +14,7 @@ from talos.batches import evaluation_mode
 from talos.evaluation import Judge, Outcomes, right_answers
 from talos.methods import LinearizedModel
 from talos.names import named_parameters
+from talos.params import select_parameters
 
 __all__ = ["Batch", "TaskModels", "calibration_batches", "logits_of", "training_batches"]
 
@@ -91,6 +92,13 @@ class TaskModels:
         return {
             task: _in_order(judge, each.shortest_first(), self.device)
             for task, each in batches.items()
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of weights, and of those that a mask may select."""
+        return {
+            "parameters": sum(base.numel() for base in self._base.values()),
+            "maskable": sum(each.numel for each in select_parameters(self.model).values()),
         }
 
     def linearized(self) -> dict[str, LinearizedModel]:

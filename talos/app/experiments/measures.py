@@ -25,6 +25,7 @@ from talos.task_vectors import TaskVector
 __all__ = [
     "Tick",
     "add",
+    "counted",
     "disentangle",
     "interference",
     "linearity",
@@ -65,7 +66,7 @@ def add(
         tick: called after each coefficient.
     """
     coefs = scaling_coefs(evaluation.coefficients)
-    found = addition(outcomes, vectors, merged, coefs=coefs, on_point=_counted(tick, len(coefs)))
+    found = addition(outcomes, vectors, merged, coefs=coefs, on_point=counted(tick, len(coefs)))
     return {
         "grid": [
             {key: getattr(point, key) for key in ("scaling_coef", "absolute", "normalised")}
@@ -100,7 +101,7 @@ def negate(
         task,
         control_share=evaluation.control_share,
         coefs=coefs,
-        on_point=_counted(tick, len(coefs)),
+        on_point=counted(tick, len(coefs)),
     )
     return {
         "grid": [asdict(point) for point in found.grid],
@@ -145,7 +146,7 @@ def linearity(outcomes: Outcomes, tasks: Sequence[str], load: Load, tick: Tick) 
         tick: called after each task.
     """
     found = {}
-    step = _counted(tick, len(tasks))
+    step = counted(tick, len(tasks))
     for task in tasks:
         one = linearity_of(outcomes, {task: load(task)})[task]
         found[task] = {key: getattr(one, key) for key in ("tuned", "expansion", "equal")}
@@ -165,7 +166,7 @@ def disentangle(
         tick: called after each point.
     """
     coefs = scaling_coefs(points)
-    step = _counted(tick, len(coefs) ** 2)
+    step = counted(tick, len(coefs) ** 2)
     error = disentanglement_error(outcomes, vectors, coefs=coefs, on_point=step)
     return {"tasks": list(vectors), "coefs": coefs, "error": error.tolist()}
 
@@ -204,7 +205,7 @@ def _described(mask: Mask) -> Figures:
 def _matrix(
     measure: Callable[[str], Mapping[str, Mapping[str, Any]]], tasks: Sequence[str], tick: Tick
 ) -> Figures:
-    step = _counted(tick, len(tasks))
+    step = counted(tick, len(tasks))
     rows = []
     for task in tasks:
         row = measure(task)[task]
@@ -213,8 +214,13 @@ def _matrix(
     return {"matrix": rows}
 
 
-def _counted(tick: Tick, total: int) -> Callable[..., None]:
-    """Return a function that counts its calls."""
+def counted(tick: Tick, total: int) -> Callable[..., None]:
+    """Return a function that counts its calls, and tells them to `tick`.
+
+    Args:
+        tick: called at once and after each call.
+        total: how many calls there will be.
+    """
     done = 0
 
     def step(*_: object) -> None:

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from talos.app.experiments.cells import GRID_POINTS, Cells
+from talos.app.experiments.cells import Cells
 from talos.app.experiments.gathered import Gathered
-from talos.app.experiments.judging import training_batches
+from talos.app.experiments.judging import TaskModels, training_batches
 from talos.app.experiments.machine import forget_peak, peak_bytes
 from talos.app.experiments.places import Place, all_places, judged_places, swept_places
 from talos.app.experiments.recipe import Recipe, Row
@@ -22,13 +22,10 @@ from talos.app.experiments.results import chosen_rate
 from talos.app.experiments.store import Cell, Key, Store
 from talos.app.experiments.training import check_rows
 from talos.app.models import Encoder
-from talos.app.models.heads import classifier_for
 from talos.app.nearest import did_you_mean
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
 from talos.methods import METHODS
-from talos.names import named_parameters
-from talos.params import select_parameters
 from talos.training import fine_tune
 
 __all__ = ["Estimate", "Probe", "estimates", "finished", "is_done", "probe", "select", "space"]
@@ -129,7 +126,8 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
     Raises:
         TalosValueError: a row selects none of the model's weights.
     """
-    model = classifier_for(encoder, task)
+    models = TaskModels(encoder, [task])
+    model = models.model
     check_rows(recipe, model)
     training = recipe.training
     batches = training_batches(
@@ -140,26 +138,17 @@ def probe(encoder: Encoder, task: Task | ImageTask, recipe: Recipe) -> Probe:
         max_length=training.max_length,
         seed=0,
     )
-    params = named_parameters(model)
-    base = {name: param.detach().clone() for name, param in params.items()}
     forget_peak()
     times = [time.perf_counter()]
     fine_tune(model, batches, steps=2, lr=1e-9, on_step=lambda _: times.append(time.perf_counter()))
     peak = peak_bytes()
+    models.restore_()
     with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(base[name])
         start = time.perf_counter()
         model.eval()(batches[0])
         judged = time.perf_counter() - start
     count = len(batches[0]["labels"])
-    return Probe(
-        (times[2] - times[1]) / count,
-        judged / count,
-        peak,
-        sum(param.numel() for param in params.values()),
-        sum(each.numel for each in select_parameters(model).values()),
-    )
+    return Probe((times[2] - times[1]) / count, judged / count, peak, **models.sizes())
 
 
 @dataclass(frozen=True)
@@ -296,7 +285,7 @@ def _seconds(
         {task.name: len(task.examples(split)) for task in tasks} for split in ("validation", "test")
     )
     grid = recipe.evaluation.coefficients
-    points = min(GRID_POINTS, grid)  # both vectors at each pair, and each alone
+    points = recipe.evaluation.map_points  # both vectors at each pair, and each alone
     judged = {
         "pretrained": validation.get(place.task, 0) + test.get(place.task, 0),
         "vector": validation.get(place.task, 0) + test.get(place.task, 0),

@@ -27,6 +27,8 @@ MEASURES = (
 )
 """Everything that an experiment can measure."""
 
+_MAP_POINTS = 11
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -149,6 +151,11 @@ class Evaluation:
     batch_size: int = 128
     measures: tuple[str, ...] = MEASURES[:3]
     pair: tuple[str, ...] = ()
+
+    @property
+    def map_points(self) -> int:
+        """The coefficients of a disentanglement map, each way."""
+        return min(_MAP_POINTS, self.coefficients)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated with."""

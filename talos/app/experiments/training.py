@@ -10,8 +10,9 @@ from torch import nn
 
 import talos
 from talos.app.experiments.judging import Batch, TaskModels, calibration_batches, training_batches
-from talos.app.experiments.measures import Tick
+from talos.app.experiments.measures import Tick, counted
 from talos.app.experiments.recipe import Recipe, Row
+from talos.app.experiments.settings import Calibration
 from talos.app.models import Classifier, Encoder
 from talos.app.provenance import digest_of_reading
 from talos.app.tasks import ImageTask, Task
@@ -42,30 +43,23 @@ class Trainer:
     tasks: Mapping[str, Task | ImageTask]
     tokens: Mapping[str, int]
 
-    def calibrate(self, task: str, settings: Mapping[str, Any], seed: int, tick: Tick) -> Mask:
+    def calibrate(self, task: str, settings: Calibration, seed: int, tick: Tick) -> Mask:
         """Return the mask of a task.
 
         Args:
             task: the task's name.
-            settings: of the calibration, by name.
+            settings: of the calibration.
             seed: of the batches and labels.
             tick: called after each batch.
         """
-        options = dict(settings)
-        batches = self._samples(task, options.pop("samples"), options.pop("batch_size"), seed)
-        done, total = 0, options["rounds"] * len(batches)
-
-        def count(_: object) -> None:
-            nonlocal done
-            done += 1
-            tick(done, total, None)
-
+        batches = self._samples(task, settings.samples, settings.batch_size, seed)
+        left_out = ("samples", "batch_size", "disjoint")
+        options = {key: each for key, each in asdict(settings).items() if key not in left_out}
+        step = counted(tick, settings.rounds * len(batches))
         model = self.models.classifiers[task]
-        return talos.calibrate(model, batches, **options, seed=seed, on_progress=count)
+        return talos.calibrate(model, batches, **options, seed=seed, on_progress=step)
 
-    def calibrate_disjoint(
-        self, settings: Mapping[str, Any], seed: int, tick: Tick
-    ) -> dict[str, Mask]:
+    def calibrate_disjoint(self, settings: Calibration, seed: int, tick: Tick) -> dict[str, Mask]:
         """Return the masks of all tasks, none of which shares an entry with another.
 
         All tasks are scored in one round. Then they take turns, in their order.
@@ -75,16 +69,16 @@ class Trainer:
             seed: as of `calibrate`.
             tick: called after each task.
         """
-        scores = {}
-        for done, task in enumerate(self.tasks, 1):
+        scores, step = {}, counted(tick, len(self.tasks))
+        for task in self.tasks:
             scores[task] = talos.fisher_diag(
                 self.models.classifiers[task],
-                self._samples(task, settings["samples"], settings["batch_size"], seed),
-                **{key: settings[key] for key in ("params", "target", "draws", "labels")},
+                self._samples(task, settings.samples, settings.batch_size, seed),
+                **{key: getattr(settings, key) for key in ("params", "target", "draws", "labels")},
                 seed=seed,
             )
-            tick(done, len(self.tasks), None)
-        masks = Mask.disjoint(scores, density=settings["density"])
+            step()
+        masks = Mask.disjoint(scores, density=settings.density)
         made = {"method": "talos", "rounds": 1, "seed": seed}
         return {t: replace(mask, metadata=mask.metadata | made) for t, mask in masks.items()}
 
@@ -158,14 +152,7 @@ class Trainer:
             mask: as of `fine_tune`.
             tick: called after each step.
         """
-        batches = calibration_batches(
-            self.tasks[task],
-            self.models.encoder,
-            count=_DRIFT_EXAMPLES,
-            batch_size=_DRIFT_BATCH,
-            max_length=self.tokens[task],
-            seed=seed,
-        )
+        batches = self._samples(task, _DRIFT_EXAMPLES, _DRIFT_BATCH, seed)
         model, steps = self.models.classifiers[task], row.training.steps
         every = max(1, steps * METHODS[row.method].phases // _DRIFT_POINTS)
         drift = GradientDrift(model, batches, mask, every=every)
