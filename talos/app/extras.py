@@ -3,11 +3,12 @@
 import importlib
 import importlib.util
 import warnings
+from pathlib import Path
 from typing import Any
 
 from talos.errors import TalosRuntimeError
 
-__all__ = ["check_installed", "import_package"]
+__all__ = ["check_installed", "import_package", "package_folder"]
 
 # What `pip install` takes for each package that the library does not require.
 _REQUIREMENTS = {
@@ -46,6 +47,13 @@ def check_installed(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise _missing(package, "no such module")
+
+
+def package_folder(name: str) -> Path | None:
+    """Return the folder of an installed package, without importing it; None where it has none."""
+    spec = importlib.util.find_spec(name)
+    folders = list((spec and spec.submodule_search_locations) or ())
+    return Path(folders[0]) if folders else None
 
 
 def _missing(package: str, reason: str) -> TalosRuntimeError:

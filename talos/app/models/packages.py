@@ -4,11 +4,10 @@ A package is found, never imported: it may need others that the project does not
 """
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from talos.app.extras import check_installed
+from talos.app.extras import check_installed, package_folder
 from talos.errors import TalosValueError
 
 __all__ = ["PACKAGED", "Packaged"]
@@ -36,9 +35,7 @@ class Packaged:
             TalosValueError: the file is another than the published one, or missing.
         """
         check_installed(self.package)
-        spec = importlib.util.find_spec(self.package)
-        folders = list((spec and spec.submodule_search_locations) or ())
-        path = Path(folders[0] if folders else self.package, self.path)
+        path = Path(package_folder(self.package) or self.package, self.path)
         found = "no file"
         if path.is_file():
             with path.open("rb") as stream:

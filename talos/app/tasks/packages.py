@@ -1,12 +1,12 @@
 """Packages that hold data: where each is looked for, and how it is got. Nothing is downloaded."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from talos.app.extras import package_folder
 from talos.errors import TalosOSError
 
 __all__ = ["Package", "bigbench", "data_folder"]
@@ -53,10 +53,8 @@ class Package:
             return here
         if self.system and Path(self.system).exists():
             return Path(self.system)
-        if self.module:
-            found = importlib.util.find_spec(self.module)  # does not import it
-            if found is not None and found.submodule_search_locations:
-                return Path(found.submodule_search_locations[0])
+        if self.module and (folder := package_folder(self.module)):
+            return folder
         raise TalosOSError(
             f"data must be on this machine, got {task}, whose package {self.name} is not "
             f"installed and not at {here}; run: {self.command()}"
