@@ -110,6 +110,15 @@ _FONTS = Package(
     "fonts",
 )
 
+_INTENTS = (
+    "add_to_playlist",
+    "book_restaurant",
+    "get_weather",
+    "play_music",
+    "rate_book",
+    "search_creative_work",
+    "search_screening_event",
+)
 _SHAPES = ("circle", "rectangle", "triangle")
 _COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 _SENTIMENT = {"negative": "negative", "positive": "positive"}
@@ -166,20 +175,9 @@ PACKAGED = (
     PackagedTask(
         "intents",
         "What a request to an assistant asks for.",
-        {
-            name: name.replace("_", " ")
-            for name in (
-                "add_to_playlist",
-                "book_restaurant",
-                "get_weather",
-                "play_music",
-                "rate_book",
-                "search_creative_work",
-                "search_screening_event",
-            )
-        },
+        {name: name.replace("_", " ") for name in _INTENTS},
         _BIGBENCH,
-        intents,
+        intents(_INTENTS),
     ),
     PackagedTask(
         "spam",

@@ -12,7 +12,7 @@ import functools
 import logging
 import random
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from talos.app.nearest import did_you_mean, several
 from talos.app.tasks.columns import Columns, Reader
 from talos.app.tasks.images import ImageTask
 from talos.app.tasks.registry import checked_sizes
-from talos.app.tasks.splits import SPLITS
+from talos.app.tasks.splits import SPLITS, by_turns
 from talos.app.tasks.task import Task
 from talos.errors import TalosOSError, TalosValueError
 
@@ -225,14 +225,7 @@ def _share(
             if each == role:
                 rows += [(place, label) for place in drawn]
     draw.shuffle(rows)
-    if size is not None:
-        turns = Counter[int]()
-        ranks = []
-        for _, label in rows:
-            ranks.append(turns[label])
-            turns[label] += 1
-        rows = [rows[at] for at in sorted(range(len(rows)), key=lambda at: ranks[at])]
-    return rows
+    return rows if size is None else [rows[at] for at in by_turns([label for _, label in rows])]
 
 
 def _open(data: str, revision: str | None) -> Mapping[str, Any]:

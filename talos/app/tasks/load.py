@@ -1,6 +1,5 @@
 """Load any data by its name, as every command's --data and every recipe takes it."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from talos.app.tasks.files import SUFFIXES, load_file
 from talos.app.tasks.hub import PAPER, PREFIX, load_hub
 from talos.app.tasks.images import ImageTask, load_digits, load_image_folder
 from talos.app.tasks.registry import checked_sizes, load_packaged, load_task
-from talos.app.tasks.splits import SPLITS
+from talos.app.tasks.splits import SPLITS, by_turns
 from talos.app.tasks.standard_library import SOURCES
 from talos.app.tasks.task import Task
 from talos.errors import TalosValueError
@@ -84,9 +83,11 @@ def load_any(
         "train": train,
         "validation": validation,
         "test": test,
+        "template": template,
+        "answers": answers,
+        "class_texts": class_texts,
+        "revision": revision,
     }
-    given |= {"template": template, "answers": answers, "class_texts": class_texts}
-    given |= {"revision": revision}
     task = _load(data, sizes, {key: value for key, value in given.items() if value})
     return replace(task, name=name) if name else task
 
@@ -138,9 +139,4 @@ def _limited(task: T, sizes: Sequence[int] | None) -> T:
 
 def _first(examples: Sequence[Any], size: int) -> list[Any]:
     """Return the first `size` examples, counted within each class, in their order."""
-    seen = Counter[int]()
-    ranks = []
-    for place, example in enumerate(examples):
-        ranks.append((seen[example.label], place))
-        seen[example.label] += 1
-    return [examples[place] for place in sorted(place for _, place in sorted(ranks)[:size])]
+    return [examples[at] for at in sorted(by_turns([each.label for each in examples])[:size])]

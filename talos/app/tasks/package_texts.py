@@ -5,7 +5,7 @@ import html
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from talos.app.tasks.packages import bigbench
@@ -60,22 +60,21 @@ def news(folder: Path) -> list[Candidate]:
     return join_repeats(deduplicate(found))
 
 
-def intents(folder: Path) -> list[Candidate]:
-    """Read bigbench's requests to an assistant; each is a group of its own."""
-    names = (
-        "add_to_playlist",
-        "book_restaurant",
-        "get_weather",
-        "play_music",
-        "rate_book",
-        "search_creative_work",
-        "search_screening_event",
-    )
-    found = []
-    for place, (given, answer) in enumerate(bigbench(folder, "intent_recognition")):
-        text = " ".join(given.removeprefix("Utterance:").split())
-        found.append(Candidate(text, names.index(answer), f"intent {place}", str(place)))
-    return deduplicate(found)
+def intents(names: Sequence[str]) -> Callable[[Path], list[Candidate]]:
+    """Return the builder of bigbench's requests to an assistant; each is a group of its own.
+
+    Args:
+        names: the classes.
+    """
+
+    def build(folder: Path) -> list[Candidate]:
+        found = []
+        for place, (given, answer) in enumerate(bigbench(folder, "intent_recognition")):
+            text = " ".join(given.removeprefix("Utterance:").split())
+            found.append(Candidate(text, names.index(answer), f"intent {place}", str(place)))
+        return deduplicate(found)
+
+    return build
 
 
 def opinions(about: str) -> Callable[[Path], list[Candidate]]:

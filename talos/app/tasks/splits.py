@@ -195,6 +195,21 @@ def split_classes(classes: Sequence[Sequence[E]], seed: int) -> tuple[list[E], l
     return splits
 
 
+def by_turns(labels: Sequence[int]) -> list[int]:
+    """Return the places of labels so that the classes take turns, each in its own order.
+
+    Example:
+        >>> by_turns([0, 0, 0, 1, 1])
+        [0, 3, 1, 4, 2]
+    """
+    seen = Counter[int]()
+    ranks = []
+    for place, label in enumerate(labels):
+        ranks.append((seen[label], place))
+        seen[label] += 1
+    return [place for _, place in sorted(ranks)]
+
+
 def words(name: str) -> str:
     """Return a name with spaces for underscores and hyphens; a number keeps its sign.
 
