@@ -31,26 +31,11 @@ def coefficient(results: Results, model: str) -> list[Panel]:
     searches = _searches(results, model)
 
     def paint(axes: Any) -> None:
-        names = titles(results)
         for place, (row, (curve, chosen)) in enumerate(searches.items()):
-            style = row_style(results, row)
-            x, y = list(curve), [100 * value for value in curve.values()]
-            axes.plot(
-                *(x, y, style.line),
-                color=style.colour,
-                linewidth=1.8,
-                marker=style.marker,
-                markersize=4.5,
-                markevery=(place % 4, 4),
-                label=names[row],
-            )
+            points = [(coef, 100 * value) for coef, value in curve.items()]
+            _line(axes, results, row, points, markersize=4.5, markevery=(place % 4, 4))
             at = sorted({coef for coef in chosen if coef in curve})
-            axes.plot(
-                *(at, [100 * curve[coef] for coef in at], style.marker),
-                color=style.colour,
-                markersize=9,
-                markeredgecolor=INK,
-            )
+            _mark(axes, results, row, [(coef, 100 * curve[coef]) for coef in at])
         axes.set_xlabel("scaling coefficient")
         axes.set_ylabel("mean accuracy, %")
         axes.grid(True)
@@ -79,15 +64,9 @@ def rates(results: Results, model: str) -> list[Panel]:
     def panel(key: str, title: str) -> Panel:
         def paint(axes: Any) -> None:
             for row, points in swept.items():
-                style = row_style(results, row)
                 _line(axes, results, row, [(p["lr"], 100 * p[key]) for p in points])
-                best = [point for point in points if point["chosen"]]
-                axes.plot(
-                    *([p["lr"] for p in best], [100 * p[key] for p in best], style.marker),
-                    color=style.colour,
-                    markersize=9,
-                    markeredgecolor=INK,
-                )
+                best = [(p["lr"], 100 * p[key]) for p in points if p["chosen"]]
+                _mark(axes, results, row, best)
             _log_axis(axes, every)
             axes.set_xlabel("learning rate")
             axes.set_ylabel("mean accuracy, %")
@@ -130,7 +109,8 @@ def density(results: Results, model: str) -> list[Panel]:
                 first = points[0][1]
                 name = _without_density(titles(results)[first])
                 found = [(x, figures[row][key]) for x, row in points]
-                _line(axes, results, first, [(x, 100 * f["value"]) for x, f in found], name)
+                values = [(x, 100 * f["value"]) for x, f in found]
+                _line(axes, results, first, values, label=name)
                 axes.fill_between(
                     [x for x, _ in found],
                     *([100 * each[end] for _, each in found] for end in ("low", "high")),
@@ -244,19 +224,21 @@ def _line(
     results: Results,
     row: str,
     points: Iterable[tuple[float, float]],
-    label: str | None = None,
+    **how: Any,
 ) -> None:
     """Draw a row's line through points."""
     style = row_style(results, row)
     x, y = zip(*sorted(points), strict=True)
-    axes.plot(
-        *(x, y, style.line),
-        color=style.colour,
-        linewidth=1.8,
-        marker=style.marker,
-        markersize=5.5,
-        label=label or titles(results)[row],
-    )
+    usual = {"linewidth": 1.8, "marker": style.marker, "markersize": 5.5}
+    usual |= {"color": style.colour, "label": titles(results)[row]}
+    axes.plot(x, y, style.line, **usual | how)
+
+
+def _mark(axes: Any, results: Results, row: str, points: Sequence[tuple[float, float]]) -> None:
+    """Draw large markers at the points that a row chose."""
+    style = row_style(results, row)
+    x, y = ([point[place] for point in points] for place in (0, 1))
+    axes.plot(x, y, style.marker, color=style.colour, markersize=9, markeredgecolor=INK)
 
 
 def _log_axis(axes: Any, values: Sequence[float]) -> None:
