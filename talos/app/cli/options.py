@@ -15,6 +15,7 @@ from talos.errors import TalosError, TalosOSError, TalosValueError
 
 __all__ = [
     "OF_A_RANK",
+    "Anew",
     "Batch",
     "Data",
     "Json",
@@ -23,6 +24,7 @@ __all__ = [
     "Out",
     "Overwrite",
     "Seed",
+    "Study",
     "as_options",
     "check_choice",
     "check_input",
@@ -61,6 +63,17 @@ Json = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace existing files.")]
+Anew = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        metavar="",
+        help="Begin anew in the folder of an earlier run; other files stay.",
+    ),
+]
+Study = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder of an experiment, or its results.json.")
+]
 Seed = Annotated[
     int,
     typer.Option(

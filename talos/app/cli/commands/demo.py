@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from talos.app.cli.options import Length, Model, Seed, as_options
+from talos.app.cli.options import Anew, Length, Model, Seed, as_options
 from talos.errors import TalosValueError
 from talos.options import integer
 
@@ -76,14 +76,7 @@ def demo(
     ] = 1,
     max_length: Length = None,
     seed: Seed = 0,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            metavar="",
-            help="Begin anew in the folder of an earlier run; other files stay.",
-        ),
-    ] = False,
+    overwrite: Anew = False,
 ) -> None:
     """Fine-tune a model on several tasks, sparse and dense, and compare the task vectors.
 

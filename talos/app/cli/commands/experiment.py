@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from talos.app.cli.console import command, next_step, note
-from talos.app.cli.options import as_options
+from talos.app.cli.options import Anew, as_options
 from talos.errors import TalosValueError
 
 __all__ = ["EXAMPLES", "experiment", "facts"]
@@ -52,14 +52,7 @@ def experiment(
             "nothing.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            metavar="",
-            help="Begin anew in the folder of an earlier run; other files stay.",
-        ),
-    ] = False,
+    overwrite: Anew = False,
 ) -> None:
     """Compare methods on models and tasks, as a recipe says, over several seeds.
 

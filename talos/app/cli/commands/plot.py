@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from talos.app.cli.console import next_step, note, on_interrupt, stdout, table
-from talos.app.cli.options import Overwrite, check_choice, check_output
+from talos.app.cli.options import Overwrite, Study, check_choice, check_output
 from talos.app.cli.studies import as_written, results_file
 from talos.errors import TalosValueError
 
@@ -25,10 +25,7 @@ EXAMPLES = (
 
 def plot(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The figure: {figures}.")],
-    results: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="The folder of an experiment, or its results.json."),
-    ],
+    results: Study,
     out: Annotated[
         Path | None,
         typer.Option(

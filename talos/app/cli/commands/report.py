@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from talos.app.cli.console import next_step, on_interrupt, stdout
-from talos.app.cli.options import Overwrite, check_output
+from talos.app.cli.options import Overwrite, Study, check_output
 from talos.app.cli.studies import as_written, results_file
 
 __all__ = ["EXAMPLES", "report"]
@@ -15,10 +15,7 @@ EXAMPLES = ("talos report demo", "talos report demo/results.json --out page.html
 
 
 def report(
-    results: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="The folder of an experiment, or its results.json."),
-    ],
+    results: Study,
     out: Annotated[
         Path | None,
         typer.Option(
