@@ -1,7 +1,6 @@
 """Recipes of merges: a TOML file that names vectors, method, settings and outputs."""
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from talos.app.cli.options import as_options
 from talos.app.nearest import did_you_mean
-from talos.errors import TalosOSError, TalosValueError
+from talos.app.toml_files import read_toml
+from talos.errors import TalosValueError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,12 +77,7 @@ def read_recipe(path: Path) -> Recipe:
     """
     from talos.merging import merge_of
 
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TalosOSError(f"RECIPE must be a file that can be read, got {path}") from error
-    except (ValueError, RecursionError) as error:
-        raise TalosValueError(f"RECIPE must be TOML, got {path}: {error}") from None
+    content = read_toml(path)
     _check_keys(path, "the recipe", content)
     vectors = [_entry(path, "vectors", each) for each in _several(path, content, "vectors")]
     outputs = [_entry(path, "outputs", each) for each in _several(path, content, "outputs")]

@@ -1,7 +1,6 @@
 """The recipe of an experiment: a TOML file of models, tasks, methods and settings."""
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import signature
@@ -22,6 +21,7 @@ from talos.app.nearest import beside, did_you_mean
 from talos.app.tasks.files import SUFFIXES
 from talos.app.tasks.hub import PREFIX
 from talos.app.tasks.load import load_any
+from talos.app.toml_files import read_toml
 from talos.errors import TalosOSError, TalosTypeError, TalosValueError
 from talos.options import integer, positive
 
@@ -202,12 +202,7 @@ def read_content(source: str | Path) -> tuple[dict[str, Any], Path]:
         raise TalosOSError(
             f"RECIPE must be a TOML file or one of {', '.join(recipe_names())}, got {source}{near}"
         )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), path
-    except OSError as error:
-        raise TalosOSError(f"RECIPE must be a file that can be read, got {path}") from error
-    except (ValueError, RecursionError) as error:
-        raise TalosValueError(f"RECIPE must be TOML, got {path}: {error}") from None
+    return read_toml(path), path
 
 
 def recipe_of(content: Mapping[str, Any], path: Path | None = None) -> Recipe:
