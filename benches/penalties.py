@@ -1,0 +1,237 @@
+"""What theory offers to keep tasks apart, measured on a sentence encoder.
+
+    python -m benches.penalties --out benches/results/<device>/penalties.json
+
+Tasks and training are those of talos/app/recipes/causes.toml. A form adds one thing to sparse or to
+full fine-tuning:
+
+    localization   + w * mean over texts of the other tasks of ||h(x; theta) - h(x; theta_0)||^2
+    unlabelled     the same, over texts of a task that is not merged
+    curvature      + w / 2 * sum_j F_j (theta_j - theta_0j)^2     F: Fisher scores of the others
+    even           a mask of a tenth of each tensor, not of all tensors together
+
+h is the encoder's unit vector; F is a mean over samples, of the maskable weights. Localization is
+the paper's open question; the curvature penalty is TAK's idea (arXiv 2602.17385) with the diagonal
+of F, and needs the other tasks' scores. Each form is trained with all its weights w and the first
+seed; the sum that answers best on validation data decides, and the other seeds are trained with
+that w. A record holds the figures of `talos.evaluation.addition`, `gain` (the paired difference of
+the absolute figure from the plain form of the same seed), and the seconds that training takes.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import talos
+from benches import measure
+from benches.results import write_json
+from talos import evaluation
+from talos.app.experiments.judging import (
+    Batch,
+    TaskModels,
+    calibration_batches,
+    training_batches,
+)
+from talos.app.models import load_encoder
+from talos.app.tasks import load_task
+from talos.evaluation import Addition
+from talos.names import named_parameters
+
+TASKS = ("character_kind", "fragment_kind", "docstring_topic", "code_package")
+UNLABELLED = "test_or_library"
+SIZES, STEPS, BATCH, TOKENS = (480, 48, 160), 30, 16, 32
+SAMPLES, DENSITY, COEFFICIENTS = 128, 0.1, 11
+WEIGHTS = {
+    "plain": (0.0,),
+    "localization": (0.3, 3.0),
+    "unlabelled": (0.3, 3.0),
+    "curvature": (1e3, 1e5),
+    "even": (0.0,),
+}
+LR = {"talos": 3e-3, "nonlinear": 1e-4}  # those that causes.toml chooses
+FORMS = [(m, form) for m in LR for form in WEIGHTS if (m, form) != ("nonlinear", "even")]
+
+Penalty = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training: a method, what is added to it, and the weight of that."""
+
+    method: str
+    form: str
+    weight: float
+
+
+class Study:
+    """The tasks on one encoder, and what ways share: masks, the other tasks' texts and scores."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.encoder = load_encoder("minilm")
+        self.tasks = {name: load_task(name, sizes=SIZES) for name in TASKS}
+        self.models = TaskModels(self.encoder, list(self.tasks.values()))
+        self.outcomes = self.models.outcomes(max_length=TOKENS)
+        self.base = {n: p.detach().clone() for n, p in named_parameters(self.encoder).items()}
+        self.texts = cache(self._texts)
+        self.fisher = cache(self._fisher)
+        self.mask = cache(self._mask)
+
+    @property
+    def _reading(self) -> dict[str, int]:
+        return {"batch_size": BATCH, "max_length": TOKENS, "seed": self.seed}
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the encoder's unit vectors of a batch, [B, D]."""
+        vectors: Tensor = self.encoder(batch["input_ids"], batch["attention_mask"])
+        return vectors
+
+    @torch.no_grad()
+    def _texts(self, name: str) -> list[tuple[Batch, Tensor]]:
+        """Return ten batches of a task's texts, with their vectors by the pretrained encoder."""
+        task = load_task(name, sizes=SIZES)
+        batches = training_batches(task, self.encoder, count=10 * BATCH, **self._reading)
+        return [(each, self.encode(each)) for each in batches]
+
+    def _samples(self, task: str) -> list[Batch]:
+        return calibration_batches(self.tasks[task], self.encoder, count=SAMPLES, **self._reading)
+
+    def _fisher(self, task: str) -> dict[str, Tensor]:
+        """Return the mean score of a task's samples, by the names of the classifier's weights."""
+        model = self.models.classifiers[task]
+        found = talos.fisher_diag(model, self._samples(task), seed=self.seed)
+        return {name: each / SAMPLES for name, each in found.items()}
+
+    def _mask(self, task: str, even: bool) -> talos.Mask:
+        """Return a task's mask: of all tensors together, or a tenth of each."""
+        if not even:
+            model = self.models.classifiers[task]
+            return talos.calibrate(model, self._samples(task), DENSITY, seed=self.seed)
+        return talos.Mask.from_dense(
+            {
+                name: talos.Mask.from_scores({name: scores}, DENSITY).to_dense(name)
+                for name, scores in self.fisher(task).items()
+                if scores.numel() * DENSITY >= 1
+            }
+        )
+
+    def penalty(self, form: str, task: str) -> Penalty | None:
+        """Return what a form adds to the loss of a task, before the weight."""
+        others = [each for each in TASKS if each != task]
+        if form == "curvature":
+            return self._curvature(others)
+        if form not in ("localization", "unlabelled"):
+            return None
+        names = [UNLABELLED] if form == "unlabelled" else others
+        in_turn = itertools.cycle(
+            pair for row in zip(*map(self.texts, names), strict=True) for pair in row
+        )
+
+        def moved() -> Tensor:
+            batch, before = next(in_turn)
+            distance: Tensor = (self.encode(batch) - before).square().sum(-1).mean()
+            return distance
+
+        return moved
+
+    def _curvature(self, others: Sequence[str]) -> Penalty:
+        params = named_parameters(self.models.model)
+        scores = [self.fisher(each) for each in others]
+        fisher = {name: sum(each[name] for each in scores) for name in scores[0]}
+
+        def stretched() -> Tensor:
+            parts = [
+                (fisher[name] * (params[name] - self.base[name]).square()).sum()
+                for name in fisher
+                if params[name].requires_grad
+            ]
+            return torch.stack(parts).sum() / 2
+
+        return stretched
+
+    def train(self, way: Way, task: str) -> talos.TaskVector:
+        """Fine-tune on a task; the weights are the pretrained ones afterwards."""
+        penalty = self.penalty(way.form, task)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            own = F.cross_entropy(model(batch), batch["labels"])
+            return own if penalty is None else own + way.weight * penalty()
+
+        torch.manual_seed(self.seed)
+        mask = self.mask(task, way.form == "even") if way.method == "talos" else None
+        model = self.models.classifiers[task]
+        batches = training_batches(
+            self.tasks[task], self.encoder, count=STEPS * BATCH, **self._reading
+        )
+        try:
+            return talos.fine_tune(
+                model, batches, mask, steps=STEPS, lr=LR[way.method], loss_fn=loss
+            )
+        finally:
+            self.models.restore_()
+
+    def judge(self, way: Way) -> tuple[dict[str, Any], Addition]:
+        """Return the figures of a way, and what addition found."""
+        for task in TASKS:  # what ways share is not timed
+            self.penalty(way.form, task)
+            if way.method == "talos":
+                self.mask(task, way.form == "even")
+        began = measure.clock()
+        vectors = {task: self.train(way, task) for task in TASKS}
+        seconds = measure.clock() - began
+        added = evaluation.addition(
+            self.outcomes, vectors, coefs=evaluation.scaling_coefs(COEFFICIENTS)
+        )
+        alone = self.outcomes.figures(self.outcomes.of_each(vectors, "test"))
+        return {
+            "seed": self.seed,
+            **asdict(way),
+            "seconds": seconds,
+            "alone": fmean(alone.values()),
+            "validation": max(point.absolute for point in added.grid),
+            "scaling_coef": added.scaling_coef,
+            "absolute": dict(added.absolute),
+            "normalised": dict(added.normalised),
+        }, added
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; write its records as they come."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args(arguments)
+    about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS, "lr": LR}
+    records: list[dict[str, Any]] = []
+    taken: dict[tuple[str, str], float] = {}
+    for seed in range(given.seeds):
+        study = Study(seed)
+        plain: dict[str, Addition] = {}
+        for method, form in FORMS:
+            tried = []
+            for weight in WEIGHTS[form] if not seed else (taken[method, form],):
+                record, added = study.judge(Way(method, form, weight))
+                plain.setdefault(method, added)
+                gain = study.outcomes.bootstrap.gain(added.picked, plain[method].picked)
+                tried.append(record | {"gain": dict(gain)})
+                found = record["alone"], record["absolute"]["value"], gain["value"]
+                print(seed, method, form, weight, *(f"{each:.3f}" for each in found), flush=True)
+            best = max(tried, key=lambda each: each["validation"])
+            taken[method, form] = best["weight"]
+            records += [each | {"taken": each is best} for each in tried]
+            write_json(given.out, {"about": about, "records": records})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
