@@ -98,6 +98,14 @@ class Merge(ABC):
     scaling_coef: float = 1.0
     scaling_coefs: Sequence[Coefficient] | None = None
 
+    @property
+    def averages(self) -> bool:
+        """Whether entries are means over the vectors, not sums.
+
+        A mean of T vectors is a T-th of their sum: the best coefficient may be as large as T.
+        """
+        return False
+
     def __post_init__(self) -> None:
         """Refuse coefficients that are not finite numbers."""
         self._store(scaling_coef=finite("scaling_coef", self.scaling_coef))

@@ -74,6 +74,11 @@ class Dare(Merge):
             )
 
     @property
+    def averages(self) -> bool:
+        """As the merge that follows."""
+        return self._next.averages
+
+    @property
     def _next(self) -> Merge:
         assert isinstance(self.follow, Merge)
         return self.follow

@@ -38,6 +38,7 @@ class Mean(Merge):
 
     name = "mean"
     adds = True
+    averages = True
 
     def _scale(self, count: int) -> float:
         return self.scaling_coef / count

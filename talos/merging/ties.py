@@ -66,6 +66,7 @@ class Ties(Trim):
     """
 
     name = "ties"
+    averages = True
 
     def _merge_entries(self, overlay: Overlay) -> tuple[Tensor, Tensor | None]:
         rows, elected = overlay.rows(), overlay.total().sign_()

@@ -185,6 +185,11 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
         f"With TaLoS (density 0.1) nothing was subtracted to forget {TASKS[1]}.",
     ]
     assert "talos merge" in text  # another seed has an edit
+    run["addition"]["scaling_coef"] = run["addition"]["grid"][-1]["scaling_coef"]
+    assert report.headline(results)[2] == (
+        "With TaLoS (density 0.1) the largest coefficient was taken in 1 of 3 runs: a larger one "
+        "may be better."
+    )
     for run in results["runs"]:
         run["addition"]["scaling_coef"] = 0.0
     assert "talos merge" not in report.render(results)

@@ -12,7 +12,7 @@ from torch import Tensor
 import talos
 from talos.errors import TalosTypeError, TalosValueError
 from talos.masks import Mask
-from talos.merging import METHODS, Breadcrumbs, Dare, Merge, TallMasks, Ties, tall_masks
+from talos.merging import METHODS, Breadcrumbs, Dare, Merge, TallMasks, Ties, merge_of, tall_masks
 from talos.merging.dare import _Draw
 from talos.task_vectors import TaskVector
 from talos.task_vectors.fingerprints import fingerprint
@@ -543,3 +543,9 @@ def test_what_cannot_be_listed_is_refused_by_name() -> None:
         TalosValueError, match="scaling_coefs must be a list with an entry a vector"
     ):
         talos.merge([vector], scaling_coefs=0.4)
+
+
+def test_a_merge_says_whether_it_takes_means() -> None:
+    found = {name for name in METHODS if merge_of(name, {}).averages}
+    assert found == {"mean", "ties"}
+    assert merge_of("dare", {"follow": "ties"}).averages

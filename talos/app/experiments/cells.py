@@ -29,7 +29,7 @@ from talos.app.models import Encoder
 from talos.app.provenance import base_of, digest_of_weights, made_with
 from talos.app.tasks import ImageTask, Task
 from talos.errors import TalosValueError
-from talos.evaluation import Outcomes, predictions
+from talos.evaluation import Outcomes, predictions, scaling_coefs
 from talos.masks import Mask
 from talos.merging import merge_of
 from talos.names import named_parameters
@@ -259,17 +259,20 @@ class Cells:
 
         def make(tick: Tick) -> Made:
             vectors = {task: self.load_vector(row, lr, seed, task) for task in self.tasks}
-            settings = {key: value for key, value in row.merge.items() if key != "method"}
-            merged = merge_of(row.merge["method"], settings).merge(vectors.values())
-            return Made(measures.add(self.judged(row), vectors, merged, evaluation, tick))
+            coefs = [most * each for each in scaling_coefs(evaluation.coefficients)]
+            merged = merge.merge(vectors.values())
+            return Made(measures.add(self.judged(row), vectors, merged, coefs, tick))
 
         evaluation = self.recipe.evaluation
+        settings = {key: value for key, value in row.merge.items() if key != "method"}
+        merge = merge_of(row.merge["method"], settings)
+        most = len(self.tasks) if merge.averages else 1
         content = {
             "vectors": self._vectors(row, lr, seed, self.tasks),
             "merge": dict(row.merge),
             "coefficients": evaluation.coefficients,
             "resamples": evaluation.resamples,
-        }
+        } | ({"largest": most} if most > 1 else {})
         return self._cell("addition", (row.row, f"lr-{lr:g}", f"seed-{seed}"), content, make)
 
     def negation(self, row: Row, lr: float, seed: int, task: str) -> Cell:
@@ -333,7 +336,8 @@ class Cells:
             mask = None if row.calibration is None else self._load_mask(row, seed, task)
             return Made({"points": self._trainer.drift(row, lr, seed, task, mask, tick)})
 
-        content = {"vector": self._vector_key(row, lr, seed, task).digest[:16]}
+        vector = self._vector_key(row, lr, seed, task).digest[:16]
+        content = {"vector": vector, "measured": "all weights"}
         words = (row.method, f"lr-{lr:g}", f"seed-{seed}", task)
         return self._cell("drift", words, content, make)
 

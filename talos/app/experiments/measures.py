@@ -53,7 +53,7 @@ def add(
     outcomes: Outcomes,
     vectors: Mapping[str, TaskVector],
     merged: TaskVector,
-    evaluation: Evaluation,
+    coefs: Sequence[float],
     tick: Tick,
 ) -> Figures:
     """Evaluate one model for all tasks.
@@ -62,10 +62,9 @@ def add(
         outcomes: of the model.
         vectors: of each task.
         merged: the vectors, merged.
-        evaluation: of the recipe.
+        coefs: the coefficients to try.
         tick: called after each coefficient.
     """
-    coefs = scaling_coefs(evaluation.coefficients)
     found = addition(outcomes, vectors, merged, coefs=coefs, on_point=counted(tick, len(coefs)))
     return {
         "grid": [

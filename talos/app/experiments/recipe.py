@@ -329,12 +329,16 @@ def takes_density(method: str) -> bool:
 
 
 def _settings_of(method: str) -> list[str]:
-    """Return the names of the settings that a method has in a recipe; the runs give the seed."""
+    """Return the names of the settings that a method has in a recipe.
+
+    The runs give the seed. A seed of `random` itself is that of one mask, for all tasks and runs.
+    """
     from talos.methods import METHODS
 
     if method == "talos":
         return [each.name for each in fields(Calibration) if each.name != "batch_size"]
-    return [each.name for each in fields(METHODS[method]) if each.name != "seed"]
+    names = [each.name for each in fields(METHODS[method])]
+    return [name for name in names if name != "seed" or method == "random"]
 
 
 def _method_settings(
@@ -352,7 +356,10 @@ def _method_settings(
     if "params" in chosen:
         check_params(chosen["params"])
     made = METHODS[method](**shared, **chosen)
-    return {key: value for key in own if (value := getattr(made, key)) is not None}
+    runs = {"seed"} - set(chosen)
+    return {
+        key: value for key in own if key not in runs and (value := getattr(made, key)) is not None
+    }
 
 
 def _merge(given: Any) -> dict[str, Any]:

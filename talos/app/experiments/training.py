@@ -120,7 +120,8 @@ class Trainer:
             max_length=self.tokens[task],
             seed=seed,
         )
-        # Each task draws its own random mask; the adapters of L-LoRA begin alike in all tasks.
+        # Each task draws its own random mask, unless the row has a seed; the adapters of L-LoRA
+        # begin alike in all tasks.
         own = seed_of(seed, task) if row.method == "random" else seed
         torch.manual_seed(seed)  # dropout
         try:
@@ -142,7 +143,7 @@ class Trainer:
     def drift(
         self, row: Row, lr: float, seed: int, task: str, mask: Mask | None, tick: Tick
     ) -> list[dict[str, Any]]:
-        """Train a vector, and return how far the gradient drifts meanwhile.
+        """Train a vector, and return how far the gradient at all weights drifts meanwhile.
 
         Args:
             row: as of `fine_tune`.
@@ -155,7 +156,7 @@ class Trainer:
         batches = self._samples(task, _DRIFT_EXAMPLES, _DRIFT_BATCH, seed)
         model, steps = self.models.classifiers[task], row.training.steps
         every = max(1, steps * METHODS[row.method].phases // _DRIFT_POINTS)
-        drift = GradientDrift(model, batches, mask, every=every)
+        drift = GradientDrift(model, batches, every=every)
 
         def on_step(step: FineTuneStep) -> None:
             drift(step)

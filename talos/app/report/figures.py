@@ -181,9 +181,9 @@ FIGURES: Mapping[str, Figure] = {
         Figure(
             "sensitivity",
             "Sensitivity transfer",
-            "The entries that one task needs least, a tenth, are set to zero, first seed; every "
-            "task is judged without them. 100 % is the accuracy of the pretrained model: near it "
-            "everywhere, what one task does not need, no task needs.",
+            "The entries that one task's mask selects are set to zero, first seed; every task is "
+            "judged without them. 100 % is the accuracy of the pretrained model: near it "
+            "everywhere, no task needs what the mask selects.",
             _measure("sensitivity"),
             matrices.sensitivity,
             matrices.over_tasks_table("sensitivity"),

@@ -141,7 +141,7 @@ def _close(summary: Mapping[str, Any]) -> bool:
 
 
 def remarks(results: Results) -> list[str]:
-    """Say what has no figures, and which searches chose the coefficient 0."""
+    """Say what has no figures, and which searches chose the first or the last coefficient."""
     found = []
     for model in results["models"]:
         name = model["name"]
@@ -157,6 +157,15 @@ def remarks(results: Results) -> list[str]:
                 found.append(
                     f"With {title}{at} no sum of the vectors was better on validation data in "
                     f"{none} of {_count(len(runs), 'run')}: the merged model is the pretrained one."
+                )
+            most = sum(
+                run["addition"]["scaling_coef"] == run["addition"]["grid"][-1]["scaling_coef"]
+                for run in runs
+            )
+            if most:
+                found.append(
+                    f"With {title}{at} the largest coefficient was taken in {most} of "
+                    f"{_count(len(runs), 'run')}: a larger one may be better."
                 )
             left = [
                 task

@@ -37,7 +37,7 @@ def interference(results: Results, model: str) -> list[Panel]:
 
 
 def sensitivity(results: Results, model: str) -> list[Panel]:
-    """Return the plots of what is left without the entries that a task needs least."""
+    """Return the plots of what is left without the entries that a task's mask selects."""
     labels = ("pruned by the task", "accuracy on the task,\n% of the pretrained model's")
     return _over_tasks(results, model, "sensitivity", *labels, low=70, high=130, colours="RdBu")
 

@@ -38,8 +38,8 @@ mask_iou   model -> row -> matrix
 interference     model -> row -> matrix of acc_j(base + vector_i) / acc_j(base), row i, column j
 disentanglement  model -> row -> tasks (two), coefs, error (matrix)
 linearity        model -> row -> task -> tuned and expansion (estimates), equal (share of examples)
-sensitivity      model -> row -> matrix: accuracy on task j without the entries that task i needs
-                 least, divided by that of the pretrained model
+sensitivity      model -> row -> matrix: accuracy on task j without the entries that the mask of
+                 task i selects, divided by that of the pretrained model
 drift            model -> row -> task -> list of step, squared, ratio
 files      list of path, kind (mask, vector), model, row, task, seed, lr (null of a mask), bytes,
            entries; a vector for each rate that was tried, a shared one with its first row alone

@@ -43,6 +43,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         {"method": "talos", "select": "highest"},
         {"method": "talos", "merge": {"method": "ties", "density": 0.2}},
         *({"method": name} for name in OTHERS),
+        {"method": "random", "seed": 0},
     ]
     recipe = tiny_recipe(seeds=[0], methods=methods, evaluation={"measures": list(MEASURES)})
     return out, run_tiny(out, recipe)
@@ -54,7 +55,7 @@ def test_every_measure_is_there_for_the_rows_that_it_suits(
 ) -> None:
     _, results = done
     rows = {row["row"]: row["method"] for row in results["rows"]}
-    assert len(rows) == 4 + len(OTHERS)
+    assert len(rows) == 5 + len(OTHERS)
     sparse = {row for row, method in rows.items() if method in SPARSE}
     expected = {
         "interference": set(rows),
@@ -109,6 +110,37 @@ def test_rows_that_train_alike_share_vectors(done: tuple[Path, dict[str, Any]]) 
     assert plain["single"] == ties["single"]
     assert not [file for file in results["files"] if file["row"] == ties["row"]]
     assert len([file for file in results["files"] if file["row"] == "talos"]) == 4
+
+
+@pytest.mark.slow
+def test_a_mean_is_tried_up_to_the_number_of_tasks(done: tuple[Path, dict[str, Any]]) -> None:
+    _, results = done
+    largest = {run["row"]: run["addition"]["grid"][-1]["scaling_coef"] for run in results["runs"]}
+    assert largest.pop("talos-merge-ties-density-0.2") == len(TASKS)
+    assert set(largest.values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_random_mask_with_a_seed_is_that_of_all_tasks(
+    done: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = done
+    overlap = results["mask_iou"]["tiny"]
+    assert overlap["random-seed-0"] == [[1, 1], [1, 1]]
+    assert overlap["random"][0][1] < 0.5
+
+
+@pytest.mark.slow
+def test_drift_is_measured_at_the_same_weights_in_all_rows(
+    done: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = done
+    initial = {
+        row: tasks["pets"][-1]["squared"] / tasks["pets"][-1]["ratio"]
+        for row, tasks in results["drift"]["tiny"].items()
+    }
+    assert len(initial) > 5
+    assert all(each == pytest.approx(initial["nonlinear"]) for each in initial.values())
 
 
 @pytest.mark.slow
