@@ -12,10 +12,11 @@ full fine-tuning:
 
 h is the encoder's unit vector; F is a mean over samples, of the maskable weights. Localization is
 the paper's open question; the curvature penalty is TAK's idea (arXiv 2602.17385) with the diagonal
-of F, and needs the other tasks' scores. Each form is trained with all its weights w and the first
-seed; the sum that answers best on validation data decides, and the other seeds are trained with
-that w. A record holds the figures of `talos.evaluation.addition`, `gain` (the paired difference of
-the absolute figure from the plain form of the same seed), and the seconds that training takes.
+of F, and needs the other tasks' scores. With the first seed `plain` and `even` try three learning
+rates, and each penalty its weights w at the rate of `plain`. What answers best on validation data
+is taken, and trained with the other seeds. A record holds the figures of
+`talos.evaluation.addition`, `gain` (the paired difference of the absolute figure from the plain
+form of the same seed), and the seconds that training takes.
 """
 
 import argparse
@@ -51,26 +52,24 @@ TASKS = ("character_kind", "fragment_kind", "docstring_topic", "code_package")
 UNLABELLED = "test_or_library"
 SIZES, STEPS, BATCH, TOKENS = (480, 48, 160), 30, 16, 32
 SAMPLES, DENSITY, COEFFICIENTS = 128, 0.1, 11
-WEIGHTS = {
-    "plain": (0.0,),
-    "localization": (0.3, 3.0),
-    "unlabelled": (0.3, 3.0),
-    "curvature": (1e3, 1e5),
-    "even": (0.0,),
-}
-LR = {"talos": 3e-3, "nonlinear": 1e-4}  # those that causes.toml chooses
-FORMS = [(m, form) for m in LR for form in WEIGHTS if (m, form) != ("nonlinear", "even")]
+RATES = {"talos": (1e-3, 3e-3, 1e-2), "nonlinear": (2e-5, 5e-5, 1e-4)}
+WEIGHTS = {"localization": (0.3, 3.0), "unlabelled": (0.3, 3.0), "curvature": (1e3, 1e5)}
+FORMS = [
+    *(("talos", form) for form in ("plain", "even", *WEIGHTS)),
+    *(("nonlinear", form) for form in ("plain", *WEIGHTS)),
+]
 
 Penalty = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training: a method, what is added to it, and the weight of that."""
+    """One way of training: a method, what is added to it, the weight of that, and the rate."""
 
     method: str
     form: str
     weight: float
+    lr: float
 
 
 class Study:
@@ -174,9 +173,7 @@ class Study:
             self.tasks[task], self.encoder, count=STEPS * BATCH, **self._reading
         )
         try:
-            return talos.fine_tune(
-                model, batches, mask, steps=STEPS, lr=LR[way.method], loss_fn=loss
-            )
+            return talos.fine_tune(model, batches, mask, steps=STEPS, lr=way.lr, loss_fn=loss)
         finally:
             self.models.restore_()
 
@@ -211,26 +208,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
-    about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS, "lr": LR}
+    about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS}
     records: list[dict[str, Any]] = []
-    taken: dict[tuple[str, str], float] = {}
+    taken: dict[tuple[str, str], Way] = {}
     for seed in range(given.seeds):
         study = Study(seed)
         plain: dict[str, Addition] = {}
         for method, form in FORMS:
             tried = []
-            for weight in WEIGHTS[form] if not seed else (taken[method, form],):
-                record, added = study.judge(Way(method, form, weight))
-                plain.setdefault(method, added)
+            for way in [taken[method, form]] if seed else ways(method, form, taken):
+                record, added = study.judge(way)
+                tried.append((record, added, way))
+            record, added, way = max(tried, key=lambda each: each[0]["validation"])
+            taken[method, form] = way
+            plain.setdefault(method, added)
+            for record, added, way in tried:
                 gain = study.outcomes.bootstrap.gain(added.picked, plain[method].picked)
-                tried.append(record | {"gain": dict(gain)})
+                is_taken = way == taken[method, form]
+                records.append(record | {"gain": dict(gain), "taken": is_taken})
                 found = record["alone"], record["absolute"]["value"], gain["value"]
-                print(seed, method, form, weight, *(f"{each:.3f}" for each in found), flush=True)
-            best = max(tried, key=lambda each: each["validation"])
-            taken[method, form] = best["weight"]
-            records += [each | {"taken": each is best} for each in tried]
+                shown = (f"{each:.3f}" for each in found)
+                print(seed, *asdict(way).values(), *shown, "*" * is_taken, flush=True)
             write_json(given.out, {"about": about, "records": records})
     return 0
+
+
+def ways(method: str, form: str, taken: dict[tuple[str, str], Way]) -> list[Way]:
+    """Return what is tried with the first seed."""
+    if form in WEIGHTS:
+        lr = taken[method, "plain"].lr
+        return [Way(method, form, weight, lr) for weight in WEIGHTS[form]]
+    return [Way(method, form, 0.0, lr) for lr in RATES[method]]
 
 
 if __name__ == "__main__":

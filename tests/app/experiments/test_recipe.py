@@ -35,10 +35,11 @@ def test_the_recipes_of_the_package_can_be_read(name: str) -> None:
     assert json.loads(json.dumps(recipe.plain())) == recipe.plain()
 
 
-def test_every_method_has_a_title_and_a_place_in_the_study_of_texts() -> None:
+def test_every_method_has_a_title_and_a_place_in_a_study() -> None:
     assert set(TITLES) == set(METHODS)
-    assert {row.method for row in read_recipe("text").rows} == set(METHODS) - {"linearized"}
-    assert all(len(row.lr) == 3 for row in read_recipe("text").rows)
+    rows = [*read_recipe("text").rows, *read_recipe("causes").rows]
+    assert {row.method for row in rows} == set(METHODS) - {"linearized"}
+    assert all(len(row.lr) == 3 for row in rows)
 
 
 def test_a_row_for_each_combination_of_the_lists_but_for_rates(tmp_path: Path) -> None:
