@@ -53,7 +53,7 @@ UNLABELLED = "test_or_library"
 SIZES, STEPS, BATCH, TOKENS = (480, 48, 160), 30, 16, 32
 SAMPLES, DENSITY, COEFFICIENTS = 128, 0.1, 11
 RATES = {"talos": (1e-3, 3e-3, 1e-2), "nonlinear": (2e-5, 5e-5, 1e-4)}
-WEIGHTS = {"localization": (0.3, 3.0), "unlabelled": (0.3, 3.0), "curvature": (1e3, 1e5)}
+WEIGHTS = {"localization": (0.3, 3.0), "unlabelled": (3.0,), "curvature": (1e3, 1e5)}
 FORMS = [
     *(("talos", form) for form in ("plain", "even", *WEIGHTS)),
     *(("nonlinear", form) for form in ("plain", *WEIGHTS)),
