@@ -196,6 +196,15 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_next_step_fits_what_the_model_reads() -> None:
+    results = made_up(MODELS[:1])
+    assert "own texts: a CSV" in report.render(results)
+    for task in results["tasks"]:
+        task["reads"] = "images"
+    assert "own images: a folder with a folder of images for each class" in report.render(results)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_what_failed_is_named() -> None:
     results = made_up(MODELS[:1])
     del results["rates"][MODELS[0]][FIRST][2]

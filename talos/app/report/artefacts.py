@@ -77,9 +77,12 @@ def commands(results: Results, folder: Path) -> list[tuple[str, list[tuple[str, 
 
 def next_steps(results: Results) -> str:
     """Return commands that continue from here."""
-    own = ("--model", results["models"][0]["source"], "--data", "mine.csv")
+    data, label = "mine.csv", "texts: a CSV or JSON Lines file with the columns text and label"
+    if results["tasks"][0]["reads"] == "images":
+        data, label = "mine", "images: a folder with a folder of images for each class"
+    label = f"train on your own {label}"
+    own = ("--model", results["models"][0]["source"], "--data", data)
     mask, vector = "mine-mask.safetensors", "mine.safetensors"
-    label = "train on your own texts: a CSV or JSON Lines file with the columns text and label"
     train = [("calibrate", *own, "--out", mask), ("train", *own, "--mask", mask, "--out", vector)]
     return "".join(
         f"<p class=step>{escape(label)}</p><pre><code>"

@@ -70,10 +70,10 @@ FIGURES: Mapping[str, Figure] = {
             "summary",
             "All tasks in one model",
             "The test accuracy of the model with all task vectors added, mean over the tasks, with "
-            "its 95 % interval over test examples and seeds; small strokes are the seeds. With one "
-            "seed the interval holds no chance of training. Below: the difference from the first "
-            "row, on the same examples and seeds. Chance alone rarely explains an interval that "
-            "does not touch the line.",
+            "its 95 % interval over test examples, seeds and the choice of the coefficient; small "
+            "strokes are the seeds. With one seed the interval holds no chance of training. Below: "
+            "the difference from the first row, on the same examples and seeds. Chance rarely "
+            "explains an interval that does not touch the line.",
             "two tasks",
             comparisons.summary,
             comparisons.summary_table,
@@ -111,8 +111,8 @@ FIGURES: Mapping[str, Figure] = {
             "negation",
             "Forgetting a task",
             "The pretrained model minus a task vector: the test accuracy on the task to forget, "
-            "against the mean of the other tasks. First seed; 95 % intervals over test examples. "
-            "Better is up and left.",
+            "against the mean of the other tasks. First seed; 95 % intervals over test examples "
+            "and the choice of the coefficient. Better is up and left.",
             _measure("negation"),
             comparisons.negation,
             comparisons.negation_table,
@@ -121,7 +121,7 @@ FIGURES: Mapping[str, Figure] = {
             "interference",
             "Interference",
             "What one task's vector of the first seed, added alone, does to every task: 100 % is "
-            "the accuracy of the pretrained model. The diagonal is the gain on its own task. "
+            "the accuracy of the pretrained model. The diagonal is its own task. "
             "Elsewhere less than 100 % is harm.",
             _measure("interference"),
             matrices.interference,

@@ -119,10 +119,11 @@ def winner(results: Results, model: str) -> str:
     sentences = [f"{names} {lead}: with all task vectors added {they} {answers}"]
     gaps = found[best]["against_first"]
     if gaps and first in rivals:
+        whose = f"of {named[best]} " if len(level) > 1 else ""
         value, low, high = (f"{100 * gaps['added'][key]:+.1f}" for key in ("value", "low", "high"))
         sentences.append(
-            f"The difference from {named[first]} is {value} points, 95 % interval {low} to {high} "
-            f"over {chance(results)}."
+            f"The difference {whose}from {named[first]} is {value} points, 95 % interval {low} to "
+            f"{high} over {chance(results)}."
         )
         kinds: dict[str, list[str]] = {}
         for row in rivals:

@@ -71,9 +71,9 @@ def _answer(results: Results) -> str:
         "alone": "accuracy of each task's own model",
         "normalised": "added divided by alone, task by task; it flatters rows that are weak alone",
         "forgotten task": "accuracy on a task after its vector was subtracted; lower is better; "
-        "the first seed alone, interval over test examples",
-        "its other tasks": f"accuracy on the others then, first seed; the search keeps "
-        f"{100 * share:g} % of it",
+        "the first seed alone, interval over test examples and the choice of the coefficient",
+        "its other tasks": "accuracy on the others then, first seed: as much is subtracted as they "
+        f"allow, which must keep {100 * share:g} % of theirs on validation data",
     }
     lines = "".join(f"<dt>{escape(key)}<dd>{escape(text)}" for key, text in legend.items())
     return "".join(parts) + details(
@@ -136,7 +136,8 @@ def _sections(results: Results) -> list[str]:
         told(
             "Addition, task by task",
             "Test accuracy: the task's own model → one model with all vectors added, mean over the "
-            "seeds. Small: its 95 % interval over the test examples.",
+            "seeds. Small: its 95 % interval over the test examples and the choice of the "
+            "coefficient.",
             lambda model: accuracies.added_by_task(results, model),
             lambda model: accuracies.why_zero(results, model, "addition"),
         ),

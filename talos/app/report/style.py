@@ -75,6 +75,7 @@ header td small{display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
 gap:1.5rem 2rem;align-items:start;margin-top:1rem}
 .grid>*{min-width:0}
+.many td small{display:block}
 figure{margin:0}
 .grid+.wide,.grid+details+.wide{margin-top:1.2rem}
 figure svg{display:block;width:100%;height:auto;max-width:520px}
