@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "benches" / "results" / "amd-epyc-2-cores" / "experiments"
 NAMES = ("text", "vision", "decoder", "density", "causes", "overlap-same", "overlap-different")
+WORDS = {"against_best": "behind the best", "against_first": "ahead of TaLoS"}
 Figures = Mapping[str, Any]
 
 
@@ -40,13 +41,10 @@ def zero_shot(results: Figures) -> float:
     return fmean(each["value"] for each in tasks.values())
 
 
-def behind(entry: Figures) -> str:
-    """How far a row's sum is behind the best row's, paired, in points."""
-    best = entry["against_best"]
-    if best is None:
-        return "best"
-    lost = {"value": best["added"]["value"], "low": best["added"]["low"]}
-    return with_interval(lost | {"high": best["added"]["high"]})
+def lead(entry: Figures, key: str) -> str:
+    """How far a row's sum is from another's in points, paired; nothing for that row itself."""
+    gap = entry[key]
+    return "" if gap is None else with_interval(gap["added"])
 
 
 def apart(matrix: Sequence[Sequence[float]]) -> float:
@@ -54,12 +52,18 @@ def apart(matrix: Sequence[Sequence[float]]) -> float:
     return fmean(x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j)
 
 
-def table(name: str) -> list[str]:
-    """The table of a study: a line for each row, the best sum first."""
+def table(name: str, other: str = "against_best") -> list[str]:
+    """The table of a study: a line for each row, the best sum first.
+
+    Args:
+        name: of the study.
+        other: "against_best": how far each row is behind the best one; "against_first": how far it
+            is ahead of the first one.
+    """
     results = study(name)
     titles = {row["row"]: row["title"] for row in results["rows"]}
     lines = [
-        "| method | rate | alone, % | one model, % | of alone, % | behind the best, points |",
+        f"| method | rate | alone, % | one model, % | of alone, % | {WORDS[other]}, points |",
         "|---|---|---|---|---|---|",
     ]
     for each in sorted(results["summary"], key=lambda each: -each["figures"]["added"]["value"]):
@@ -70,7 +74,7 @@ def table(name: str) -> list[str]:
             percent(figures["alone"]["value"]),
             with_interval(figures["added"]),
             percent(figures["normalised"]["value"]),
-            behind(each),
+            lead(each, other),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, f"| pretrained | | {percent(zero_shot(results))} | | | |"]
@@ -128,6 +132,20 @@ def regime(name: str) -> list[str]:
     return lines
 
 
+def departure(name: str) -> list[str]:
+    """How far training leads from the first-order expansion, and tasks from one another."""
+    results = study(name)
+    drift, disentanglement = (
+        next(iter(results[part].values())) for part in ("drift", "disentanglement")
+    )
+    lines = ["| method | gradient drift, % | disentanglement error, % |", "|---|---|---|"]
+    for row in results["rows"]:
+        ends = [points[-1]["ratio"] for points in drift[row["row"]].values()]
+        errors = [each for line in disentanglement[row["row"]]["error"] for each in line]
+        lines.append(f"| {row['title']} | {percent(fmean(ends))} | {percent(fmean(errors))} |")
+    return lines
+
+
 def masks(names: Sequence[str]) -> list[str]:
     """Where the first row's masks are, and how far those of different tasks overlap."""
     lines = [
@@ -161,14 +179,12 @@ def penalties() -> list[str]:
     """What each form does to the sum, with the weight and the rate that were taken."""
     found = json.loads((STUDIES.parent / "penalties.json").read_text())["records"]
     lines = [
-        "| training | w | rate | alone, % | one model, % | gain over plain, points | time |",
-        "|---|---|---|---|---|---|---|",
+        "| training | w | rate | alone, % | one model, % | gain over plain, points |",
+        "|---|---|---|---|---|---|",
     ]
-    usual: dict[str, float] = {}
     for each in found:
         if not each["taken"]:
             continue
-        usual.setdefault(each["method"], each["seconds"])
         cells = (
             f"{each['method']}, {each['form']}",
             f"{each['weight']:g}" if each["weight"] else "",
@@ -176,7 +192,6 @@ def penalties() -> list[str]:
             percent(each["alone"]),
             with_interval(each["absolute"]),
             "" if each["form"] == "plain" else with_interval(each["gain"]),
-            f"{each['seconds'] / usual[each['method']]:.1f}x",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -184,8 +199,11 @@ def penalties() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     **{name: partial(table, name) for name in NAMES},
+    "causes": partial(table, "causes", "against_first"),
     "rates": partial(rates, "text"),
+    "rates of vision": partial(rates, "vision"),
     "regime": partial(regime, "text"),
+    "departure": partial(departure, "density"),
     "negation": partial(negation, "text"),
     "masks": partial(masks, ("text", "vision", "decoder")),
     "penalties": penalties,
