@@ -206,12 +206,17 @@ class Study:
         }, added
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--seeds", type=int, default=3)
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; write its records as they come."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS}
     records: list[dict[str, Any]] = []
     taken: dict[tuple[str, str], Way] = {}

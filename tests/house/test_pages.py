@@ -24,7 +24,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benches import numerics
+from benches import numerics, penalties
 from talos.app.cli.app import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +35,8 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 BRACKETS = ("{}", "[]", "()")
+# Benches that are no tests, by their module: what reads their options.
+SCRIPTS = {"benches.numerics": numerics.parser, "benches.penalties": penalties.parser}
 # Pages whose blocks no other test runs.
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 # Pages whose commands tests/app/test_production.py runs, one after the other.
@@ -117,8 +119,8 @@ def check_python(words: list[str]) -> None:
         paths = [word for word in words[3:] if "/" in word]
         assert paths
         assert all((ROOT / path).exists() for path in paths), paths
-    elif words[1:3] == ["-m", "benches.numerics"]:
-        numerics.parser().parse_args(words[3:])
+    elif words[2] in SCRIPTS:
+        SCRIPTS[words[2]]().parse_args(words[3:])
     else:
         assert words[1:3] == ["-m", "benches.gpu"], f"no rule for {shlex.join(words)}"
         subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, check=True)

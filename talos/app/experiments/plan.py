@@ -60,9 +60,9 @@ def select(recipe: Recipe, only: Sequence[str]) -> Recipe:
 
     Example:
         >>> from talos.app.experiments import read_recipe
-        >>> part = select(read_recipe("text"), ["talos*", "minilm", "addition"])
+        >>> part = select(read_recipe("density"), ["talos*", "minilm", "addition"])
         >>> [row.row for row in part.rows], part.evaluation.measures
-        (['talos', 'talos-select-highest'], ('addition',))
+        (['talos-density-0.1', 'talos-density-0.01', 'talos-density-0.3'], ('addition',))
     """
     evaluation = recipe.evaluation
     models = [each.name for each in recipe.models]

@@ -211,14 +211,17 @@ def test_a_recipe_without_measures_may_have_one_task(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_recipe() -> None:
-    recipe = read_recipe("text")
+    recipe = read_recipe("density")
     part = select(recipe, ["talos*", "*_kind", "addition"])
-    assert [row.row for row in part.rows] == ["talos", "talos-select-highest"]
+    assert [row.row for row in part.rows] == [f"talos-density-{d}" for d in (0.1, 0.01, 0.3)]
     assert [task.title for task in part.tasks] == ["character_kind", "fragment_kind"]
     assert (part.models, part.evaluation.measures) == (recipe.models, ("addition",))
     assert select(recipe, []) == recipe
-    with pytest.raises(TalosValueError, match=r"only must name .*, got taloss; did you mean talos"):
-        select(recipe, ["taloss"])
+    with pytest.raises(
+        TalosValueError,
+        match=r"only must name .*, got talos-density-0.2; did you mean talos-density-0.1",
+    ):
+        select(recipe, ["talos-density-0.2"])
     with pytest.raises(TalosValueError, match="tasks must be at least two, got character_kind"):
         select(recipe, ["character_kind"])
 
