@@ -82,8 +82,8 @@ class Study:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.encoder = load_encoder("minilm")
-        self.tasks = {name: load_task(name, sizes=SIZES) for name in TASKS}
-        self.models = TaskModels(self.encoder, list(self.tasks.values()))
+        self.tasks = {name: load_task(name, sizes=SIZES) for name in (*TASKS, UNLABELLED)}
+        self.models = TaskModels(self.encoder, [self.tasks[name] for name in TASKS])
         self.outcomes = self.models.outcomes(max_length=TOKENS)
         self.base = {n: p.detach().clone() for n, p in named_parameters(self.encoder).items()}
         self.texts = cache(self._texts)
@@ -99,12 +99,15 @@ class Study:
         vectors: Tensor = self.encoder(batch["input_ids"], batch["attention_mask"])
         return vectors
 
+    def _training(self, task: str, count: int) -> list[Batch]:
+        return training_batches(
+            self.tasks[task], self.encoder, count=count * BATCH, **self._reading
+        )
+
     @torch.no_grad()
-    def _texts(self, name: str) -> list[tuple[Batch, Tensor]]:
+    def _texts(self, task: str) -> list[tuple[Batch, Tensor]]:
         """Return ten batches of a task's texts, with their vectors by the pretrained encoder."""
-        task = load_task(name, sizes=SIZES)
-        batches = training_batches(task, self.encoder, count=10 * BATCH, **self._reading)
-        return [(each, self.encode(each)) for each in batches]
+        return [(each, self.encode(each)) for each in self._training(task, 10)]
 
     def _samples(self, task: str) -> list[Batch]:
         return calibration_batches(self.tasks[task], self.encoder, count=SAMPLES, **self._reading)
@@ -173,9 +176,7 @@ class Study:
         torch.manual_seed(self.seed)
         mask = self.mask(task, way.form == "even") if way.method == "talos" else None
         model = self.models.classifiers[task]
-        batches = training_batches(
-            self.tasks[task], self.encoder, count=STEPS * BATCH, **self._reading
-        )
+        batches = self._training(task, STEPS)
         try:
             return talos.fine_tune(model, batches, mask, steps=STEPS, lr=way.lr, loss_fn=loss)
         finally:
