@@ -356,10 +356,8 @@ def _method_settings(
     if "params" in chosen:
         check_params(chosen["params"])
     made = METHODS[method](**shared, **chosen)
-    runs = {"seed"} - set(chosen)
-    return {
-        key: value for key in own if key not in runs and (value := getattr(made, key)) is not None
-    }
+    given = [key for key in own if key != "seed" or key in chosen]
+    return {key: value for key in given if (value := getattr(made, key)) is not None}
 
 
 def _merge(given: Any) -> dict[str, Any]:
