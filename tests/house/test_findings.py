@@ -1,50 +1,39 @@
-"""The tables of docs/findings.md and of README are those of the committed studies.
+"""The tables of docs/findings.md are those of the committed studies.
 
 python -m tests.house.test_findings     prints the tables, to be put into the page
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-STUDIES = ROOT / "benches" / "results" / "amd-epyc-2-cores" / "experiments"
+from talos.app.report.rows import number, percent
+from tests.house.studies import (
+    ROOT,
+    Figures,
+    markdown,
+    pretrained,
+    results,
+    study,
+    with_interval,
+)
+
 NAMES = ("text", "vision", "decoder", "density", "causes", "overlap-same", "overlap-different")
 WORDS = {"against_best": "behind the best", "against_first": "ahead of TaLoS"}
-Figures = Mapping[str, Any]
 
 
-def study(name: str) -> dict[str, Any]:
-    """The results of a study."""
-    found: dict[str, Any] = json.loads((STUDIES / f"{name}.json").read_text())
-    return found
+def titles(found: Figures) -> dict[str, str]:
+    """The title of each row."""
+    return {row["row"]: row["title"] for row in found["rows"]}
 
 
-def percent(share: float) -> str:
-    """A share in percent, with one decimal."""
-    return f"{100 * share:.1f}"
-
-
-def with_interval(figure: Figures) -> str:
-    """A share with its interval, in percent."""
-    return f"{percent(figure['value'])} [{percent(figure['low'])}, {percent(figure['high'])}]"
-
-
-def zero_shot(results: Figures) -> float:
-    """The pretrained model's mean accuracy on test examples."""
-    (tasks,) = results["zero_shot"].values()
-    return fmean(each["value"] for each in tasks.values())
-
-
-def lead(entry: Figures, key: str) -> str:
-    """How far a row's sum is from another's in points, paired; nothing for that row itself."""
-    gap = entry[key]
-    return "" if gap is None else with_interval(gap["added"])
+def measured(found: Figures, part: str) -> Any:
+    """A measure of a study's one model, by row."""
+    (by_row,) = found[part].values()
+    return by_row
 
 
 def apart(matrix: Sequence[Sequence[float]]) -> float:
@@ -52,7 +41,7 @@ def apart(matrix: Sequence[Sequence[float]]) -> float:
     return fmean(x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j)
 
 
-def table(name: str, other: str = "against_best") -> list[str]:
+def table(name: str, other: str = "against_best") -> str:
     """The table of a study: a line for each row, the best sum first.
 
     Args:
@@ -60,144 +49,131 @@ def table(name: str, other: str = "against_best") -> list[str]:
         other: "against_best": how far each row is behind the best one; "against_first": how far it
             is ahead of the first one.
     """
-    results = study(name)
-    titles = {row["row"]: row["title"] for row in results["rows"]}
-    lines = [
-        f"| method | rate | alone, % | one model, % | of alone, % | {WORDS[other]}, points |",
-        "|---|---|---|---|---|---|",
-    ]
-    for each in sorted(results["summary"], key=lambda each: -each["figures"]["added"]["value"]):
-        figures = each["figures"]
-        cells = (
-            titles[each["row"]],
-            f"{each['lr']:g}",
-            percent(figures["alone"]["value"]),
-            with_interval(figures["added"]),
-            percent(figures["normalised"]["value"]),
-            lead(each, other),
+    found = study(name)
+    named, rows = titles(found), []
+    for each in sorted(found["summary"], key=lambda each: -each["figures"]["added"]["value"]):
+        figures, gap = each["figures"], each[other]
+        rows.append(
+            [
+                named[each["row"]],
+                number(each["lr"], "g"),
+                percent(figures["alone"]["value"]),
+                with_interval(figures["added"]),
+                percent(figures["normalised"]["value"]),
+                with_interval(gap["added"]) if gap else "",
+            ]
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, f"| pretrained | | {percent(zero_shot(results))} | | | |"]
+    rows.append(["pretrained", "", pretrained(found), "", "", ""])
+    last = f"{WORDS[other]}, points"
+    return markdown(("method", "rate", "alone, %", "one model, %", "of alone, %", last), rows)
 
 
-def rates(name: str) -> list[str]:
+def rates(name: str) -> str:
     """The mean accuracy on validation data by learning rate, alone and as one model."""
-    results = study(name)
-    (found,) = results["rates"].values()
-    lines = ["| method | rate: alone → one model, % |", "|---|---|"]
-    for row in results["rows"]:
-        points = [
-            f"{point['lr']:g}: {percent(point['alone'])} → {percent(point['added'])}"
-            for point in found.get(row["row"], ())
-        ]
-        lines.append(f"| {row['title']} | {', '.join(points)} |")
-    return lines
-
-
-def negation(name: str) -> list[str]:
-    """What each row forgets: accuracy on the task to forget, and on the others."""
-    results = study(name)
-    titles = {row["row"]: row["title"] for row in results["rows"]}
-    lines = ["| method | the task to forget, % | the other tasks, % |", "|---|---|---|"]
-    for each in sorted(results["summary"], key=lambda each: each["figures"]["target"]["value"]):
-        figures = each["figures"]
-        cells = titles[each["row"]], *map(with_interval, (figures["target"], figures["control"]))
-        lines.append(f"| {' | '.join(cells)} |")
-    before = percent(zero_shot(results))
-    return [*lines, f"| pretrained | {before} | {before} |"]
-
-
-def regime(name: str) -> list[str]:
-    """How far a vector leaves its own task and the linear regime, first seed."""
-    results = study(name)
-    parts = ("interference", "linearity", "sensitivity")
-    interference, linearity, sensitivity = (next(iter(results[part].values())) for part in parts)
-    lines = [
-        "| method | own task, % | other tasks, % | answers of the expansion, % "
-        "| without its mask, % |",
-        "|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        key, size = row["row"], len(results["tasks"])
-        own = fmean(interference[key][place][place] for place in range(size))
-        pruned = sensitivity.get(key)
-        cells = (
-            row["title"],
-            percent(own),
-            percent(apart(interference[key])),
-            percent(fmean(each["equal"] for each in linearity[key].values())),
-            "" if pruned is None else percent(fmean(map(fmean, pruned))),
+    found = study(name)
+    swept = measured(found, "rates")
+    rows = [
+        (
+            title,
+            ", ".join(
+                f"{point['lr']:g}: {percent(point['alone'])} → {percent(point['added'])}"
+                for point in swept[row]
+            ),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def departure(name: str) -> list[str]:
-    """How far training leads from the first-order expansion, and tasks from one another."""
-    results = study(name)
-    drift, disentanglement = (
-        next(iter(results[part].values())) for part in ("drift", "disentanglement")
-    )
-    lines = ["| method | gradient drift, % | disentanglement error, % |", "|---|---|---|"]
-    for row in results["rows"]:
-        ends = [points[-1]["ratio"] for points in drift[row["row"]].values()]
-        errors = [each for line in disentanglement[row["row"]]["error"] for each in line]
-        lines.append(f"| {row['title']} | {percent(fmean(ends))} | {percent(fmean(errors))} |")
-    return lines
-
-
-def masks(names: Sequence[str]) -> list[str]:
-    """Where the first row's masks are, and how far those of different tasks overlap."""
-    lines = [
-        "| study | in Q and K, % | tensors with a selected weight | overlap of tasks (IoU), % "
-        "| stability, % |",
-        "|---|---|---|---|---|",
+        for row, title in titles(found).items()
     ]
+    return markdown(("method", "rate: alone → one model, %"), rows)
+
+
+def negation(name: str) -> str:
+    """What each row forgets: accuracy on the task to forget, and on the others."""
+    found = study(name)
+    named, rows = titles(found), []
+    for each in sorted(found["summary"], key=lambda each: each["figures"]["target"]["value"]):
+        ends = (with_interval(each["figures"][key]) for key in ("target", "control"))
+        rows.append((named[each["row"]], *ends))
+    rows.append(("pretrained", pretrained(found), pretrained(found)))
+    return markdown(("method", "the task to forget, %", "the other tasks, %"), rows)
+
+
+def regime(name: str) -> str:
+    """How far a vector leaves its own task and the linear regime, first seed."""
+    found = study(name)
+    parts = ("interference", "linearity", "sensitivity")
+    interference, linearity, sensitivity = (measured(found, part) for part in parts)
+    rows = [
+        (
+            title,
+            percent(fmean(line[place] for place, line in enumerate(interference[row]))),
+            percent(apart(interference[row])),
+            percent(fmean(each["equal"] for each in linearity[row].values())),
+            percent(fmean(map(fmean, sensitivity[row]))) if row in sensitivity else "",
+        )
+        for row, title in titles(found).items()
+    ]
+    head = ("own task, %", "other tasks, %", "answers of the expansion, %", "without its mask, %")
+    return markdown(("method", *head), rows)
+
+
+def departure(name: str) -> str:
+    """How far training leads from the first-order expansion, and tasks from one another."""
+    found = study(name)
+    drift, maps = measured(found, "drift"), measured(found, "disentanglement")
+    rows = [
+        (
+            title,
+            percent(fmean(points[-1]["ratio"] for points in drift[row].values())),
+            percent(fmean(map(fmean, maps[row]["error"]))),
+        )
+        for row, title in titles(found).items()
+    ]
+    return markdown(("method", "gradient drift, %", "disentanglement error, %"), rows)
+
+
+def masks(names: Sequence[str]) -> str:
+    """Where the masks of TaLoS are, and how far those of different tasks overlap."""
+    rows = []
     for name in names:
-        results = study(name)
-        ((row, found),) = list(next(iter(results["masks"].values())).items())[:1]
-        (overlaps,) = results["mask_iou"].values()
-        each = list(found.values())
+        found = study(name)
+        of_tasks = list(measured(found, "masks")["talos"].values())
         attention = fmean(
             sum(part["nnz"] for part in mask["structure"] if part["kind"] in ("query", "key"))
             / mask["nnz"]
-            for mask in each
+            for mask in of_tasks
         )
-        touched = fmean(mask["tensors_touched"] for mask in each)
-        cells = (
-            name,
-            percent(attention),
-            f"{touched:.0f} of {each[0]['tensors']}",
-            percent(apart(overlaps[row])),
-            percent(fmean(mask["stability"] for mask in each)),
+        touched = fmean(mask["tensors_touched"] for mask in of_tasks)
+        rows.append(
+            (
+                name,
+                percent(attention),
+                f"{touched:.0f} of {of_tasks[0]['tensors']}",
+                percent(apart(measured(found, "mask_iou")["talos"])),
+                percent(fmean(mask["stability"] for mask in of_tasks)),
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    head = ("in Q and K, %", "tensors with a selected weight", "overlap of tasks (IoU), %")
+    return markdown(("study", *head, "stability, %"), rows)
 
 
-def penalties() -> list[str]:
+def penalties() -> str:
     """What each form does to the sum, with the weight and the rate that were taken."""
-    found = json.loads((STUDIES.parent / "penalties.json").read_text())["records"]
-    lines = [
-        "| training | w | rate | alone, % | one model, % | gain over plain, points |",
-        "|---|---|---|---|---|---|",
-    ]
-    for each in found:
-        if not each["taken"]:
-            continue
-        cells = (
+    rows = [
+        (
             f"{each['method']}, {each['form']}",
-            f"{each['weight']:g}" if each["weight"] else "",
-            f"{each['lr']:g}",
+            number(each["weight"] or None, "g"),
+            number(each["lr"], "g"),
             percent(each["alone"]),
             with_interval(each["absolute"]),
             "" if each["form"] == "plain" else with_interval(each["gain"]),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for each in results("penalties.json")["records"]
+        if each["taken"]
+    ]
+    head = ("training", "w", "rate", "alone, %", "one model, %", "gain over plain, points")
+    return markdown(head, rows)
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {
+TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(table, name) for name in NAMES},
     "causes": partial(table, "causes", "against_first"),
     "rates": partial(rates, "text"),
@@ -212,10 +188,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_page_has_the_table_of_the_committed_results(name: str) -> None:
-    page = (ROOT / "docs" / "findings.md").read_text()
-    assert "\n".join(TABLES[name]()) in page
+    assert TABLES[name]() in (ROOT / "docs" / "findings.md").read_text()
 
 
 if __name__ == "__main__":
     for name, make in TABLES.items():
-        print(f"\n{name}\n", *make(), sep="\n")
+        print(f"\n{name}\n", make(), sep="\n")
