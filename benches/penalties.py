@@ -9,20 +9,21 @@ full fine-tuning:
     unlabelled     the same, over texts of a task that is not merged
     curvature      + w / 2 * sum_j F_j (theta_j - theta_0j)^2     F: Fisher scores of the others
     even           a mask of a tenth of each tensor, not of all tensors together
+    random         a random mask for each task
 
 h is the encoder's unit vector; F is a mean over samples, of the maskable weights. Localization is
 the paper's open question; the curvature penalty is that of arXiv 2602.17385 with the diagonal of F,
-and needs the other tasks' scores. Plain forms have the rate that causes.toml chooses, `even` tries
-two, and each penalty its weights w at the rate of `plain`. What answers best on validation data
-with the first seed is taken, and trained with the other seeds. A record holds the figures of
-`talos.evaluation.addition`, `gain` (the paired difference of the absolute figure from the plain
-form of the same seed), and the seconds that training takes.
+and needs the other tasks' scores. A form without a penalty tries three rates, and each penalty its
+weights w at the rate of `plain`. What answers best on validation data with the first seed is taken,
+and trained with the other seeds. A record holds the figures of one seed and the seconds that
+training takes; `summary` has, for each form over its seeds, the mean single-task accuracy `alone`,
+the accuracy `absolute` of the sum, and `gain`, its paired difference from the plain form.
 """
 
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -43,9 +44,12 @@ from talos.app.experiments.judging import (
     calibration_batches,
     training_batches,
 )
+from talos.app.experiments.training import seed_of
 from talos.app.models import load_encoder
 from talos.app.tasks import load_task
-from talos.evaluation import Addition
+from talos.evaluation import Bootstrap
+from talos.evaluation.intervals import Model, over_tasks
+from talos.methods import Method, Nonlinear, Random, Talos
 from talos.names import named_parameters
 
 TASKS = ("character_kind", "fragment_kind", "docstring_topic", "code_package")
@@ -53,17 +57,19 @@ UNLABELLED = "test_or_library"
 SIZES, STEPS, BATCH, TOKENS = (480, 48, 160), 30, 16, 32
 SAMPLES, DENSITY, COEFFICIENTS = 128, 0.1, 11
 RATES = {
-    ("talos", "plain"): (1e-2,),  # as causes.toml chooses
-    ("talos", "even"): (1e-3, 3e-3),
-    ("nonlinear", "plain"): (5e-5,),
+    ("talos", "plain"): (3e-3, 1e-2, 3e-2),
+    ("talos", "even"): (1e-3, 3e-3, 1e-2),
+    ("talos", "random"): (3e-4, 1e-3, 3e-3),
+    ("nonlinear", "plain"): (2e-5, 5e-5, 1e-4),
 }
-WEIGHTS = {"localization": (3.0,), "unlabelled": (3.0,), "curvature": (1e5,)}
+WEIGHTS = {"localization": (0.3, 3.0), "unlabelled": (0.3, 3.0), "curvature": (10.0, 300.0, 1e4)}
 FORMS = [
-    *(("talos", form) for form in ("plain", "even", *WEIGHTS)),
+    *(("talos", form) for form in ("plain", "even", "random", *WEIGHTS)),
     *(("nonlinear", form) for form in ("plain", "localization", "curvature")),
 ]
 
 Penalty = Callable[[], Tensor]
+Form = tuple[str, str]  # a method, and what is added to it
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,14 @@ class Way:
     form: str
     weight: float
     lr: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answers of a way: of each task's own model, and of one with all vectors added."""
+
+    alone: Mapping[str, Model]
+    added: Mapping[str, Model]
 
 
 class Study:
@@ -119,7 +133,7 @@ class Study:
         return {name: each / SAMPLES for name, each in found.items()}
 
     def _mask(self, task: str, even: bool) -> talos.Mask:
-        """Return a task's mask: of all tensors together, or a tenth of each."""
+        """Return a task's mask: a tenth of each tensor, or of all tensors together."""
         if not even:
             model = self.models.classifiers[task]
             return talos.calibrate(model, self._samples(task), DENSITY, seed=self.seed)
@@ -165,6 +179,14 @@ class Study:
 
         return stretched
 
+    def fine_tuning(self, way: Way, task: str) -> Method:
+        """Return how a way trains a task; its mask is found once."""
+        if way.method == "nonlinear":
+            return Nonlinear()
+        if way.form == "random":
+            return Random(density=DENSITY, seed=seed_of(self.seed, task))
+        return Talos(self.mask(task, way.form == "even"))
+
     def train(self, way: Way, task: str) -> talos.TaskVector:
         """Fine-tune on a task; the weights are the pretrained ones afterwards."""
         penalty = self.penalty(way.form, task)
@@ -174,37 +196,68 @@ class Study:
             return own if penalty is None else own + way.weight * penalty()
 
         torch.manual_seed(self.seed)
-        mask = self.mask(task, way.form == "even") if way.method == "talos" else None
-        model = self.models.classifiers[task]
-        batches = self._training(task, STEPS)
         try:
-            return talos.fine_tune(model, batches, mask, steps=STEPS, lr=way.lr, loss_fn=loss)
+            return talos.fine_tune(
+                self.models.classifiers[task],
+                self._training(task, STEPS),
+                method=self.fine_tuning(way, task),
+                steps=STEPS,
+                lr=way.lr,
+                loss_fn=loss,
+            )
         finally:
             self.models.restore_()
 
-    def judge(self, way: Way) -> tuple[dict[str, Any], Addition]:
-        """Return the figures of a way, and what addition found."""
+    def judge(self, way: Way) -> tuple[dict[str, Any], Found]:
+        """Return the figures of a way, and its answers."""
         for task in TASKS:  # what ways share is not timed
             self.penalty(way.form, task)
-            if way.method == "talos":
-                self.mask(task, way.form == "even")
+            self.fine_tuning(way, task)
         began = measure.clock()
         vectors = {task: self.train(way, task) for task in TASKS}
         seconds = measure.clock() - began
         added = evaluation.addition(
             self.outcomes, vectors, coefs=evaluation.scaling_coefs(COEFFICIENTS)
         )
-        alone = self.outcomes.figures(self.outcomes.of_each(vectors, "test"))
-        return {
+        alone = self.outcomes.of_each(vectors, "test")
+        record = {
             "seed": self.seed,
             **asdict(way),
             "seconds": seconds,
-            "alone": fmean(alone.values()),
+            "alone": fmean(self.outcomes.figures(alone).values()),
             "validation": max(point.absolute for point in added.grid),
             "scaling_coef": added.scaling_coef,
             "absolute": dict(added.absolute),
             "normalised": dict(added.normalised),
-        }, added
+        }
+        return record, Found(alone, added.picked)
+
+
+def summed(taken: Mapping[Form, Way], found: Mapping[Form, list[Found]]) -> list[dict[str, Any]]:
+    """Sum up each form over its seeds.
+
+    Args:
+        taken: of each form.
+        found: of each form, one for each seed.
+    """
+    bootstrap = Bootstrap(
+        {task: len(each) for task, each in found["talos", "plain"][0].alone.items()}
+    )
+
+    def table(models: Sequence[Mapping[str, Model]]) -> Tensor:
+        return bootstrap.resampled({t: [each[t] for each in models] for t in TASKS}, over_tasks)
+
+    added = {form: table([each.added for each in own]) for form, own in found.items()}
+    return [
+        {
+            **asdict(taken[form]),
+            "seeds": len(own),
+            "alone": dict(bootstrap.over_seeds(table([each.alone for each in own]))),
+            "absolute": dict(bootstrap.over_seeds(added[form])),
+            "gain": dict(bootstrap.over_seeds(added[form] - added[form[0], "plain"])),
+        }
+        for form, own in found.items()
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -220,30 +273,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS}
     records: list[dict[str, Any]] = []
-    taken: dict[tuple[str, str], Way] = {}
+    taken: dict[Form, Way] = {}
+    found: dict[Form, list[Found]] = {form: [] for form in FORMS}
     for seed in range(given.seeds):
         study = Study(seed)
-        plain: dict[str, Addition] = {}
-        for method, form in FORMS:
-            tried = []
-            for way in [taken[method, form]] if seed else ways(method, form, taken):
-                record, added = study.judge(way)
-                tried.append((record, added, way))
-            record, added, way = max(tried, key=lambda each: each[0]["validation"])
-            taken[method, form] = way
-            plain.setdefault(method, added)
-            for record, added, way in tried:
-                gain = study.outcomes.bootstrap.gain(added.picked, plain[method].picked)
-                is_taken = way == taken[method, form]
-                records.append(record | {"gain": dict(gain), "taken": is_taken})
-                found = record["alone"], record["absolute"]["value"], gain["value"]
-                shown = (f"{each:.3f}" for each in found)
-                print(seed, *asdict(way).values(), *shown, "*" * is_taken, flush=True)
-            write_json(given.out, {"about": about, "records": records})
+        for form in FORMS:
+            tried = [taken[form]] if seed else ways(*form, taken)
+            judged = {way: study.judge(way) for way in tried}
+            taken[form] = max(tried, key=lambda way: judged[way][0]["validation"])
+            found[form].append(judged[taken[form]][1])
+            for way, (record, _) in judged.items():
+                records.append(record | {"taken": way == taken[form]})
+                figures = (f"{each:.3f}" for each in (record["alone"], record["absolute"]["value"]))
+                print(seed, *asdict(way).values(), *figures, flush=True)
+        summary = summed(taken, found)
+        write_json(given.out, {"about": about, "summary": summary, "records": records})
     return 0
 
 
-def ways(method: str, form: str, taken: dict[tuple[str, str], Way]) -> list[Way]:
+def ways(method: str, form: str, taken: Mapping[Form, Way]) -> list[Way]:
     """Return what is tried with the first seed."""
     if form in WEIGHTS:
         lr = taken[method, "plain"].lr

@@ -125,14 +125,7 @@ class Bootstrap:
                 or the metric is not defined for a resample.
         """
         found = self.resampled(outcomes, statistic)
-        limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
-        value, (low, high) = float(found[0]), found[1:].quantile(limits).tolist()
-        return {
-            "value": value,
-            "low": min(low, value),
-            "high": max(high, value),
-            "n": sum(self._examples[task] for task in outcomes),
-        }
+        return _estimate(found, sum(self._examples[task] for task in outcomes))
 
     def resampled(self, outcomes: Mapping[str, Sequence[Model]], statistic: Statistic) -> Tensor:
         """Return a statistic of figures on all examples, and in each resample.
@@ -154,6 +147,24 @@ class Bootstrap:
         whole = {task: self.metric.figures(each)[None] for task, each in taken.items()}
         drawn = {task: self._resampled(task, own) for task, own in models.items()}
         return torch.cat([statistic(whole), statistic(drawn)])
+
+    def over_seeds(self, table: Tensor) -> Estimate:
+        """Estimate the mean over seeds of a statistic of all tasks.
+
+        Each resample draws seeds with replacement, too, and examples once for all seeds. Of n
+        seeds, the share of the seeds in the variance is too small by the factor (n - 1) / n.
+
+        Args:
+            table: float64 `[1 + resamples, seeds]`, as of `resampled`.
+
+        Returns:
+            The estimate.
+        """
+        size = self._resamples, table.shape[1]
+        generator = torch.Generator().manual_seed(self._seed)
+        drawn = torch.randint(size[1], size, generator=generator, dtype=torch.int64, device="cpu")
+        means = torch.cat([table[:1].mean(1), table[1:].gather(1, drawn).mean(1)])
+        return _estimate(means, sum(self._examples.values()))
 
     def table(self, outcomes: Mapping[str, Tensor], statistic: Statistic) -> Tensor:
         """Return a statistic on all examples and in each resample, to choose a model by.
@@ -305,3 +316,10 @@ class Bootstrap:
 def over_tasks(figures: Mapping[str, Tensor]) -> Tensor:
     """Return the mean over the tasks."""
     return torch.stack(list(figures.values())).mean(0)
+
+
+def _estimate(found: Tensor, n: int) -> Estimate:
+    """Return the estimate of a statistic on all n examples, found[0], and in each resample."""
+    limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+    value, (low, high) = float(found[0]), found[1:].quantile(limits).tolist()
+    return {"value": value, "low": min(low, value), "high": max(high, value), "n": n}

@@ -1,6 +1,8 @@
 """The penalties are what their formulas say, and a strong one holds the encoder where it was."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -83,3 +85,27 @@ def test_an_even_mask_takes_as_much_of_each_tensor(study: Study) -> None:
     mask = study.mask(TASKS[0], True)
     for index in mask.indices.values():
         assert index.nnz == round(0.1 * index.numel)
+
+
+def test_a_summary_compares_each_form_with_the_plain_one_of_its_method(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penalties, "STEPS", 2)
+    out = tmp_path / "penalties.json"
+    assert penalties.main(["--out", str(out), "--seeds", "2"]) == 0
+    found = json.loads(out.read_text())
+    assert [(each["method"], each["form"]) for each in found["summary"]] == penalties.FORMS
+    for each in found["summary"]:
+        form = each["method"], each["form"]
+        taken = [r for r in found["records"] if (r["method"], r["form"]) == form and r["taken"]]
+        plain = [
+            r
+            for r in found["records"]
+            if (r["method"], r["form"]) == (form[0], "plain") and r["taken"]
+        ]
+        assert [r["seed"] for r in taken] == [0, 1]
+        sums = [[r["absolute"]["value"] for r in rows] for rows in (taken, plain)]
+        assert each["alone"]["value"] == pytest.approx(fmean(r["alone"] for r in taken))
+        assert each["absolute"]["value"] == pytest.approx(fmean(sums[0]))
+        assert each["gain"]["value"] == pytest.approx(fmean(sums[0]) - fmean(sums[1]))
+        assert each["gain"]["low"] <= each["gain"]["value"] <= each["gain"]["high"]

@@ -112,6 +112,18 @@ def test_differences_are_paired() -> None:
     assert 0 <= gain["low"] < gain["high"] < 4 / 300
 
 
+def test_an_interval_over_seeds_holds_their_spread_and_that_of_the_examples() -> None:
+    bootstrap = Bootstrap({"a": 50})
+    right = torch.arange(50) < 30
+    same = {"a": [right, right, right]}
+    table = bootstrap.resampled(same, lambda figures: figures["a"])
+    assert bootstrap.over_seeds(table) == pytest.approx(bootstrap.mean({"a": right}))
+    # Seeds that differ by 0.2, examples that do not vary: of two draws a half is one of each.
+    apart = torch.tensor([0.4, 0.6], dtype=torch.float64).expand(2001, 2)
+    found = bootstrap.over_seeds(apart)
+    assert found == pytest.approx({"value": 0.5, "low": 0.4, "high": 0.6, "n": 50})
+
+
 def test_another_metric_is_reduced_in_every_resample() -> None:
     resamples: list[Tensor] = []
 

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from talos.app.experiments.places import Place
 from talos.app.experiments.recipe import Recipe, Row
 from talos.app.experiments.store import Cell
@@ -44,19 +41,6 @@ class Gathered:
     def bootstrap(self) -> Bootstrap:
         """Of the test examples."""
         return Bootstrap(self.examples, resamples=self.recipe.evaluation.resamples)
-
-    def draws(self, count: int) -> Tensor:
-        """Return which of some seeds each resample draws: int64 `[1 + resamples, count]`.
-
-        First all of them.
-
-        Args:
-            count: of the seeds.
-        """
-        generator = torch.Generator().manual_seed(0)
-        size = (self.recipe.evaluation.resamples, count)
-        drawn = torch.randint(count, size, generator=generator, dtype=torch.int64, device="cpu")
-        return torch.cat([torch.arange(count, dtype=torch.int64, device="cpu")[None], drawn])
 
     def done(self) -> list[tuple[str, Row]]:
         """Return the models and rows that are measured with all seeds."""

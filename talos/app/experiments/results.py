@@ -2,10 +2,9 @@
 
 Nothing is evaluated here: the same cells give the same bits.
 
-An interval of a summary has two levels. In each resample seeds are drawn with replacement, and test
-examples, once for all seeds and rows. So it holds what other examples and other seeds would change,
-and differences between rows are paired. Of n seeds, the share of the seeds in the variance is too
-small by the factor (n - 1) / n; with one seed there is none.
+An interval of a summary is over seeds and test examples, once for all rows; see
+`Bootstrap.over_seeds`. So it holds what other examples and other seeds would change, and
+differences between rows are paired.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -269,7 +268,7 @@ class _Summary:
     @property
     def added(self) -> float:
         """The accuracy of the sum, the mean over tasks and seeds."""
-        return float(self._over_seeds(self.figures["added"])["value"])
+        return float(self._gathered.bootstrap.over_seeds(self.figures["added"])["value"])
 
     def entry(self, first: "_Summary | None", best: "_Summary") -> dict[str, Any]:
         """Return the entry of the summary, with the differences from the first and the best row."""
@@ -293,7 +292,9 @@ class _Summary:
         both = [seed for seed in self.seeds if seed in other.seeds]
         own, others = ([each.seeds.index(seed) for seed in both] for each in (self, other))
         return {
-            key: self._over_seeds(self.figures[key][:, own] - other.figures[key][:, others])
+            key: self._gathered.bootstrap.over_seeds(
+                self.figures[key][:, own] - other.figures[key][:, others]
+            )
             for key in keys
         }
 
@@ -301,13 +302,7 @@ class _Summary:
         table = self.figures.get(key)
         if table is None:
             return None
-        return self._over_seeds(table) | {"by_seed": table[0].tolist()}
-
-    def _over_seeds(self, table: Tensor) -> dict[str, Any]:
-        means = table.gather(1, self._gathered.draws(table.shape[1])).mean(1)
-        limits = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
-        value, (low, high) = float(means[0]), means[1:].quantile(limits).tolist()
-        return {"value": value, "low": min(low, value), "high": max(high, value)}
+        return {**self._gathered.bootstrap.over_seeds(table), "by_seed": table[0].tolist()}
 
 
 def _measures(gathered: Gathered, done: Sequence[tuple[str, Row]]) -> dict[str, Any]:
