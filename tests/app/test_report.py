@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from talos.app import report
 from talos.app.cli import main
+from talos.app.report import curves
 from talos.app.report.headline import winner
 from talos.app.report.rows import percent
 from talos.errors import TalosOSError, TalosValueError
@@ -309,6 +311,24 @@ def test_equal_rows_are_level() -> None:
     )
     text = said(0.6, 0.7, 0.7002, behind=(0.1, 0.0002, 0))  # the same in print
     assert text.startswith("Random mask and non-linear fine-tuning are level: ")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_all_rows_with_the_best_figure_are_underlined() -> None:
+    results = made_up(MODELS[:1])
+    for each in results["summary"]:
+        each["figures"]["added"]["value"] = 0.6001 if each["row"] == FIRST else 0.6
+    assert report.render(results).count("class=best") == len(ROWS)
+
+
+def test_chosen_rates_have_a_number_before_others() -> None:
+    results = made_up(MODELS[:1])
+    rates = [1e-3, 1.1e-3, 1.2e-3, 1.3e-3]
+    for points in results["rates"][MODELS[0]].values():
+        points[:] = [points[0] | {"lr": lr, "chosen": lr == rates[1]} for lr in rates]
+    axes = Figure().add_subplot()
+    curves.rates(results, MODELS[0])[0].paint(axes)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.0011", "0.0013"]
 
 
 def test_a_winner_beats_the_pretrained_model() -> None:

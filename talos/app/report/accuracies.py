@@ -18,7 +18,7 @@ def answer(results: Results, model: str) -> str:
     if not found:
         return ""
     before = percent(zero_shot(results, model))
-    best = max(each["figures"]["added"]["value"] for each in found.values())
+    best = percent(max(each["figures"]["added"]["value"] for each in found.values()))
     columns: dict[str, list[str]] = {
         "": ["pretrained"],
         "all added": [before],
@@ -33,7 +33,7 @@ def answer(results: Results, model: str) -> str:
     for row, each in found.items():
         figures, gap = each["figures"], each["against_first"]
         added = estimate(figures["added"])
-        wins = len(found) > 1 and figures["added"]["value"] == best
+        wins = len(found) > 1 and percent(figures["added"]["value"]) == best
         cells = (
             row_label(results, row),
             f"<span class=best>{added}</span>" if wins else added,

@@ -60,6 +60,7 @@ def rates(results: Results, model: str) -> list[Panel]:
     """Return the plots of the added and the single vectors' accuracy against the learning rate."""
     swept = with_row(results, "rates", model)
     every = [point["lr"] for points in swept.values() for point in points]
+    chosen = [point["lr"] for points in swept.values() for point in points if point["chosen"]]
 
     def panel(key: str, title: str) -> Panel:
         def paint(axes: Any) -> None:
@@ -67,7 +68,7 @@ def rates(results: Results, model: str) -> list[Panel]:
                 _line(axes, results, row, [(p["lr"], 100 * p[key]) for p in points])
                 best = [(p["lr"], 100 * p[key]) for p in points if p["chosen"]]
                 _mark(axes, results, row, best)
-            _log_axis(axes, every)
+            _log_axis(axes, every, chosen)
             axes.set_xlabel("learning rate")
             axes.set_ylabel("mean accuracy, %")
 
@@ -241,18 +242,27 @@ def _mark(axes: Any, results: Results, row: str, points: Sequence[tuple[float, f
     axes.plot(x, y, style.marker, color=style.colour, markersize=9, markeredgecolor=INK)
 
 
-def _log_axis(axes: Any, values: Sequence[float]) -> None:
-    """Make the x axis logarithmic, with numbers at the values that leave room for them."""
+def _log_axis(axes: Any, values: Sequence[float], first: Sequence[float] = ()) -> None:
+    """Make the x axis logarithmic, with numbers at the values that leave room for them.
+
+    Args:
+        axes: of matplotlib.
+        values: all that are drawn.
+        first: those whose numbers matter most.
+    """
     low, high = min(values), max(values)
     room = 1.25 * (high / low) ** 0.03
     axes.set_xscale("log")
     axes.set_xlim(low / room, high * room)
     width = log(high * room) - log(low / room)
-    ticks = sorted(set(values))
-    kept = ticks[:1]
-    for tick in ticks[1:]:
-        letters = (len(number(tick)) + len(number(kept[-1]))) / 2 + 1
-        if log(tick / kept[-1]) > _LETTER * letters * width:
+
+    def apart(tick: float, other: float) -> bool:
+        letters = (len(number(tick)) + len(number(other))) / 2 + 1
+        return abs(log(tick / other)) > _LETTER * letters * width
+
+    kept: list[float] = []
+    for tick in [*sorted(set(first)), *sorted(set(values))]:
+        if all(apart(tick, other) for other in kept):
             kept.append(tick)
     axes.set_xticks(kept, [number(tick) for tick in kept])
     axes.minorticks_off()

@@ -83,7 +83,7 @@ FIGURES: Mapping[str, Figure] = {
             "Accuracy against the coefficient",
             "The mean accuracy on validation data of the pretrained model plus the coefficient "
             "times the sum of all task vectors, mean over the seeds. Large markers: the "
-            "coefficients that were chosen.",
+            "coefficients that were chosen; small ones only tell the curves apart.",
             "two coefficients",
             curves.coefficient,
             curves.coefficient_table,

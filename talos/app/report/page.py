@@ -64,7 +64,7 @@ def _answer(results: Results) -> str:
     share = results["recipe"].get("evaluation", {}).get("control_share", 0.95)
     legend = {
         "all added": "accuracy of one model with the task vectors of all tasks, mean over the "
-        "tasks; the best one is underlined",
+        "tasks; the best one is underlined, or all that are level with it",
         "against": "difference from the first row in points, on the same examples and seeds; "
         "better or worse only if its interval leaves out 0 and three seeds were run, with fewer "
         "ahead or behind",
@@ -163,7 +163,8 @@ def _sections(results: Results) -> list[str]:
         ),
         section(
             "How it was made",
-            "The same recipe on the same machine gives the same numbers.",
+            "The same recipe on the same machine gives the same numbers. docs/experiments.md says "
+            "what each setting means.",
             artefacts.made(results),
         ),
     ]
