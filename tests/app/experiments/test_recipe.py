@@ -39,7 +39,7 @@ def test_every_method_has_a_title_and_a_place_in_a_study() -> None:
     assert set(TITLES) == set(METHODS)
     rows = [*read_recipe("text").rows, *read_recipe("causes").rows]
     assert {row.method for row in rows} == set(METHODS) - {"linearized"}
-    assert all(len(row.lr) == 3 for row in rows)
+    assert all(len(row.lr) == 4 for row in rows)
 
 
 def test_a_row_for_each_combination_of_the_lists_but_for_rates(tmp_path: Path) -> None:
