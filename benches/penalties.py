@@ -269,23 +269,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; write its records as they come."""
+    """Run the study; write the records of each form as they come."""
     given = parser().parse_args(arguments)
     about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS}
     records: list[dict[str, Any]] = []
     taken: dict[Form, Way] = {}
-    found: dict[Form, list[Found]] = {form: [] for form in FORMS}
-    for seed in range(given.seeds):
-        study = Study(seed)
-        for form in FORMS:
-            tried = [taken[form]] if seed else ways(*form, taken)
-            judged = {way: study.judge(way) for way in tried}
-            taken[form] = max(tried, key=lambda way: judged[way][0]["validation"])
-            found[form].append(judged[taken[form]][1])
-            for way, (record, _) in judged.items():
-                records.append(record | {"taken": way == taken[form]})
-                figures = (f"{each:.3f}" for each in (record["alone"], record["absolute"]["value"]))
-                print(seed, *asdict(way).values(), *figures, flush=True)
+    found: dict[Form, list[Found]] = {}
+    first, *others = [Study(seed) for seed in range(given.seeds)]
+    for form in FORMS:
+        tried = [(way, *first.judge(way)) for way in ways(*form, taken)]
+        best = max(tried, key=lambda each: each[1]["validation"])
+        taken[form] = best[0]
+        judged = [best, *((best[0], *study.judge(best[0])) for study in others)]
+        found[form] = [answers for _, _, answers in judged]
+        for way, record, _ in [*tried, *judged[1:]]:
+            records.append(record | {"taken": way == best[0]})
+            figures = (f"{each:.3f}" for each in (record["alone"], record["absolute"]["value"]))
+            print(record["seed"], *asdict(way).values(), *figures, flush=True)
         summary = summed(taken, found)
         write_json(given.out, {"about": about, "summary": summary, "records": records})
     return 0
