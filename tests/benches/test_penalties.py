@@ -90,7 +90,9 @@ def test_an_even_mask_takes_as_much_of_each_tensor(study: Study) -> None:
 def test_a_summary_compares_each_form_with_the_plain_one_of_its_method(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(penalties, "STEPS", 2)
+    monkeypatch.setattr(penalties, "STEPS", 1)
+    monkeypatch.setattr(penalties, "WEIGHTS", dict.fromkeys(penalties.WEIGHTS, (1.0, 2.0)))
+    monkeypatch.setattr(penalties, "RATES", dict.fromkeys(penalties.RATES, (1e-2,)))
     out = tmp_path / "penalties.json"
     assert penalties.main(["--out", str(out), "--seeds", "2"]) == 0
     found = json.loads(out.read_text())
