@@ -55,7 +55,9 @@ def test_a_penalty_is_zero_at_the_pretrained_weights_and_positive_elsewhere(
 ) -> None:
     penalty = study.penalty(form, TASKS[0])
     assert penalty is not None
+    study.encoder.train()  # as while training, with dropout
     assert penalty().item() == pytest.approx(0, abs=1e-9)
+    assert study.encoder.training
     moved(study)
     assert penalty().item() > 1e-7
 
