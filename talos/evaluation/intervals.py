@@ -159,7 +159,15 @@ class Bootstrap:
 
         Returns:
             The estimate.
+
+        Raises:
+            TalosValueError: the table has another shape.
         """
+        if table.dim() != 2 or len(table) != 1 + self._resamples or not table.shape[1]:
+            raise TalosValueError(
+                f"table must be [{1 + self._resamples}, seeds], as of `resampled`, got "
+                f"{list(table.shape)}"
+            )
         size = self._resamples, table.shape[1]
         generator = torch.Generator().manual_seed(self._seed)
         drawn = torch.randint(size[1], size, generator=generator, dtype=torch.int64, device="cpu")

@@ -122,6 +122,9 @@ def test_an_interval_over_seeds_holds_their_spread_and_that_of_the_examples() ->
     apart = torch.tensor([0.4, 0.6], dtype=torch.float64).expand(2001, 2)
     found = bootstrap.over_seeds(apart)
     assert found == pytest.approx({"value": 0.5, "low": 0.4, "high": 0.6, "n": 50})
+    for other in (apart[:, :0], apart[1:], apart[:, 0]):
+        with pytest.raises(TalosValueError, match=r"table must be \[2001, seeds\], .* got \["):
+            bootstrap.over_seeds(other)
 
 
 def test_another_metric_is_reduced_in_every_resample() -> None:

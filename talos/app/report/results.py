@@ -27,11 +27,11 @@ runs       list of model, row, seed, lr, trainable, bytes (of one vector's file)
                        scaling_coef, target, control; validation data), scaling_coef, why_zero,
                        target, control, target_zero_shot, control_zero_shot (on test data)
 summary    list of model, row, lr, seeds (how many), figures: alone, added, normalised, target and
-           control, each null or value, low, high (over test examples and seeds; target and
-           control: the first seed's, over test examples), by_seed;
-           against_first: added and normalised, each value, low, high of the paired difference
-           from the first row; against_best: added, the paired difference of the model's best row
-           (by added) from this one; null for the first or best row itself
+           control, each null or an estimate (over test examples and seeds; target and control:
+           the first seed's, over test examples) with by_seed;
+           against_first: added and normalised, estimates of the paired difference from the first
+           row; against_best: added, the paired difference of the model's best row (by added) from
+           this one; null for the first or best row itself
 masks      model -> row -> task -> nnz, numel, tensors, tensors_touched, stability, structure (list
            of layer, kind, nnz, numel); first seed
 mask_iou   model -> row -> matrix
