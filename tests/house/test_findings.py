@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "causes": partial(table, "causes", "against_first"),
     "rates": partial(rates, "text"),
     "rates of vision": partial(rates, "vision"),
+    "rates of decoder": partial(rates, "decoder"),
     "regime": partial(regime, "text"),
     "departure": partial(departure, "density"),
     "negation": partial(negation, "text"),
