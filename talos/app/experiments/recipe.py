@@ -296,8 +296,8 @@ def _rows(entry: Any, calibration: Calibration, training: Training) -> Iterator[
     for combination in product(*given.values()):
         chosen = dict(zip(given, combination, strict=True))
         shown = [key for key in given if "title" not in table or isinstance(table[key], list)]
-        words = [f"{key} {_word(chosen[key])}".replace("_", " ") for key in shown]
-        names = [f"{key}-{_word(each)}" for key, each in chosen.items()]
+        words = [f"{key} {_word(chosen[key], ' ')}".replace("_", " ") for key in shown]
+        names = [f"{key}-{_word(each, '-')}" for key, each in chosen.items()]
         merge = _merge(chosen.pop("merge", "task_arithmetic"))
         differing = {key: chosen.pop(key) for key in _OF_TRAINING if key in chosen}
         masked = method == "talos"
@@ -398,13 +398,13 @@ def _values(key: str, given: Any) -> list[Any]:
     return [given]
 
 
-def _word(value: Any) -> str:
-    """Return a setting's value for titles and names of files."""
+def _word(value: Any, between: str) -> str:
+    """Return a setting's value for titles, in words, and for names of files, with hyphens."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "-".join(
-            _word(each) if key == "method" else f"{key}-{_word(each)}"
+        return between.join(
+            _word(each, between) if key == "method" else f"{key}{between}{_word(each, between)}"
             for key, each in value.items()
         )
     return str(value)

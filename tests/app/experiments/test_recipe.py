@@ -90,6 +90,7 @@ def test_a_merge_is_a_setting_of_a_row(tmp_path: Path) -> None:
     text = BASE + 'merge = ["mean", {method = "ties", density = 0.3}]\n'
     rows = read(tmp_path, text).rows
     assert [row.row for row in rows] == ["talos-merge-mean", "talos-merge-ties-density-0.3"]
+    assert [row.title for row in rows] == ["TaLoS, merge mean", "TaLoS, merge ties density 0.3"]
     assert rows[1].merge == {"method": "ties", "density": 0.3}
     assert rows[0].training == rows[1].training
 
