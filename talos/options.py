@@ -69,7 +69,7 @@ def positive(name: str, value: Any) -> float:
     """
     number = as_real(value)
     if number is None or not 0.0 < number < inf:
-        raise TalosValueError(f"{name} must be positive and finite, got {value!r}")
+        raise TalosValueError(f"{name} must be a positive, finite number, got {value!r}")
     return number
 
 

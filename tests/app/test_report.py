@@ -182,8 +182,8 @@ def test_a_search_that_ends_in_no_edit_is_explained(page: tuple[Page, str]) -> N
     assert text.count("none keeps 95 % &amp; more.") == 1
     assert "no coefficient" not in page[1]
     assert report.headline(results)[2:4] == [
-        "With TaLoS (density 0.1) no sum of the vectors was better on validation data in 1 of 3 "
-        "runs: the merged model is the pretrained one.",
+        "With TaLoS (density 0.1) no sum of the vectors had a better normalised accuracy on "
+        "validation data in 1 of 3 runs: the merged model is the pretrained one.",
         f"With TaLoS (density 0.1) nothing was subtracted to forget {TASKS[1]}.",
     ]
     assert "talos merge" in text  # another seed has an edit
@@ -281,12 +281,12 @@ def test_the_headline_is_honest() -> None:
     text = said(0.6, 0.7, 0.65)
     assert text.startswith("Random mask wins: ")
     assert "is +10.0 points, 95 % interval +9.0 to +11.0 over test examples and seeds." in text
-    assert text.endswith("The others against TaLoS (density 0.1): better: non-linear fine-tuning.")
+    assert text.endswith("The others against TaLoS (density 0.1): non-linear fine-tuning (better).")
     text = said(0.6, 0.7, 0.69, behind=(0.1, 0, 0.005))  # a rival that is not the first row
     assert "Random mask is ahead, but without a clear lead over non-linear fine-tuning:" in text
     text = said(0.7, 0.705, 0.6, behind=(0.005, 0, 0.1))
     assert "Random mask is ahead, but without a clear lead over TaLoS (density 0.1):" in text
-    assert text.endswith("worse: non-linear fine-tuning.")
+    assert text.endswith("non-linear fine-tuning (worse).")
 
 
 def test_one_or_two_seeds_decide_nothing() -> None:
@@ -296,7 +296,7 @@ def test_one_or_two_seeds_decide_nothing() -> None:
             f"Random mask is ahead, and with {count} alone another seed may turn this round: with "
         )
         assert not re.search("wins|better|worse", text)
-        assert text.endswith("ahead: non-linear fine-tuning.")
+        assert text.endswith("non-linear fine-tuning (ahead).")
     text = said(0.7, 0.6, 0.65, behind=(0, 0.1, 0.005), seeds=1)
     assert (
         "is ahead, but without a clear lead over non-linear fine-tuning, and with 1 seed alone "

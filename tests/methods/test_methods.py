@@ -610,7 +610,7 @@ def test_what_cannot_be_trained_is_refused_at_the_call(
         *((Lota, {"sparse_lr": each}, "sparse_lr must be positive") for each in (0, True, "1")),
         *((LLora, {"rank": each}, "rank must be an integer") for each in (True, 1.5, None, "4")),
         *(
-            (LLora, {"lora_alpha": each}, "lora_alpha must be positive and finite")
+            (LLora, {"lora_alpha": each}, "lora_alpha must be a positive, finite number")
             for each in (True, None, "4", torch.nan, torch.inf)
         ),
         *(

@@ -129,9 +129,9 @@ def winner(results: Results, model: str) -> str:
         for row in rivals:
             kinds.setdefault(verdict(found[row]), []).append(named[row])
         order = ("better", "ahead", "worse", "behind", "not clear")
-        parts = [f"{kind}: {_few(kinds[kind])}" for kind in order if kind in kinds]
+        parts = [f"{_few(kinds[kind])} ({kind})" for kind in order if kind in kinds]
         if parts:
-            sentences.append(f"The others against {named[first]}: {'; '.join(parts)}.")
+            sentences.append(f"The others against {named[first]}: {', '.join(parts)}.")
     return _capital(" ".join(sentences))
 
 
@@ -156,8 +156,9 @@ def remarks(results: Results) -> list[str]:
             none = sum(run["addition"]["scaling_coef"] == 0 for run in runs)
             if none:
                 found.append(
-                    f"With {title}{at} no sum of the vectors was better on validation data in "
-                    f"{none} of {_count(len(runs), 'run')}: the merged model is the pretrained one."
+                    f"With {title}{at} no sum of the vectors had a better normalised accuracy on "
+                    f"validation data in {none} of {_count(len(runs), 'run')}: the merged model is "
+                    "the pretrained one."
                 )
             most = sum(
                 run["addition"]["scaling_coef"] == run["addition"]["grid"][-1]["scaling_coef"]

@@ -158,7 +158,7 @@ def _sections(results: Results) -> list[str]:
         ),
         section(
             "What to do next",
-            "Run these in the folder of this page.",
+            "Run these in the folder of the study, which has its vectors and masks.",
             artefacts.next_steps(results),
         ),
         section(
