@@ -80,7 +80,8 @@ def _answer(results: Results) -> str:
         "How to read this",
         f"<p>Test accuracy in per cent. Small numbers are 95 % intervals over {chance(results)}; "
         "of twenty such intervals one misses by chance. Coefficients and learning rates were "
-        f"chosen on validation data.</p><dl>{lines}</dl>",
+        "chosen on validation data; the intervals hold the choice of the coefficient, but not that "
+        f"of the rate.</p><dl>{lines}</dl>",
     )
 
 
