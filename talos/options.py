@@ -68,8 +68,10 @@ def positive(name: str, value: Any) -> float:
         TalosValueError: it is no real number, or out of range.
     """
     number = as_real(value)
-    if number is None or not 0.0 < number < inf:
-        raise TalosValueError(f"{name} must be a positive, finite number, got {value!r}")
+    if number is None:
+        raise TalosValueError(f"{name} must be a positive number, got {value!r}")
+    if not 0.0 < number < inf:
+        raise TalosValueError(f"{name} must be positive and finite, got {value!r}")
     return number
 
 

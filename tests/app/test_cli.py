@@ -204,10 +204,7 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
             "train --data a --out v.safetensors --steps 0",
             "--steps must be an integer of",
         ),
-        (
-            "train --data a --out v.safetensors --lr -1",
-            "--lr must be a positive, finite number, got -1",
-        ),
+        ("train --data a --out v.safetensors --lr -1", "--lr must be positive and finite, got -1"),
         (
             "train --data a --out v.safetensors --mask none.safetensors",
             "--mask must be an existing",

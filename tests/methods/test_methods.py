@@ -607,11 +607,16 @@ def test_what_cannot_be_trained_is_refused_at_the_call(
     ("kind", "settings", "match"),
     [
         *((Lota, {"density": each}, "density must lie") for each in (None, "0.1", True, [0.1])),
-        *((Lota, {"sparse_lr": each}, "sparse_lr must be positive") for each in (0, True, "1")),
+        *((Lota, {"sparse_lr": each}, "sparse_lr must be positive and finite") for each in (0, -1)),
+        *((Lota, {"sparse_lr": e}, "sparse_lr must be a positive number") for e in (True, "1")),
         *((LLora, {"rank": each}, "rank must be an integer") for each in (True, 1.5, None, "4")),
         *(
-            (LLora, {"lora_alpha": each}, "lora_alpha must be a positive, finite number")
-            for each in (True, None, "4", torch.nan, torch.inf)
+            (LLora, {"lora_alpha": each}, "lora_alpha must be a positive number")
+            for each in (True, None, "4")
+        ),
+        *(
+            (LLora, {"lora_alpha": each}, "lora_alpha must be positive and finite")
+            for each in (torch.nan, torch.inf)
         ),
         *(
             (kind, {"seed": each}, "seed must be an integer of 64 bits")
