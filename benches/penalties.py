@@ -242,31 +242,24 @@ class Study:
         return record, Found(alone, added.picked)
 
 
-def summed(taken: Mapping[Form, Way], found: Mapping[Form, list[Found]]) -> list[dict[str, Any]]:
-    """Sum up each form over its seeds.
+def summed(
+    bootstrap: Bootstrap, found: Sequence[Found], plain: Sequence[Found]
+) -> dict[str, dict[str, Any]]:
+    """Sum up a form over its seeds.
 
     Args:
-        taken: of each form.
-        found: of each form, one for each seed.
+        bootstrap: of the test examples.
+        found: the answers with each seed.
+        plain: those of the plain form.
     """
-    bootstrap = Bootstrap(
-        {task: len(each) for task, each in found["talos", "plain"][0].alone.items()}
-    )
 
     def table(models: Sequence[Mapping[str, Model]]) -> Tensor:
         return bootstrap.resampled({t: [each[t] for each in models] for t in TASKS}, over_tasks)
 
-    added = {form: table([each.added for each in own]) for form, own in found.items()}
-    return [
-        {
-            **asdict(taken[form]),
-            "seeds": len(own),
-            "alone": dict(bootstrap.over_seeds(table([each.alone for each in own]))),
-            "absolute": dict(bootstrap.over_seeds(added[form])),
-            "gain": dict(bootstrap.over_seeds(added[form] - added[form[0], "plain"])),
-        }
-        for form, own in found.items()
-    ]
+    added, before = (table([each.added for each in own]) for own in (found, plain))
+    alone = table([each.alone for each in found])
+    tables = {"alone": alone, "absolute": added, "gain": added - before}
+    return {key: dict(bootstrap.over_seeds(each)) for key, each in tables.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -283,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.seeds < 1:
         parser().error(f"--seeds must be at least 1, got {given.seeds}")
     about = measure.machine() | {"tasks": TASKS, "sizes": SIZES, "steps": STEPS}
+    summary: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     taken: dict[Form, Way] = {}
     found: dict[Form, list[Found]] = {}
@@ -295,9 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[form] = [answers for _, _, answers in judged]
         for way, record, _ in [*tried, *judged[1:]]:
             records.append(record | {"taken": way == best[0]})
-            figures = (f"{each:.3f}" for each in (record["alone"], record["absolute"]["value"]))
-            print(record["seed"], *asdict(way).values(), *figures, flush=True)
-        summary = summed(taken, found)
+            shown = (f"{each:.3f}" for each in (record["alone"], record["absolute"]["value"]))
+            print(record["seed"], *asdict(way).values(), *shown, flush=True)
+        figures = summed(first.outcomes.bootstrap, found[form], found[form[0], "plain"])
+        summary.append({**asdict(best[0]), "seeds": given.seeds, **figures})
         write_json(given.out, {"about": about, "summary": summary, "records": records})
     return 0
 

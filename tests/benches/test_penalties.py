@@ -92,15 +92,19 @@ def test_an_even_mask_takes_as_much_of_each_tensor(study: Study) -> None:
 def test_a_summary_compares_each_form_with_the_plain_one_of_its_method(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(penalties, "STEPS", 1)
-    monkeypatch.setattr(penalties, "WEIGHTS", dict.fromkeys(penalties.WEIGHTS, (1.0, 2.0)))
-    monkeypatch.setattr(penalties, "RATES", dict.fromkeys(penalties.RATES, (1e-2,)))
+    monkeypatch.setattr(penalties, "STEPS", 3)
+    monkeypatch.setattr(penalties, "WEIGHTS", dict.fromkeys(penalties.WEIGHTS, (1.0, 1e4)))
+    monkeypatch.setattr(penalties, "RATES", dict.fromkeys(penalties.RATES, (3e-2,)))
     out = tmp_path / "penalties.json"
     assert penalties.main(["--out", str(out), "--seeds", "2"]) == 0
     found = json.loads(out.read_text())
     assert [(each["method"], each["form"]) for each in found["summary"]] == penalties.FORMS
+    assert any(each["gain"]["value"] for each in found["summary"])
     for each in found["summary"]:
         form = each["method"], each["form"]
+        tried = [r for r in found["records"] if (r["method"], r["form"], r["seed"]) == (*form, 0)]
+        best = max(r["validation"] for r in tried)
+        assert [r["validation"] for r in tried if r["taken"]] == [pytest.approx(best)]
         taken = [r for r in found["records"] if (r["method"], r["form"]) == form and r["taken"]]
         plain = [
             r
