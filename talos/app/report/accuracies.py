@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
-from talos.app.report.headline import summaries, verdict, zero_shot
+from talos.app.report.headline import leading, summaries, verdict, zero_shot
 from talos.app.report.html import details, escape, estimate, row_label, table
 from talos.app.report.results import Results
 from talos.app.report.rows import percent, runs_of, span, titles
@@ -18,7 +18,7 @@ def answer(results: Results, model: str) -> str:
     if not found:
         return ""
     before = percent(zero_shot(results, model))
-    best = percent(max(each["figures"]["added"]["value"] for each in found.values()))
+    best = leading(found) if len(found) > 1 else []
     columns: dict[str, list[str]] = {
         "": ["pretrained"],
         "all added": [before],
@@ -33,10 +33,9 @@ def answer(results: Results, model: str) -> str:
     for row, each in found.items():
         figures, gap = each["figures"], each["against_first"]
         added = estimate(figures["added"])
-        wins = len(found) > 1 and percent(figures["added"]["value"]) == best
         cells = (
             row_label(results, row),
-            f"<span class=best>{added}</span>" if wins else added,
+            f"<span class=best>{added}</span>" if row in best else added,
             _gap(gap["added"], verdict(each)) if gap else "",
             *(estimate(figures[key]) for key in ("alone", "normalised", "target", "control")),
             f"{each['lr']:g}",

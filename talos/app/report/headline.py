@@ -11,6 +11,7 @@ __all__ = [
     "chance",
     "compared",
     "headline",
+    "leading",
     "remarks",
     "summaries",
     "verdict",
@@ -53,6 +54,17 @@ def summaries(results: Results, model: str) -> dict[str, dict[str, Any]]:
     return {row: found[row] for row in titles(results) if row in found}
 
 
+def leading(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the rows whose merged model is the most accurate, as far as it is printed.
+
+    Args:
+        found: the summary of each row, at least one.
+    """
+    added = {row: each["figures"]["added"]["value"] for row, each in found.items()}
+    best = percent(max(added.values()))
+    return [row for row, value in added.items() if percent(value) == best]
+
+
 def zero_shot(results: Results, model: str) -> float:
     """Return the mean accuracy of a pretrained model over the tasks."""
     return fmean(each["value"] for each in results["zero_shot"][model].values())
@@ -89,7 +101,7 @@ def winner(results: Results, model: str) -> str:
     added = {row: each["figures"]["added"] for row, each in found.items()}
     first, best = next(iter(found)), max(added, key=lambda row: added[row]["value"])
     shares = {row: f"{percent(each['value'])} %" for row, each in added.items()}
-    level = [row for row in found if shares[row] == shares[best]]
+    level = leading(found)
     rivals = [row for row in found if row not in level]
     pretrained = zero_shot(results, model)
     before = f"the pretrained model {percent(pretrained)} %"
